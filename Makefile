@@ -1,0 +1,36 @@
+# make quickstart | make test | make lint | make schema
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: quickstart test lint format schema clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
+	$(BIN)/mxd-convert verify runs/quickstart
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schema: $(VENV)/installed
+	$(BIN)/python -m mxd_convert.recipe > docs/recipe.schema.json
+
+# torch first and by itself, so that no other package draws in another build of it
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

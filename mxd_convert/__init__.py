@@ -1,0 +1,78 @@
+"""mxd-convert: turns a pretrained HuggingFace causal LM into one whose MLPs are sparse, interpretable Mixture-of-Decoders layers.
+
+Importing this package makes `transformers`' auto classes know converted checkpoints. Nothing heavy is imported before it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mxd_convert._registration import register_where_useful
+
+if TYPE_CHECKING:
+    from mxd_convert.checkpoint import load_checkpoint
+    from mxd_convert.errors import InputError
+    from mxd_convert.evaluation import evaluate, steer
+    from mxd_convert.generation import generate, parse_steering
+    from mxd_convert.pipeline import Result, convert
+    from mxd_convert.plan import Plan, make_plan
+    from mxd_convert.recipe import Recipe
+    from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
+    from mxd_convert.reverting import revert
+    from mxd_convert.starter import starter_recipe, write_starter
+    from mxd_convert.verify import verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "InputError": "errors",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "Result": "pipeline",
+    "convert": "pipeline",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "load_checkpoint": "checkpoint",
+    "load_recipe": "recipe_file",
+    "make_plan": "plan",
+    "parse_overrides": "recipe_file",
+    "parse_steering": "generation",
+    "revert": "reverting",
+    "shipped_recipes": "recipe_file",
+    "starter_recipe": "starter",
+    "steer": "evaluation",
+    "verify": "verify",
+    "write_starter": "starter",
+}
+__all__ = [
+    "InputError",
+    "Plan",
+    "Recipe",
+    "Result",
+    "convert",
+    "evaluate",
+    "generate",
+    "load_checkpoint",
+    "load_recipe",
+    "make_plan",
+    "parse_overrides",
+    "parse_steering",
+    "revert",
+    "shipped_recipes",
+    "starter_recipe",
+    "steer",
+    "verify",
+    "write_starter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"mxd_convert.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+register_where_useful()

@@ -1,0 +1,29 @@
+"""Makes transformers' auto classes know converted checkpoints; transformers has no plug-in hook, so importing our package does it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+STEMS = ("GPT2", "GPTNeoX", "Llama")
+
+
+def register() -> None:
+    """Registers config and model classes of every family. Takes the seconds that importing torch and transformers takes."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from mxd_convert.modeling import modeling_mxd
+    from mxd_convert.modeling.configuration_mxd import config_class
+
+    for stem in STEMS:
+        config = config_class(stem)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, getattr(modeling_mxd, f"Mxd{stem}Model"), exist_ok=True)
+        AutoModelForCausalLM.register(config, getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), exist_ok=True)
+
+
+def register_where_useful() -> None:
+    """Registers unless this is our own command line, which loads checkpoints itself and should answer --help at once, or torch is not there."""
+    ours = Path(sys.argv[0]).stem == "mxd-convert" if sys.argv else False
+    ours = ours or sys.orig_argv[1:3] == ["-m", "mxd_convert.cli"]
+    if not ours and all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")):
+        register()

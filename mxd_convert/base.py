@@ -1,0 +1,116 @@
+"""The pretrained model: its config, tokenizer and weights, loaded with errors that say what to do; and the hash that names it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mxd_convert.errors import InputError
+from mxd_convert.recipe import Base, is_local
+
+WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
+
+
+@contextmanager
+def explained(what: str, name: str) -> Iterator[None]:
+    """Turns the many ways in which transformers and the Hub fail to load something into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(f"{name}: {what} can't be loaded, {WEIGHTS_HELP} ({_first_line(error)})") from None
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{name}: {what} can't be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    line = next(line.strip() for line in text.splitlines() if line.strip())
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' own warnings and progress bars, which compete with ours; failures still raise."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load_config(base: Base) -> Any:
+    """The base model's config. Raises InputError where there is none or its kind is refused."""
+    if is_local(base.model):
+        folder = Path(base.model)
+        if not folder.is_dir():
+            raise InputError(f"base.model: {base.model}: no such folder")
+        if not (folder / "config.json").is_file():
+            raise InputError(f"base.model: {base.model}: the folder holds no config.json, so it is not a model")
+    with explained("its config", base.model), quiet():
+        config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"base.model: {base.model} is quantised; give the unquantised model, whose activations are exact")
+    return config
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that comes with a model or checkpoint. Raises InputError."""
+    with explained("its tokenizer", name), quiet():
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_base(base: Base, dtype: str | None = None) -> Any:
+    """The base model in evaluation mode, on the CPU. dtype: a name as in the recipe; None: the recipe's `base.dtype`. Raises InputError."""
+    with explained("the model", base.model), quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base.model,
+            revision=base.revision,
+            trust_remote_code=base.trust_remote_code,
+            dtype=dtype or base.dtype,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{base.model}: the weights lack {missing[0]}{more}; they would be random. Is this the whole model?")
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a config without weights (on the meta device)."""
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over tensors by name: name, dtype, shape and bytes. The same however they are spread over files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_sha256(model: Any) -> str:
+    """The hash of a loaded model's tensors, tied ones once."""
+    return tensors_sha256(untied_tensors(model).items())
+
+
+def untied_tensors(model: Any) -> dict[str, Tensor]:
+    """The state dict as a checkpoint holds it: of tied tensors, only the one that others are tied to."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

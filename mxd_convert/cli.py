@@ -1,0 +1,249 @@
+"""The command line: parses, calls the public face, prints. No logic."""
+
+import json
+import math
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from click import Abort, ClickException
+from rich.console import Console
+from rich.table import Table
+
+import mxd_convert
+from mxd_convert.errors import InputError, is_disk_full
+
+app = typer.Typer(
+    name="mxd-convert",
+    help="Turns a pretrained HuggingFace language model into one whose MLPs are sparse, interpretable Mixtures of Decoders.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+human = Console(stderr=True, highlight=False)
+
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that ships: quickstart, stories260k, ...")]
+CheckpointArgument = Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")]
+SetOption = Annotated[
+    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+]
+BaseOption = Annotated[Optional[str], typer.Option("--base", metavar="PATH", help="The base model, where not the recorded one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def _console() -> Console:
+    """Of the terminal's width; wide enough for our tables where the output is a file or a pipe."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+@app.command(epilog="Example: `mxd-convert init openai-community/gpt2 --output gpt2.yaml`")
+def init(
+    base_model: Annotated[str, typer.Argument(help="Hub id or local folder of the model to convert.")],
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write; default: <name>-mxd.yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a commented recipe for a base model."""
+    path = output or Path(f"{Path(base_model).name}-mxd.yaml")
+    mxd_convert.write_starter(base_model, path, force)
+    human.print(f"{path} written; next: mxd-convert plan {path}")
+
+
+@app.command(epilog="Example: `mxd-convert plan quickstart --set layer.k=8`")
+def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show what a recipe comes to: layers, experts, parameters, work, memory and disk."""
+    made = mxd_convert.make_plan(mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or [])))
+    if as_json:
+        _print_json(made.to_dict())
+        return
+    table = Table("layer", "input", "hidden", "output", "activation", "experts", "active", "parameters", "of the MLP")
+    for layer in made.layers:
+        kind = f"{layer.activation}, GLU" if layer.glu else layer.activation
+        widths = (str(width) for width in (layer.index, layer.d_in, layer.d_hidden, layer.d_out))
+        counts = (f"{count:,}" for count in (layer.experts, layer.k, layer.parameters, layer.mlp_parameters))
+        table.add_row(*widths, kind, *counts)
+    out = _console()
+    out.print(table)
+    train = made.recipe.train
+    growth = made.converted_parameters / made.base_parameters
+    out.print(f"model     {made.base_parameters:,} parameters, {made.converted_parameters:,} converted ({growth:.2f} x)")
+    out.print(f"training  {made.steps:,} steps of {train.batch_tokens:,} tokens; {train.preset} preset: lr {train.lr:g}", end="")
+    out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}")
+    out.print(
+        f"work      {made.flops_per_token / 1e6:,.1f} MFLOP a token, {made.flops_per_token * made.tokens / 1e12:,.1f} TFLOP in all"
+    )
+    out.print(f"memory    about {made.training_bytes / 2**20:,.0f} MiB; disk about {made.disk_bytes / 2**20:,.0f} MiB")
+    out.print(f"output    {made.output}")
+    for warning in made.warnings:
+        out.print(f"warning   {warning}")
+
+
+@app.command(
+    epilog="Example: `mxd-convert run recipes/quickstart.yaml --set data.tokens=300000`. A run that was cut off goes on with the same command."
+)
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder of the finished checkpoint.")] = None,
+    settings: SetOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model: train the layers, put them in, evaluate, report."""
+    result = mxd_convert.convert(recipe, output, mxd_convert.parse_overrides(settings or []), fresh)
+    if as_json:
+        _print_json({"output": str(result.output), "already_finished": result.already_finished, "report": result.report})
+        return
+    if result.already_finished:
+        human.print("this recipe has finished before; --fresh runs it again")
+    _print_figures(result.report)
+    print(result.output)
+
+
+def _print_figures(report: dict[str, Any]) -> None:
+    fidelity, reliance = report["fidelity"], report["reliance"]
+    out = _console()
+    summary = Table("held-out cross-entropy", "nats a token", "perplexity")
+    for name, key in (
+        ("base", "ce_base"),
+        ("converted", "ce_converted"),
+        ("all zeroed", "ce_zero_ablation"),
+        ("all at their mean", "ce_mean_ablation"),
+    ):
+        summary.add_row(name, f"{fidelity[key]:.4f}", f"{math.exp(min(fidelity[key], 700)):,.2f}")
+    out.print(summary)
+    compounding = "-" if fidelity["compounding"] is None else f"{fidelity['compounding']:.2f}"
+    out.print(
+        f"rise {fidelity['delta_ce']:+.4f} on {fidelity['tokens']:,} tokens; KL {fidelity['kl']:.4f};"
+        f" same most likely token {fidelity['top1_agreement']:.1%}; compounding {compounding}"
+    )
+    table = Table(
+        "layer", "rise alone", "recovered", "FVU", "active", "dead", "gate share", "identity share", "routing necessity"
+    )
+    for index, layer in fidelity["layers"].items():
+        shares = reliance["layers"][index]
+        figures = (shares[name] for name in ("gate_share", "identity_share", "routing_necessity"))
+        table.add_row(
+            index,
+            f"{layer['delta_ce']:+.4f}",
+            "-" if layer["recovered_zero"] is None else f"{layer['recovered_zero']:.1%}",
+            f"{layer['fvu']:.3f}",
+            f"{layer['l0']:.1f}",
+            f"{layer['dead_fraction']:.1%}",
+            *("-" if value is None else f"{value:.2f}" for value in figures),
+        )
+    out.print(table)
+    out.print(f"verdict: {reliance['verdict']}")
+
+
+@app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl, .parquet (also .gz), a folder or a glob.")],
+    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to evaluate on, at most.")] = 262_144,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint on a text: fidelity to the base model and reliance on the experts."""
+    figures = mxd_convert.evaluate(checkpoint, data, tokens, text_field, base)
+    if as_json:
+        _print_json(figures)
+    else:
+        _print_figures(figures)
+
+
+@app.command(epilog="Example: `mxd-convert verify runs/quickstart`. Exit status 1 where a check fails.")
+def verify(checkpoint: CheckpointArgument, base: BaseOption = None, as_json: JsonOption = False) -> None:
+    """Prove in fresh processes, with and without this package, that a checkpoint is whole and behaves as an ordinary one."""
+    found = mxd_convert.verify(checkpoint, base)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        marks = {True: "ok", False: "FAILED", None: "not checked"}
+        for check in found.checks:
+            print(f"{marks[check.ok]:<12}{check.check}" + (f": {check.detail}" if check.detail else ""))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `mxd-convert revert runs/quickstart --layers 3,4 --output runs/partly`")
+def revert(
+    checkpoint: CheckpointArgument,
+    layers: Annotated[str, typer.Option("--layers", help='Layers to revert: "3,4", "0-2" or all.')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    base: BaseOption = None,
+) -> None:
+    """Give chosen layers their original MLPs back, in a new folder."""
+    print(mxd_convert.revert(checkpoint, layers, output, base))
+
+
+@app.command(epilog='Example: `mxd-convert generate runs/quickstart --prompt "The function" --steer 2:17:+10`')
+def generate(
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    steer: Annotated[
+        Optional[list[str]],
+        typer.Option("--steer", metavar="LAYER:EXPERT:+C", help="Add C to an expert's coefficient; repeatable."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the most likely token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text, steered if asked."""
+    steering = [mxd_convert.parse_steering(text) for text in steer or []]
+    text = mxd_convert.generate(checkpoint, prompt, steering, max_new_tokens, temperature, seed)
+    if as_json:
+        _print_json({"prompt": prompt, "steering": steering, "text": text})
+    else:
+        print(text)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mxd-convert {mxd_convert.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+_debug = False
+
+
+def main() -> None:
+    """The program. Exit status: 0 done, 1 a check failed, 2 the input is at fault, 130 interrupted (resumable)."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except InputError as error:
+        if _debug:
+            traceback.print_exc()
+        print(f"mxd-convert: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ClickException as error:  # a mistake in the options themselves
+        error.show()
+        sys.exit(error.exit_code)
+    except (Abort, KeyboardInterrupt):
+        print("mxd-convert: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if _debug or not is_disk_full(error):
+            raise
+        print(f"mxd-convert: no space left on the disk ({error})", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

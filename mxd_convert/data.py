@@ -1,0 +1,380 @@
+"""Text -> packed token blocks, with a fingerprint; local files, datasets, Hub.
+
+Documents are read one after the other, split by content into training and held-out ones, tokenised, joined with the separators
+that the tokenizer wants, and written as token ids to one flat file a part. Training then reads blocks at random from that file,
+so the order of a run depends on nothing but its seed, and a run that was cut off can go on at any block.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mxd_convert.errors import InputError
+from mxd_convert.recipe import Data, EvalText, Text, is_local
+
+HELD_OUT_SHARE = 0.1
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+_BATCH = 256  # documents tokenised at a time
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document belongs to the tenth that is held out where no evaluation text is given.
+
+    Decided by the document's content alone: the same in every run, in any order of files, and equal documents stay together.
+    """
+    return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+# --- documents -----------------------------------------------------------------------------------------------------------------
+
+
+def local_files(path: str) -> list[Path]:
+    """The text files that a local path, folder or glob names, sorted. Raises InputError where there are none."""
+    if any(sign in path for sign in "*?["):
+        files = sorted(Path(found) for found in glob.glob(path, recursive=True) if Path(found).is_file())
+        if not files:
+            raise InputError(f"data: {path}: no file matches this glob")
+    elif Path(path).is_dir():
+        files = sorted(found for found in Path(path).rglob("*") if found.is_file() and found.name.endswith(SUFFIXES))
+        if not files:
+            raise InputError(f"data: {path}: the folder holds no {', '.join(SUFFIXES)} file")
+    elif Path(path).is_file():
+        files = [Path(path)]
+    else:
+        raise InputError(f"data: {path}: no such file or folder")
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            raise InputError(f"data: {file}: unknown kind of text file; known: {', '.join(SUFFIXES)}")
+    return files
+
+
+def read_documents(source: Text | EvalText) -> Iterator[str]:
+    """The documents of a text source in order, empty ones left out. Raises InputError."""
+    assert source.path is not None
+    if is_local(source.path):
+        for file in local_files(source.path):
+            try:
+                yield from filter(str.strip, _read_file(file, source.text))
+            except (OSError, EOFError, UnicodeDecodeError) as error:
+                raise InputError(f"data: {file}: can't be read ({error})") from None
+    else:
+        yield from filter(str.strip, _read_dataset(source))
+
+
+def _read_file(file: Path, field: str) -> Iterator[str]:
+    if file.suffix == ".parquet":
+        yield from _read_parquet(file, field)
+        return
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        if ".jsonl" in file.suffixes:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _text_of(line, field, f"{file}, line {number}")
+        else:
+            paragraph: list[str] = []
+            for line in lines:
+                if line.strip():
+                    paragraph.append(line)
+                elif paragraph:
+                    yield "".join(paragraph).strip("\n")
+                    paragraph = []
+            yield "".join(paragraph).strip("\n")
+
+
+def _text_of(line: str, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"data: {where}: not valid JSON ({error.msg})") from None
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        known = f"; its fields are {', '.join(row)}" if isinstance(row, dict) else ""
+        raise InputError(
+            f"data: {where}: no text in the field {field!r}{known}. Name the field with data.train.text or --text-field"
+        )
+    return str(row[field])
+
+
+def _read_parquet(file: Path, field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        if field not in table.schema_arrow.names:
+            raise InputError(f"data: {file}: no column {field!r}; its columns are {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(columns=[field]):
+            yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
+    except pyarrow.ArrowException as error:
+        raise InputError(f"data: {file}: not a readable parquet file ({error})") from None
+
+
+def _read_dataset(source: Text | EvalText) -> Iterator[str]:
+    """Streams a dataset from the Hub: nothing is downloaded but what is read."""
+    import datasets
+
+    name = f"data: {source.path} (split {source.split})"
+    try:
+        rows = iter(datasets.load_dataset(source.path, split=source.split or "train", streaming=True))
+        for row in rows:
+            if not isinstance(row.get(source.text), str):
+                raise InputError(f"{name}: no text in the field {source.text!r}; its fields are {', '.join(row)}")
+            yield row[source.text]
+    except InputError:
+        raise
+    except Exception as error:  # datasets, fsspec and the HTTP client each have their own; the cause is in the words
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: neither a local path nor a dataset that can be read from the Hub: {reason}") from None
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Separators:
+    """Token ids that go before and after every document, and the one (if any) that marks a sequence's start."""
+
+    before: list[int]
+    after: list[int]
+    bos: int | None
+
+
+def separators(tokenizer: Any) -> Separators:
+    """What the tokenizer wants between documents: what it adds by itself, else BOS before each, else EOS after each."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain, special = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+    start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), None)
+    if start is not None and len(special) > len(plain):
+        return Separators(special[:start], special[start + len(plain) :], special[0] if start else bos)
+    if bos is not None:
+        return Separators([bos], [], bos)
+    return Separators([], [eos] if eos is not None else [], None)
+
+
+class _Writer:
+    """Tokenises documents into one flat file until it holds `limit` tokens; keeps count and fingerprint."""
+
+    def __init__(self, path: Path, tokenizer: Any, marks: Separators, limit: int) -> None:
+        self.file = path.open("wb")
+        self.tokenizer, self.marks, self.limit = tokenizer, marks, limit
+        self.dtype = token_dtype(len(tokenizer))
+        self.documents = self.tokens = 0
+        self.digest = hashlib.sha256()
+        self.pending: list[str] = []
+
+    def full(self) -> bool:
+        return self.tokens >= self.limit
+
+    def add(self, document: str) -> None:
+        self.pending.append(document)
+        if len(self.pending) >= _BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pending and not self.full():
+            encoded = self.tokenizer(self.pending, add_special_tokens=False, verbose=False)["input_ids"]
+            for document, plain in zip(self.pending, encoded, strict=True):
+                if self.full():
+                    break
+                ids = [*self.marks.before, *plain, *self.marks.after]
+                self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+                self.tokens += len(ids)
+                self.documents += 1
+                text = document.encode(errors="replace")
+                self.digest.update(len(text).to_bytes(8, "little") + text)
+        self.pending = []
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+def token_dtype(vocabulary: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What a report says of a text: `fingerprint` is the SHA-256 of the documents read, each after its length in bytes."""
+
+    path: str
+    fingerprint: str
+    tokens: int
+    documents: int
+    held_out_share: float | None = None
+    dropped_overlap: int = 0
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A text as token ids, (blocks, context), on disk."""
+
+    ids: np.ndarray[Any, np.dtype[Any]]
+    bos: int | None
+    info: TextInfo
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def context(self) -> int:
+        return int(self.ids.shape[1])
+
+    def take(self, rows: np.ndarray[Any, Any] | slice) -> Tensor:
+        """Blocks by row, (rows, context), int64."""
+        return torch.from_numpy(np.asarray(self.ids[rows], dtype=np.int64))
+
+    def counted(self, ids_BT: Tensor, mask_bos: bool) -> Tensor:
+        """Which positions count in loss and figures, (B, T) bool: with `mask_bos`, no BOS and no first position of a block."""
+        counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        if mask_bos:
+            counted_BT[:, 0] = False
+            if self.bos is not None:
+                counted_BT &= ids_BT != self.bos
+        return counted_BT
+
+
+def block_order(blocks: int, start: int, count: int, seed: int) -> np.ndarray[Any, Any]:
+    """Rows `start` to `start + count` of an endless order: all blocks once in a random order, then all again in another."""
+    rows = []
+    while count > 0:
+        epoch, offset = divmod(start, blocks)
+        order = np.random.default_rng([seed, epoch]).permutation(blocks)[offset : offset + count]
+        rows.append(order)
+        start, count = start + len(order), count - len(order)
+    return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+
+
+def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], None] = lambda line: None) -> tuple[Blocks, Blocks]:
+    """Training and evaluation blocks of a recipe, tokenised into `folder`, or read from there if an earlier call finished.
+
+    Raises InputError for a text that is empty, has a single document where some must be held out, or too few tokens for a block.
+    """
+    manifest = folder / "data.json"
+    marks = separators(tokenizer)
+    if not manifest.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        infos = _tokenise(data, tokenizer, marks, folder, notify)
+        temporary = manifest.with_suffix(".tmp")
+        temporary.write_text(json.dumps({part: asdict(info) for part, info in infos.items()}, indent=2))
+        temporary.replace(manifest)
+    dtype = token_dtype(len(tokenizer))
+    recorded = json.loads(manifest.read_text())
+    return (
+        _open(folder / "train.tokens", dtype, data.context, marks.bos, TextInfo(**recorded["train"])),
+        _open(folder / "eval.tokens", dtype, data.context, marks.bos, TextInfo(**recorded["eval"])),
+    )
+
+
+def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path) -> Blocks:
+    """The blocks of one text, all of it up to `source.tokens`. Raises InputError where it makes no block."""
+    marks = separators(tokenizer)
+    writer = _Writer(folder / "eval.tokens", tokenizer, marks, source.tokens)
+    for document in read_documents(source):
+        writer.add(document)
+        if writer.full():
+            break
+    writer.close()
+    assert source.path is not None
+    _check_length(source.path, writer, context)
+    info = TextInfo(_shown(source.path), writer.digest.hexdigest(), writer.tokens, writer.documents)
+    return _open(folder / "eval.tokens", writer.dtype, context, marks.bos, info)
+
+
+def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, TextInfo]:
+    train = _Writer(folder / "train.tokens", tokenizer, marks, data.tokens)
+    held_out = _Writer(folder / "eval.tokens", tokenizer, marks, data.eval.tokens)
+    try:
+        if data.eval.path is not None:
+            dropped = _fill_separate(data, train, held_out, notify)
+        else:
+            dropped = _fill_split(data, train, held_out, notify)
+    finally:
+        train.close()
+        held_out.close()
+    _check_length(data.train.path, train, data.context)
+    _check_length(data.eval.path or f"the documents held out of {data.train.path}", held_out, data.context)
+    share = None if data.eval.path is not None else HELD_OUT_SHARE
+    return {
+        "train": TextInfo(_shown(data.train.path), train.digest.hexdigest(), train.tokens, train.documents, None, dropped),
+        "eval": TextInfo(
+            _shown(data.eval.path or data.train.path), held_out.digest.hexdigest(), held_out.tokens, held_out.documents, share
+        ),
+    }
+
+
+def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
+    """Evaluation text of its own; training documents that occur in it are dropped. Returns how many."""
+    notify(f"reading {_shown(data.eval.path or '')}")
+    seen: set[bytes] = set()
+    for document in read_documents(data.eval):
+        held_out.add(document)
+        seen.add(hashlib.sha256(document.encode(errors="replace")).digest())
+        if held_out.full():
+            break
+    held_out.flush()
+    notify(f"reading {_shown(data.train.path)}")
+    dropped = 0
+    for document in read_documents(data.train):
+        if hashlib.sha256(document.encode(errors="replace")).digest() in seen:
+            dropped += 1
+            continue
+        train.add(document)
+        if train.full():
+            break
+    if train.documents == 0 and not train.pending and dropped:
+        raise InputError(
+            f"data.train: {data.train.path}: all of its {dropped} documents are in the evaluation text too; give another text for one"
+        )
+    return dropped
+
+
+def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
+    """One text for both: a tenth of the documents, by content, is held out."""
+    notify(f"reading {_shown(data.train.path)}, holding out a tenth of the documents")
+    first: str | None = None
+    others = False
+    for document in read_documents(data.train):
+        first = document if first is None else first
+        others |= document != first
+        (held_out if is_held_out(document) else train).add(document)
+        if train.full() and held_out.full():
+            break
+    if first is not None and not others:
+        raise InputError(
+            f"data.train: {data.train.path}: a single document, so none can be held out to evaluate on; give more documents"
+            " (in .txt files a blank line separates them) or set data.eval.path"
+        )
+    for empty, other in ((held_out, train), (train, held_out)):
+        if not empty.documents and not empty.pending and other.pending:  # so few documents that chance put all on one side
+            moved = min(set(other.pending), key=lambda text: hashlib.sha256(text.encode(errors="replace")).digest())
+            empty.pending = [text for text in other.pending if text == moved]
+            other.pending = [text for text in other.pending if text != moved]
+    return 0
+
+
+def _check_length(path: str, writer: _Writer, context: int) -> None:
+    if writer.documents == 0:
+        raise InputError(f"data: {path}: the text is empty")
+    if writer.tokens < context:
+        raise InputError(
+            f"data: {path}: {writer.tokens} tokens in {writer.documents} documents are less than one block of {context};"
+            " give more text or lower data.context"
+        )
+
+
+def _shown(path: str) -> str:
+    return Path(path).name if is_local(path) else path
+
+
+def _open(path: Path, dtype: np.dtype[Any], context: int, bos: int | None, info: TextInfo) -> Blocks:
+    count = path.stat().st_size // dtype.itemsize // context
+    return Blocks(np.memmap(path, dtype=dtype, mode="r", shape=(count, context)), bos, info)

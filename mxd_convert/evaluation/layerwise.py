@@ -1,0 +1,125 @@
+"""Figures of one layer on the base model's own activations: FVU, L0, dead experts, gate share, identity share.
+
+Let g = C^T a, u = D^T z, y = g * u and s = sum_n a_n. All sums are float64 and streamed over the evaluation's tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxd_convert.modeling.modeling_mxd import MxD
+
+
+class _Variance:
+    """Fraction of variance unexplained, streamed."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.error = torch.zeros((), dtype=torch.float64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums_O = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, output_BO: Tensor, target_BO: Tensor) -> None:
+        self.tokens += len(target_BO)
+        self.error += (output_BO - target_BO).square().sum()
+        self.squares += target_BO.square().sum()
+        self.sums_O += target_BO.sum(0)
+
+    def fvu(self) -> float:
+        variance = self.squares - self.sums_O.square().sum() / max(self.tokens, 1)
+        return (self.error / variance.clamp_min(1e-30)).item()
+
+    def mean_O(self) -> Tensor:
+        return self.sums_O / max(self.tokens, 1)
+
+
+class LayerFigures:
+    """Streams the figures of one layer. `add` takes the base's activations, `report` gives the numbers."""
+
+    def __init__(self, layer: MxD) -> None:
+        self.layer = layer
+        device = layer.experts.device
+        self.masked, self.all = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
+        self.active = torch.zeros((), dtype=torch.float64, device=device)
+        self.fired_N = torch.zeros(layer.n_experts, dtype=torch.bool, device=device)
+        # moments over tokens, for each output, of the features (1, u, s u) and y
+        names = ("u", "v", "y", "uu", "uv", "vv", "uy", "vy", "yy")
+        self.moments = {name: torch.zeros(layer.d_out, dtype=torch.float64, device=device) for name in names}
+
+    @torch.no_grad()
+    def add(self, x_BI: Tensor, y_BO: Tensor, counted_B: Tensor) -> None:
+        layer = self.layer
+        codes = layer.encode(x_BI)
+        values = codes if isinstance(codes, Tensor) else codes[0]
+        gain_BO, linear_BO = layer.gain(codes).double(), layer.decoder(layer.hidden(x_BI)).double()
+        product_BO = gain_BO * linear_BO
+        output_BO = product_BO + layer.output_bias.double()
+        if layer.skip is not None:
+            output_BO = output_BO + layer.skip(x_BI).double()
+        y_BO = y_BO.double()
+        self.all.add(output_BO, y_BO)
+        self.masked.add(output_BO[counted_B], y_BO[counted_B])
+        firing = (values > 0) & counted_B.unsqueeze(-1)
+        self.active += firing.sum()
+        if isinstance(codes, Tensor):
+            self.fired_N |= firing.any(0)
+        else:
+            self.fired_N[codes[1][firing]] = True
+        strength_B1 = values.double().sum(-1, keepdim=True)
+        u, y = linear_BO[counted_B], product_BO[counted_B]
+        v = strength_B1[counted_B] * u
+        features = {"u": u, "v": v, "y": y}
+        for name in self.moments:
+            product = features[name[0]] * features[name[1]] if len(name) == 2 else features[name]
+            self.moments[name] += product.sum(0)
+
+    def report(self) -> dict[str, float]:
+        return {
+            "fvu": self.masked.fvu(),
+            "fvu_with_bos": self.all.fvu(),
+            "l0": (self.active / max(self.masked.tokens, 1)).item(),
+            "dead_fraction": 1.0 - self.fired_N.double().mean().item(),
+        }
+
+    def shares(self) -> dict[str, float]:
+        """gate_share: share of the variance of g*u beyond the best constant gain. identity_share: beyond the best gain linear in s.
+
+        Near 0 the gain is constant, so the experts do nothing; an identity share near 0 beside a gate share above it says that
+        the experts only turn the volume, whichever of them fire.
+        """
+        return shares(self.moments, self.masked.tokens)
+
+
+def shares(moments: dict[str, Tensor], tokens: int) -> dict[str, float]:
+    mean = {name: value / max(tokens, 1) for name, value in moments.items()}
+
+    def covariance(a: str, b: str) -> Tensor:
+        return mean["".join(sorted(a + b))] - mean[a] * mean[b]
+
+    total_O = covariance("y", "y").clamp_min(0)
+    whole = total_O.sum()
+    if whole <= 0:
+        return {"gate_share": 0.0, "identity_share": 0.0}
+    constant_O = _explained_variance([covariance("u", "u")], [covariance("u", "y")])
+    features = [covariance("u", "u"), covariance("u", "v"), covariance("v", "v")]
+    linear_O = _explained_variance(features, [covariance("u", "y"), covariance("v", "y")])
+    # rounding can put an explained share just above one, and the richer fit just below the poorer
+    gate = (1.0 - (constant_O.sum() / whole)).clamp(0.0, 1.0).item()
+    identity = (1.0 - (linear_O.sum() / whole)).clamp(0.0, gate).item()
+    return {"gate_share": gate, "identity_share": identity}
+
+
+def _explained_variance(features: list[Tensor], target: list[Tensor]) -> Tensor:
+    """Variance explained by least squares with an intercept, for each output. features: the upper triangle of their covariance."""
+    size = len(target)
+    matrix: Any = torch.zeros(*target[0].shape, size, size, dtype=torch.float64, device=target[0].device)
+    pairs = [(i, j) for i in range(size) for j in range(i, size)]
+    for (i, j), value in zip(pairs, features, strict=True):
+        matrix[..., i, j] = matrix[..., j, i] = value
+    vector = torch.stack(target, -1)
+    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
+    # scaled to unit diagonal, so that the pseudo-inverse's cut-off does not depend on the units of u and s
+    scaled = torch.linalg.pinv(scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2), hermitian=True, rtol=1e-10)
+    vector = vector * scale
+    return (vector.unsqueeze(-2) @ scaled @ vector.unsqueeze(-1)).squeeze(-1).squeeze(-1)

@@ -1,0 +1,230 @@
+"""The evaluation: one pass for the base's activations, then every variant of the model on the same tokens.
+
+All variants see the same blocks, so differences of cross-entropy are paired. Figures are of the models handed in: `evaluate`
+loads both from disk.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from mxd_convert.architectures import Site, find_sites
+from mxd_convert.base import load_base, load_tokenizer
+from mxd_convert.checkpoint import base_of, load_checkpoint
+from mxd_convert.data import Blocks, prepare_eval
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.layerwise import LayerFigures
+from mxd_convert.evaluation.verdict import verdict
+from mxd_convert.harvest import recording
+from mxd_convert.modeling.modeling_mxd import MxD
+from mxd_convert.recipe import EvalText
+from mxd_convert.surgery import Constant, permuted_experts, replaced
+
+PERMUTATIONS = 3
+_LOGITS = 2**23  # of one batch
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path,
+    tokens: int = 262_144,
+    text_field: str = "text",
+    base: str | None = None,
+    device: str = "cpu",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The report's fidelity and reliance parts for a checkpoint, loaded from disk, on a text.
+
+    data: a local text file, folder or glob. tokens: how many to use at most. base: the base model, where not the recorded one.
+    Returns {"data": ..., "fidelity": ..., "reliance": ...}, keys as in docs/report.md. Raises InputError.
+    """
+    if tokens < 2:
+        raise InputError(f"--tokens {tokens}: give at least one block of tokens")
+    converted = load_checkpoint(checkpoint, dtype="float32")
+    original = load_base(base_of(checkpoint, base), dtype="float32")
+    context, mask_bos = _settings(Path(checkpoint))
+    sites = find_sites(original, original.config, sorted(converted.mxd_layers()))
+    with tempfile.TemporaryDirectory() as folder:
+        source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=max(tokens, context))
+        blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
+        figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=torch.device(device), quiet=quiet)
+    return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": blocks.info.tokens}, **figures}
+
+
+def _settings(folder: Path) -> tuple[int, bool]:
+    """Block length and masking as in the recipe that travels with the checkpoint, or the defaults."""
+    path = folder / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return int(recipe.get("data", {}).get("context", 128)), bool(recipe.get("train", {}).get("mask_bos", True))
+
+
+@torch.no_grad()
+def evaluate_models(
+    base: Any,
+    converted: Any,
+    sites: list[Site],
+    blocks: Blocks,
+    mask_bos: bool = True,
+    device: torch.device | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Fidelity and reliance of `converted` (with MxD layers at `sites`) against `base` on all of `blocks`, at most a block's rest left out."""
+    device = device or torch.device("cpu")
+    base, converted = base.to(device), converted.to(device)
+    layers: dict[int, MxD] = converted.mxd_layers()
+    rows = max(1, min(64, _LOGITS // (blocks.context * base.config.get_text_config().vocab_size)))
+    batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
+    variants = 3 + len(sites) * (3 + PERMUTATIONS)
+    with _progress(len(batches) * (1 + variants), quiet) as advance:
+        figures = {index: LayerFigures(layer) for index, layer in layers.items()}
+        for batch in batches:
+            _activations(base, sites, blocks.take(batch).to(device), blocks, mask_bos, figures)
+            advance()
+        totals = _Totals(device)
+        for batch in batches:
+            ids_BT = blocks.take(batch).to(device)
+            _compare(base, converted, ids_BT, totals)
+            for name, context in _variants(base, sites, layers, figures):
+                with context:
+                    totals.add_cross_entropy(name, base(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+                advance()
+    return _report(sites, figures, totals)
+
+
+def _activations(
+    base: Any, sites: list[Site], ids_BT: Tensor, blocks: Blocks, mask_bos: bool, figures: dict[int, LayerFigures]
+) -> None:
+    counted_B = blocks.counted(ids_BT, mask_bos).flatten()
+    with recording(base, sites) as seen:
+        base(input_ids=ids_BT, use_cache=False)
+        for index, activations in seen.items():
+            figures[index].add(activations.inputs.flatten(0, 1), activations.outputs.flatten(0, 1), counted_B)
+
+
+class _Totals:
+    """Sums over predicted tokens."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokens = 0
+        self.sums: dict[str, Tensor] = {}
+        self.device = device
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.double()
+
+    def add_cross_entropy(self, name: str, logits_BTV: Tensor, ids_BT: Tensor) -> None:
+        logits, targets = logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()
+        self.add(name, nn.functional.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64))
+
+    def mean(self, name: str) -> float:
+        return (self.sums[name] / self.tokens).item()
+
+
+def _compare(base: Any, converted: Any, ids_BT: Tensor, totals: _Totals) -> None:
+    theirs = base(input_ids=ids_BT, use_cache=False).logits
+    ours = converted(input_ids=ids_BT, use_cache=False).logits
+    totals.tokens += ids_BT[:, 1:].numel()
+    totals.add_cross_entropy("base", theirs, ids_BT)
+    totals.add_cross_entropy("converted", ours, ids_BT)
+    theirs, ours = theirs[:, :-1].float().log_softmax(-1), ours[:, :-1].float().log_softmax(-1)
+    totals.add("kl", (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+    totals.add("top1", (theirs.argmax(-1) == ours.argmax(-1)).sum())
+
+
+def _variants(
+    base: Any, sites: list[Site], layers: dict[int, MxD], figures: dict[int, LayerFigures]
+) -> Iterator[tuple[str, Any]]:
+    """(name, context) for every variant of the base model: ablations, and one layer converted at a time, as it is and permuted."""
+    zeros = {site.index: Constant(torch.zeros(site.d_out, device=layers[site.index].experts.device)) for site in sites}
+    # the base's own mean output; of the tokens that count, so that a sink does not set it
+    means = {site.index: Constant(figures[site.index].masked.mean_O().float()) for site in sites}
+    yield "zero", replaced(base, {site.path: zeros[site.index] for site in sites})
+    yield "mean", replaced(base, {site.path: means[site.index] for site in sites})
+    for site in sites:
+        index, layer = site.index, layers[site.index]
+        yield f"{index}/alone", replaced(base, {site.path: layer})
+        yield f"{index}/zero", replaced(base, {site.path: zeros[index]})
+        yield f"{index}/mean", replaced(base, {site.path: means[index]})
+        for number in range(PERMUTATIONS):
+            order_N = _permutation(figures[index].fired_N, number)
+            yield f"{index}/permuted", _both(replaced(base, {site.path: layer}), permuted_experts(layer, order_N))
+
+
+@contextmanager
+def _both(first: Any, second: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(first)
+        stack.enter_context(second)
+        yield
+
+
+def _permutation(fired_N: Tensor, number: int) -> Tensor:
+    """An order of the experts in which those that fired are permuted among themselves."""
+    alive = fired_N.nonzero().squeeze(-1).cpu()
+    order_N = torch.arange(len(fired_N))
+    order_N[alive] = alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(number))]
+    return order_N.to(fired_N.device)
+
+
+def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: _Totals) -> dict[str, Any]:
+    base, converted = totals.mean("base"), totals.mean("converted")
+    rises = {site.index: totals.mean(f"{site.index}/alone") - base for site in sites}
+    fidelity_layers, reliance_layers = {}, {}
+    for index, rise in rises.items():
+        zero, mean = totals.mean(f"{index}/zero"), totals.mean(f"{index}/mean")
+        alone = base + rise
+        fidelity_layers[str(index)] = {
+            **figures[index].report(),
+            "delta_ce": rise,
+            "recovered_zero": _recovered(alone, base, zero),
+            "recovered_mean": _recovered(alone, base, mean),
+        }
+        permuted = totals.mean(f"{index}/permuted") / PERMUTATIONS
+        necessity = (permuted - alone) / (zero - alone) if zero != alone else None
+        reliance_layers[str(index)] = {**figures[index].shares(), "routing_necessity": necessity}
+    zero, mean = totals.mean("zero"), totals.mean("mean")
+    alone_sum = sum(rises.values())
+    return {
+        "fidelity": {
+            "tokens": totals.tokens,
+            "ce_base": base,
+            "ce_converted": converted,
+            "delta_ce": converted - base,
+            "ce_zero_ablation": zero,
+            "ce_mean_ablation": mean,
+            "recovered_zero": _recovered(converted, base, zero),
+            "recovered_mean": _recovered(converted, base, mean),
+            "kl": totals.mean("kl"),
+            "top1_agreement": totals.mean("top1"),
+            "compounding": (converted - base) / alone_sum if alone_sum > 0 else None,
+            "layers": fidelity_layers,
+        },
+        "reliance": {"layers": reliance_layers, "verdict": verdict(reliance_layers)},
+    }
+
+
+def _recovered(value: float, base: float, ablated: float) -> float | None:
+    """The share of the ablation's rise that is not there: 1 is the base model, 0 the ablation. None where the ablation costs nothing."""
+    return 1.0 - (value - base) / (ablated - base) if ablated != base else None
+
+
+@contextmanager
+def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        if not quiet:
+            print("evaluating on held-out text", file=sys.stderr, flush=True)
+        yield lambda: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,59 @@
+"""Text from a converted checkpoint, steered if asked."""
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from mxd_convert.base import load_tokenizer, quiet
+from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.steering import steer
+
+
+def parse_steering(text: str) -> tuple[int, int, float]:
+    """`"2:17:+10"` -> (layer 2, expert 17, add 10.0). Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+):(\d+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text)
+    if match is None:
+        raise InputError(f"--steer {text}: write it as LAYER:EXPERT:AMOUNT, for example --steer 2:17:+10")
+    return int(match[1]), int(match[2]), float(match[3])
+
+
+def generate(
+    checkpoint: str | Path,
+    prompt: str,
+    steering: list[tuple[int, int, float]] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The prompt continued by a converted checkpoint.
+
+    steering: (layer, expert, amount added to its coefficient). temperature: 0 takes the most likely token each time.
+    Raises InputError.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {max_new_tokens}: ask for at least one")
+    if temperature < 0:
+        raise InputError(f"--temperature {temperature}: give 0 (most likely token) or more")
+    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(str(checkpoint))
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] == 0:
+        if tokenizer.bos_token_id is None:
+            raise InputError("--prompt: the prompt is empty and the tokenizer has no BOS token to start from")
+        inputs = {"input_ids": torch.tensor([[tokenizer.bos_token_id]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+    room = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(room, int) and inputs["input_ids"].shape[1] + max_new_tokens > room:
+        length = inputs["input_ids"].shape[1]
+        raise InputError(
+            f"the prompt's {length} tokens and {max_new_tokens} new ones are more than the model's {room}; shorten one"
+        )
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        for layer, expert, amount in steering or []:
+            stack.enter_context(steer(model, layer, expert, add=amount))
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

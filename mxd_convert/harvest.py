@@ -1,0 +1,56 @@
+"""One forward of the base model -> (input, output) of every chosen MLP."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxd_convert.architectures import Site
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one MLP saw and returned: (B, T, I) and (B, T, O)."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+class _Enough(Exception):
+    """Raised by the hook of the last MLP needed, to stop the forward there."""
+
+
+@contextmanager
+def recording(model: nn.Module, sites: list[Site], stop_early: bool = False) -> Iterator[dict[int, Activations]]:
+    """Within it, every forward of `model` leaves the activations of the sites, by layer index, in the yielded dict.
+
+    With `stop_early` the forward ends (by an exception that `harvest` catches) once all sites have been seen.
+    """
+    seen: dict[int, Activations] = {}
+
+    def hook(index: int) -> Any:
+        def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+            inputs = arguments[0] if arguments else next(iter(keywords.values()))
+            seen[index] = Activations(inputs.detach(), output.detach())
+            if stop_early and len(seen) == len(sites):
+                raise _Enough
+
+        return record
+
+    handles = [model.get_submodule(site.path).register_forward_hook(hook(site.index), with_kwargs=True) for site in sites]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def harvest(model: nn.Module, sites: list[Site], ids_BT: Tensor) -> dict[int, Activations]:
+    """The activations of all sites from one forward, which stops after the last of them."""
+    with recording(model, sites, stop_early=True) as seen, suppress(_Enough):
+        model(input_ids=ids_BT, use_cache=False)
+    return seen

@@ -1,0 +1,28 @@
+"""Expert counts at which an MxD has as many parameters as a transcoder (paper, section 4.1; FIELD: exact matching)."""
+
+
+def transcoder_parameters(d_in: int, d_out: int, width: int) -> int:
+    """Parameters of a transcoder of `width` latents: encoder and decoder with a bias each."""
+    return width * (d_in + 1) + width * d_out + d_out
+
+
+def mxd_parameters(d_in: int, d_hidden: int, d_out: int, n_experts: int, glu: bool = False, skip: bool = False) -> int:
+    """Parameters of an MxD layer: encoder(s), decoder, gate, experts, output bias, and the skip path if it has one."""
+    encoder = (2 if glu else 1) * d_hidden * (d_in + 1)
+    return encoder + d_hidden * d_out + n_experts * (d_in + 1) + n_experts * d_out + d_out + (d_in * d_out if skip else 0)
+
+
+def matched_experts(d_in: int, d_hidden: int, d_out: int, glu: bool = False, skip: bool = False, expansion: int = 32) -> int:
+    """The largest N at which an MxD has no more parameters than a transcoder of width `expansion` x `d_in`.
+
+    With `skip` both have a linear path, which cancels. Raises ValueError where not even one expert fits.
+    """
+    width = expansion * d_in
+    room = transcoder_parameters(d_in, d_out, width) - mxd_parameters(d_in, d_hidden, d_out, 0, glu)
+    n_experts = room // (d_in + d_out + 1)
+    if n_experts < 1:
+        raise ValueError(
+            f"layer.expansion: a transcoder of width {width} has fewer parameters than an MxD without experts;"
+            " raise layer.expansion or set layer.experts"
+        )
+    return n_experts

@@ -1,0 +1,238 @@
+"""plan -> train -> assemble -> evaluate -> report, each stage resumable.
+
+Everything is written into `<output>.partial`, and the finished checkpoint is renamed from there, so a folder either holds a whole
+result or is not there.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock, Timeout
+
+from mxd_convert.base import load_base, load_tokenizer, model_sha256, quiet
+from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
+from mxd_convert.data import Blocks, prepare
+from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.evaluation import evaluate_models
+from mxd_convert.plan import Plan, check_space, make_plan
+from mxd_convert.recipe import Recipe, is_local
+from mxd_convert.recipe_file import load_recipe
+from mxd_convert.report import build_report, write_card, write_plots
+from mxd_convert.surgery import convert as put_layers
+from mxd_convert.training import Trained, train_layers
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished conversion. report: the content of mxd_report.json. already_finished: it was there before this call."""
+
+    output: Path
+    report: dict[str, Any]
+    already_finished: bool = False
+
+
+def convert(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    output: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Runs a recipe from beginning to end, or goes on with a run of it that was cut off.
+
+    recipe: a file, the name of a shipped recipe, a mapping or a Recipe. output: the finished checkpoint's folder, in place of the
+    recipe's. overrides: {"train.lr": 1e-3}. fresh: start over, whatever is there. quiet: nothing on stderr.
+    Raises InputError for whatever the user can put right, KeyboardInterrupt (resumable) when interrupted.
+    """
+    settings = dict(overrides or {})
+    if output is not None:
+        settings["output.dir"] = str(Path(output).expanduser().absolute())
+    if isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe.model_dump(), settings)
+    else:
+        recipe = load_recipe(recipe, settings)
+    run = _Conversion(make_plan(recipe), fresh, quiet)
+    if (finished := run.finished()) is not None:
+        return finished
+    with disk_guard(run.output), run.locked():
+        return run.go()
+
+
+class _Conversion:
+    def __init__(self, plan: Plan, fresh: bool, quiet: bool) -> None:
+        self.plan, self.recipe, self.fresh, self.quiet = plan, plan.recipe, fresh, quiet
+        self.output = plan.output
+        self.work = self.output.with_name(f"{self.output.name}.partial")
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    # --- where the result goes -------------------------------------------------------------------------------------------------
+
+    def finished(self) -> Result | None:
+        """The result if this very recipe has finished before. Raises InputError where something else is in the way."""
+        if self.output.is_file():
+            raise InputError(f"output.dir: {self.output} is a file; choose another output.dir")
+        report = self.output / REPORT
+        if self.fresh or not self.output.exists() or not any(self.output.iterdir()):
+            return None
+        if not report.is_file():
+            raise InputError(
+                f"output.dir: {self.output} holds something that is not a finished checkpoint; choose another output.dir, or --fresh to replace it"
+            )
+        content = json.loads(report.read_text())
+        if content.get("recipe_sha256") != self.recipe.published_sha256():
+            raise InputError(
+                f"output.dir: {self.output} holds the result of another recipe; choose another output.dir, or --fresh to replace it"
+            )
+        return Result(self.output, content, already_finished=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, no other run works on this output. The lock goes with the process, however it ends."""
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.work / "lock", timeout=0)
+            with lock:
+                yield
+        except Timeout:
+            raise InputError(
+                f"output.dir: {self.output} is in use by another run; wait for it, or choose another output.dir"
+            ) from None
+        except PermissionError as error:
+            raise InputError(f"output.dir: {error.filename or self.output} can't be written; choose another output.dir") from None
+
+    def _claim(self) -> None:
+        """Makes the work folder this recipe's: cleared with --fresh, refused where it belongs to another."""
+        mark = self.work / "fingerprint"
+        ours = self.recipe.fingerprint()
+        if self.fresh:
+            for path in self.work.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif mark.is_file() and mark.read_text() != ours:
+            raise InputError(
+                f"output.dir: {self.work} holds an unfinished run of another recipe; --fresh to start over, or choose another output.dir"
+            )
+        mark.write_text(ours)
+
+    # --- the stages ------------------------------------------------------------------------------------------------------------
+
+    def go(self) -> Result:
+        self._claim()
+        if not (self.work / "state").is_dir():
+            check_space(self.plan)
+        for warning in self.plan.warnings:
+            self.say(f"warning: {warning}")
+        base_settings = self.recipe.base
+        tokenizer = load_tokenizer(base_settings.model, base_settings.revision, base_settings.trust_remote_code)
+        train, held_out = prepare(self.recipe.data, tokenizer, self.work / "data", self.say)
+        self.say(self._summary(train, held_out))
+        trained, accelerator = self._train(train)
+        original = load_base(base_settings, dtype="auto")
+        origin = {
+            "model": Path(base_settings.model).name if is_local(base_settings.model) else base_settings.model,
+            "revision": base_settings.revision or getattr(original.config, "_commit_hash", None),
+            "sha256": model_sha256(original),
+            "local": is_local(base_settings.model),
+        }
+        folder = self._assemble(original, trained, origin, tokenizer)
+        del original
+        figures = self._evaluate(folder, held_out, accelerator)
+        report = build_report(self.plan, origin, train, held_out, trained, figures)
+        self._write_report(folder, report, origin)
+        self._publish(folder)
+        return Result(self.output, report)
+
+    def _summary(self, train: Blocks, held_out: Blocks) -> str:
+        layers = self.plan.layers
+        resolved = self.recipe.train
+        return (
+            f"{len(layers)} layers, {layers[0].experts:,} experts each, {layers[0].k} active;"
+            f" {self.plan.steps:,} steps of {resolved.batch_tokens:,} tokens (lr {resolved.lr:g}, {resolved.schedule});"
+            f" {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
+        )
+
+    def _train(self, blocks: Blocks) -> tuple[Trained, Accelerator]:
+        accelerator = _accelerator(self.recipe, self.work)
+        base = load_base(self.recipe.base)
+        trained = train_layers(self.recipe, base, self.plan.sites, self.plan.experts, blocks, self.work, accelerator, self.quiet)
+        if self.recipe.train.tracker != "none":
+            accelerator.end_training()
+        return trained, accelerator
+
+    def _assemble(self, original: Any, trained: Trained, origin: dict[str, Any], tokenizer: Any) -> Path:
+        folder = self.work / "checkpoint"
+        if folder.exists():
+            shutil.rmtree(folder)
+        with quiet():
+            put_layers(original, trained.layers, origin).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    def _evaluate(self, folder: Path, held_out: Blocks, accelerator: Accelerator) -> dict[str, Any]:
+        converted = load_checkpoint(folder, dtype="float32")
+        base = load_base(self.recipe.base, dtype="float32")
+        return evaluate_models(
+            base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, accelerator.device, self.quiet
+        )
+
+    def _write_report(self, folder: Path, report: dict[str, Any], origin: dict[str, Any]) -> None:
+        recipe_yaml = self.recipe.to_yaml()
+        (folder / "recipe.yaml").write_text(recipe_yaml)
+        shutil.copyfile(self.work / "training_log.jsonl", folder / "training_log.jsonl")
+        if origin["local"]:
+            (folder / LOCAL).write_text(json.dumps({"base": self.recipe.base.model}, indent=2) + "\n")
+        write_plots(folder, report, folder / "training_log.jsonl")
+        write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+
+    def _publish(self, folder: Path) -> None:
+        """Renames the finished checkpoint into place; an older result is kept until the new one is there."""
+        os.umask(mask := os.umask(0))
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        old = self.output.with_name(f"{self.output.name}.old")
+        if self.output.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            self.output.rename(old)
+        folder.rename(self.output)
+        for leftover in (old, self.work):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    # accelerate keeps one state a process: without this, a second conversion would run with the first one's precision
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    tracker = recipe.train.tracker
+    try:
+        accelerator = Accelerator(
+            cpu=recipe.train.device == "cpu",
+            mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
+            log_with=None if tracker == "none" else tracker,
+            project_dir=str(folder / "tracker"),
+        )
+        if tracker != "none":
+            accelerator.init_trackers("mxd-convert", config={"recipe": recipe.to_yaml()})
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"train.tracker: {tracker} can't be used ({str(error).splitlines()[0]}); install it, or set train.tracker: none"
+        ) from None
+    torch.manual_seed(recipe.train.seed)
+    return accelerator

@@ -1,0 +1,194 @@
+"""Plan before work: what a recipe comes to for its base model, known from the base's config before any weight is loaded."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+
+from mxd_convert.architectures import Site, architecture_of, find_sites
+from mxd_convert.base import empty_model, load_config, untied_tensors
+from mxd_convert.data import local_files
+from mxd_convert.errors import InputError
+from mxd_convert.layers import matched_experts, mxd_parameters
+from mxd_convert.recipe import Recipe, is_local, layer_indices
+from mxd_convert.training.presets import resolve_train, steps_of
+
+GROWTH_WARNING = 3.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to convert. parameters: of the MxD; mlp_parameters: of the MLP that it replaces."""
+
+    index: int
+    d_in: int
+    d_hidden: int
+    d_out: int
+    activation: str
+    glu: bool
+    experts: int
+    k: int
+    parameters: int
+    mlp_parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to. Sizes in bytes, `flops_per_token` forward and backward of all layers and the base's forward."""
+
+    recipe: Recipe
+    sites: list[Site]
+    layers: list[LayerPlan]
+    base_parameters: int
+    converted_parameters: int
+    steps: int
+    tokens: int
+    training_bytes: int
+    disk_bytes: int
+    flops_per_token: int
+    warnings: list[str]
+
+    @property
+    def experts(self) -> dict[int, int]:
+        return {layer.index: layer.experts for layer in self.layers}
+
+    @property
+    def output(self) -> Path:
+        assert self.recipe.output.dir is not None
+        return Path(self.recipe.output.dir)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON has it, the recipe in its published form."""
+        keys = (
+            "base_parameters",
+            "converted_parameters",
+            "steps",
+            "tokens",
+            "training_bytes",
+            "disk_bytes",
+            "flops_per_token",
+            "warnings",
+        )
+        return {
+            "recipe": self.recipe.published(),
+            "layers": [asdict(layer) for layer in self.layers],
+            **{key: getattr(self, key) for key in keys},
+        }
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Resolves a recipe against its base model: which MLPs, how many experts, settings of the preset, size and work.
+
+    Reads the base's config only. Raises InputError for whatever in the recipe does not fit the model.
+    """
+    _check_settings(recipe)
+    config = load_config(recipe.base)
+    architecture_of(config)
+    try:
+        indices = layer_indices(recipe.layers, config.num_hidden_layers)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.data.context > limit:
+        raise InputError(f"data.context: {recipe.data.context} tokens are more than the base model's {limit}; lower data.context")
+    model = empty_model(config)
+    sites = find_sites(model, config, indices)
+    layers = [_plan_layer(recipe, site, model) for site in sites]
+    recipe = _complete(recipe, layers)
+    assert recipe.train.batch_tokens is not None
+    step_tokens = recipe.train.batch_tokens // recipe.data.context * recipe.data.context
+    steps = steps_of(recipe.data.tokens, recipe.train.batch_tokens, recipe.data.context)
+    base_parameters = sum(tensor.numel() for tensor in untied_tensors(model).values())
+    converted = base_parameters + sum(layer.parameters - layer.mlp_parameters for layer in layers)
+    trained = sum(layer.parameters for layer in layers)
+    widest = max(layer.experts + 6 * layer.d_hidden + 12 * layer.d_out for layer in layers)
+    width = 2 if recipe.base.dtype in ("bfloat16", "float16") else 4
+    return Plan(
+        recipe=recipe,
+        sites=sites,
+        layers=layers,
+        base_parameters=base_parameters,
+        converted_parameters=converted,
+        steps=steps,
+        tokens=steps * step_tokens,
+        # weights, gradients and two moments in float32; the base; the largest layer's activations, forward and backward
+        training_bytes=16 * trained + width * base_parameters + 3 * 4 * step_tokens * widest,
+        # the checkpoint; two saved states, and a third while it is written; token ids
+        disk_bytes=4 * converted
+        + 3 * 12 * trained
+        + 4 * (min(recipe.data.tokens, steps * step_tokens) + recipe.data.eval.tokens),
+        flops_per_token=2 * base_parameters + 6 * sum(layer.parameters for layer in layers),
+        warnings=_warnings(recipe, base_parameters, converted, steps),
+    )
+
+
+def _check_settings(recipe: Recipe) -> None:
+    """What can be told without the base model: before anything heavy is loaded."""
+    if recipe.layer.activation is not None and recipe.layer.activation not in ACT2FN:
+        raise InputError(
+            f"layer.activation: {recipe.layer.activation!r} is not one that transformers names, such as gelu, relu or silu"
+        )
+    for key, path in (("data.train", recipe.data.train.path), ("data.eval", recipe.data.eval.path)):
+        if path is not None and is_local(path):
+            try:
+                local_files(path)
+            except InputError as error:
+                raise InputError(str(error).replace("data:", f"{key}.path:", 1)) from None
+    device = recipe.train.device
+    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"train.device: {device} is not available on this machine; set it to auto or cpu")
+
+
+def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan:
+    hidden = recipe.layer.hidden or site.d_hidden
+    try:
+        experts = recipe.layer.experts
+        if experts == "auto":
+            experts = matched_experts(site.d_in, hidden, site.d_out, site.glu, recipe.layer.skip, recipe.layer.expansion)
+    except ValueError as error:
+        raise InputError(f"layer {site.index}: {error}") from None
+    if recipe.layer.k > experts:
+        raise InputError(
+            f"layer.k: {recipe.layer.k} active experts of only {experts} in layer {site.index}; lower layer.k or raise layer.expansion"
+        )
+    parameters = mxd_parameters(site.d_in, hidden, site.d_out, experts, site.glu, recipe.layer.skip)
+    mlp = sum(parameter.numel() for parameter in model.get_submodule(site.path).parameters())
+    activation = recipe.layer.activation or site.activation
+    return LayerPlan(site.index, site.d_in, hidden, site.d_out, activation, site.glu, experts, recipe.layer.k, parameters, mlp)
+
+
+def _complete(recipe: Recipe, layers: list[LayerPlan]) -> Recipe:
+    """The recipe with everything that it left open: the preset's settings and the output folder."""
+    recipe = resolve_train(recipe, min(layer.d_in for layer in layers))
+    if recipe.output.dir is None:
+        folder = Path.cwd() / "runs" / f"{Path(recipe.base.model).name}-mxd"
+        recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder)})})
+    return recipe
+
+
+def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str]:
+    found = []
+    if converted > GROWTH_WARNING * base and recipe.layer.experts == "auto" and recipe.layer.expansion > 1:
+        smaller = max(1, int(recipe.layer.expansion * (GROWTH_WARNING - 1) * base / max(converted - base, 1)))
+        times = f"{converted / base:.1f} times the base's parameters"
+        found.append(f"the converted model has {times}; layer.expansion: {smaller} would keep it below {GROWTH_WARNING:g}")
+    warmup = recipe.train.warmup_steps or 0
+    if warmup >= steps:
+        found.append(f"train.warmup_steps: {warmup} of {steps} steps in all, so the learning rate never reaches its peak")
+    return found
+
+
+def check_space(plan: Plan) -> None:
+    """Raises InputError where the disk of the output folder can't hold what the run writes."""
+    folder = plan.output
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < plan.disk_bytes:
+        raise InputError(
+            f"output.dir: {plan.output}: the run needs about {plan.disk_bytes / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} are free;"
+            " free some or choose another output.dir"
+        )

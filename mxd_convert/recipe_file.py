@@ -1,0 +1,249 @@
+"""From a recipe file to a Recipe: YAML with YAML 1.2's numbers, `--set` overrides, paths and variables resolved.
+
+Every mistake ends in one line that names the key, the value and the fix.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+
+from mxd_convert.errors import InputError
+from mxd_convert.recipe import Recipe, Section
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's numbers and booleans (PyYAML reads 2e-3 as a string and `no` as false)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return cast(dict[Any, Any], super().construct_mapping(node, deep))
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf)|\.(?:nan|NaN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def shipped_folder() -> Path:
+    """The folder that holds the recipes: inside the wheel, or at the top of a checkout."""
+    packaged = Path(__file__).parent / "shipped" / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe file, a shipped recipe by its name, or a mapping; applies `overrides` ({"train.lr": 1e-3}).
+
+    Relative paths are taken relative to the recipe file, those of `overrides` and of mappings to the working directory.
+    Raises InputError, one clear line, for whatever is wrong with it.
+    """
+    content: dict[str, Any]
+    if isinstance(recipe, Mapping):
+        content, folder, name = json.loads(json.dumps(recipe)), Path.cwd(), "recipe"
+    else:
+        path, by_name = _find(recipe)
+        name, folder = path.name, path.resolve().parent
+        content = _read(path)
+        if by_name:  # its folder is the installed package: results belong to the working directory
+            output = content.setdefault("output", {})
+            if isinstance(output, dict):
+                output["dir"] = str(Path.cwd() / "runs" / path.stem)
+    _expand(content, name)
+    _resolve_paths(content, folder)
+    given = dict(overrides or {})
+    changes: dict[str, Any] = {}
+    for key, value in given.items():
+        _set(changes, key, value)
+    _resolve_paths(changes, Path.cwd())
+    # a preset given on the command line outranks the keys that the file sets under its own preset
+    if "train.preset" in given and isinstance(content.get("train"), dict):
+        for key in ("lr", "batch_tokens", "warmup_steps", "schedule"):
+            content["train"].pop(key, None)
+    content = _merge(content, changes)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{name}: {_explain(error)}") from None
+
+
+def parse_overrides(settings: list[str]) -> dict[str, Any]:
+    """`["train.lr=1e-3"]` -> `{"train.lr": 0.001}`, values read as YAML."""
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {setting}: write it as KEY=VALUE, for example --set train.lr=1e-3")
+        try:
+            overrides[key.strip()] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        except yaml.YAMLError:
+            raise InputError(f"--set {setting}: the value is not valid YAML") from None
+    return overrides
+
+
+def _find(recipe: str | Path) -> tuple[Path, bool]:
+    text = str(recipe)
+    if "/" not in text and os.sep not in text and not text.endswith((".yaml", ".yml")):
+        path = shipped_folder() / f"{text}.yaml"
+        if path.is_file():
+            return path, True
+        known = shipped_recipes()
+        raise InputError(f"no recipe named {text!r} is shipped; there are {', '.join(known)}{_suggest(text, known)}")
+    path = Path(text).expanduser()
+    if not path.is_file():
+        folder = " (it is a folder)" if path.is_dir() else ""
+        raise InputError(f"{path}: no such recipe file{folder}; `mxd-convert init BASE_MODEL` writes one")
+    return path, False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise InputError(f"{path}: {where}{getattr(error, 'problem', None) or 'not valid YAML'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read ({error})") from None
+    if not isinstance(content, dict):
+        held = "nothing" if content is None else type(content).__name__
+        raise InputError(
+            f"{path}: a recipe is a mapping of sections (base, data, layers, layer, train, output); this file holds {held}"
+        )
+    return content
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(content: Any, name: str) -> None:
+    """Expands ${VAR} and ${VAR:-default} in every string, in place."""
+
+    def replaced(match: re.Match[str]) -> str:
+        value = os.environ.get(match[1]) or match[2]
+        if value is None:
+            raise InputError(f"{name}: the environment variable {match[1]} is not set; set it, or write ${{{match[1]}:-default}}")
+        return value
+
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in list(items):
+        if isinstance(value, str):
+            content[key] = _VARIABLE.sub(replaced, value)
+        elif isinstance(value, (dict, list)):
+            _expand(value, name)
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Makes local paths absolute, in place. A name that looks like a Hub id stays one unless such a path exists."""
+
+    def resolve(section: Any, key: str, always: bool = False) -> None:
+        if not isinstance(section, dict) or not isinstance(section.get(key), str) or not section[key]:
+            return
+        path = Path(section[key]).expanduser()
+        file_like = path.suffix in (".txt", ".jsonl", ".parquet", ".gz") or "*" in section[key]
+        if always or file_like or section[key].startswith((".", "~", "/")) or (folder / path).exists():
+            section[key] = os.path.normpath(folder / path)
+
+    data = content.get("data")
+    resolve(content.get("base"), "model")
+    resolve(content.get("output"), "dir", always=True)
+    if isinstance(data, dict):
+        resolve(data.get("train"), "path")
+        resolve(data.get("eval"), "path")
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise InputError(f"--set {key}: {section} is not a section")
+    content[last] = value
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if both else value
+    return merged
+
+
+# --- errors in words -----------------------------------------------------------------------------------------------------------
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
+    section: Any = Recipe
+    for part in location:
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        section = field.annotation if field is not None else None
+    return section if isinstance(section, type) and issubclass(section, Section) else None
+
+
+def _everywhere(word: str) -> str:
+    """A section that has the key `word`, for keys written one level too high or in the wrong section."""
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and word in field.annotation.model_fields:
+            return f" (it belongs under {name}:)"
+    return ""
+
+
+def _explain(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    # a union reports each of its members; the location ends in their names, which mean nothing to a user
+    location = tuple(part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", str(part)))
+    while location and _section_at(location[:-1]) is None and not isinstance(location[-1], int) and len(location) > 1:
+        location = location[:-1]
+    key = ".".join(map(str, location))
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        known = list(section.model_fields) if section else []
+        word = str(location[-1])
+        hint = _suggest(word, known) or _everywhere(word) or f"; known here: {', '.join(known)}"
+        message = f"{key}: unknown key{hint}"
+    elif problem["type"] == "missing":
+        message = f"{key}: missing; it has no default"
+    elif problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+    elif problem["type"].startswith("literal_error"):
+        choices = [part.strip().strip("'") for part in re.split(r", | or ", problem["ctx"]["expected"])]
+        message = f"{key}: {value!r} is not one of {', '.join(choices)}{_suggest(str(value), choices)}"
+    else:
+        message = f"{key}: {_short(value)} is not valid: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    same_key = {tuple(other["loc"][: len(location)]) for other in problems}
+    return message + (f" (and {len(same_key) - 1} more)" if len(same_key) > 1 else "")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

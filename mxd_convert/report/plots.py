@@ -1,0 +1,70 @@
+"""Plots of a run: how training went, and what each layer's experts do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
+
+
+def write_plots(folder: Path, report: dict[str, Any], log: Path) -> None:
+    """Writes plots/training.png and plots/layers.png into `folder`."""
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    _training(lines, plots / "training.png")
+    _layers(report, plots / "layers.png")
+
+
+def _training(lines: list[dict[str, Any]], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    indices = list(lines[0]["layers"]) if lines else []
+    colours = plt.get_cmap("viridis")
+    panels = (("fvu", "fraction of variance unexplained"), ("dead_fraction", "share of experts idle since the last log line"))
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        for number, index in enumerate(indices):
+            values = [line["layers"][index][name] for line in lines]
+            axis.plot(
+                [line["tokens"] for line in lines],
+                values,
+                color=colours(number / max(1, len(indices) - 1)),
+                label=f"layer {index}",
+            )
+        axis.set_xlabel("training tokens")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(0, 1)
+    if 0 < len(indices) <= 16:
+        axes[0].legend(fontsize=7, frameon=False, ncols=2)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _layers(report: dict[str, Any], path: Path) -> None:
+    fidelity, reliance = report["fidelity"]["layers"], report["reliance"]["layers"]
+    indices = list(fidelity)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    axes[0].bar(indices, [fidelity[index]["delta_ce"] for index in indices], color="#31688e")
+    axes[0].set_title("rise of cross-entropy, this layer alone (nats a token)", fontsize=10)
+    colours = {"gate_share": "#440154", "identity_share": "#31688e", "routing_necessity": "#35b779"}
+    for offset, (name, colour) in enumerate(colours.items()):
+        label = name.replace("_", " ")
+        positions = [number + (offset - 1) * 0.26 for number in range(len(indices))]
+        axes[1].bar(positions, [reliance[index][name] or 0.0 for index in indices], width=0.24, label=label, color=colour)
+    axes[1].set_xticks(range(len(indices)), indices)
+    axes[1].axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    axes[1].set_title("reliance on the experts", fontsize=10)
+    axes[1].legend(fontsize=7, frameon=False)
+    for axis in axes:
+        axis.set_xlabel("layer")
+        axis.grid(alpha=0.3, axis="y")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

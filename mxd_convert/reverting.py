@@ -1,0 +1,52 @@
+"""`revert`: chosen layers of a checkpoint get their original MLPs back, in a new folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mxd_convert import surgery
+from mxd_convert.base import load_base, load_tokenizer, model_sha256, quiet
+from mxd_convert.checkpoint import LOCAL, base_of, load_checkpoint
+from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.recipe import layer_indices
+
+
+def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, base: str | None = None) -> Path:
+    """Writes a copy of a checkpoint in which the given layers have their original MLPs again; all layers: the base's own class.
+
+    layers: [3, 4], "3,4", "0-2" or "all". The copy has no mxd_report.json: its figures would be those of another model. Raises InputError.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output {output}: exists already; choose another folder")
+    converted = load_checkpoint(checkpoint)
+    try:
+        indices = list(converted.mxd_layers()) if layers == "all" else layer_indices(layers, None)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    settings = base_of(checkpoint, base)
+    original = load_base(settings, dtype="auto")
+    check_base(converted, original, settings.model)
+    model = surgery.revert(converted, original, indices)
+    work = output.with_name(f"{output.name}.partial")
+    with disk_guard(output), quiet():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        model.save_pretrained(work)
+        load_tokenizer(str(checkpoint)).save_pretrained(work)
+        if (Path(checkpoint) / LOCAL).is_file() and hasattr(model, "mxd_layers"):
+            (work / LOCAL).write_text(json.dumps({"base": settings.model}, indent=2) + "\n")
+        if output.exists():
+            output.rmdir()
+        work.rename(output)
+    return output
+
+
+def check_base(converted: Any, original: Any, name: str) -> None:
+    """Raises InputError where `original` is not the model that `converted` came from, by the hash of its tensors."""
+    recorded = (converted.config.mxd.get("base") or {}).get("sha256")
+    if recorded is not None and model_sha256(original) != recorded:
+        raise InputError(
+            f"--base {name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one"
+        )

@@ -1,0 +1,53 @@
+"""`init`: a commented recipe for a base model."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mxd_convert.architectures import architecture_of
+from mxd_convert.base import load_config
+from mxd_convert.errors import InputError
+from mxd_convert.recipe import Base, Recipe, Section
+from mxd_convert.recipe_file import load_recipe
+
+_WIDTH = 118
+
+
+def starter_recipe(base_model: str) -> str:
+    """A recipe for `base_model` with every key, its default and what it means. Raises InputError for a model that can't be converted."""
+    recipe = load_recipe({"base": {"model": base_model}})
+    config = load_config(Base(model=recipe.base.model))
+    architecture_of(config)
+    head = (
+        f"# Converts {base_model} ({config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}).\n"
+        "# mxd-convert plan THIS_FILE shows what it comes to, mxd-convert run THIS_FILE runs it.\n"
+    )
+    return head + "\n" + _section(Recipe, recipe.model_dump(), base_model, 0)
+
+
+def write_starter(base_model: str, path: Path, force: bool = False) -> None:
+
+    text = starter_recipe(base_model)
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; choose another --output, or --force to replace it")
+    path.write_text(text, encoding="utf-8")
+
+
+def _section(section: type[Section], values: dict[str, Any], base_model: str, depth: int) -> str:
+    lines = []
+    for name, field in section.model_fields.items():
+        value, indent = values[name], "  " * depth
+        if depth == 0:
+            lines.append("")
+        lines += textwrap.wrap(field.description or "", _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(value, dict):
+            assert isinstance(field.annotation, type)
+            assert issubclass(field.annotation, Section)
+            lines.append(f"{indent}{name}:")
+            lines.append(_section(field.annotation, value, base_model, depth + 1))
+        else:
+            shown = base_model if name == "model" else value
+            lines.append(f"{indent}{name}: {yaml.safe_dump(shown, default_flow_style=True).strip().removesuffix('...').strip()}")
+    return "\n".join(lines).lstrip("\n") + ("\n" if depth == 0 else "")

@@ -1,0 +1,146 @@
+"""Put layers in, take them out again (revert); and, for measurements, hold another module in an MLP's place for a while."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import initialization
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mxd_convert.architectures import architecture_of
+from mxd_convert.base import quiet, untied_tensors
+from mxd_convert.errors import InputError
+from mxd_convert.modeling import modeling_mxd
+from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION, config_class
+
+_NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "mxd")
+
+
+def describe(layer: modeling_mxd.MxD) -> dict[str, Any]:
+    """A layer's entry in config.json: what it takes to build it again."""
+    return {
+        "kind": "mxd",
+        "d_in": layer.d_in,
+        "d_hidden": layer.d_hidden,
+        "d_out": layer.d_out,
+        "n_experts": layer.n_experts,
+        "k": layer.k,
+        "activation": layer.activation,
+        "glu": layer.glu,
+        "sparsity": layer.sparsity,
+        "skip": layer.skip is not None,
+    }
+
+
+def convert(base: Any, layers: Mapping[int, modeling_mxd.MxD], origin: dict[str, Any] | None = None) -> Any:
+    """The base model with MxD layers in place of MLPs, as a model of its own class; `base` itself is left as it is.
+
+    layers: by layer index. origin: the base's model id, revision and tensor hash, kept in config.json. Everything but the
+    replaced MLPs is the base's own tensors, in the base's dtype; the layers are cast to it.
+    """
+    row = architecture_of(base.config)
+    entries = {str(index): describe(layers[index]) for index in sorted(layers)}
+    mxd = {"format_version": FORMAT_VERSION, "mlp": row.mlp, "layers": entries, **({"base": origin} if origin else {})}
+    stem = type(base.config).__name__.removesuffix("Config")
+    config = config_class(stem)(**{**_carried(base.config), "mxd": mxd})
+    tensors = untied_tensors(base)
+    for index, layer in layers.items():
+        path = row.mlp.format(i=index)
+        tensors = _without(tensors, path)
+        tensors |= {f"{path}.{name}": tensor.detach().to(base.dtype) for name, tensor in layer.state_dict().items()}
+    return _build(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, base)
+
+
+def revert(converted: Any, base: Any, indices: list[int]) -> Any:
+    """A converted model with the original MLPs back in the given layers; with none left, a model of the base's own class.
+
+    Raises InputError where a layer is not converted or the base's MLP does not fit.
+    """
+    mxd = converted.config.mxd
+    for index in indices:
+        if str(index) not in mxd["layers"]:
+            raise InputError(f"layer {index} is not converted; converted are {', '.join(mxd['layers'])}")
+    left = {index: layer for index, layer in mxd["layers"].items() if int(index) not in indices}
+    tensors, originals = untied_tensors(converted), untied_tensors(base)
+    for index in indices:
+        path = mxd["mlp"].format(i=index)
+        tensors = _without(tensors, path)
+        tensors |= {name: tensor.to(converted.dtype) for name, tensor in originals.items() if name.startswith(f"{path}.")}
+    if left:
+        config = type(converted.config)(**_carried(converted.config), mxd={**mxd, "layers": left})
+        return _build(type(converted), config, tensors, converted)
+    base_config = type(converted.config).__mro__[1]
+    return _build(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], base_config(**_carried(converted.config)), tensors, converted)
+
+
+def _carried(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
+
+
+def _without(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+
+
+def _build(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
+    """A model of `model_class` around the given tensors (not copied), with the dtype and generation settings of `like`."""
+    with initialization.no_init_weights(), quiet():
+        model = model_class._from_config(config, dtype=like.dtype)
+    tied = set(model.all_tied_weights_keys)
+    missing, unexpected = model.load_state_dict(tensors, assign=True, strict=False)
+    if problems := sorted((set(missing) - tied) | set(unexpected)):
+        raise InputError(
+            f"the weights don't fit the model: {problems[0]}" + (f" and {len(problems) - 1} more" if len(problems) > 1 else "")
+        )
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(like.generation_config)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it, the modules at the given paths are others. The model is as before afterwards."""
+
+    def put(path: str, module: nn.Module) -> nn.Module:
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        before = getattr(holder, name)
+        setattr(holder, name, module)
+        return before
+
+    before = {path: put(path, module) for path, module in modules.items()}
+    try:
+        yield
+    finally:
+        for path, module in before.items():
+            put(path, module)
+
+
+class Constant(nn.Module):
+    """Stands in for an MLP that returns the same vector, (O), for every token: zero and mean ablation."""
+
+    def __init__(self, value_O: Tensor) -> None:
+        super().__init__()
+        self.value_O = value_O
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1)
+
+
+def permuted_experts(layer: modeling_mxd.MxD, order_N: Tensor) -> Any:
+    """A context in which expert n of `layer` is what expert `order[n]` was, while the gate stays."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before = layer.experts.data
+        layer.experts.data = before[order_N]
+        try:
+            yield
+        finally:
+            layer.experts.data = before
+
+    return context()
+
+
+__all__ = ["Constant", "convert", "describe", "permuted_experts", "replaced", "revert"]

@@ -1,0 +1,36 @@
+"""Presets: what `train.preset` puts in place of the keys that a recipe leaves open."""
+
+from mxd_convert.recipe import Recipe
+
+
+def steps_of(tokens: int, batch_tokens: int, context: int) -> int:
+    """Training steps for a token budget; a step takes whole blocks."""
+    return max(1, tokens // (batch_tokens // context * context))
+
+
+def resolve_train(recipe: Recipe, d_in: int) -> Recipe:
+    """The recipe with the open keys of `train` filled in. d_in: the narrowest input width of the layers to convert.
+
+    paper: the published settings. fast: a batch of 1,024 tokens that grows with the budget (to 4,096), a learning rate that
+    falls with the square root of the width, warm-up over a twentieth of the steps, and a decay to zero over the last fifth.
+    """
+    train, context = recipe.train, recipe.data.context
+    if train.preset == "paper":
+        lr, batch, warmup, schedule = 1.0e-4, 4096, 5000, "constant"
+    else:
+        batch = 4096 if recipe.data.tokens >= 40_000_000 else 2048 if recipe.data.tokens >= 4_000_000 else 1024
+        lr = float(f"{5.0e-3 * (64 / d_in) ** 0.5:.2g}")
+        schedule = "trapezoid"
+        warmup = -1
+    batch = max(context, train.batch_tokens or batch)
+    steps = steps_of(recipe.data.tokens, batch, context)
+    warmup = max(1, steps // 20) if warmup < 0 else warmup
+    resolved = train.model_copy(
+        update={
+            "lr": lr if train.lr is None else train.lr,
+            "batch_tokens": batch,
+            "warmup_steps": warmup if train.warmup_steps is None else train.warmup_steps,
+            "schedule": schedule if train.schedule is None else train.schedule,
+        }
+    )
+    return recipe.model_copy(update={"train": resolved})
