@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
     from mxd_convert.reverting import revert
     from mxd_convert.starter import starter_recipe, write_starter
-    from mxd_convert.verify import verify
+    from mxd_convert.verification import verify
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _HOMES = {
     "shipped_recipes": "recipe_file",
     "starter_recipe": "starter",
     "steer": "evaluation",
-    "verify": "verify",
+    "verify": "verification",
     "write_starter": "starter",
 }
 __all__ = [

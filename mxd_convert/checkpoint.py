@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from mxd_convert.base import WEIGHTS_HELP, explained, quiet, untied_tensors
+from mxd_convert.base import WEIGHTS_HELP, explained, model_sha256, quiet, untied_tensors
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.recipe import Base
@@ -44,16 +45,18 @@ def read_config(folder: str | Path) -> Any:
 def load_checkpoint(folder: str | Path, dtype: str = "auto") -> Any:
     """A converted model from its folder, in evaluation mode. Raises InputError for missing, damaged or ill-fitting weights."""
     config = read_config(folder)
-    check_files(folder)
     stem = type(config).__name__.removeprefix("Mxd").removesuffix("Config")
+    model_class = getattr(modeling_mxd, f"Mxd{stem}ForCausalLM")
     with explained("the checkpoint", str(folder)), quiet():
-        model = getattr(modeling_mxd, f"Mxd{stem}ForCausalLM").from_pretrained(folder, dtype=dtype)
+        with torch.device("meta"):
+            expected = {name: list(tensor.shape) for name, tensor in untied_tensors(model_class(config)).items()}
+        check_tensors(Path(folder), expected)
+        model = model_class.from_pretrained(folder, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
-def check_files(folder: str | Path) -> list[Path]:
-    """The weight files of a checkpoint, each with a whole header and all the bytes that it promises. Raises InputError."""
-    folder = Path(folder)
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint. Raises InputError where one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -66,12 +69,29 @@ def check_files(folder: str | Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: missing; download it or convert again")
+    return files
+
+
+def check_tensors(folder: Path, expected: dict[str, list[int]]) -> None:
+    """Compares the tensors on disk, by their headers, with the shapes that the config makes. Raises InputError for the first difference."""
+    found: dict[str, list[int]] = {}
+    for file in weight_files(folder):
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise InputError(f"{file}: {WEIGHTS_HELP} ({error})") from None
-    return files
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise InputError(f"{folder}: the weights don't fit config.json: missing tensor {name}; download it or convert again")
+        if name not in expected:
+            raise InputError(
+                f"{folder}: the weights don't fit config.json: unexpected tensor {name}; download it or convert again"
+            )
+        if found[name] != expected[name]:
+            raise InputError(
+                f"{folder}: the weights don't fit config.json: {name} has shape {found[name]} where it makes {expected[name]}"
+            )
 
 
 def base_of(folder: str | Path, override: str | None = None) -> Base:
@@ -92,6 +112,15 @@ def base_of(folder: str | Path, override: str | None = None) -> Base:
             f"{folder}: its base model {recorded.get('model') or ''} was a local folder that is not here; give it with --base PATH"
         )
     return Base(model=recorded["model"], revision=recorded.get("revision"))
+
+
+def check_base(converted: Any, original: Any, name: str) -> None:
+    """Raises InputError where `original` is not the model that `converted` came from, by the hash of its tensors."""
+    recorded = (converted.config.mxd.get("base") or {}).get("sha256")
+    if recorded is not None and model_sha256(original) != recorded:
+        raise InputError(
+            f"--base {name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one"
+        )
 
 
 def same_outside_layers(converted: Any, base: Any) -> str | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from click import Abort, ClickException
 from rich.console import Console
 from rich.table import Table
 
@@ -232,13 +231,13 @@ def main() -> None:
             traceback.print_exc()
         print(f"mxd-convert: {error}", file=sys.stderr)
         sys.exit(2)
-    except ClickException as error:  # a mistake in the options themselves
-        error.show()
-        sys.exit(error.exit_code)
-    except (Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("mxd-convert: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own, of a mistake in the options themselves
+            error.show()
+            sys.exit(error.exit_code)
         if _debug or not is_disk_full(error):
             raise
         print(f"mxd-convert: no space left on the disk ({error})", file=sys.stderr)

@@ -24,6 +24,7 @@ from mxd_convert.recipe import Data, EvalText, Text, is_local
 HELD_OUT_SHARE = 0.1
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 _BATCH = 256  # documents tokenised at a time
+_CHARACTERS = 4  # of a token, about: what is pending may fill the file
 
 
 def is_held_out(text: str) -> bool:
@@ -166,7 +167,7 @@ class _Writer:
         self.file = path.open("wb")
         self.tokenizer, self.marks, self.limit = tokenizer, marks, limit
         self.dtype = token_dtype(len(tokenizer))
-        self.documents = self.tokens = 0
+        self.documents = self.tokens = self.characters = 0
         self.digest = hashlib.sha256()
         self.pending: list[str] = []
 
@@ -175,7 +176,8 @@ class _Writer:
 
     def add(self, document: str) -> None:
         self.pending.append(document)
-        if len(self.pending) >= _BATCH:
+        self.characters += len(document)
+        if len(self.pending) >= _BATCH or self.characters > _CHARACTERS * (self.limit - self.tokens):
             self.flush()
 
     def flush(self) -> None:
@@ -190,7 +192,7 @@ class _Writer:
                 self.documents += 1
                 text = document.encode(errors="replace")
                 self.digest.update(len(text).to_bytes(8, "little") + text)
-        self.pending = []
+        self.pending, self.characters = [], 0
 
     def close(self) -> None:
         self.flush()

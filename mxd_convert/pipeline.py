@@ -65,7 +65,11 @@ def convert(
     if (finished := run.finished()) is not None:
         return finished
     with disk_guard(run.output), run.locked():
-        return run.go()
+        try:
+            return run.go()
+        except InputError:
+            run.forget()
+            raise
 
 
 class _Conversion:
@@ -110,7 +114,7 @@ class _Conversion:
             raise InputError(
                 f"output.dir: {self.output} is in use by another run; wait for it, or choose another output.dir"
             ) from None
-        except PermissionError as error:
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise InputError(f"output.dir: {error.filename or self.output} can't be written; choose another output.dir") from None
 
     def _claim(self) -> None:
@@ -121,11 +125,18 @@ class _Conversion:
             for path in self.work.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif mark.is_file() and mark.read_text() != ours:
+        elif (self.work / "state").is_dir() and mark.read_text() != ours:
             raise InputError(
                 f"output.dir: {self.work} holds an unfinished run of another recipe; --fresh to start over, or choose another output.dir"
             )
+        elif not mark.is_file() or mark.read_text() != ours:
+            shutil.rmtree(self.work / "data", ignore_errors=True)
         mark.write_text(ours)
+
+    def forget(self) -> None:
+        """Removes the work folder of a run that failed before it had trained anything, so that it stands in nobody's way."""
+        if not (self.work / "state").is_dir():
+            shutil.rmtree(self.work, ignore_errors=True)
 
     # --- the stages ------------------------------------------------------------------------------------------------------------
 

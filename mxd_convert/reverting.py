@@ -3,11 +3,10 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from mxd_convert import surgery
-from mxd_convert.base import load_base, load_tokenizer, model_sha256, quiet
-from mxd_convert.checkpoint import LOCAL, base_of, load_checkpoint
+from mxd_convert.base import load_base, load_tokenizer, quiet
+from mxd_convert.checkpoint import LOCAL, base_of, check_base, load_checkpoint
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.recipe import layer_indices
 
@@ -41,12 +40,3 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
             output.rmdir()
         work.rename(output)
     return output
-
-
-def check_base(converted: Any, original: Any, name: str) -> None:
-    """Raises InputError where `original` is not the model that `converted` came from, by the hash of its tensors."""
-    recorded = (converted.config.mxd.get("base") or {}).get("sha256")
-    if recorded is not None and model_sha256(original) != recorded:
-        raise InputError(
-            f"--base {name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one"
-        )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mxd_convert.architectures import Site, find_sites
 from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import base_of, load_checkpoint
+from mxd_convert.checkpoint import base_of, check_base, load_checkpoint
 from mxd_convert.data import Blocks, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
@@ -50,7 +50,10 @@ def evaluate(
     if tokens < 2:
         raise InputError(f"--tokens {tokens}: give at least one block of tokens")
     converted = load_checkpoint(checkpoint, dtype="float32")
-    original = load_base(base_of(checkpoint, base), dtype="float32")
+    settings = base_of(checkpoint, base)
+    original = load_base(settings, dtype="auto")
+    check_base(converted, original, settings.model)
+    original = original.float()
     context, mask_bos = _settings(Path(checkpoint))
     sites = find_sites(original, original.config, sorted(converted.mxd_layers()))
     with tempfile.TemporaryDirectory() as folder:

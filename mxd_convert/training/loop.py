@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -126,6 +127,8 @@ class _Run:
         last_log, last_logged_step = time.monotonic(), self.done
         start, before = time.monotonic(), self.seconds
         quiet = self.quiet or not self.accelerator.is_main_process
+        if self.done and self.done < self.steps and not quiet:
+            print(f"resumed at step {self.done}", file=sys.stderr, flush=True)
         with TrainingProgress(self.steps * self.step_tokens, self.done * self.step_tokens, quiet) as progress:
             while self.done < self.steps:
                 self._step(self.done)

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 from mxd_convert import surgery
 from mxd_convert.base import load_base
-from mxd_convert.checkpoint import base_of, load_checkpoint, read_config, same_outside_layers
+from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_config, same_outside_layers
 from mxd_convert.errors import InputError
-from mxd_convert.reverting import check_base
 
 TOLERANCE = 1e-5
 PLACES = {False: "with the package", True: "without it, trust_remote_code=True"}

@@ -1,0 +1,113 @@
+"""Tiny but real models of every family, a real tokenizer, text on disk, and the shared folder where there is one."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from mxd_convert.base import load_base, load_tokenizer
+from mxd_convert.recipe import Base
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "examples" / "quickstart-lm"
+FAMILIES = ("gpt2", "gpt_neox", "llama")
+
+
+def shared_folder() -> Path | None:
+    for folder in (os.environ.get("MXD_SHARED"), ROOT.parent / "shared"):
+        if folder and (Path(folder) / "models").is_dir():
+            return Path(folder).resolve()
+    return None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("needs the folder of models and data that ../shared or MXD_SHARED names; neither is there")
+    return folder
+
+
+def tiny_config(family: str, **changes):
+    vocabulary = 2048
+    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, **changes}
+    if family == "gpt2":
+        return GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **common)
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
+    if family == "gpt_neox":
+        return GPTNeoXConfig(intermediate_size=64, **size, **common)
+    return LlamaConfig(intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True, **size, **common)
+
+
+def make_model(family: str, folder: Path, dtype=torch.float32, **changes) -> Path:
+    """A random model whose MLPs matter, with the quickstart's tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    load_tokenizer(str(QUICKSTART)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return {family: make_model(family, tmp_path_factory.mktemp(family) / f"tiny-{family}") for family in FAMILIES}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def base(request, models):
+    """A loaded base model of each family in turn."""
+    return load_base(Base(model=str(models[request.param])))
+
+
+def documents(count: int = 60) -> list[str]:
+    return [
+        f"Document {i}. " + " ".join(f"The value {j * i % 97} is returned when index {j} is given." for j in range(12))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
+    return path
+
+
+def small_recipe(model: Path, text: Path, folder: Path, **sections) -> dict:
+    """A recipe that runs in seconds; sections add to or override its keys."""
+    recipe = {
+        "base": {"model": str(model)},
+        "data": {"train": {"path": str(text)}, "eval": {"tokens": 512}, "context": 32, "tokens": 4096},
+        "layer": {"k": 4, "experts": 24},
+        "train": {"lr": 3e-3, "batch_tokens": 256, "log_every": 4, "checkpoint_every": 4, "device": "cpu"},
+        "output": {"dir": str(folder)},
+    }
+    for section, content in sections.items():
+        recipe[section] = {**recipe[section], **content} if isinstance(content, dict) and section in recipe else content
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def converted(models, text, tmp_path_factory) -> dict[str, Path]:
+    """A finished conversion of each family: layers 0 and 2 of three."""
+    from mxd_convert import convert
+
+    folders = {}
+    for family in FAMILIES:
+        output = tmp_path_factory.mktemp("converted") / family
+        convert(small_recipe(models[family], text, output, layers=[0, 2]), quiet=True)
+        folders[family] = output
+    return folders

@@ -1,0 +1,369 @@
+"""The commands do what the contract says, on stdout what a program reads, and every mistake is a line or two with exit status 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import FAMILIES, ROOT, documents, small_recipe
+from safetensors.torch import load_file, save_file
+
+from mxd_convert import cli
+from mxd_convert.recipe_file import load_recipe
+
+
+@pytest.fixture
+def mxd(monkeypatch, capsys):
+    """Runs the program in this process: mxd("plan", "r.yaml") -> (exit status, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mxd-convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(mxd):
+    """Runs the program on bad input and checks the manners of its refusal."""
+
+    def run(*arguments, words: tuple[str, ...]) -> str:
+        status, out, err = mxd(*arguments)
+        assert status == 2, (status, err)
+        assert out == ""
+        assert "Traceback" not in err
+        # what was being done may be said first; the refusal itself is the last line or two
+        message = err[err.index("mxd-convert: ") :]
+        assert len(message.strip().splitlines()) <= 2, message
+        for word in words:
+            assert word in message, message
+        return message
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path, models, text):
+    """Writes a small recipe with changes; gives its path."""
+
+    def write(**sections) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", **sections)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def copy(converted, tmp_path):
+    """A copy of a finished checkpoint, to be damaged."""
+    return Path(shutil.copytree(converted["llama"], tmp_path / "copy"))
+
+
+# --- commands ------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_has_examples():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "mxd_convert.cli", "run", "--help"], capture_output=True, text=True, check=True)
+    assert "Example" in done.stdout
+    code = "import sys; sys.orig_argv[1:3] = ['-m', 'mxd_convert.cli']; import mxd_convert.cli; print('torch' in sys.modules)"
+    light = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert light.stdout.strip() == "False", "the command line imports torch before it needs it"
+    assert time.monotonic() - start < 60
+
+
+def test_init_writes_a_commented_recipe_that_reads_back(mxd, models, tmp_path):
+    path = tmp_path / "mine.yaml"
+    status, _, err = mxd("init", models["llama"], "--output", path)
+    assert status == 0, err
+    content = path.read_text()
+    assert "# Active experts a token." in content
+    assert "llama, 3 layers, width 32" in content
+    recipe = load_recipe(path)
+    assert recipe == load_recipe({"base": {"model": str(models["llama"])}})
+    status, _, err = mxd("init", models["llama"], "--output", path)
+    assert status == 2
+    assert "--force" in err
+    assert mxd("init", models["llama"], "--output", path, "--force")[0] == 0
+
+
+def test_plan_shows_layers_and_sizes(mxd, recipe):
+    path = recipe(layers=[0, 2], layer={"experts": "auto"})
+    status, out, _ = mxd("plan", path)
+    assert status == 0
+    for word in ("layer", "experts", "parameters", "steps of 256 tokens", "memory"):
+        assert word in out
+    status, out, _ = mxd("plan", path, "--set", "layer.k=8", "--json")
+    plan = json.loads(out)
+    assert [layer["index"] for layer in plan["layers"]] == [0, 2]
+    assert {layer["k"] for layer in plan["layers"]} == {8}
+    assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 128, 32)}
+    assert plan["layers"][0]["experts"] == 32 * 32 - 128  # matched: N = M - (2 I H + H) / (I + O + 1)
+    assert plan["recipe"]["train"]["warmup_steps"] is not None
+
+
+def test_run_prints_figures_and_the_path(mxd, recipe, tmp_path):
+    path = recipe(layers=[1])
+    status, out, err = mxd("run", path, "--output", tmp_path / "elsewhere")
+    assert status == 0, err
+    assert out.strip().endswith(str(tmp_path / "elsewhere"))
+    assert "verdict" in out
+    assert "held-out cross-entropy" in out
+    status, out, err = mxd("run", path, "--output", tmp_path / "elsewhere", "--json")
+    result = json.loads(out)
+    assert (status, result["already_finished"]) == (0, True)
+    assert result["report"]["fidelity"]["ce_base"] > 0
+
+
+def test_eval(mxd, converted, text):
+    status, out, err = mxd("eval", converted["gpt2"], "--data", text, "--tokens", 500, "--json")
+    assert status == 0, err
+    figures = json.loads(out)
+    assert set(figures) == {"data", "fidelity", "reliance"}
+    assert 400 < figures["fidelity"]["tokens"] < 900
+    status, out, _ = mxd("eval", converted["gpt2"], "--data", text, "--tokens", 500)
+    assert f"{figures['fidelity']['ce_converted']:.4f}" in out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verify_proves_a_checkpoint_in_fresh_processes(mxd, converted, family):
+    status, out, err = mxd("verify", converted[family], "--json")
+    found = json.loads(out)
+    assert status == 0, (found, err)
+    assert found["ok"]
+    assert all(check["ok"] for check in found["checks"]), found
+    assert len(found["checks"]) == 18
+
+
+def test_verify_finds_what_is_wrong(mxd, copy, models):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1e-3  # a layer that was not converted
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    status, out, _ = mxd("verify", copy)
+    assert status == 1
+    assert "FAILED      tensors outside the layers are the base's, bit for bit: model.layers.1.mlp.up_proj.weight differs" in out
+    (copy / "modeling_mxd.py").write_text("raise RuntimeError('broken')\n")
+    status, out, _ = mxd("verify", copy)
+    assert status == 1
+    assert "FAILED      loads (without it, trust_remote_code=True): RuntimeError: broken" in out
+
+
+def test_verify_without_a_base_says_what_it_did_not_check(mxd, copy):
+    (copy / "mxd_local.json").unlink()
+    status, out, _ = mxd("verify", copy)
+    assert status == 0
+    assert out.count("not checked") == 2
+    assert "--base PATH" in out
+
+
+def test_revert(mxd, converted, models, tmp_path):
+    status, _, err = mxd("revert", converted["llama"], "--layers", "0", "--output", tmp_path / "partly")
+    assert status == 0, err
+    assert mxd("verify", tmp_path / "partly")[0] == 0
+    assert not (tmp_path / "partly" / "mxd_report.json").exists()
+    assert mxd("revert", converted["llama"], "--layers", "all", "--output", tmp_path / "whole", "--base", models["llama"])[0] == 0
+    ours, theirs = load_file(tmp_path / "whole" / "model.safetensors"), load_file(models["llama"] / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_generate_and_steer(mxd, converted):
+    plain = json.loads(mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--json")[1])
+    steered = json.loads(
+        mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--steer", "0:3:+500", "--json")[1]
+    )
+    nothing = json.loads(
+        mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--steer", "0:3:+0", "--json")[1]
+    )
+    assert plain["text"].startswith("The value")
+    assert steered["text"] != plain["text"]
+    assert nothing["text"] == plain["text"]
+    assert steered["steering"] == [[0, 3, 500.0]]
+
+
+@torch.no_grad()
+def test_steering_adds_to_the_coefficient(converted):
+    """Independent of the layer's own code: y changes by amount * c_n * u, at every position, and not at all afterwards."""
+    from mxd_convert import load_checkpoint, steer
+
+    model = load_checkpoint(converted["llama"])
+    layer, x = model.mxd_layers()[2], torch.randn(2, 5, 32)
+    before = layer(x)
+    with steer(model, layer=2, expert=7, add=3.0), steer(model, layer=2, expert=1, add=-1.0):
+        change = layer(x) - before
+    u = layer.hidden(x) @ layer.decoder.weight.T
+    assert torch.allclose(change, (3.0 * layer.experts[7] - layer.experts[1]) * u, atol=1e-5)
+    assert layer(x).equal(before)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_options(mxd, refused, recipe):
+    assert mxd("plan")[0] == 2
+    assert mxd("nonsense")[0] == 2
+    refused("plan", recipe(), "--set", "layer.kk=3", words=("layer.kk", "did you mean 'k'"))
+    refused("plan", recipe(), "--set", "layer.k", words=("KEY=VALUE",))
+    refused("plan", "nowhere.yaml", words=("nowhere.yaml", "no such recipe file", "init"))
+    refused("run", "quikstart", words=("quikstart", "did you mean 'quickstart'"))
+
+
+def test_bad_recipes(refused, recipe, tmp_path, text, models):
+    refused("run", recipe(layer={"k": 30}), words=("layer.k", "30", "24"))
+    refused("run", recipe(layer={"k": 3000, "experts": "auto"}), words=("layer.k", "3000", "896"))
+    refused("run", recipe(layers=[3]), words=("layers", "3", "layers 0 to 2"))
+    refused("run", recipe(layer={"activation": "gulu"}), words=("layer.activation", "gulu"))
+    refused("run", recipe(data={"context": 4096}, train={"batch_tokens": 4096}), words=("data.context", "4096", "128"))
+    refused("run", recipe(train={"device": "cuda"}), words=("train.device", "cuda")) if not torch.cuda.is_available() else None
+    refused("run", recipe(base={"model": str(tmp_path / "nowhere")}), words=("base.model", "nowhere", "no such folder"))
+    refused("run", recipe(base={"model": str(text.parent)}), words=("base.model", "no config.json"))
+    refused("run", recipe(base={"model": "nobody/nothing"}), words=("nobody/nothing", "can't be loaded"))
+    refused("run", recipe(layer={"expansion": 1, "experts": "auto"}), words=("layer.expansion", "raise"))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"], "something was written before the recipe was refused"
+
+
+def test_bad_text(refused, recipe, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    one = tmp_path / "one.txt"
+    one.write_text("a single document " * 100)
+    refused(
+        "run",
+        recipe(data={"train": {"path": str(tmp_path / "none.jsonl")}}),
+        words=("data.train.path", "none.jsonl", "no such file"),
+    )
+    refused("run", recipe(data={"train": {"path": str(empty)}}), words=("empty.txt", "the text is empty"))
+    refused("run", recipe(data={"train": {"path": str(one)}}), words=("one.txt", "single document", "data.eval.path"))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("mixtral", ("'mixtral' is not supported", "gpt2, gpt_neox, llama", "architectures.py")),
+        ("bert", ("'bert' is not supported",)),
+        ("mxd_gpt2", ("already converted",)),
+    ],
+)
+def test_unsupported_architectures(refused, recipe, tmp_path, converted, model_type, words):
+    folder = tmp_path / "other"
+    if model_type == "mxd_gpt2":
+        folder = converted["gpt2"]
+    else:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    refused("run", recipe(base={"model": str(folder)}), words=words)
+
+
+def test_a_quantised_base(refused, recipe, tmp_path, models):
+    folder = Path(shutil.copytree(models["gpt2"], tmp_path / "quantised"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused("run", recipe(base={"model": str(folder)}), words=("quantised", "unquantised"))
+
+
+def lose_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_a_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.experts"] = tensors["model.layers.2.mlp.experts"][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_the_file(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def add_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.experts"] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lose_a_tensor, ("missing", "model.layers.2.mlp.experts")),
+        (change_a_shape, ("model.layers.2.mlp.experts",)),
+        (cut_the_file, ("model.safetensors", "truncated or damaged")),
+        (add_a_tensor, ("unexpected", "model.layers.1.mlp.experts")),
+        (lambda folder: (folder / "model.safetensors").unlink(), ("model.safetensors", "missing")),
+    ],
+)
+def test_damaged_checkpoints_are_status_1_from_verify_and_2_from_the_rest(mxd, refused, copy, text, tmp_path, damage, words):
+    damage(copy)
+    status, out, err = mxd("verify", copy)
+    assert status == 1
+    assert "Traceback" not in out + err
+    assert out.startswith("FAILED")
+    for word in words:
+        assert word in out
+    refused("eval", copy, "--data", text, words=words)
+    refused("generate", copy, "--prompt", "a", words=words)
+    refused("revert", copy, "--layers", "0", "--output", tmp_path / "reverted", words=words)
+    assert not (tmp_path / "reverted").exists()
+
+
+def test_a_truncated_base(refused, recipe, models, tmp_path):
+    folder = Path(shutil.copytree(models["gpt2"], tmp_path / "cut"))
+    cut_the_file(folder)
+    refused("run", recipe(base={"model": str(folder)}), words=("cut", "truncated or damaged"))
+
+
+def test_bad_arguments_of_the_other_commands(refused, converted, models, text, tmp_path):
+    folder = converted["llama"]
+    refused("eval", tmp_path / "nowhere", "--data", text, words=("nowhere", "no such folder"))
+    refused("eval", models["llama"], "--data", text, words=("'llama' model", "not one with MxD layers"))
+    refused("eval", folder, "--data", tmp_path / "none.txt", words=("none.txt", "no such file"))
+    refused("eval", folder, "--data", text, "--text-field", "body", words=("body", "its fields are text"))
+    refused("eval", folder, "--data", text, "--base", models["gpt2"], words=("--base", "not the model"))
+    refused("eval", folder, "--data", text, "--tokens", 0, words=("--tokens 0",))
+    refused("generate", folder, "--prompt", "a", "--steer", "0:1", words=("--steer 0:1", "LAYER:EXPERT:AMOUNT"))
+    refused("generate", folder, "--prompt", "a", "--steer", "1:1:+1", words=("layer 1 is not converted", "0, 2"))
+    refused("generate", folder, "--prompt", "a", "--steer", "0:99:+1", words=("experts 0 to 23", "99"))
+    refused("generate", folder, "--prompt", "a", "--max-new-tokens", 9999, words=("9999", "128"))
+    refused("revert", folder, "--layers", "1", "--output", tmp_path / "r", words=("layer 1 is not converted",))
+    refused("revert", folder, "--layers", "x", "--output", tmp_path / "r", words=("layers", "'x'"))
+    refused(
+        "revert", folder, "--layers", "0", "--output", tmp_path / "r", "--base", models["gpt2"], words=("--base", "not the model")
+    )
+    refused("revert", folder, "--layers", "0", "--output", folder, words=("exists already",))
+    refused("verify", tmp_path / "nowhere", words=("nowhere", "no such folder"))
+    refused("verify", folder, "--base", models["gpt2"], words=("--base", "not the model"))
+
+
+def test_a_newer_format_is_refused_in_a_line(refused, copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["mxd"]["format_version"] = 2
+    (copy / "config.json").write_text(json.dumps(config))
+    refused("generate", copy, "--prompt", "a", words=("format version 2", "upgrade"))
+
+
+def test_an_unwritable_output(refused, recipe, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    refused("run", recipe(output={"dir": str(blocker)}), words=("is a file",))
+    refused("run", recipe(output={"dir": str(blocker / "below")}), words=("can't be written",))
+
+
+def test_published_text_of_ours_names_no_machine():
+    """Recipes and docs hold no absolute path."""
+    for path in [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("docs/*"), ROOT / "README.md"]:
+        if path.suffix in (".md", ".yaml", ".json"):
+            assert "/work/" not in path.read_text(), path
+    assert documents(2)[0] != documents(2)[1]

@@ -1,0 +1,250 @@
+"""One recipe makes a finished checkpoint; a run that is cut off goes on; nothing is half-written or lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import FAMILIES, documents, small_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mxd_convert
+from mxd_convert import convert, evaluate
+from mxd_convert.errors import InputError
+
+CONTRACT_FILES = {
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "configuration_mxd.py",
+    "modeling_mxd.py", "README.md", "recipe.yaml", "mxd_report.json", "training_log.jsonl", "plots", "mxd_local.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_finished_folder_holds_what_the_contract_says(converted, family):
+    folder = converted[family]
+    assert {path.name for path in folder.iterdir()} == CONTRACT_FILES
+    assert not folder.with_name(f"{folder.name}.partial").exists()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == f"mxd_{family}"
+    assert config["mxd"]["format_version"] == 1
+    assert set(config["mxd"]["layers"]) == {"0", "2"}
+    report = json.loads((folder / "mxd_report.json").read_text())
+    assert set(report) == {"base", "recipe_sha256", "data", "fidelity", "reliance", "cost", "versions", "seeds"}
+    assert set(report["base"]) == {"model", "revision", "sha256"}
+    assert {"path", "fingerprint", "tokens", "repeats"} <= set(report["data"]["train"])
+    assert set(report["cost"]) == {"resumed_at_steps", "train_seconds", "tokens_per_second", "peak_rss_bytes", "peak_gpu_bytes"}
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["train"]["lr"] == 3e-3
+    assert recipe["train"]["warmup_steps"] is not None
+    lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16]
+    assert set(lines[0]) == {"step", "tokens", "lr", "tokens_per_second", "layers"}
+    assert set(lines[0]["layers"]["2"]) == {"loss", "fvu", "l0", "dead_fraction"}
+    assert lines[-1]["layers"]["0"]["fvu"] < lines[0]["layers"]["0"]["fvu"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_published_names_this_machine(converted, family, text):
+    folder = converted[family]
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "mxd_local.json":
+            assert str(text.parent).encode() not in path.read_bytes(), path
+            assert str(folder.parent).encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_pretrained_loads_and_generates(converted, family):
+    model = AutoModelForCausalLM.from_pretrained(converted[family])
+    tokenizer = AutoTokenizer.from_pretrained(converted[family])
+    assert type(model).__module__ == "mxd_convert.modeling.modeling_mxd"
+    output = model.generate(**tokenizer("The value", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert output.shape[1] > 4
+    assert sorted(model.mxd_layers()) == [0, 2]
+    values, indices = model.mxd_layers()[0].encode(torch.randn(2, 3, 32))
+    assert values.shape == indices.shape == (2, 3, 4)
+
+
+def test_the_report_is_of_the_checkpoint_on_disk(converted, models, text, tmp_path):
+    """`evaluate` on the held-out documents, written out, gives the report's own figures."""
+    from mxd_convert.data import is_held_out
+
+    report = json.loads((converted["llama"] / "mxd_report.json").read_text())
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents() if is_held_out(d)))
+    figures = evaluate(converted["llama"], held_out, tokens=512, quiet=True)
+    assert figures["fidelity"] == report["fidelity"]
+    assert figures["reliance"] == report["reliance"]
+    assert figures["data"]["fingerprint"] == report["data"]["eval"]["fingerprint"]
+
+
+def test_repeated_text_is_reported(models, text, tmp_path):
+    result = convert(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1], data={"tokens": 30_000}), quiet=True)
+    train = result.report["data"]["train"]
+    assert train["tokens"] > train["available_tokens"]
+    assert train["repeats"] == pytest.approx(train["tokens"] / train["available_tokens"])
+
+
+def test_a_finished_output_is_not_run_again_and_fresh_starts_over(models, text, tmp_path):
+    recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
+    first = convert(recipe, quiet=True)
+    stamp = (first.output / "model.safetensors").stat().st_mtime_ns
+    again = convert(recipe, quiet=True)
+    assert again.already_finished
+    assert again.report == first.report
+    assert (first.output / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match="result of another recipe"):
+        convert(recipe, overrides={"layer.k": 2}, quiet=True)
+    fresh = convert(recipe, overrides={"layer.k": 2}, fresh=True, quiet=True)
+    assert not fresh.already_finished
+    assert json.loads((fresh.output / "config.json").read_text())["mxd"]["layers"]["1"]["k"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_something_else_in_the_way_is_left_alone(models, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="not a finished checkpoint"):
+        convert(small_recipe(models["gpt2"], text, tmp_path / "out"), quiet=True)
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def run_in_process(
+    recipe: Path, kill_when: Path | None = None, number: int = signal.SIGKILL, limit: int | None = None
+) -> subprocess.Popen:
+    """The command line on a recipe; killed as soon as `kill_when` matches a file."""
+    command = [sys.executable, "-m", "mxd_convert.cli", "run", str(recipe)]
+    if limit is not None:
+        size = f"resource.RLIMIT_FSIZE, ({limit}, {limit})"
+        command = [
+            sys.executable,
+            "-c",
+            f"import os, resource, sys; resource.setrlimit({size}); os.execv(sys.argv[1], sys.argv[1:])",
+            *command,
+        ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while kill_when is not None and process.poll() is None and time.monotonic() < deadline:
+        if list(kill_when.parent.glob(kill_when.name)):
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    return process
+
+
+def comparable(folder: Path) -> tuple[dict, list]:
+    """Report and log without times, memory and what says that a run was resumed."""
+    report = json.loads((folder / "mxd_report.json").read_text())
+    del report["cost"]
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return report, [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in log]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_cut_off_ends_as_one_that_was_not(models, text, tmp_path, number):
+    settings = {"layers": [0, 1], "data": {"tokens": 16_384}, "train": {"checkpoint_every": 3}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "cut", **settings)))
+    process = run_in_process(recipe, tmp_path / "cut.partial" / "state" / "step-*09.json", number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "cut").exists()
+    done = run_in_process(recipe)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    report = json.loads((tmp_path / "cut" / "mxd_report.json").read_text())
+    assert report["cost"]["resumed_at_steps"], "the kill came too late to show anything"
+    ours, theirs = load_file(tmp_path / "cut" / "model.safetensors"), load_file(whole.output / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert comparable(tmp_path / "cut") == comparable(whole.output)
+    assert f"resumed at step {report['cost']['resumed_at_steps'][0]}" in errors
+
+
+def test_an_output_in_use_is_refused(models, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", data={"tokens": 2_000_000})))
+    first = run_in_process(recipe, tmp_path / "out.partial" / "state" / "step-*.json", signal.SIGCONT)
+    try:
+        assert first.poll() is None
+        second = run_in_process(recipe)
+        _, errors = second.communicate(timeout=120)
+        assert second.returncode == 2
+        assert "in use by another run" in errors
+        assert "Traceback" not in errors
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_full_disk_is_a_line_and_the_run_goes_on_afterwards(models, text, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])))
+    process = run_in_process(recipe, limit=40_000)  # no file may grow past this: the token files fit, the saved state does not
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert "no space left" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").rglob("*.tmp"))
+    done = run_in_process(recipe)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+
+
+def test_too_little_space_is_told_before_the_work(models, text, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(InputError, match=r"needs about .* MiB of disk and 0 are free"):
+        convert(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1]), quiet=True)
+
+
+def test_damaged_state_is_passed_over(models, text, tmp_path):
+    from mxd_convert.training.state import load_state, save_state
+
+    for step in (1, 2, 3):
+        save_state(tmp_path, step, {"a": torch.full((4,), float(step))}, {}, "f")
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["step-000000002", "step-000000003"]
+    with (tmp_path / "step-000000003.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    step, tensors, _ = load_state(tmp_path, "f")
+    assert step == 2
+    assert tensors["a"].tolist() == [2.0] * 4
+    assert load_state(tmp_path, "another") is None
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_layer(models, text, tmp_path):
+    with pytest.raises(InputError, match=r"layer 0: the loss is not finite at step \d+; lower train.lr"):
+        convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"lr": 1e30}), quiet=True)
+
+
+def test_l1_bf16_skip_and_a_tracker(models, text, tmp_path):
+    recipe = small_recipe(
+        models["llama"],
+        text,
+        tmp_path / "out",
+        layer={"sparsity": "l1", "skip": True, "hidden": 20},
+        train={"precision": "bf16", "tracker": "tensorboard"},
+    )
+    result = convert(recipe, quiet=True)
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    layer = model.mxd_layers()[1]
+    assert (layer.sparsity, layer.d_hidden) == ("l1", 20)
+    assert layer.skip is not None
+    assert layer.encode(torch.randn(3, 32)).shape == (3, 24)
+    assert 0 < result.report["fidelity"]["layers"]["1"]["l0"] < 24
+
+
+def test_the_public_face_is_complete():
+    for name in mxd_convert.__all__:
+        assert getattr(mxd_convert, name) is not None
+    assert set(mxd_convert.__all__) == set(mxd_convert._HOMES)

@@ -1,0 +1,179 @@
+"""The layer equals the explicit sum over its experts, starts as in the paper, and learns by the paper's loss."""
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from mxd_convert.layers import MxD, matched_experts, mxd_parameters, normalised_mse, transcoder_parameters
+
+I, H, O, N, K = 7, 11, 5, 13, 4
+
+
+def random_layer(**settings) -> MxD:
+    torch.manual_seed(0)
+    layer = MxD(I, H, O, settings.pop("n_experts", N), settings.pop("k", K), **settings).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    return layer
+
+
+def explicit_sum(layer: MxD, x: torch.Tensor) -> torch.Tensor:
+    """sum_n a_n W_n^T z + b with every W_n materialised, from the definitions alone (paper, equations 2 to 4)."""
+    gate = torch.relu(x @ layer.gate.weight.T + layer.gate.bias)
+    if layer.sparsity == "topk":
+        kept = torch.zeros_like(gate)
+        for row, values in enumerate(gate):
+            for n in sorted(range(len(values)), key=lambda n: -values[n].item())[: layer.k]:
+                kept[row, n] = values[n]
+        gate = kept
+    act = ACT2FN[layer.activation]
+    hidden = x @ layer.encoder.weight.T + layer.encoder.bias
+    z = act(x @ layer.encoder_gate.weight.T + layer.encoder_gate.bias) * hidden if layer.glu else act(hidden)
+    y = torch.zeros(len(x), layer.d_out, dtype=x.dtype)
+    for n in range(layer.n_experts):
+        weight = layer.decoder.weight.T @ torch.diag(layer.experts[n])
+        y = y + gate[:, n : n + 1] * (z @ weight)
+    y = y + layer.output_bias
+    return y if layer.skip is None else y + x @ layer.skip.weight.T
+
+
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("sparsity", ["topk", "l1"])
+@pytest.mark.parametrize("skip", [False, True])
+@torch.no_grad()
+def test_equals_the_explicit_sum_over_experts(glu, sparsity, skip):
+    layer, x = random_layer(glu=glu, sparsity=sparsity, skip=skip), torch.randn(6, I, dtype=torch.float64)
+    assert (layer(x) - explicit_sum(layer, x)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("activation", sorted(set(ACT2FN.keys())))
+@torch.no_grad()
+def test_every_activation_that_transformers_names(activation):
+    try:
+        act = ACT2FN[activation]
+    except ImportError as error:  # an activation whose own library is not installed
+        pytest.skip(str(error).splitlines()[0])
+    if list(act.parameters()):  # a learnt one: the layer holds its own, at its start
+        assert isinstance(random_layer(activation=activation).act, type(act))
+        return
+    layer, x = random_layer(activation=activation), torch.randn(6, I, dtype=torch.float64)
+    if layer.act(x).dtype != x.dtype:
+        pytest.skip("does not keep float64")
+    assert (layer(x) - explicit_sum(layer, x)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("n_experts", "k"), [(1, 1), (13, 1), (13, 13)])
+@torch.no_grad()
+def test_any_number_of_experts(n_experts, k):
+    layer, x = random_layer(n_experts=n_experts, k=k), torch.randn(2, 3, I, dtype=torch.float64)
+    assert (layer(x) - explicit_sum(layer, x.flatten(0, 1)).view(2, 3, O)).abs().max() < 1e-10
+    assert layer(x[:0]).shape == (0, 3, O)
+
+
+@torch.no_grad()
+def test_expert_weight_is_the_map_of_that_expert_alone():
+    layer, x = random_layer(), torch.randn(1, I, dtype=torch.float64)
+    values, indices = layer.encode(x)
+    z = layer.hidden(x)
+    y = sum(value * (z @ layer.expert_weight(n)) for value, n in zip(values[0], indices[0].tolist(), strict=True))
+    assert torch.allclose(y + layer.output_bias, layer(x), atol=1e-12)
+    assert layer.expert_weight(0).shape == (H, O)
+    with pytest.raises(IndexError, match="experts 0 to 12"):
+        layer.expert_weight(13)
+
+
+@torch.no_grad()
+def test_encode_gives_zero_where_a_gate_is_not_positive():
+    layer = random_layer()
+    layer.gate.bias.fill_(-1e3)
+    layer.gate.bias[3] = 1e3
+    values, indices = layer.encode(torch.randn(2, 5, I, dtype=torch.float64))
+    assert values.shape == indices.shape == (2, 5, K)
+    assert ((values > 0).sum(-1) == 1).all()
+    assert (indices[values > 0] == 3).all()
+    assert random_layer(sparsity="l1").encode(torch.randn(2, 5, I, dtype=torch.float64)).shape == (2, 5, N)
+
+
+def test_gradients_equal_those_of_the_dense_formulation():
+    layer, x = random_layer(glu=True, skip=True), torch.randn(6, I, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(6, O, dtype=torch.float64)
+    for run in (layer, lambda x: explicit_sum(layer, x)):
+        inputs = [x, *layer.parameters()]
+        gradients = torch.autograd.grad((run(x) - target).square().sum(), inputs)
+        if run is layer:
+            ours = gradients
+    for mine, dense in zip(ours, gradients, strict=True):
+        assert (mine - dense).abs().max() <= 1e-10 * dense.abs().max().clamp_min(1)
+
+
+def test_the_start_is_the_papers():
+    torch.manual_seed(0)
+    layer = MxD(64, 96, 48, 200, 8, glu=True, skip=True)
+    assert not layer.decoder.weight.any()
+    assert not layer.skip.weight.any()
+    for bias in (layer.encoder.bias, layer.encoder_gate.bias, layer.gate.bias, layer.output_bias):
+        assert not bias.any()
+    assert torch.allclose(layer.experts.norm(dim=-1), torch.ones(200), atol=1e-6)
+    assert layer.encoder.weight.abs().max() <= 64**-0.5 + 1e-6  # nn.Linear's own bound
+    assert layer.encoder.weight.std() > 0.5 * 64**-0.5 / 3**0.5
+    assert not layer(torch.randn(3, 64)).any()
+
+
+def test_the_constraint_on_the_experts():
+    layer = random_layer()
+    layer.normalise_experts()
+    layer(torch.randn(6, I, dtype=torch.float64)).square().sum().backward()
+    before = layer.experts.grad.clone()
+    layer.project_gradient()
+    assert (layer.experts.grad * layer.experts).sum(-1).abs().max() < 1e-10
+    removed = before - layer.experts.grad
+    along = (before * layer.experts).sum(-1, keepdim=True) * layer.experts
+    assert torch.allclose(removed, along)
+
+
+def test_the_loss_is_the_papers():
+    y_hat, y = torch.randn(9, 5), torch.randn(9, 5)
+    expected = sum(((a - b) ** 2 / b.norm()).mean() for a, b in zip(y_hat, y, strict=True)) / 9
+    assert normalised_mse(y_hat, y).item() == pytest.approx(expected.item(), rel=1e-5)
+    weight = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0])
+    kept = normalised_mse(y_hat[[0, 2]], y[[0, 2]])
+    assert normalised_mse(y_hat, y, weight).item() == pytest.approx(kept.item(), rel=1e-5)
+    assert torch.isfinite(normalised_mse(y_hat, torch.zeros(9, 5)))
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_hidden", "glu", "expected"),
+    [(768, 3072, False, 21_504), (1024, 4096, False, 28_672), (2048, 8192, False, 57_344), (3072, 8192, True, 86_015)],
+)
+def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
+    assert matched_experts(d_in, d_hidden, d_in, glu) == expected
+    matched = mxd_parameters(d_in, d_hidden, d_in, expected, glu)
+    room = transcoder_parameters(d_in, d_in, 32 * d_in)
+    assert matched <= room < mxd_parameters(d_in, d_hidden, d_in, expected + 1, glu)
+
+
+@pytest.mark.parametrize("settings", [{"glu": True}, {"skip": True}, {"sparsity": "l1"}, {}])
+def test_counted_parameters_are_those_of_the_layer(settings):
+    layer = MxD(I, H, O, N, K, **settings)
+    counted = mxd_parameters(I, H, O, N, settings.get("glu", False), settings.get("skip", False))
+    assert counted == sum(parameter.numel() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"k": 14}, "k = 14"), ({"k": 0}, "k = 0"), ({"activation": "gulu"}, "gulu"), ({"sparsity": "l0"}, "l0")],
+)
+def test_impossible_layers_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MxD(I, H, O, N, **{"k": K, **settings})
+
+
+@torch.no_grad()
+def test_half_precision_runs_and_stays_close():
+    layer, x = random_layer(), torch.randn(50, I, dtype=torch.float64)
+    exact = layer(x)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.3)):
+        rough = layer.to(dtype)(x.to(dtype))
+        assert rough.dtype == dtype
+        assert ((rough.double() - exact).norm() / exact.norm()) < tolerance

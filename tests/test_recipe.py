@@ -1,0 +1,190 @@
+"""Recipes are strict, say what is wrong in a line, and resolve as the contract has it."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from mxd_convert.errors import InputError
+from mxd_convert.recipe import Recipe, json_schema, layer_indices
+from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
+
+MINIMAL = {"base": {"model": "openai-community/gpt2"}}
+
+
+def refused(content: dict, *words: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe({**MINIMAL, **content})
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_every_key_has_a_default_but_the_base():
+    recipe = load_recipe(MINIMAL)
+    assert recipe.data.context == 128
+    assert recipe.data.tokens == 480_000_000
+    assert recipe.layer.k == 32
+    assert recipe.train.preset == "fast"
+    with pytest.raises(InputError, match=r"base: missing"):
+        load_recipe({})
+
+
+def test_mistakes_are_named_with_a_suggestion():
+    refused({"layr": {}}, "layr", "'layer'")
+    refused({"layer": {"exprts": 3}}, "layer.exprts", "'experts'")
+    refused({"k": 3}, "belongs under layer:")
+    refused({"layer": {"kind": "mdx"}}, "layer.kind", "'mxd'")
+    refused({"layer": {"k": "many"}}, "layer.k", "integer")
+    refused({"layer": {"k": 33, "experts": 32}}, "33", "32")
+    refused({"train": {"lr": -1.0}}, "train.lr", "greater than 0")
+    refused({"train": {"batch_tokens": 64}}, "train.batch_tokens", "128")
+    refused({"data": {"context": 1}}, "data.context")
+    refused({"layers": "3-1"}, "backwards")
+    refused({"layers": [1, 1]}, "twice")
+    refused({"layers": []}, "empty")
+    refused({"layers": "first"}, "first")
+    refused({"base": "gpt2"}, "base")
+
+
+def test_what_is_still_to_come_is_refused_not_ignored():
+    refused({"layer": {"kind": "transcoder"}}, "layer.kind", "not part of this version")
+    refused({"output": {"onnx": True}}, "output.onnx", "set it to false")
+    refused({"train": {"order": "sequential"}}, "train.order")
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("base: {model: a/b, revision: no}\ntrain: {lr: 2e-3}\ndata: {tokens: 1_000_000}\n")
+    recipe = load_recipe(path)
+    assert recipe.train.lr == 0.002
+    assert recipe.data.tokens == 1_000_000
+    assert recipe.base.revision == "no"
+
+
+def test_damaged_files_are_refused_in_a_line(tmp_path):
+    for content, words in (
+        ("base: {model: a", "line"),
+        ("- a\n- b\n", "mapping"),
+        ("", "nothing"),
+        ("base: {model: a}\nbase: {model: b}\n", "twice"),
+    ):
+        path = tmp_path / "r.yaml"
+        path.write_text(content)
+        with pytest.raises(InputError, match=words) as error:
+            load_recipe(path)
+        assert "\n" not in str(error.value)
+
+
+def test_overrides_outrank_the_file_and_a_given_preset_outranks_its_keys(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("base: {model: a/b}\ntrain: {preset: fast, lr: 3e-3, seed: 5}\n")
+    assert load_recipe(path, {"train.lr": 1e-3}).train.lr == 1e-3
+    assert load_recipe(path).train.lr == 3e-3
+    paper = load_recipe(path, {"train.preset": "paper"}).train
+    assert (paper.lr, paper.seed) == (None, 5)
+    assert load_recipe(path, {"train.preset": "paper", "train.lr": 7e-4}).train.lr == 7e-4
+    assert parse_overrides(["train.lr=2e-3", "layers=0-2", "layer.skip=true", "data.eval.path=null"]) == {
+        "train.lr": 0.002, "layers": "0-2", "layer.skip": True, "data.eval.path": None,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="KEY=VALUE"):
+        parse_overrides(["train.lr"])
+    with pytest.raises(InputError, match="did you mean 'lr'"):
+        load_recipe(path, {"train.lrr": 1})
+
+
+def test_paths_are_relative_to_the_recipe_and_variables_are_expanded(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "recipes" / "r.yaml"
+    path.write_text(
+        "base: {model: ../model}\ndata: {train: {path: '${TEXTS}/a.txt'}, eval: {path: '${NONE:-b.txt}'}}\noutput: {dir: out}\n"
+    )
+    monkeypatch.setenv("TEXTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(path, {"output.dir": "elsewhere"})
+    assert recipe.base.model == str(tmp_path / "model")
+    assert recipe.data.train.path == str(tmp_path / "a.txt")
+    assert recipe.data.eval.path == str(tmp_path / "recipes" / "b.txt")
+    assert recipe.output.dir == str(tmp_path / "elsewhere")
+    monkeypatch.delenv("TEXTS")
+    with pytest.raises(InputError, match="TEXTS is not set"):
+        load_recipe(path)
+
+
+def test_published_recipes_hold_no_path_of_this_machine(tmp_path):
+    (tmp_path / "model").mkdir()
+    recipe = load_recipe(
+        {
+            "base": {"model": str(tmp_path / "model")},
+            "data": {"train": {"path": str(tmp_path / "t.txt")}},
+            "output": {"dir": str(tmp_path / "o")},
+        }
+    )
+    text = recipe.to_yaml()
+    assert str(tmp_path) not in text
+    assert yaml.safe_load(text)["data"]["train"]["path"] == "t.txt"
+    Recipe.model_validate(yaml.safe_load(text))  # written back in full, so it reads again
+
+
+def test_layers():
+    assert layer_indices("all", 3) == [0, 1, 2]
+    assert layer_indices("0-1,3", 4) == [0, 1, 3]
+    assert layer_indices([2, 0], 4) == [0, 2]
+    assert layer_indices(2, 4) == [2]
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        layer_indices([4], 4)
+
+
+def test_the_papers_recipes_have_the_papers_settings():
+    expected = {
+        "gpt2-paper": (8, 21_490),
+        "pythia-410m-paper": (15, 28_658),
+        "pythia-1.4b-paper": (12, 57_330),
+        "llama-3.2-3b-paper": (12, 86_015),
+    }
+    for name, (layer, experts) in expected.items():
+        recipe = load_recipe(name)
+        assert (recipe.layers, recipe.layer.experts, recipe.layer.k) == ([layer], experts, 32)
+        assert (recipe.data.tokens, recipe.data.context, recipe.train.preset) == (480_000_000, 128, "paper")
+    assert set(expected) | {"quickstart", "stories260k", "gpt2-all-layers"} == set(shipped_recipes())
+
+
+def test_recipes_found_by_name_write_into_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart").output.dir == str(tmp_path / "runs" / "quickstart")
+    with pytest.raises(InputError, match="did you mean 'quickstart'"):
+        load_recipe("quikstart")
+
+
+def test_the_schema_in_docs_is_the_recipes():
+    assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == json_schema()
+
+
+def test_the_wheel_holds_recipes_and_the_quickstart(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    place = tmp_path / "site"
+    code = (
+        "import sys, mxd_convert; from mxd_convert.recipe_file import *; from pathlib import Path;"
+        f"assert mxd_convert.__file__.startswith({str(place)!r}), mxd_convert.__file__;"
+        "r = load_recipe('quickstart'); print(len(shipped_recipes())); assert Path(r.base.model, 'model.safetensors').is_file();"
+        "assert Path(r.data.train.path).is_file(); from mxd_convert.report.card import template_folder;"
+        "assert (template_folder() / 'template.md').is_file()"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r}); {code}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(len(list(Path(ROOT, "recipes").glob("*.yaml")))), done.stderr

@@ -1,0 +1,152 @@
+"""The surgery itself costs nothing: what is not replaced is the base's, and a layer that holds the original weights is the original."""
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+
+from mxd_convert import surgery
+from mxd_convert.architectures import ARCHITECTURES, architecture_of, find_sites
+from mxd_convert.base import load_base, model_sha256
+from mxd_convert.checkpoint import load_checkpoint, same_outside_layers
+from mxd_convert.errors import InputError
+from mxd_convert.harvest import harvest
+from mxd_convert.layers import MxD
+from mxd_convert.recipe import Base
+
+IDS = torch.randint(0, 2048, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def sites_of(base, indices=None):
+    return find_sites(base, base.config, indices or list(range(base.config.num_hidden_layers)))
+
+
+def linear_weights(projection):
+    weight = projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
+    bias = projection.bias if projection.bias is not None else torch.zeros(weight.shape[0])
+    return weight, bias
+
+
+@torch.no_grad()
+def constant_gain_layer(base, site, k=4, n_experts=12) -> MxD:
+    """An MxD whose gain is one whatever fires, with the MLP's own weights in encoder and decoder."""
+    row, mlp = architecture_of(base.config), base.get_submodule(site.path)
+    layer = MxD(site.d_in, site.d_hidden, site.d_out, n_experts, k, activation=site.activation, glu=site.glu)
+    layer.gate.weight.zero_()
+    layer.gate.bias.fill_(1.0)
+    layer.experts.fill_(1.0 / k)
+    for mine, theirs in ((layer.encoder, row.up), (layer.encoder_gate, row.gate)):
+        if mine is not None:
+            weight, bias = linear_weights(mlp.get_submodule(theirs))
+            mine.weight.copy_(weight)
+            mine.bias.copy_(bias)
+    weight, bias = linear_weights(mlp.get_submodule(row.down))
+    layer.decoder.weight.copy_(weight)
+    layer.output_bias.copy_(bias)
+    return layer
+
+
+@torch.no_grad()
+def test_identity_surgery_gives_the_base_logits(base, tmp_path):
+    layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
+    surgery.convert(base, layers).save_pretrained(tmp_path)
+    converted = load_checkpoint(tmp_path)
+    expected = base(input_ids=IDS).logits
+    assert (converted(input_ids=IDS).logits - expected).abs().max() < 1e-5
+    assert expected.std() > 0.1
+
+
+@torch.no_grad()
+def test_identity_surgery_on_the_real_models(shared):
+    for name in ("stories260K", "prose-neox"):
+        base = load_base(Base(model=str(shared / "models" / name)))
+        ids = IDS % base.config.vocab_size
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+            base.to(dtype)
+            layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
+            expected = base(input_ids=ids).logits
+            difference = surgery.convert(base, layers)(input_ids=ids).logits - expected
+            # their logits reach 30, where float32 has steps of 2e-6, so there the bound is on the share of the largest
+            assert difference.abs().max() / expected.abs().max().clamp_min(1) < tolerance, (name, dtype)
+
+
+@pytest.mark.parametrize("indices", [[1], [0, 2], [0, 1, 2]])
+def test_any_subset_and_everything_else_is_the_bases(base, indices):
+    layers = {
+        site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu)
+        for site in sites_of(base, indices)
+    }
+    converted = surgery.convert(base, layers)
+    assert sorted(converted.mxd_layers()) == indices
+    assert same_outside_layers(converted, base) is None
+    names = {name for name, _ in converted.named_parameters()}
+    assert sum(name.endswith("mlp.experts") for name in names) == len(indices)
+    other = next(p for name, p in converted.named_parameters() if "mlp" not in name and p.ndim == 2)
+    other.data = other.data + 1e-3
+    assert same_outside_layers(converted, base) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_bases_stay_as_they_are(family, tmp_path):
+    folder = make_model(family, tmp_path / "base", dtype=torch.bfloat16)
+    base = load_base(Base(model=str(folder)), dtype="auto")
+    layers = {
+        site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites_of(base, [1])
+    }
+    surgery.convert(base, layers).save_pretrained(tmp_path / "out")
+    converted = load_checkpoint(tmp_path / "out")
+    assert converted.dtype == torch.bfloat16
+    assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
+    assert same_outside_layers(converted, base) is None
+
+
+@torch.no_grad()
+def test_reverting_gives_the_base_back(base):
+    layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites_of(base)}
+    converted = surgery.convert(base, layers)
+    partly = surgery.revert(converted, base, [0, 2])
+    assert sorted(partly.mxd_layers()) == [1]
+    whole = surgery.revert(partly, base, [1])
+    assert type(whole) is type(base)
+    assert whole.config.model_type == base.config.model_type
+    assert not hasattr(whole.config, "mxd")
+    assert whole(input_ids=IDS).logits.equal(base(input_ids=IDS).logits)
+    assert model_sha256(whole) == model_sha256(base)
+    with pytest.raises(InputError, match="layer 5 is not converted"):
+        surgery.revert(converted, base, [5])
+
+
+@torch.no_grad()
+def test_harvest_sees_what_the_mlp_sees(base):
+    sites = sites_of(base, [0, 2])
+    seen = harvest(base, sites, IDS)
+    for site in sites:
+        assert base.get_submodule(site.path)(seen[site.index].inputs).equal(seen[site.index].outputs)
+        assert seen[site.index].inputs.shape == (3, 40, site.d_in)
+
+
+def test_harvest_stops_after_the_last_layer_needed(base):
+    ran = []
+    later = base.get_submodule(architecture_of(base.config).mlp.format(i=2))
+    handle = later.register_forward_hook(lambda *_: ran.append(1))
+    harvest(base, sites_of(base, [0, 1]), IDS)
+    assert not ran
+    harvest(base, sites_of(base, [2]), IDS)
+    assert ran
+    handle.remove()
+
+
+@torch.no_grad()
+def test_replaced_modules_come_back(base):
+    before = base(input_ids=IDS).logits
+    site = sites_of(base, [1])[0]
+    with surgery.replaced(base, {site.path: surgery.Constant(torch.zeros(site.d_out))}):
+        assert not base(input_ids=IDS).logits.equal(before)
+    assert base(input_ids=IDS).logits.equal(before)
+
+
+def test_unsupported_families_are_named_with_the_supported_ones():
+    config = type("Config", (), {"model_type": "mixtral"})()
+    with pytest.raises(InputError) as error:
+        architecture_of(config)
+    for word in ("mixtral", *ARCHITECTURES, "architectures.py"):
+        assert word in str(error.value)
