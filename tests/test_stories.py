@@ -1,0 +1,76 @@
+"""The real 260K story model: converted, it tells stories in a process that has never heard of this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mxd_convert import convert, load_checkpoint
+from mxd_convert.base import load_tokenizer
+
+WITHOUT_THE_PACKAGE = """
+import json, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "mxd_convert":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+text = tokenizer.decode(model.generate(**inputs, max_new_tokens=60, do_sample=False)[0], skip_special_tokens=True)
+with torch.no_grad():
+    logits = model(inputs["input_ids"]).logits
+print(json.dumps({"text": text, "logits": logits[0].tolist(), "module": type(model).__module__, "experts": sorted(model.mxd_layers())}))
+"""
+
+
+@pytest.fixture(scope="module")
+def stories(shared, tmp_path_factory):
+    """All five layers on a tenth of the recipe's tokens."""
+    overrides = {
+        "base.model": str(shared / "models" / "stories260K"),
+        "data.train.path": str(shared / "data" / "stories.jsonl.gz"),
+    }
+    overrides |= {
+        "data.tokens": 61_440,
+        "data.eval.tokens": 8192,
+        "train.batch_tokens": 1024,
+        "train.lr": 5e-3,
+        "train.log_every": 20,
+    }
+    return convert("stories260k", tmp_path_factory.mktemp("stories") / "out", overrides, quiet=True)
+
+
+def test_it_is_faithful_after_a_minute_and_its_experts_matter(stories):
+    fidelity, reliance = stories.report["fidelity"], stories.report["reliance"]
+    assert fidelity["ce_base"] == pytest.approx(1.44, abs=0.1)
+    assert fidelity["delta_ce"] < 2.0
+    assert fidelity["ce_zero_ablation"] - fidelity["ce_base"] > 6.0
+    assert all(layer["gate_share"] > 0.5 for layer in reliance["layers"].values())
+    assert stories.report["data"]["train"]["repeats"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_it_tells_a_story_where_the_package_is_not_importable(stories, tmp_path):
+    command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE, str(stories.output)]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={"HF_MODULES_CACHE": str(tmp_path / "m")}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    assert answer["module"].startswith("transformers_modules.")
+    assert answer["experts"] == [0, 1, 2, 3, 4]
+    assert answer["text"].startswith("Once upon a time")
+    assert len(set(answer["text"].split())) > 8
+    model, tokenizer = load_checkpoint(stories.output), load_tokenizer(str(stories.output))
+    with torch.no_grad():
+        ours = model(tokenizer("Once upon a time", return_tensors="pt")["input_ids"]).logits[0]
+    assert (ours - torch.tensor(answer["logits"])).abs().max() < 1e-5
