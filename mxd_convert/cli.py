@@ -57,7 +57,8 @@ def init(
 @app.command(epilog="Example: `mxd-convert plan quickstart --set layer.k=8`")
 def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
     """Show what a recipe comes to: layers, experts, parameters, work, memory and disk."""
-    made = mxd_convert.make_plan(mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or [])))
+    loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
+    made = mxd_convert.make_plan(loaded)
     if as_json:
         _print_json(made.to_dict())
         return
@@ -94,7 +95,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model: train the layers, put them in, evaluate, report."""
-    result = mxd_convert.convert(recipe, output, mxd_convert.parse_overrides(settings or []), fresh)
+    loaded = mxd_convert.load_recipe(
+        recipe, mxd_convert.parse_overrides(settings or [])
+    )  # a mistake in it is told before torch is loaded
+    result = mxd_convert.convert(loaded, output, fresh=fresh)
+    if not result.main_process:
+        return
     if as_json:
         _print_json({"output": str(result.output), "already_finished": result.already_finished, "report": result.report})
         return

@@ -271,8 +271,17 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
     dtype = token_dtype(len(tokenizer))
     recorded = json.loads(manifest.read_text())
     return (
-        _open(folder / "train.tokens", dtype, data.context, marks.bos, TextInfo(**recorded["train"])),
-        _open(folder / "eval.tokens", dtype, data.context, marks.bos, TextInfo(**recorded["eval"])),
+        _open(
+            folder / "train.tokens",
+            dtype,
+            data.context,
+            -(-data.tokens // data.context),
+            marks.bos,
+            TextInfo(**recorded["train"]),
+        ),
+        _open(
+            folder / "eval.tokens", dtype, data.context, data.eval.tokens // data.context, marks.bos, TextInfo(**recorded["eval"])
+        ),
     )
 
 
@@ -288,7 +297,7 @@ def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path) -
     assert source.path is not None
     _check_length(source.path, writer, context)
     info = TextInfo(_shown(source.path), writer.digest.hexdigest(), writer.tokens, writer.documents)
-    return _open(folder / "eval.tokens", writer.dtype, context, marks.bos, info)
+    return _open(folder / "eval.tokens", writer.dtype, context, source.tokens // context, marks.bos, info)
 
 
 def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, TextInfo]:
@@ -377,6 +386,7 @@ def _shown(path: str) -> str:
     return Path(path).name if is_local(path) else path
 
 
-def _open(path: Path, dtype: np.dtype[Any], context: int, bos: int | None, info: TextInfo) -> Blocks:
-    count = path.stat().st_size // dtype.itemsize // context
+def _open(path: Path, dtype: np.dtype[Any], context: int, limit: int, bos: int | None, info: TextInfo) -> Blocks:
+    """limit: how many blocks were asked for; the file ends with a whole document and may hold a few more."""
+    count = max(1, min(limit, path.stat().st_size // dtype.itemsize // context))
     return Blocks(np.memmap(path, dtype=dtype, mode="r", shape=(count, context)), bos, info)

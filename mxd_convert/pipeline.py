@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,16 @@ from mxd_convert.training import Trained, train_layers
 
 @dataclass(frozen=True)
 class Result:
-    """A finished conversion. report: the content of mxd_report.json. already_finished: it was there before this call."""
+    """A finished conversion.
+
+    report: the content of mxd_report.json. already_finished: it was there before this call. main_process: whether this process,
+    of several, is the one to speak.
+    """
 
     output: Path
     report: dict[str, Any]
-    already_finished: bool = False
+    already_finished: bool
+    main_process: bool
 
 
 def convert(
@@ -61,10 +66,13 @@ def convert(
         recipe = load_recipe(recipe.model_dump(), settings)
     else:
         recipe = load_recipe(recipe, settings)
-    run = _Conversion(make_plan(recipe), fresh, quiet)
+    plan = make_plan(recipe)
+    accelerator = _accelerator(plan)
+    run = _Conversion(plan, accelerator, fresh, quiet or not accelerator.is_main_process)
     if (finished := run.finished()) is not None:
         return finished
-    with disk_guard(run.output), run.locked():
+    accelerator.wait_for_everyone()  # what there is has been looked at by all before one of them changes it
+    with disk_guard(run.output), run.locked() if accelerator.is_main_process else nullcontext():
         try:
             return run.go()
         except InputError:
@@ -73,8 +81,10 @@ def convert(
 
 
 class _Conversion:
-    def __init__(self, plan: Plan, fresh: bool, quiet: bool) -> None:
-        self.plan, self.recipe, self.fresh, self.quiet = plan, plan.recipe, fresh, quiet
+    """One run. Under torchrun every process has one: the main one prepares, assembles, evaluates and reports; all of them train."""
+
+    def __init__(self, plan: Plan, accelerator: Accelerator, fresh: bool, quiet: bool) -> None:
+        self.plan, self.recipe, self.accelerator, self.fresh, self.quiet = plan, plan.recipe, accelerator, fresh, quiet
         self.output = plan.output
         self.work = self.output.with_name(f"{self.output.name}.partial")
 
@@ -100,7 +110,7 @@ class _Conversion:
             raise InputError(
                 f"output.dir: {self.output} holds the result of another recipe; choose another output.dir, or --fresh to replace it"
             )
-        return Result(self.output, content, already_finished=True)
+        return Result(self.output, content, True, self.accelerator.is_main_process)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -141,47 +151,66 @@ class _Conversion:
     # --- the stages ------------------------------------------------------------------------------------------------------------
 
     def go(self) -> Result:
-        self._claim()
-        if not (self.work / "state").is_dir():
-            check_space(self.plan)
-        for warning in self.plan.warnings:
-            self.say(f"warning: {warning}")
-        base_settings = self.recipe.base
-        tokenizer = load_tokenizer(base_settings.model, base_settings.revision, base_settings.trust_remote_code)
-        train, held_out = prepare(self.recipe.data, tokenizer, self.work / "data", self.say)
+        settings, main = self.recipe.base, self.accelerator.is_main_process
+        if main:
+            self._claim()
+            if not (self.work / "state").is_dir():
+                check_space(self.plan)
+            for warning in self.plan.warnings:
+                self.say(f"warning: {warning}")
+        tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
+        with self.accelerator.main_process_first():
+            train, held_out = prepare(self.recipe.data, tokenizer, self.work / "data", self.say)
         self.say(self._summary(train, held_out))
-        trained, accelerator = self._train(train)
-        original = load_base(base_settings, dtype="auto")
+        trained = self._train(train)
+        if main:
+            self._finish(trained, train, held_out, tokenizer)
+        self.accelerator.wait_for_everyone()
+        return Result(self.output, json.loads((self.output / REPORT).read_text()), False, main)
+
+    def _finish(self, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
+        settings = self.recipe.base
+        original = load_base(settings, dtype="auto")
         origin = {
-            "model": Path(base_settings.model).name if is_local(base_settings.model) else base_settings.model,
-            "revision": base_settings.revision or getattr(original.config, "_commit_hash", None),
+            "model": Path(settings.model).name if is_local(settings.model) else settings.model,
+            "revision": settings.revision or getattr(original.config, "_commit_hash", None),
             "sha256": model_sha256(original),
-            "local": is_local(base_settings.model),
+            "local": is_local(settings.model),
         }
         folder = self._assemble(original, trained, origin, tokenizer)
         del original
-        figures = self._evaluate(folder, held_out, accelerator)
+        figures = self._evaluate(folder, held_out)
         report = build_report(self.plan, origin, train, held_out, trained, figures)
         self._write_report(folder, report, origin)
         self._publish(folder)
-        return Result(self.output, report)
 
     def _summary(self, train: Blocks, held_out: Blocks) -> str:
         layers = self.plan.layers
-        resolved = self.recipe.train
+        resolved, processes = self.recipe.train, self.accelerator.num_processes
+        many = f" over {processes} processes;" if processes > 1 else ""
         return (
             f"{len(layers)} layers, {layers[0].experts:,} experts each, {layers[0].k} active;"
             f" {self.plan.steps:,} steps of {resolved.batch_tokens:,} tokens (lr {resolved.lr:g}, {resolved.schedule});"
-            f" {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
+            f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
 
-    def _train(self, blocks: Blocks) -> tuple[Trained, Accelerator]:
-        accelerator = _accelerator(self.recipe, self.work)
-        base = load_base(self.recipe.base)
-        trained = train_layers(self.recipe, base, self.plan.sites, self.plan.experts, blocks, self.work, accelerator, self.quiet)
+    def _train(self, blocks: Blocks) -> Trained:
         if self.recipe.train.tracker != "none":
-            accelerator.end_training()
-        return trained, accelerator
+            self._start_tracker()
+        base = load_base(self.recipe.base)
+        trained = train_layers(
+            self.recipe, base, self.plan.sites, self.plan.experts, blocks, self.work, self.accelerator, self.quiet
+        )
+        if self.recipe.train.tracker != "none":
+            self.accelerator.end_training()
+        return trained
+
+    def _start_tracker(self) -> None:
+        """wandb and trackio have projects with named runs; TensorBoard has a folder a run, under `logs` beside the output."""
+        tracker, name = self.recipe.train.tracker, self.output.name
+        project = name if tracker == "tensorboard" else "mxd-convert"
+        run = {} if tracker == "tensorboard" else {tracker: {"name": name}}
+        self.accelerator.init_trackers(project, config={"recipe": self.recipe.to_yaml()}, init_kwargs=run)
 
     def _assemble(self, original: Any, trained: Trained, origin: dict[str, Any], tokenizer: Any) -> Path:
         folder = self.work / "checkpoint"
@@ -192,11 +221,11 @@ class _Conversion:
             tokenizer.save_pretrained(folder)
         return folder
 
-    def _evaluate(self, folder: Path, held_out: Blocks, accelerator: Accelerator) -> dict[str, Any]:
+    def _evaluate(self, folder: Path, held_out: Blocks) -> dict[str, Any]:
         converted = load_checkpoint(folder, dtype="float32")
         base = load_base(self.recipe.base, dtype="float32")
         return evaluate_models(
-            base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, accelerator.device, self.quiet
+            base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, self.accelerator.device, self.quiet
         )
 
     def _write_report(self, folder: Path, report: dict[str, Any], origin: dict[str, Any]) -> None:
@@ -227,23 +256,21 @@ class _Conversion:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+def _accelerator(plan: Plan) -> Accelerator:
     # accelerate keeps one state a process: without this, a second conversion would run with the first one's precision
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
-    tracker = recipe.train.tracker
+    train = plan.recipe.train
     try:
         accelerator = Accelerator(
-            cpu=recipe.train.device == "cpu",
-            mixed_precision="bf16" if recipe.train.precision == "bf16" else "no",
-            log_with=None if tracker == "none" else tracker,
-            project_dir=str(folder / "tracker"),
+            cpu=train.device == "cpu",
+            mixed_precision="bf16" if train.precision == "bf16" else "no",
+            log_with=None if train.tracker == "none" else train.tracker,
+            project_dir=str(plan.output.parent / "logs"),
         )
-        if tracker != "none":
-            accelerator.init_trackers("mxd-convert", config={"recipe": recipe.to_yaml()})
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"train.tracker: {tracker} can't be used ({str(error).splitlines()[0]}); install it, or set train.tracker: none"
+            f"train.tracker: {train.tracker} can't be used ({str(error).splitlines()[0]}); install it, or set train.tracker: none"
         ) from None
-    torch.manual_seed(recipe.train.seed)
+    torch.manual_seed(train.seed)
     return accelerator

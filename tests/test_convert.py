@@ -248,3 +248,35 @@ def test_the_public_face_is_complete():
     for name in mxd_convert.__all__:
         assert getattr(mxd_convert, name) is not None
     assert set(mxd_convert.__all__) == set(mxd_convert._HOMES)
+
+
+def test_two_processes_train_what_one_does(models, text, tmp_path):
+    """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
+    settings = {"layers": [0, 2], "data": {"tokens": 8192}}
+    one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "mxd_convert.cli",
+        "run",
+        str(recipe),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "over 2 processes" in done.stderr
+    assert done.stdout.count("verdict") == 1
+    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=2e-4), name
+    logs = [[json.loads(line) for line in (tmp_path / n / "training_log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for single, double in zip(*logs, strict=True):
+        assert double["tokens"] == single["tokens"]
+        for index, layer in single["layers"].items():
+            assert double["layers"][index] == pytest.approx(layer, rel=1e-3), index

@@ -28,6 +28,8 @@ from mxd_convert.training.progress import TrainingProgress
 from mxd_convert.training.state import load_state, optimiser_tensors, restore_optimiser, save_state
 from mxd_convert.training.window import Window
 
+SAVE_SECONDS = 60.0
+
 
 @dataclass
 class Trained:
@@ -118,6 +120,7 @@ class _Run:
         self.done = 0
         self.seconds = 0.0
         self.stopping = False
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self._restore()
 
     # --- the loop --------------------------------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ class _Run:
                     last_log, last_logged_step = now, self.done
                     fvu = self._log(rate)
                 progress.update(self.done * self.step_tokens, fvu)
-                if self.done % train.checkpoint_every == 0 or self.done == self.steps or self.stopping:
+                if self.done % train.checkpoint_every == 0 or self.done == self.steps or self.stopping or self._save_is_due():
                     self._save()
                 if self.stopping and self.done < self.steps:
                     raise KeyboardInterrupt
@@ -211,7 +214,14 @@ class _Run:
             self.accelerator.log({"lr": lr, "tokens_per_second": rate, "mean_fvu": fvu, **flat}, step=self.done)
         return fvu
 
+    def _save_is_due(self) -> bool:
+        """A minute after the last save, or later where saving would take more than a twentieth of the time."""
+        if self.accelerator.num_processes > 1:  # each has a clock of its own; they save by the step alone
+            return False
+        return time.monotonic() - self.saved_at > max(SAVE_SECONDS, 20 * self.save_seconds)
+
     def _save(self) -> None:
+        start = time.monotonic()
         if self.accelerator.is_main_process:
             tensors: dict[str, Tensor] = {name: parameter.detach() for parameter, name in self.names.items()}
             tensors |= optimiser_tensors(self.optimiser.adam, self.names)
@@ -220,6 +230,8 @@ class _Run:
             facts: dict[str, Any] = {"seconds": self.seconds, "resumed_at_steps": self.resumed_at}
             save_state(self.folder / "state", self.done, tensors, facts, self.recipe.fingerprint())
         self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
 
     def _restore(self) -> None:
         found = load_state(self.folder / "state", self.recipe.fingerprint())
