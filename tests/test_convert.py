@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import FAMILIES, documents, small_recipe
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
 from mxd_convert import convert, evaluate
@@ -66,6 +66,11 @@ def test_from_pretrained_loads_and_generates(converted, family):
     output = model.generate(**tokenizer("The value", return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert output.shape[1] > 4
     assert sorted(model.mxd_layers()) == [0, 2]
+    headless = AutoModel.from_pretrained(converted[family])
+    assert sorted(headless.mxd_layers()) == [0, 2]
+    ids = torch.arange(1, 9).view(1, 8)
+    hidden = model(ids, output_hidden_states=True).hidden_states[-1]
+    assert headless(ids).last_hidden_state.equal(hidden)
     values, indices = model.mxd_layers()[0].encode(torch.randn(2, 3, 32))
     assert values.shape == indices.shape == (2, 3, 4)
 

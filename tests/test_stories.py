@@ -23,13 +23,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = sys.argv[1]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    refusal = None
+except ValueError as error:
+    refusal = str(error)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 text = tokenizer.decode(model.generate(**inputs, max_new_tokens=60, do_sample=False)[0], skip_special_tokens=True)
 with torch.no_grad():
     logits = model(inputs["input_ids"]).logits
-print(json.dumps({"text": text, "logits": logits[0].tolist(), "module": type(model).__module__, "experts": sorted(model.mxd_layers())}))
+print(json.dumps({"text": text, "logits": logits[0].tolist(), "module": type(model).__module__, "experts": sorted(model.mxd_layers()), "refusal": refusal}))
 """
 
 
@@ -67,6 +72,7 @@ def test_it_tells_a_story_where_the_package_is_not_importable(stories, tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     assert answer["module"].startswith("transformers_modules.")
+    assert "trust_remote_code=True" in answer["refusal"], "without trust it must be refused, never loaded with random MLPs"
     assert answer["experts"] == [0, 1, 2, 3, 4]
     assert answer["text"].startswith("Once upon a time")
     assert len(set(answer["text"].split())) > 8

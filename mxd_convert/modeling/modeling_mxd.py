@@ -152,7 +152,10 @@ class MxdModelMixin:
             "unexpected_keys",
             *(() if kwargs.get("ignore_mismatched_sizes") else ("mismatched_keys",)),
         ):
-            if keys := _names(info.get(problem, ())):
+            keys = _names(info.get(problem, ()))
+            if problem == "unexpected_keys":  # a model without head leaves the heads of its checkpoint aside
+                keys = [key for key in keys if key.startswith(cls._mxd_prefix)]
+            if keys:
                 more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                 raise ValueError(
                     f"the checkpoint's weights don't fit its config.json: {problem.replace('_', ' ')}: {keys[0]}{more}"
