@@ -31,7 +31,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
     import torch
     import transformers
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -96,6 +96,13 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
                 return "the save was not sharded"
             return None if digest(load(place)) == state["digest"] else "tensors differ after a sharded save"
 
+    def headless():
+        model = AutoModel.from_pretrained(folder, trust_remote_code=blocked, dtype=torch.float32).eval()
+        with torch.no_grad():
+            ours = model(input_ids=ids).last_hidden_state
+            theirs = state["fp32"](input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        return None if ours.equal(theirs) else "AutoModel's last hidden state is not that of AutoModelForCausalLM"
+
     def ties():
         model = state["model"]
         if not model.config.get_text_config().tie_word_embeddings:
@@ -139,6 +146,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
         check("generates the same text with and without cache", generates)
         check("saves, loads and saves again bit-identically", saves)
         check("saves in shards", shards)
+        check("loads as AutoModel, without its head", headless)
         check("keeps tied weights tied", ties)
         check("runs in bfloat16", bfloat16)
         check("trains with gradient checkpointing", checkpointing)

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import resolve_revision
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, is_disk_full
 from mxd_convert.recipe import Base, is_local
 
 WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
@@ -28,7 +31,9 @@ def explained(what: str, name: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise InputError(f"{name}: {what} can't be loaded, {WEIGHTS_HELP} ({_first_line(error)})") from None
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+        if is_disk_full(error):
+            raise
         raise InputError(f"{name}: {what} can't be loaded: {_first_line(error)}") from None
 
 
@@ -65,6 +70,17 @@ def load_config(base: Base) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"base.model: {base.model} is quantised; give the unquantised model, whose activations are exact")
     return config
+
+
+def pinned(base: Base) -> Base:
+    """The base with its revision resolved to a commit, so that every later load and the report mean the same weights."""
+    if is_local(base.model):
+        return base
+    try:
+        revision = resolve_revision(base.model, revision=base.revision, local_files_only=HF_HUB_OFFLINE)
+    except Exception:  # whatever is wrong, loading the model says it better
+        return base
+    return base.model_copy(update={"revision": revision.resolved})
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -99,14 +99,15 @@ def base_of(folder: str | Path, override: str | None = None) -> Base:
     folder = Path(folder)
     if override is not None:
         path = Path(override).expanduser()
-        return Base(model=str(path.resolve()) if path.exists() else override)
+        if path.exists():
+            return Base(model=str(path.resolve()))
     config = read_config(folder)
     recorded = (config.mxd or {}).get("base") or {}
-    local = folder / LOCAL
-    if local.is_file():
-        path = Path(json.loads(local.read_text())["base"])
-        if path.is_dir():
-            return Base(model=str(path))
+    if override is not None:
+        return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None)
+    local = read_local(folder).get("base")
+    if isinstance(local, str) and Path(local).is_dir():
+        return Base(model=local)
     if recorded.get("local", False) or not recorded.get("model"):
         raise InputError(
             f"{folder}: its base model {recorded.get('model') or ''} was a local folder that is not here; give it with --base PATH"
@@ -121,6 +122,15 @@ def check_base(converted: Any, original: Any, name: str) -> None:
         raise InputError(
             f"--base {name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one"
         )
+
+
+def read_local(folder: Path) -> dict[str, Any]:
+    """What is kept of this machine beside a checkpoint, and is not published; empty where there is none or it can't be read."""
+    try:
+        content = json.loads((folder / LOCAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def same_outside_layers(converted: Any, base: Any) -> str | None:

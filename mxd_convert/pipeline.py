@@ -4,6 +4,7 @@ Everything is written into `<output>.partial`, and the finished checkpoint is re
 result or is not there.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,17 +12,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 
 from mxd_convert.base import load_base, load_tokenizer, model_sha256, quiet
-from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
-from mxd_convert.data import Blocks, prepare
+from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint, read_local
+from mxd_convert.data import Blocks, local_files, prepare
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.evaluation import evaluate_models
 from mxd_convert.plan import Plan, check_space, make_plan
@@ -106,7 +109,9 @@ class _Conversion:
                 f"output.dir: {self.output} holds something that is not a finished checkpoint; choose another output.dir, or --fresh to replace it"
             )
         content = json.loads(report.read_text())
-        if content.get("recipe_sha256") != self.recipe.published_sha256():
+        same = content.get("recipe_sha256") == self.recipe.published_sha256()
+        local = read_local(self.output)  # base names alone can't tell two texts of the same name apart
+        if not same or local.get("recipe", self.recipe.fingerprint()) != self.recipe.fingerprint():
             raise InputError(
                 f"output.dir: {self.output} holds the result of another recipe; choose another output.dir, or --fresh to replace it"
             )
@@ -130,18 +135,34 @@ class _Conversion:
     def _claim(self) -> None:
         """Makes the work folder this recipe's: cleared with --fresh, refused where it belongs to another."""
         mark = self.work / "fingerprint"
-        ours = self.recipe.fingerprint()
+        ours = f"{self.recipe.fingerprint()}\n{self._inputs()}\n"
+        theirs = mark.read_text() if mark.is_file() else ""
         if self.fresh:
             for path in self.work.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif (self.work / "state").is_dir() and mark.read_text() != ours:
+        elif (self.work / "state").is_dir() and theirs and theirs != ours:
+            same = theirs.splitlines()[0] == ours.splitlines()[0]
+            what = "this recipe whose base or text has changed since" if same else "another recipe"
             raise InputError(
-                f"output.dir: {self.work} holds an unfinished run of another recipe; --fresh to start over, or choose another output.dir"
+                f"output.dir: {self.work} holds an unfinished run of {what}; --fresh to start over, or choose another output.dir"
             )
-        elif not mark.is_file() or mark.read_text() != ours:
+        elif theirs != ours:
             shutil.rmtree(self.work / "data", ignore_errors=True)
-        mark.write_text(ours)
+        if theirs != ours or self.fresh:
+            temporary = mark.with_suffix(".tmp")
+            temporary.write_text(ours)
+            temporary.replace(mark)
+
+    def _inputs(self) -> str:
+        """A hash over names, sizes and times of the local files that the run reads: told apart if they are changed in place."""
+        data, base = self.recipe.data, self.recipe.base.model
+        files = [path for path in (data.train.path, data.eval.path) if path is not None and is_local(path)]
+        found = [file for path in files for file in local_files(path)]
+        found += sorted(Path(base).glob("*.safetensors")) if is_local(base) else []
+        return hashlib.sha256(
+            json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]).encode()
+        ).hexdigest()
 
     def forget(self) -> None:
         """Removes the work folder of a run that failed before it had trained anything, so that it stands in nobody's way."""
@@ -173,7 +194,7 @@ class _Conversion:
         original = load_base(settings, dtype="auto")
         origin = {
             "model": Path(settings.model).name if is_local(settings.model) else settings.model,
-            "revision": settings.revision or getattr(original.config, "_commit_hash", None),
+            "revision": settings.revision,
             "sha256": model_sha256(original),
             "local": is_local(settings.model),
         }
@@ -232,8 +253,8 @@ class _Conversion:
         recipe_yaml = self.recipe.to_yaml()
         (folder / "recipe.yaml").write_text(recipe_yaml)
         shutil.copyfile(self.work / "training_log.jsonl", folder / "training_log.jsonl")
-        if origin["local"]:
-            (folder / LOCAL).write_text(json.dumps({"base": self.recipe.base.model}, indent=2) + "\n")
+        local = {"base": self.recipe.base.model} if origin["local"] else {}
+        (folder / LOCAL).write_text(json.dumps({**local, "recipe": self.recipe.fingerprint()}, indent=2) + "\n")
         write_plots(folder, report, folder / "training_log.jsonl")
         write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -263,12 +284,16 @@ def _accelerator(plan: Plan) -> Accelerator:
     train = plan.recipe.train
     try:
         accelerator = Accelerator(
-            cpu=train.device == "cpu",
+            cpu=train.device == "cpu" or not torch.cuda.is_available(),
             mixed_precision="bf16" if train.precision == "bf16" else "no",
             log_with=None if train.tracker == "none" else train.tracker,
             project_dir=str(plan.output.parent / "logs"),
+            # the others wait while the main process reads text and evaluates, which may take hours
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         )
     except (ImportError, ValueError) as error:
+        if train.tracker == "none":
+            raise InputError(f"train.precision: {train.precision}: {str(error).splitlines()[0]}") from None
         raise InputError(
             f"train.tracker: {train.tracker} can't be used ({str(error).splitlines()[0]}); install it, or set train.tracker: none"
         ) from None

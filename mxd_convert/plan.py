@@ -9,7 +9,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from mxd_convert.architectures import Site, architecture_of, find_sites
-from mxd_convert.base import empty_model, load_config, untied_tensors
+from mxd_convert.base import empty_model, load_config, pinned, untied_tensors
 from mxd_convert.data import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.layers import matched_experts, mxd_parameters
@@ -85,6 +85,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Reads the base's config only. Raises InputError for whatever in the recipe does not fit the model.
     """
     _check_settings(recipe)
+    recipe = recipe.model_copy(update={"base": pinned(recipe.base)})
     config = load_config(recipe.base)
     architecture_of(config)
     try:
@@ -138,7 +139,7 @@ def _check_settings(recipe: Recipe) -> None:
             except InputError as error:
                 raise InputError(str(error).replace("data:", f"{key}.path:", 1)) from None
     device = recipe.train.device
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not torch.backends.mps.is_available()):
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"train.device: {device} is not available on this machine; set it to auto or cpu")
 
 

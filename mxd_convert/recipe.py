@@ -123,8 +123,8 @@ class Train(Section):
     """Steps between lines of training_log.jsonl."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where else the log goes, through accelerate."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Device to train on; auto: accelerate's choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; auto: a CUDA device if there is one. (Apple's MPS lacks the float64 that our figures are summed in.)"""
 
 
 class Output(Section):

@@ -44,12 +44,14 @@ def convert(base: Any, layers: Mapping[int, modeling_mxd.MxD], origin: dict[str,
     entries = {str(index): describe(layers[index]) for index in sorted(layers)}
     mxd = {"format_version": FORMAT_VERSION, "mlp": row.mlp, "layers": entries, **({"base": origin} if origin else {})}
     stem = type(base.config).__name__.removesuffix("Config")
-    config = config_class(stem)(**{**_carried(base.config), "mxd": mxd})
+    config = config_class(stem)(**{**_carried(base), "mxd": mxd})
     tensors = untied_tensors(base)
     for index, layer in layers.items():
         path = row.mlp.format(i=index)
         tensors = _without(tensors, path)
-        tensors |= {f"{path}.{name}": tensor.detach().to(base.dtype) for name, tensor in layer.state_dict().items()}
+        parameters = dict(layer.named_parameters())  # these alone are cast: an activation may have buffers of a dtype of its own
+        state = layer.state_dict()
+        tensors |= {f"{path}.{name}": state[name].to(base.dtype) if name in parameters else state[name] for name in state}
     return _build(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, base)
 
 
@@ -69,14 +71,18 @@ def revert(converted: Any, base: Any, indices: list[int]) -> Any:
         tensors = _without(tensors, path)
         tensors |= {name: tensor.to(converted.dtype) for name, tensor in originals.items() if name.startswith(f"{path}.")}
     if left:
-        config = type(converted.config)(**_carried(converted.config), mxd={**mxd, "layers": left})
+        config = type(converted.config)(**_carried(converted), mxd={**mxd, "layers": left})
         return _build(type(converted), config, tensors, converted)
     base_config = type(converted.config).__mro__[1]
-    return _build(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], base_config(**_carried(converted.config)), tensors, converted)
+    return _build(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], base_config(**_carried(converted)), tensors, converted)
 
 
-def _carried(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
+def _carried(model: Any) -> dict[str, Any]:
+    """The settings of a model's config that its successor keeps."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CARRIED}
+    if settings.get("tie_word_embeddings") and not model.all_tied_weights_keys:
+        settings["tie_word_embeddings"] = False  # its files hold two different matrices, and transformers left them so
+    return settings
 
 
 def _without(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:

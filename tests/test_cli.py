@@ -141,7 +141,7 @@ def test_verify_proves_a_checkpoint_in_fresh_processes(mxd, converted, family):
     assert status == 0, (found, err)
     assert found["ok"]
     assert all(check["ok"] for check in found["checks"]), found
-    assert len(found["checks"]) == 18
+    assert len(found["checks"]) == 20
 
 
 def test_verify_finds_what_is_wrong(mxd, copy, models):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,3 +286,47 @@ def test_two_processes_train_what_one_does(models, text, tmp_path):
         assert double["tokens"] == single["tokens"]
         for index, layer in single["layers"].items():
             assert double["layers"][index] == pytest.approx(layer, rel=1e-3), index
+
+
+def test_another_text_of_the_same_name_is_another_recipe(models, text, tmp_path):
+    recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
+    convert(recipe, quiet=True)
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / text.name
+    other.write_text(text.read_text().upper())
+    with pytest.raises(InputError, match="result of another recipe"):
+        convert(small_recipe(models["gpt2"], other, tmp_path / "out", layers=[1]), quiet=True)
+
+
+def test_text_changed_in_place_is_noticed_by_a_resumed_run(models, text, tmp_path):
+    mine = tmp_path / "text.jsonl"
+    mine.write_text(text.read_text())
+    recipe = tmp_path / "recipe.yaml"
+    settings = {"layers": [1], "data": {"tokens": 200_000}, "train": {"checkpoint_every": 3}}
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], mine, tmp_path / "out", **settings)))
+    run_in_process(recipe, tmp_path / "out.partial" / "state" / "step-*3.json").communicate(timeout=120)
+    (tmp_path / "out.partial" / "fingerprint").with_suffix(".tmp").write_text("cut off here")  # of a kill while it was written
+    mine.write_text(text.read_text() + text.read_text().upper())
+    with pytest.raises(InputError, match="whose base or text has changed since"):
+        convert(recipe, quiet=True)
+
+
+def test_a_model_of_the_hub_is_pinned_to_its_commit(models, text, tmp_path):
+    """From the local cache, laid out as the Hub's client does."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "home" / "hub" / "models--someone--tiny"
+    shutil.copytree(models["gpt2"], cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe("someone/tiny", text, tmp_path / "out", layers=[1])))
+    command = [sys.executable, "-m", "mxd_convert.cli", "run", str(recipe), "--json"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)["report"]
+    assert report["base"]["model"] == "someone/tiny"
+    assert report["base"]["revision"] == commit
+    assert "base_model: someone/tiny" in (tmp_path / "out" / "README.md").read_text()
+    local = json.loads((tmp_path / "out" / "mxd_local.json").read_text())
+    assert set(local) == {"recipe"}

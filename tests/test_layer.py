@@ -177,3 +177,11 @@ def test_half_precision_runs_and_stays_close():
         rough = layer.to(dtype)(x.to(dtype))
         assert rough.dtype == dtype
         assert ((rough.double() - exact).norm() / exact.norm()) < tolerance
+
+
+def test_a_token_for_which_the_mlp_returns_nothing_does_not_outweigh_the_others():
+    y = torch.randn(8, 5)
+    y[3] = 0
+    error = torch.full_like(y, 0.01)
+    others = torch.arange(8) != 3
+    assert normalised_mse(y + error, y) < 200 * normalised_mse((y + error)[others], y[others])

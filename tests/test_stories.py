@@ -34,7 +34,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 text = tokenizer.decode(model.generate(**inputs, max_new_tokens=60, do_sample=False)[0], skip_special_tokens=True)
 with torch.no_grad():
     logits = model(inputs["input_ids"]).logits
-print(json.dumps({"text": text, "logits": logits[0].tolist(), "module": type(model).__module__, "experts": sorted(model.mxd_layers()), "refusal": refusal}))
+answer = {"text": text, "logits": logits[0].tolist(), "module": type(model).__module__}
+print(json.dumps({**answer, "experts": sorted(model.mxd_layers()), "refusal": refusal}))
 """
 
 

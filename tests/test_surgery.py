@@ -1,5 +1,7 @@
 """The surgery itself costs nothing: what is not replaced is the base's, and a layer that holds the original weights is the original."""
 
+import json
+
 import pytest
 import torch
 from conftest import FAMILIES, make_model
@@ -150,3 +152,18 @@ def test_unsupported_families_are_named_with_the_supported_ones():
         architecture_of(config)
     for word in ("mixtral", *ARCHITECTURES, "architectures.py"):
         assert word in str(error.value)
+
+
+def test_a_head_of_its_own_survives_a_config_that_says_tied(tmp_path):
+    """transformers leaves two different matrices untied whatever the config says; so must we."""
+    folder = make_model("llama", tmp_path / "base", tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    base = load_base(Base(model=str(folder)))
+    layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
+    surgery.convert(base, layers).save_pretrained(tmp_path / "out")
+    converted = load_checkpoint(tmp_path / "out")
+    assert same_outside_layers(converted, base) is None
+    assert not converted.get_output_embeddings().weight.equal(converted.get_input_embeddings().weight)
+    with torch.no_grad():
+        assert (converted(input_ids=IDS).logits - base(input_ids=IDS).logits).abs().max() < 1e-5

@@ -18,6 +18,8 @@ LAYER_KEYS = {"d_in", "d_hidden", "d_out", "n_experts", "k", *LAYER_DEFAULTS}
 
 def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
     """Checks the `mxd` entry of a config.json and completes its layers. Raises ValueError, one line, where it can't be read."""
+    if not isinstance(mxd, dict):
+        raise ValueError(f"config.json: mxd is {mxd!r}; expected format_version, mlp and layers")
     version = mxd.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"config.json: mxd.format_version is {version!r}; expected a whole number from 1")
@@ -32,6 +34,8 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
         raise ValueError('config.json: mxd.layers must map layer indices to layers, as in {"0": {...}}')
     complete = {}
     for index in sorted(layers, key=int):
+        if not isinstance(layers[index], dict):
+            raise ValueError(f"config.json: mxd.layers.{index} is {layers[index]!r}; expected its widths and experts")
         layer = {**LAYER_DEFAULTS, **layers[index]}
         if wrong := set(layer) ^ LAYER_KEYS:
             problem = "missing" if wrong <= LAYER_KEYS else "unknown"
@@ -40,6 +44,9 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"config.json: mxd.layers.{index}: kind {layer['kind']!r} is not known to this code; upgrade mxd-convert"
             )
+        for key in ("d_in", "d_hidden", "d_out", "n_experts", "k"):
+            if not isinstance(layer[key], int) or layer[key] < 1:
+                raise ValueError(f"config.json: mxd.layers.{index}.{key} is {layer[key]!r}; expected a whole number from 1")
         complete[str(index)] = layer
     return {**mxd, "layers": complete}
 

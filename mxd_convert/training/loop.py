@@ -112,6 +112,11 @@ class _Run:
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
         self.rows_a_step = train.batch_tokens // blocks.context
         self.step_tokens = self.rows_a_step * blocks.context
+        if self.rows_a_step < accelerator.num_processes:
+            raise InputError(
+                f"train.batch_tokens: {train.batch_tokens} tokens are {self.rows_a_step} blocks of {blocks.context}, fewer than the"
+                f" {accelerator.num_processes} processes; raise train.batch_tokens"
+            )
         self.steps = steps_of(recipe.data.tokens, train.batch_tokens, blocks.context)
         self.optimiser = Optimiser(self.layers.values(), train.lr, self.steps, train.warmup_steps, train.schedule)
         self.names = {p: f"{index}/{name}" for index, layer in self.layers.items() for name, p in layer.named_parameters()}
@@ -119,7 +124,7 @@ class _Run:
         self.resumed_at: list[int] = []
         self.done = 0
         self.seconds = 0.0
-        self.stopping = False
+        self.told_to_stop = self.stopping = False
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self._restore()
 
@@ -146,14 +151,18 @@ class _Run:
                 progress.update(self.done * self.step_tokens, fvu)
                 if self.done % train.checkpoint_every == 0 or self.done == self.steps or self.stopping or self._save_is_due():
                     self._save()
-                if self.stopping and self.done < self.steps:
+                if self.stopping:
                     raise KeyboardInterrupt
 
     def _step(self, step: int) -> None:
         ids_BT = self._batch(step).to(self.device)
         counted_B = self.blocks.counted(ids_BT, self.recipe.train.mask_bos).flatten()
         activations = harvest(self.base, self.sites, ids_BT)
-        total = self._sum_over_processes(counted_B.sum())
+        # one message a step: the tokens that count, and whether anybody was told to stop, on which all must agree
+        message = self._sum_over_processes(
+            torch.stack([counted_B.sum(), torch.tensor(int(self.told_to_stop), device=self.device)])
+        )
+        total, self.stopping = message[0], bool(message[1])
         for index, layer in self.layers.items():
             seen = activations.pop(index)  # freed as soon as its layer is done
             x_BI, y_BO = seen.inputs.flatten(0, 1).float(), seen.outputs.flatten(0, 1).float()
@@ -222,11 +231,14 @@ class _Run:
 
     def _save(self) -> None:
         start = time.monotonic()
+        windows = {
+            f"{index}/window/{name}": self._sum_over_processes(tensor.double()).to(tensor.dtype)
+            for index, window in self.windows.items()
+            for name, tensor in window.tensors().items()
+        }
         if self.accelerator.is_main_process:
             tensors: dict[str, Tensor] = {name: parameter.detach() for parameter, name in self.names.items()}
-            tensors |= optimiser_tensors(self.optimiser.adam, self.names)
-            for index, window in self.windows.items():
-                tensors |= {f"{index}/window/{name}": tensor for name, tensor in window.tensors().items()}
+            tensors |= optimiser_tensors(self.optimiser.adam, self.names) | windows
             facts: dict[str, Any] = {"seconds": self.seconds, "resumed_at_steps": self.resumed_at}
             save_state(self.folder / "state", self.done, tensors, facts, self.recipe.fingerprint())
         self.accelerator.wait_for_everyone()
@@ -243,7 +255,7 @@ class _Run:
         with torch.no_grad():
             for parameter, name in self.names.items():
                 parameter.copy_(tensors[name])
-            for index, window in self.windows.items():
+            for index, window in self.windows.items() if self.accelerator.is_main_process else ():  # the sums of all processes
                 for name, tensor in window.tensors().items():
                     tensor.copy_(tensors[f"{index}/window/{name}"])
         restore_optimiser(self.optimiser.adam, self.names, tensors)
@@ -277,9 +289,9 @@ class _Run:
             return
 
         def stop(number: int, frame: Any) -> None:
-            if self.stopping:
+            if self.told_to_stop:
                 raise KeyboardInterrupt
-            self.stopping = True
+            self.told_to_stop = True
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
