@@ -31,7 +31,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
     import torch
     import transformers
     from safetensors.torch import save_file
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -68,6 +68,12 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
             logits = state["fp32"](input_ids=ids).logits
         save_file({"logits": logits.contiguous()}, request["logits"])
         return None if torch.isfinite(logits).all() else "the logits are not finite"
+
+    def tokenizes():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=blocked)
+        text = "Once upon a time"
+        back = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
+        return None if tokenizer(text)["input_ids"] and "time" in back else f"its tokenizer makes {back!r} of {text!r}"
 
     def generates():
         model = state["fp32"]
@@ -143,6 +149,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
 
     check("loads", loads)
     if checks[0]["ok"]:
+        check("its tokenizer loads and reads text", tokenizes)
         check("generates the same text with and without cache", generates)
         check("saves, loads and saves again bit-identically", saves)
         check("saves in shards", shards)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.activations import ACT2FN
 
 from mxd_convert.errors import InputError
 
@@ -69,6 +70,10 @@ def find_sites(model: nn.Module, config: Any, indices: list[int]) -> list[Site]:
                 mlp.get_submodule(row.gate)
         except AttributeError as error:
             raise InputError(f"layer {index} has no MLP where {config.model_type!r} models keep it ({path}): {error}") from None
+        if getattr(config, row.activation) not in ACT2FN:
+            raise InputError(
+                f"layer {index}: the activation {getattr(config, row.activation)!r} is not one that transformers names"
+            )
         sites.append(Site(index, path, d_in, d_hidden, d_out, str(getattr(config, row.activation)), row.gate is not None))
     return sites
 

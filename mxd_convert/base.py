@@ -31,7 +31,17 @@ def explained(what: str, name: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise InputError(f"{name}: {what} can't be loaded, {WEIGHTS_HELP} ({_first_line(error)})") from None
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
         if is_disk_full(error):
             raise
         raise InputError(f"{name}: {what} can't be loaded: {_first_line(error)}") from None
@@ -65,6 +75,10 @@ def load_config(base: Base) -> Any:
             raise InputError(f"base.model: {base.model}: no such folder")
         if not (folder / "config.json").is_file():
             raise InputError(f"base.model: {base.model}: the folder holds no config.json, so it is not a model")
+        with explained("its config", base.model):
+            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if str(content.get("model_type")).startswith("mxd_"):
+                raise InputError(f"base.model: {base.model} is already converted; give the model that it came from")
     with explained("its config", base.model), quiet():
         config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:

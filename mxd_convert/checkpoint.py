@@ -23,14 +23,19 @@ def read_config(folder: str | Path) -> Any:
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"
     if not path.is_file():
-        unfinished = folder.name.endswith(".partial") or folder.with_name(f"{folder.name}.partial").is_dir()
+        place = folder.resolve()
+        unfinished = place.name.endswith(".partial") or place.parent.joinpath(f"{place.name}.partial").is_dir()
         raise InputError(f"{folder}: no config.json, so not a checkpoint" + ("; its run has not finished" if unfinished else ""))
     with explained("its config.json", str(folder)):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not str(content.get("model_type")).startswith("mxd_"):
-            kind = content.get("model_type") if isinstance(content, dict) else None
-            raise InputError(f"{folder}: a {kind!r} model, not one with MxD layers; `mxd-convert run` makes those")
+            kind = f"a {content.get('model_type')!r} model" if isinstance(content, dict) else "no mapping"
+            raise InputError(f"{folder}: config.json is of {kind}, not of one with MxD layers; `mxd-convert run` makes those")
         architecture = str((content.get("architectures") or [""])[0])
+        if not (architecture.startswith("Mxd") and architecture.endswith("ForCausalLM")):
+            raise InputError(
+                f"{folder}: config.json: architectures is {content.get('architectures')!r}; expected one Mxd...ForCausalLM"
+            )
         stem = architecture.removeprefix("Mxd").removesuffix("ForCausalLM")
         try:
             config_type = configuration_mxd.config_class(stem)
@@ -60,8 +65,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise InputError(f"{index}: not a readable index of weight files; download it or convert again") from None
         files = [folder / name for name in names]
     else:
@@ -102,7 +107,7 @@ def base_of(folder: str | Path, override: str | None = None) -> Base:
         if path.exists():
             return Base(model=str(path.resolve()))
     config = read_config(folder)
-    recorded = (config.mxd or {}).get("base") or {}
+    recorded = recorded_base(config)
     if override is not None:
         return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None)
     local = read_local(folder).get("base")
@@ -115,9 +120,23 @@ def base_of(folder: str | Path, override: str | None = None) -> Base:
     return Base(model=recorded["model"], revision=recorded.get("revision"))
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds, whole or damaged, a checkpoint with MxD layers."""
+    try:
+        return '"mxd_' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def recorded_base(config: Any) -> dict[str, Any]:
+    """What config.json says of the base model; empty where it says nothing."""
+    recorded = (config.mxd or {}).get("base")
+    return recorded if isinstance(recorded, dict) else {}
+
+
 def check_base(converted: Any, original: Any, name: str) -> None:
     """Raises InputError where `original` is not the model that `converted` came from, by the hash of its tensors."""
-    recorded = (converted.config.mxd.get("base") or {}).get("sha256")
+    recorded = recorded_base(converted.config).get("sha256")
     if recorded is not None and model_sha256(original) != recorded:
         raise InputError(
             f"--base {name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one"

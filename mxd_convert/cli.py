@@ -149,7 +149,7 @@ def _print_figures(report: dict[str, Any]) -> None:
 @app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")
 def evaluate(
     checkpoint: CheckpointArgument,
-    data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl, .parquet (also .gz), a folder or a glob.")],
+    data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],
     text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to evaluate on, at most.")] = 262_144,
     base: BaseOption = None,
@@ -183,9 +183,14 @@ def revert(
     layers: Annotated[str, typer.Option("--layers", help='Layers to revert: "3,4", "0-2" or all.')],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     base: BaseOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Give chosen layers their original MLPs back, in a new folder."""
-    print(mxd_convert.revert(checkpoint, layers, output, base))
+    folder = mxd_convert.revert(checkpoint, layers, output, base)
+    if as_json:
+        _print_json({"output": str(folder)})
+    else:
+        print(folder)
 
 
 @app.command(epilog='Example: `mxd-convert generate runs/quickstart --prompt "The function" --steer 2:17:+10`')
@@ -226,27 +231,33 @@ def _main(
 
 
 _debug = False
+INTERRUPTED = 130
 
 
 def main() -> None:
     """The program. Exit status: 0 done, 1 a check failed, 2 the input is at fault, 130 interrupted (resumable)."""
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+        sys.exit(status)
     except InputError as error:
         if _debug:
             traceback.print_exc()
         print(f"mxd-convert: {error}", file=sys.stderr)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
-        print("mxd-convert: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        resumable = "; the same command goes on where it stopped" if "run" in sys.argv[1:2] else ""
+        print(f"mxd-convert: interrupted{resumable}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own, of a mistake in the options themselves
             error.show()
             sys.exit(error.exit_code)
-        if _debug or not is_disk_full(error):
+        if _debug or not (is_disk_full(error) or (isinstance(error, OSError) and error.filename)):
             raise
-        print(f"mxd-convert: no space left on the disk ({error})", file=sys.stderr)
+        what = "no space left on the disk" if is_disk_full(error) else f"{getattr(error, 'filename', '')}: can't be used"
+        print(f"mxd-convert: {what} ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
         sys.exit(2)
 
 

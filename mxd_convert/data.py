@@ -9,6 +9,7 @@ import glob
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ def is_held_out(text: str) -> bool:
 
     Decided by the document's content alone: the same in every run, in any order of files, and equal documents stay together.
     """
-    return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
 # --- documents -----------------------------------------------------------------------------------------------------------------
@@ -40,10 +41,12 @@ def is_held_out(text: str) -> bool:
 
 def local_files(path: str) -> list[Path]:
     """The text files that a local path, folder or glob names, sorted. Raises InputError where there are none."""
-    if any(sign in path for sign in "*?["):
-        files = sorted(Path(found) for found in glob.glob(path, recursive=True) if Path(found).is_file())
+    if any(sign in path for sign in "*?[") and not Path(path).exists():
+        files = sorted(
+            Path(found) for found in glob.glob(path, recursive=True) if found.endswith(SUFFIXES) and Path(found).is_file()
+        )
         if not files:
-            raise InputError(f"data: {path}: no file matches this glob")
+            raise InputError(f"data: {path}: no {', '.join(SUFFIXES)} file matches this glob")
     elif Path(path).is_dir():
         files = sorted(found for found in Path(path).rglob("*") if found.is_file() and found.name.endswith(SUFFIXES))
         if not files:
@@ -64,18 +67,25 @@ def read_documents(source: Text | EvalText) -> Iterator[str]:
     if is_local(source.path):
         for file in local_files(source.path):
             try:
-                yield from filter(str.strip, _read_file(file, source.text))
-            except (OSError, EOFError, UnicodeDecodeError) as error:
+                yield from filter(str.strip, map(_clean, _read_file(file, source.text)))
+            except InputError:
+                raise
+            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
                 raise InputError(f"data: {file}: can't be read ({error})") from None
     else:
-        yield from filter(str.strip, _read_dataset(source))
+        yield from filter(str.strip, map(_clean, _read_dataset(source)))
+
+
+def _clean(text: str) -> str:
+    """The text without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_file(file: Path, field: str) -> Iterator[str]:
     if file.suffix == ".parquet":
         yield from _read_parquet(file, field)
         return
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+    with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as lines:
         if ".jsonl" in file.suffixes:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -190,7 +200,7 @@ class _Writer:
                 self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
                 self.tokens += len(ids)
                 self.documents += 1
-                text = document.encode(errors="replace")
+                text = document.encode()
                 self.digest.update(len(text).to_bytes(8, "little") + text)
         self.pending, self.characters = [], 0
 
@@ -285,6 +295,15 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
     )
 
 
+def check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
+    """Raises InputError where the tokenizer makes ids that the model has no embedding for."""
+    largest = int(blocks.ids.max())
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer makes token ids up to {largest} and the model knows {vocabulary}; give the model the tokenizer it was trained with"
+        )
+
+
 def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path) -> Blocks:
     """The blocks of one text, all of it up to `source.tokens`. Raises InputError where it makes no block."""
     marks = separators(tokenizer)
@@ -328,14 +347,14 @@ def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callab
     seen: set[bytes] = set()
     for document in read_documents(data.eval):
         held_out.add(document)
-        seen.add(hashlib.sha256(document.encode(errors="replace")).digest())
+        seen.add(hashlib.sha256(document.encode()).digest())
         if held_out.full():
             break
     held_out.flush()
     notify(f"reading {_shown(data.train.path)}")
     dropped = 0
     for document in read_documents(data.train):
-        if hashlib.sha256(document.encode(errors="replace")).digest() in seen:
+        if hashlib.sha256(document.encode()).digest() in seen:
             dropped += 1
             continue
         train.add(document)
@@ -351,24 +370,30 @@ def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callab
 def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
     """One text for both: a tenth of the documents, by content, is held out."""
     notify(f"reading {_shown(data.train.path)}, holding out a tenth of the documents")
-    first: str | None = None
-    others = False
+    waiting: list[str] = []  # until each part has a document: with very few, chance may put all in one
+    started = False
     for document in read_documents(data.train):
-        first = document if first is None else first
-        others |= document != first
-        (held_out if is_held_out(document) else train).add(document)
+        if started:
+            (held_out if is_held_out(document) else train).add(document)
+        else:
+            waiting.append(document)
+            if is_held_out(document) != is_held_out(waiting[0]):
+                started = True
+                for text in waiting:
+                    (held_out if is_held_out(text) else train).add(text)
         if train.full() and held_out.full():
             break
-    if first is not None and not others:
+    if started or not waiting:
+        return 0
+    moved = min(set(waiting), key=lambda text: hashlib.sha256(text.encode()).digest())
+    if all(text == moved for text in waiting):
         raise InputError(
             f"data.train: {data.train.path}: a single document, so none can be held out to evaluate on; give more documents"
             " (in .txt files a blank line separates them) or set data.eval.path"
         )
-    for empty, other in ((held_out, train), (train, held_out)):
-        if not empty.documents and not empty.pending and other.pending:  # so few documents that chance put all on one side
-            moved = min(set(other.pending), key=lambda text: hashlib.sha256(text.encode(errors="replace")).digest())
-            empty.pending = [text for text in other.pending if text == moved]
-            other.pending = [text for text in other.pending if text != moved]
+    one, rest = (train, held_out) if is_held_out(waiting[0]) else (held_out, train)
+    for text in waiting:
+        (one if text == moved else rest).add(text)
     return 0
 
 

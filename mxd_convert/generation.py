@@ -11,12 +11,16 @@ from mxd_convert.checkpoint import load_checkpoint
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.steering import steer
 
+MOST = 1e6  # of a temperature or a coefficient: beyond it the arithmetic overflows
+
 
 def parse_steering(text: str) -> tuple[int, int, float]:
     """`"2:17:+10"` -> (layer 2, expert 17, add 10.0). Raises InputError."""
     match = re.fullmatch(r"\s*(\d+):(\d+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text)
     if match is None:
         raise InputError(f"--steer {text}: write it as LAYER:EXPERT:AMOUNT, for example --steer 2:17:+10")
+    if not abs(float(match[3])) <= MOST:
+        raise InputError(f"--steer {text}: the amount is beyond {MOST:g}")
     return int(match[1]), int(match[2]), float(match[3])
 
 
@@ -35,8 +39,11 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: ask for at least one")
-    if temperature < 0:
-        raise InputError(f"--temperature {temperature}: give 0 (most likely token) or more")
+    if not 0 <= temperature <= MOST:
+        raise InputError(f"--temperature {temperature}: give a number from 0 (the most likely token)")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed {seed}: give a whole number from 0 to {2**63 - 1}")
+    prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # a shell may pass bytes that are no text
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(str(checkpoint))
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 
 from mxd_convert.base import load_base, load_tokenizer, model_sha256, quiet
-from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint, read_local
-from mxd_convert.data import Blocks, local_files, prepare
+from mxd_convert.checkpoint import LOCAL, REPORT, is_converted, load_checkpoint, read_local
+from mxd_convert.data import Blocks, check_vocabulary, local_files, prepare
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.evaluation import evaluate_models
 from mxd_convert.plan import Plan, check_space, make_plan
@@ -78,7 +79,9 @@ def convert(
     with disk_guard(run.output), run.locked() if accelerator.is_main_process else nullcontext():
         try:
             return run.go()
-        except InputError:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             run.forget()
             raise
 
@@ -89,7 +92,7 @@ class _Conversion:
     def __init__(self, plan: Plan, accelerator: Accelerator, fresh: bool, quiet: bool) -> None:
         self.plan, self.recipe, self.accelerator, self.fresh, self.quiet = plan, plan.recipe, accelerator, fresh, quiet
         self.output = plan.output
-        self.work = self.output.with_name(f"{self.output.name}.partial")
+        self.work = self.output.parent / f"{self.output.name}.partial"
 
     def say(self, line: str) -> None:
         if not self.quiet:
@@ -99,16 +102,30 @@ class _Conversion:
 
     def finished(self) -> Result | None:
         """The result if this very recipe has finished before. Raises InputError where something else is in the way."""
+        if not self.output.name:
+            raise InputError(f"output.dir: {self.output} can't be the folder of a checkpoint; choose another output.dir")
         if self.output.is_file():
             raise InputError(f"output.dir: {self.output} is a file; choose another output.dir")
-        report = self.output / REPORT
-        if self.fresh or not self.output.exists() or not any(self.output.iterdir()):
-            return None
-        if not report.is_file():
+        if self.work.exists() and not _is_ours(self.work):
             raise InputError(
-                f"output.dir: {self.output} holds something that is not a finished checkpoint; choose another output.dir, or --fresh to replace it"
+                f"output.dir: {self.work}, where the run would work, holds something else; choose another output.dir"
             )
-        content = json.loads(report.read_text())
+        if not self.output.exists() or not any(self.output.iterdir()):
+            return None
+        report = self.output / REPORT
+        if not report.is_file() and not is_converted(self.output):
+            raise InputError(
+                f"output.dir: {self.output} holds something that is not a converted checkpoint; choose another output.dir"
+            )
+        if self.fresh:
+            return None
+        try:
+            content = json.loads(report.read_text())
+            content["recipe_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"output.dir: {self.output} holds a checkpoint without a readable {REPORT}; choose another output.dir, or --fresh to replace it"
+            ) from None
         same = content.get("recipe_sha256") == self.recipe.published_sha256()
         local = read_local(self.output)  # base names alone can't tell two texts of the same name apart
         if not same or local.get("recipe", self.recipe.fingerprint()) != self.recipe.fingerprint():
@@ -182,6 +199,7 @@ class _Conversion:
         tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
         with self.accelerator.main_process_first():
             train, held_out = prepare(self.recipe.data, tokenizer, self.work / "data", self.say)
+        check_vocabulary(train, self.plan.vocabulary)
         self.say(self._summary(train, held_out))
         trained = self._train(train)
         if main:
@@ -267,14 +285,16 @@ class _Conversion:
                 path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        old = self.output.with_name(f"{self.output.name}.old")
+        aside = Path(tempfile.mkdtemp(dir=self.work))
         if self.output.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            self.output.rename(old)
+            self.output.rename(aside / "old")
         folder.rename(self.output)
-        for leftover in (old, self.work):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a work folder is one of ours: it has our mark, or nothing but the lock."""
+    return folder.is_dir() and ((folder / "fingerprint").is_file() or {path.name for path in folder.iterdir()} <= {"lock"})
 
 
 def _accelerator(plan: Plan) -> Accelerator:

@@ -1,5 +1,6 @@
 """Plan before work: what a recipe comes to for its base model, known from the base's config before any weight is loaded."""
 
+import importlib.util
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from mxd_convert.architectures import Site, architecture_of, find_sites
-from mxd_convert.base import empty_model, load_config, pinned, untied_tensors
+from mxd_convert.base import empty_model, explained, load_config, pinned, untied_tensors
 from mxd_convert.data import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.layers import matched_experts, mxd_parameters
@@ -49,6 +50,7 @@ class Plan:
     training_bytes: int
     disk_bytes: int
     flops_per_token: int
+    vocabulary: int
     warnings: list[str]
 
     @property
@@ -95,8 +97,9 @@ def make_plan(recipe: Recipe) -> Plan:
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.data.context > limit:
         raise InputError(f"data.context: {recipe.data.context} tokens are more than the base model's {limit}; lower data.context")
-    model = empty_model(config)
-    sites = find_sites(model, config, indices)
+    with explained("its config", recipe.base.model):
+        model = empty_model(config)
+        sites = find_sites(model, config, indices)
     layers = [_plan_layer(recipe, site, model) for site in sites]
     recipe = _complete(recipe, layers)
     assert recipe.train.batch_tokens is not None
@@ -122,6 +125,7 @@ def make_plan(recipe: Recipe) -> Plan:
         + 3 * 12 * trained
         + 4 * (min(recipe.data.tokens, steps * step_tokens) + recipe.data.eval.tokens),
         flops_per_token=2 * base_parameters + 6 * sum(layer.parameters for layer in layers),
+        vocabulary=config.get_text_config().vocab_size,
         warnings=_warnings(recipe, base_parameters, converted, steps),
     )
 
@@ -138,6 +142,9 @@ def _check_settings(recipe: Recipe) -> None:
                 local_files(path)
             except InputError as error:
                 raise InputError(str(error).replace("data:", f"{key}.path:", 1)) from None
+    tracker = recipe.train.tracker
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise InputError(f"train.tracker: {tracker} is not installed; pip install {tracker}, or set train.tracker: none")
     device = recipe.train.device
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"train.device: {device} is not available on this machine; set it to auto or cpu")

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**13)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -36,7 +36,7 @@ class Base(Section):
 
 class Text(Section):
     path: str = "Skylion007/openwebtext"
-    """A Hub dataset, or a local .txt, .jsonl, .parquet file (also .gz), a folder of such files, or a glob."""
+    """A Hub dataset, or a local .txt, .jsonl (also .gz) or .parquet file, a folder of such files, or a glob."""
     split: str | None = "train"
     """Split of a Hub dataset."""
     text: str = "text"
@@ -80,7 +80,7 @@ class Layer(Section):
     """Activation of the hidden units, by its name in transformers; null: the base MLP's."""
     sparsity: Literal["topk", "l1"] = "topk"
     """topk: the k largest positive gates. l1: every positive gate, with an L1 penalty in the loss."""
-    l1: Annotated[float, Field(ge=0)] = 1.0e-3
+    l1: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0e-3
     """Weight of the L1 penalty; only with `sparsity: l1`."""
     skip: bool = False
     """Add a linear path from the MLP's input to its output beside the experts."""
@@ -97,7 +97,7 @@ class Train(Section):
     """fast: our settings, by rule from the width and the token budget. paper: the published procedure. A key set below wins."""
     lr: Rate | None = None
     """Peak learning rate; null: the preset's."""
-    batch_tokens: Positive | None = None
+    batch_tokens: Annotated[int, Field(gt=0, le=2**26)] | None = None
     """Tokens in a training step; null: the preset's."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear warm-up; null: the preset's."""
@@ -105,7 +105,7 @@ class Train(Section):
     """Learning rate after the warm-up; trapezoid: constant, then linear to zero over the last fifth; null: the preset's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the layers' products in bfloat16, weights and optimiser in fp32."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation and of the order of the text."""
     mask_bos: bool = True
     """Leave BOS tokens and the first position of each block out of the loss: attention sinks, whose norms dwarf all others."""
@@ -164,6 +164,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"{key}: {json.dumps(value)} is not part of this version ({meaning}); set it to {json.dumps(allowed[0])}"
                 )
+        if self.data.eval.tokens < self.data.context:
+            raise ValueError(
+                f"data.eval.tokens: {self.data.eval.tokens} is less than one block of data.context = {self.data.context} tokens"
+            )
         if self.train.batch_tokens is not None and self.train.batch_tokens < self.data.context:
             batch = self.train.batch_tokens
             raise ValueError(f"train.batch_tokens: {batch} is less than one block of data.context = {self.data.context} tokens")
@@ -207,6 +211,9 @@ _AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+MOST_LAYERS = 100_000
+
+
 def layer_indices(layers: str | int | list[int], count: int | None) -> list[int]:
     """The layers that a recipe names, ascending. count: layers of the model, or None to check only how they are written."""
     if layers == "all":
@@ -220,6 +227,8 @@ def layer_indices(layers: str | int | list[int], count: int | None) -> list[int]
             if match is None:
                 raise ValueError(f'layers: {layers!r} is not understood; write all, [3, 4] or a range such as "0-5"')
             first, last = int(match[1]), int(match[2] or match[1])
+            if last > MOST_LAYERS:
+                raise ValueError(f"layers: {last} is out of range; no model has that many layers")
             if last < first:
                 raise ValueError(f"layers: the range {part.strip()} runs backwards; write {last}-{first}")
             indices += range(first, last + 1)

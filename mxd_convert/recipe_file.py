@@ -21,9 +21,16 @@ from mxd_convert.recipe import Recipe, Section
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers and booleans (PyYAML reads 2e-3 as a string and `no` as false)."""
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "a recipe has no aliases")
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -78,6 +85,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     changes: dict[str, Any] = {}
     for key, value in given.items():
         _set(changes, key, value)
+    _expand(changes, "--set")
     _resolve_paths(changes, Path.cwd())
     # a preset given on the command line outranks the keys that the file sets under its own preset
     if "train.preset" in given and isinstance(content.get("train"), dict):
@@ -95,7 +103,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or not key.strip():
+        if not equals or not all(key.strip().split(".")):
             raise InputError(f"--set {setting}: write it as KEY=VALUE, for example --set train.lr=1e-3")
         try:
             overrides[key.strip()] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -122,6 +130,8 @@ def _find(recipe: str | Path) -> tuple[Path, bool]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply to be a recipe") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
@@ -239,7 +249,12 @@ def _explain(error: ValidationError) -> str:
         choices = [part.strip().strip("'") for part in re.split(r", | or ", problem["ctx"]["expected"])]
         message = f"{key}: {value!r} is not one of {', '.join(choices)}{_suggest(str(value), choices)}"
     else:
-        message = f"{key}: {_short(value)} is not valid: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        hint = (
+            f" (write {int(value):_})"
+            if isinstance(value, float) and value.is_integer() and problem["type"] == "int_type"
+            else ""
+        )
+        message = f"{key}: {_short(value)} is not valid{hint}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
     same_key = {tuple(other["loc"][: len(location)]) for other in problems}
     return message + (f" (and {len(same_key) - 1} more)" if len(same_key) > 1 else "")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from mxd_convert import surgery
@@ -17,6 +18,8 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
     layers: [3, 4], "3,4", "0-2" or "all". The copy has no mxd_report.json: its figures would be those of another model. Raises InputError.
     """
     output = Path(output)
+    if Path(checkpoint).resolve() in output.resolve().parents:
+        raise InputError(f"--output {output}: lies inside the checkpoint; choose another folder")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output}: exists already; choose another folder")
     converted = load_checkpoint(checkpoint)
@@ -28,11 +31,12 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
     original = load_base(settings, dtype="auto")
     check_base(converted, original, settings.model)
     model = surgery.revert(converted, original, indices)
-    work = output.with_name(f"{output.name}.partial")
-    with disk_guard(output), quiet():
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with disk_guard(output), quiet(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        work = Path(scratch) / "checkpoint"
         model.save_pretrained(work)
+        if (Path(checkpoint) / "recipe.yaml").is_file() and hasattr(model, "mxd_layers"):
+            shutil.copyfile(Path(checkpoint) / "recipe.yaml", work / "recipe.yaml")  # evaluation takes its block length from it
         load_tokenizer(str(checkpoint)).save_pretrained(work)
         if (Path(checkpoint) / LOCAL).is_file() and hasattr(model, "mxd_layers"):
             (work / LOCAL).write_text(json.dumps({"base": settings.model}, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """`init`: a commented recipe for a base model."""
 
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import yaml
 from mxd_convert.architectures import architecture_of
 from mxd_convert.base import load_config
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import Base, Recipe, Section
+from mxd_convert.recipe import Base, Recipe, Section, is_local
 from mxd_convert.recipe_file import load_recipe
 
 _WIDTH = 118
 
 
-def starter_recipe(base_model: str) -> str:
-    """A recipe for `base_model` with every key, its default and what it means. Raises InputError for a model that can't be converted."""
+def starter_recipe(base_model: str, folder: Path | None = None) -> str:
+    """A recipe for `base_model` with every key, its default and what it means.
+
+    folder: where the recipe will be, which a local model's path is written relative to. Raises InputError for a model that can't be converted."""
     recipe = load_recipe({"base": {"model": base_model}})
     config = load_config(Base(model=recipe.base.model))
     architecture_of(config)
@@ -24,15 +27,18 @@ def starter_recipe(base_model: str) -> str:
         f"# Converts {base_model} ({config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}).\n"
         "# mxd-convert plan THIS_FILE shows what it comes to, mxd-convert run THIS_FILE runs it.\n"
     )
-    return head + "\n" + _section(Recipe, recipe.model_dump(), base_model, 0)
+    shown = os.path.relpath(recipe.base.model, folder or Path.cwd()) if is_local(recipe.base.model) else base_model
+    return head + "\n" + _section(Recipe, recipe.model_dump(), shown, 0)
 
 
 def write_starter(base_model: str, path: Path, force: bool = False) -> None:
-
-    text = starter_recipe(base_model)
-    if path.exists() and not force:
-        raise InputError(f"{path} exists; choose another --output, or --force to replace it")
-    path.write_text(text, encoding="utf-8")
+    """Writes that recipe to `path`. Raises InputError where the file exists and `force` is not given."""
+    if path.is_dir() or (path.exists() and not force):
+        raise InputError(f"--output {path} exists; choose another" + ("" if path.is_dir() else ", or --force to replace it"))
+    text = starter_recipe(base_model, path.resolve().parent)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _section(section: type[Section], values: dict[str, Any], base_model: str, depth: int) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mxd_convert import surgery
 from mxd_convert.base import load_base
-from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_config, same_outside_layers
+from mxd_convert.checkpoint import base_of, check_base, is_converted, load_checkpoint, read_config, same_outside_layers
 from mxd_convert.errors import InputError
 
 TOLERANCE = 1e-5
@@ -51,17 +51,17 @@ def verify(checkpoint: str | Path, base: str | None = None) -> Verification:
     Raises InputError where `checkpoint` is no converted checkpoint at all or `base` is not its base.
     """
     folder = Path(checkpoint)
-    config = read_config(folder)
-    checks = []
+    whole = "files are whole and fit the config"
     try:
+        config = read_config(folder)
         converted = load_checkpoint(folder)
     except InputError as error:
-        return Verification(folder, [Check("files are whole and fit the config", False, str(error))])
-    checks.append(Check("files are whole and fit the config", True))
+        if not is_converted(folder):
+            raise
+        return Verification(folder, [Check(whole, False, str(error))])
     ids = _token_ids(config)
-    checks += _in_fresh_processes(folder, ids)
-    checks += _against_base(folder, converted, base, ids)
-    return Verification(folder, checks)
+    against_base = _against_base(folder, converted, base, ids)  # first, for a wrong --base should not take long to be told
+    return Verification(folder, [Check(whole, True), *_in_fresh_processes(folder, ids), *against_base])
 
 
 def _token_ids(config: Any) -> list[list[int]]:

@@ -37,13 +37,20 @@ def shared() -> Path:
 
 def tiny_config(family: str, **changes):
     vocabulary = 2048
-    common = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, **changes}
+    common = {
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+        "tie_word_embeddings": True,
+        **changes,
+    }
     if family == "gpt2":
         return GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **common)
     size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
     if family == "gpt_neox":
         return GPTNeoXConfig(intermediate_size=64, **size, **common)
-    return LlamaConfig(intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True, **size, **common)
+    return LlamaConfig(intermediate_size=48, num_key_value_heads=2, **size, **common)
 
 
 def make_model(family: str, folder: Path, dtype=torch.float32, **changes) -> Path:

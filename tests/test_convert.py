@@ -115,7 +115,7 @@ def test_a_finished_output_is_not_run_again_and_fresh_starts_over(models, text, 
 def test_something_else_in_the_way_is_left_alone(models, text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    with pytest.raises(InputError, match="not a finished checkpoint"):
+    with pytest.raises(InputError, match="not a converted checkpoint"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out"), quiet=True)
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
@@ -161,6 +161,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_was_not(models, text, tmp_path, 
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
     assert "Traceback" not in errors
+    assert number == signal.SIGKILL or "interrupted; the same command goes on where it stopped" in errors
     assert not (tmp_path / "cut").exists()
     done = run_in_process(recipe)
     _, errors = done.communicate(timeout=120)

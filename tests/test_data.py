@@ -140,7 +140,7 @@ def test_text_that_can_not_be_used(tmp_path, tokenizer, texts, message):
 
 
 def test_two_documents_are_one_for_training_and_one_held_out(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", ["a first document " * 20, "and a second one " * 20])
+    path = write(tmp_path / "a.jsonl", ["a first document " * 20_000, "and a second one " * 20])
     train, held_out = prepare(Data(train=Text(path=str(path)), context=16), tokenizer, tmp_path / "w")
     assert train.info.documents == held_out.info.documents == 1
 

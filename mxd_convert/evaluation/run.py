@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mxd_convert.architectures import Site, find_sites
 from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import base_of, check_base, load_checkpoint
+from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_config
 from mxd_convert.data import Blocks, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
@@ -47,17 +47,17 @@ def evaluate(
     data: a local text file, folder or glob. tokens: how many to use at most. base: the base model, where not the recorded one.
     Returns {"data": ..., "fidelity": ..., "reliance": ...}, keys as in docs/report.md. Raises InputError.
     """
-    if tokens < 2:
-        raise InputError(f"--tokens {tokens}: give at least one block of tokens")
+    context, mask_bos = _settings(Path(checkpoint))
+    if tokens < context:
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     converted = load_checkpoint(checkpoint, dtype="float32")
     settings = base_of(checkpoint, base)
     original = load_base(settings, dtype="auto")
     check_base(converted, original, settings.model)
     original = original.float()
-    context, mask_bos = _settings(Path(checkpoint))
     sites = find_sites(original, original.config, sorted(converted.mxd_layers()))
     with tempfile.TemporaryDirectory() as folder:
-        source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=max(tokens, context))
+        source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
         figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=torch.device(device), quiet=quiet)
     return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": blocks.info.tokens}, **figures}
@@ -65,9 +65,14 @@ def evaluate(
 
 def _settings(folder: Path) -> tuple[int, bool]:
     """Block length and masking as in the recipe that travels with the checkpoint, or the defaults."""
+    limit = getattr(read_config(folder), "max_position_embeddings", None)
     path = folder / "recipe.yaml"
-    recipe = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    return int(recipe.get("data", {}).get("context", 128)), bool(recipe.get("train", {}).get("mask_bos", True))
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        context, mask_bos = int(recipe.get("data", {}).get("context", 128)), bool(recipe.get("train", {}).get("mask_bos", True))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        raise InputError(f"{path}: not a readable recipe; take it away to evaluate with blocks of 128 tokens") from None
+    return min(context, limit) if isinstance(limit, int) else context, mask_bos
 
 
 @torch.no_grad()

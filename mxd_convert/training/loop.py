@@ -201,10 +201,7 @@ class _Run:
                     setattr(window, name, summed > 0 if name == "alive" else summed)
             figures[str(index)] = window.figures()
             if not math.isfinite(figures[str(index)]["loss"]):
-                raise InputError(
-                    f"layer {index}: the loss is not finite at step {self.done}; lower train.lr ({self.recipe.train.lr:g}) or lengthen"
-                    f" train.warmup_steps ({self.recipe.train.warmup_steps}). The last good state is in {self.folder / 'state'}"
-                )
+                raise self._not_finite(index)
             window.clear()
         fvu = sum(layer["fvu"] for layer in figures.values()) / len(figures)
         lr = self.optimiser.rate(self.done - 1)
@@ -223,6 +220,12 @@ class _Run:
             self.accelerator.log({"lr": lr, "tokens_per_second": rate, "mean_fvu": fvu, **flat}, step=self.done)
         return fvu
 
+    def _not_finite(self, index: int) -> InputError:
+        return InputError(
+            f"layer {index}: the loss is not finite at step {self.done}; lower train.lr ({self.recipe.train.lr:g}) or lengthen"
+            f" train.warmup_steps ({self.recipe.train.warmup_steps}), and start over with --fresh"
+        )
+
     def _save_is_due(self) -> bool:
         """A minute after the last save, or later where saving would take more than a twentieth of the time."""
         if self.accelerator.num_processes > 1:  # each has a clock of its own; they save by the step alone
@@ -231,6 +234,9 @@ class _Run:
 
     def _save(self) -> None:
         start = time.monotonic()
+        for index, layer in self.layers.items():  # what is kept must be good to go on from
+            if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+                raise self._not_finite(index)
         windows = {
             f"{index}/window/{name}": self._sum_over_processes(tensor.double()).to(tensor.dtype)
             for index, window in self.windows.items()
