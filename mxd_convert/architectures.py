@@ -19,10 +19,13 @@ class Architecture:
     down: str
     activation: str  # key of the config that names the activation
     gate: str | None = None  # the activated projection of a GLU; None: a plain MLP
+    dropout: str | None = None  # key of the config that names the dropout on the MLP's output, where the MLP itself applies it
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture("transformer.h.{i}.mlp", up="c_fc", down="c_proj", activation="activation_function"),
+    "gpt2": Architecture(
+        "transformer.h.{i}.mlp", up="c_fc", down="c_proj", activation="activation_function", dropout="resid_pdrop"
+    ),
     "gpt_neox": Architecture("gpt_neox.layers.{i}.mlp", up="dense_h_to_4h", down="dense_4h_to_h", activation="hidden_act"),
     "llama": Architecture("model.layers.{i}.mlp", up="up_proj", down="down_proj", activation="hidden_act", gate="gate_proj"),
 }

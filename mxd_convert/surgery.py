@@ -31,6 +31,7 @@ def describe(layer: modeling_mxd.MxD) -> dict[str, Any]:
         "glu": layer.glu,
         "sparsity": layer.sparsity,
         "skip": layer.skip is not None,
+        "dropout": layer.dropout.p,
     }
 
 
@@ -41,7 +42,8 @@ def convert(base: Any, layers: Mapping[int, modeling_mxd.MxD], origin: dict[str,
     replaced MLPs is the base's own tensors, in the base's dtype; the layers are cast to it.
     """
     row = architecture_of(base.config)
-    entries = {str(index): describe(layers[index]) for index in sorted(layers)}
+    dropout = float(getattr(base.config, row.dropout)) if row.dropout is not None else 0.0
+    entries = {str(index): {**describe(layers[index]), "dropout": dropout} for index in sorted(layers)}
     mxd = {"format_version": FORMAT_VERSION, "mlp": row.mlp, "layers": entries, **({"base": origin} if origin else {})}
     stem = type(base.config).__name__.removesuffix("Config")
     config = config_class(stem)(**{**_carried(base), "mxd": mxd})

@@ -79,6 +79,12 @@ def test_help_is_quick_and_has_examples():
     code = "import sys; sys.orig_argv[1:3] = ['-m', 'mxd_convert.cli']; import mxd_convert.cli; print('torch' in sys.modules)"
     light = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert light.stdout.strip() == "False", "the command line imports torch before it needs it"
+    code = (
+        "import sys; sys.argv = ['mxd-convert', 'run', 'quickstart', '--set', 'layer.kk=3']; import mxd_convert.cli as cli\n"
+        "try: cli.main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    light = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert light.stdout.strip() == "2 False", "a mistake in the recipe is told only after torch is loaded"
     assert time.monotonic() - start < 60
 
 

@@ -101,6 +101,22 @@ def test_half_precision_bases_stay_as_they_are(family, tmp_path):
     assert same_outside_layers(converted, base) is None
 
 
+def test_fine_tuning_keeps_the_dropout_of_the_mlp(models):
+    for family, expected in (("gpt2", 0.1), ("gpt_neox", 0.0), ("llama", 0.0)):
+        base = load_base(Base(model=str(models[family])))
+        layers = {
+            site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu)
+            for site in sites_of(base, [1])
+        }
+        layer = surgery.convert(base, layers).train().mxd_layers()[1]
+        assert layer.dropout.p == expected
+        x = torch.randn(4, layer.d_in)
+        with torch.no_grad():
+            layer.output_bias.fill_(1.0)
+            dropped = (layer(x) == 0).any().item() or (layer(x) == 0).any().item()
+        assert dropped == (expected > 0)
+
+
 @torch.no_grad()
 def test_reverting_gives_the_base_back(base):
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites_of(base)}

@@ -12,7 +12,7 @@ import transformers
 from transformers import PretrainedConfig
 
 FORMAT_VERSION = 1
-LAYER_DEFAULTS = {"kind": "mxd", "activation": "gelu", "glu": False, "sparsity": "topk", "skip": False}
+LAYER_DEFAULTS = {"kind": "mxd", "activation": "gelu", "glu": False, "sparsity": "topk", "skip": False, "dropout": 0.0}
 LAYER_KEYS = {"d_in", "d_hidden", "d_out", "n_experts", "k", *LAYER_DEFAULTS}
 
 

@@ -26,7 +26,8 @@ class MxD(nn.Module):
 
     Args: widths `d_in` I, `d_hidden` H, `d_out` O; `n_experts` N; `k` active experts a token; `activation` a name of
     transformers' ACT2FN; `sparsity` "topk" (the k largest positive gates) or "l1" (every positive gate, k unused);
-    `skip` adds a linear path from input to output. Raises ValueError where they make no layer.
+    `skip` adds a linear path from input to output; `dropout` is on the output, in training mode, where the base's MLP had it.
+    Raises ValueError where they make no layer.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class MxD(nn.Module):
         glu: bool = False,
         sparsity: str = "topk",
         skip: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if not 1 <= k <= n_experts:
@@ -58,6 +60,7 @@ class MxD(nn.Module):
         self.experts = nn.Parameter(torch.empty(n_experts, d_out))
         self.output_bias = nn.Parameter(torch.empty(d_out))
         self.act = ACT2FN[activation]
+        self.dropout = nn.Dropout(dropout)
         self.steering: dict[int, float] = {}  # expert -> amount added to its coefficient at every position
 
     def encode(self, x_BI: Tensor) -> tuple[Tensor, Tensor] | Tensor:
@@ -87,7 +90,7 @@ class MxD(nn.Module):
     def combine(self, x_BI: Tensor, codes: tuple[Tensor, Tensor] | Tensor) -> Tensor:
         """The layer's output, (..., O), for given coefficients."""
         y_BO = self.gain(codes) * self.decoder(self.hidden(x_BI)) + self.output_bias
-        return y_BO if self.skip is None else y_BO + self.skip(x_BI)
+        return self.dropout(y_BO if self.skip is None else y_BO + self.skip(x_BI))
 
     def forward(self, x_BI: Tensor) -> Tensor:
         return self.combine(x_BI, self.encode(x_BI))
