@@ -257,12 +257,7 @@ def test_the_public_face_is_complete():
     assert set(mxd_convert.__all__) == set(mxd_convert._HOMES)
 
 
-def test_two_processes_train_what_one_does(models, text, tmp_path):
-    """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
-    settings = {"layers": [0, 2], "data": {"tokens": 8192}}
-    one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))
+def two_processes(recipe: Path) -> subprocess.Popen:
     launch = [
         sys.executable,
         "-m",
@@ -275,18 +270,37 @@ def test_two_processes_train_what_one_does(models, text, tmp_path):
         str(recipe),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "over 2 processes" in done.stderr
-    assert done.stdout.count("verdict") == 1
+    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_path):
+    """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
+    settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
+    one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))
+    cut = two_processes(recipe)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "two.partial" / "state").glob("step-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    cut.terminate()
+    _, errors = cut.communicate(timeout=60)
+    assert cut.returncode != 0
+    assert not (tmp_path / "two").exists(), "the signal came too late to show anything"
+    done = two_processes(recipe)
+    output, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert "over 2 processes" in errors
+    assert "resumed at step" in errors
+    assert output.count("verdict") == 1
     ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
     for name, tensor in theirs.items():
-        assert torch.allclose(ours[name], tensor, atol=2e-4), name
+        assert torch.allclose(ours[name], tensor, atol=1e-3), name
     logs = [[json.loads(line) for line in (tmp_path / n / "training_log.jsonl").read_text().splitlines()] for n in ("one", "two")]
     for single, double in zip(*logs, strict=True):
         assert double["tokens"] == single["tokens"]
         for index, layer in single["layers"].items():
-            assert double["layers"][index] == pytest.approx(layer, rel=1e-3), index
+            assert double["layers"][index] == pytest.approx(layer, rel=1e-2), (single["step"], index)
 
 
 def test_another_text_of_the_same_name_is_another_recipe(models, text, tmp_path):
