@@ -33,7 +33,7 @@ from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
 from mxd_convert.surgery import convert as put_layers
-from mxd_convert.training import Trained, train_layers
+from mxd_convert.training import Job, Trained, train_layers
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class _Conversion:
 
     def forget(self) -> None:
         """Removes the work folder of a run that failed before it had trained anything, so that it stands in nobody's way."""
-        if not (self.work / "state").is_dir():
+        if self.accelerator.is_main_process and not (self.work / "state").is_dir():
             shutil.rmtree(self.work, ignore_errors=True)
 
     # --- the stages ------------------------------------------------------------------------------------------------------------
@@ -236,10 +236,8 @@ class _Conversion:
     def _train(self, blocks: Blocks) -> Trained:
         if self.recipe.train.tracker != "none":
             self._start_tracker()
-        base = load_base(self.recipe.base)
-        trained = train_layers(
-            self.recipe, base, self.plan.sites, self.plan.experts, blocks, self.work, self.accelerator, self.quiet
-        )
+        base, plan = load_base(self.recipe.base), self.plan
+        trained = train_layers(Job(self.recipe, base, plan.sites, plan.experts, blocks, self.work, self.accelerator, self.quiet))
         if self.recipe.train.tracker != "none":
             self.accelerator.end_training()
         return trained

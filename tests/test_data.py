@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import QUICKSTART, documents
 
-from mxd_convert import data
 from mxd_convert.base import load_tokenizer
 from mxd_convert.data import block_order, is_held_out, prepare, read_documents, separators
+from mxd_convert.data import blocks as data
 from mxd_convert.errors import InputError
 from mxd_convert.recipe import Data, EvalText, Text
 

@@ -1,6 +1,6 @@
 """Training of the layers on harvested activations: loop, optimiser and schedule, saved state, distribution over processes."""
 
-from mxd_convert.training.loop import Trained, train_layers
+from mxd_convert.training.loop import Job, Trained, train_layers
 from mxd_convert.training.presets import resolve_train
 
-__all__ = ["Trained", "resolve_train", "train_layers"]
+__all__ = ["Job", "Trained", "resolve_train", "train_layers"]

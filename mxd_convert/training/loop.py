@@ -59,22 +59,27 @@ def make_layer(recipe: Recipe, site: Site, n_experts: int) -> MxD:
         )
 
 
-def train_layers(
-    recipe: Recipe,
-    base: nn.Module,
-    sites: list[Site],
-    experts: dict[int, int],
-    blocks: Blocks,
-    folder: Path,
-    accelerator: Accelerator,
-    quiet: bool = False,
-) -> Trained:
-    """Trains a layer for every site on the activations of `base`; goes on from the state in `folder` if there is one.
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained on what. recipe: with its `train` keys resolved. experts: N by layer index. folder: for log and state."""
 
-    recipe: with its `train` keys resolved. experts: N by layer index. Writes `training_log.jsonl` and `state/` into `folder`.
-    Raises InputError for a loss that is not finite and for a full disk, KeyboardInterrupt (after saving) when interrupted.
+    recipe: Recipe
+    base: nn.Module
+    sites: list[Site]
+    experts: dict[int, int]
+    blocks: Blocks
+    folder: Path
+    accelerator: Accelerator
+    quiet: bool = False
+
+
+def train_layers(job: Job) -> Trained:
+    """Trains a layer for every site on the activations of the base; goes on from the state in the job's folder if there is one.
+
+    Writes `training_log.jsonl` and `state/` there. Raises InputError for a loss that is not finite and for a full disk,
+    KeyboardInterrupt (after saving) when interrupted.
     """
-    run = _Run(recipe, base, sites, experts, blocks, folder, accelerator, quiet)
+    run = _Run(job)
     with run.interruptible():
         run.train()
     layers = {index: layer.cpu() for index, layer in run.layers.items()}
@@ -82,33 +87,18 @@ def train_layers(
 
 
 class _Run:
-    def __init__(
-        self,
-        recipe: Recipe,
-        base: nn.Module,
-        sites: list[Site],
-        experts: dict[int, int],
-        blocks: Blocks,
-        folder: Path,
-        accelerator: Accelerator,
-        quiet: bool,
-    ) -> None:
+    def __init__(self, job: Job) -> None:
+        recipe, base, sites, blocks, accelerator = job.recipe, job.base, job.sites, job.blocks, job.accelerator
         train = recipe.train
         assert train.batch_tokens is not None
         assert train.lr is not None
         assert train.warmup_steps is not None
         assert train.schedule is not None
-        self.recipe, self.sites, self.blocks, self.folder, self.accelerator, self.quiet = (
-            recipe,
-            sites,
-            blocks,
-            folder,
-            accelerator,
-            quiet,
-        )
+        self.recipe, self.sites, self.blocks, self.accelerator = recipe, sites, blocks, accelerator
+        self.folder, self.quiet = job.folder, job.quiet
         self.device = accelerator.device
         self.base = base.to(self.device)
-        self.layers = {site.index: make_layer(recipe, site, experts[site.index]).to(self.device) for site in sites}
+        self.layers = {site.index: make_layer(recipe, site, job.experts[site.index]).to(self.device) for site in sites}
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
         self.rows_a_step = train.batch_tokens // blocks.context
         self.step_tokens = self.rows_a_step * blocks.context
@@ -120,7 +110,7 @@ class _Run:
         self.steps = steps_of(recipe.data.tokens, train.batch_tokens, blocks.context)
         self.optimiser = Optimiser(self.layers.values(), train.lr, self.steps, train.warmup_steps, train.schedule)
         self.names = {p: f"{index}/{name}" for index, layer in self.layers.items() for name, p in layer.named_parameters()}
-        self.log_path = folder / "training_log.jsonl"
+        self.log_path = job.folder / "training_log.jsonl"
         self.resumed_at: list[int] = []
         self.done = 0
         self.seconds = 0.0
@@ -153,6 +143,8 @@ class _Run:
                     self._save()
                 if self.stopping:
                     raise KeyboardInterrupt
+        if self.told_to_stop and self.accelerator.num_processes == 1:  # during the last step, which has been saved
+            raise KeyboardInterrupt
 
     def _step(self, step: int) -> None:
         ids_BT = self._batch(step).to(self.device)
@@ -181,6 +173,16 @@ class _Run:
                 if parameter.grad is not None:
                     parameter.grad = self._sum_over_processes(parameter.grad)
         self.optimiser.step(step)
+
+    def _agree(self, counted: Tensor) -> Tensor:
+        """The tokens that count in all processes. With the same message they agree on stopping, if any of them was told to."""
+        if self.accelerator.num_processes == 1:
+            self.stopping = self.told_to_stop
+            return counted
+        told = torch.tensor(int(self.told_to_stop), device=self.device)
+        total, stop = self._sum_over_processes(torch.stack([counted, told]))
+        self.stopping = bool(stop)
+        return total
 
     def _batch(self, step: int) -> Tensor:
         rows = block_order(len(self.blocks), step * self.rows_a_step, self.rows_a_step, self.recipe.train.seed)

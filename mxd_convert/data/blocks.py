@@ -1,16 +1,14 @@
-"""Text -> packed token blocks, with a fingerprint; local files, datasets, Hub.
+"""Packed token blocks, with a fingerprint.
 
-Documents are read one after the other, split by content into training and held-out ones, tokenised, joined with the separators
-that the tokenizer wants, and written as token ids to one flat file a part. Training then reads blocks at random from that file,
-so the order of a run depends on nothing but its seed, and a run that was cut off can go on at any block.
+Documents are split by content into training and held-out ones, tokenised, joined with the separators that the tokenizer wants, and
+written as token ids to one flat file a part. Training then reads blocks at random from that file, so the order of a run depends on
+nothing but its seed, and a run that was cut off can go on at any block.
 """
 
-import glob
-import gzip
+import functools
 import hashlib
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,134 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mxd_convert.data.documents import HELD_OUT_SHARE, is_held_out, read_documents
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import Data, EvalText, Text, is_local
+from mxd_convert.recipe import Data, EvalText, is_local
 
-HELD_OUT_SHARE = 0.1
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 _BATCH = 256  # documents tokenised at a time
 _CHARACTERS = 4  # of a token, about: what is pending may fill the file
-
-
-def is_held_out(text: str) -> bool:
-    """Whether a document belongs to the tenth that is held out where no evaluation text is given.
-
-    Decided by the document's content alone: the same in every run, in any order of files, and equal documents stay together.
-    """
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
-
-
-# --- documents -----------------------------------------------------------------------------------------------------------------
-
-
-def local_files(path: str) -> list[Path]:
-    """The text files that a local path, folder or glob names, sorted. Raises InputError where there are none."""
-    if any(sign in path for sign in "*?[") and not Path(path).exists():
-        files = sorted(
-            Path(found) for found in glob.glob(path, recursive=True) if found.endswith(SUFFIXES) and Path(found).is_file()
-        )
-        if not files:
-            raise InputError(f"data: {path}: no {', '.join(SUFFIXES)} file matches this glob")
-    elif Path(path).is_dir():
-        files = sorted(found for found in Path(path).rglob("*") if found.is_file() and found.name.endswith(SUFFIXES))
-        if not files:
-            raise InputError(f"data: {path}: the folder holds no {', '.join(SUFFIXES)} file")
-    elif Path(path).is_file():
-        files = [Path(path)]
-    else:
-        raise InputError(f"data: {path}: no such file or folder")
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise InputError(f"data: {file}: unknown kind of text file; known: {', '.join(SUFFIXES)}")
-    return files
-
-
-def read_documents(source: Text | EvalText) -> Iterator[str]:
-    """The documents of a text source in order, empty ones left out. Raises InputError."""
-    assert source.path is not None
-    if is_local(source.path):
-        for file in local_files(source.path):
-            try:
-                yield from filter(str.strip, map(_clean, _read_file(file, source.text)))
-            except InputError:
-                raise
-            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-                raise InputError(f"data: {file}: can't be read ({error})") from None
-    else:
-        yield from filter(str.strip, map(_clean, _read_dataset(source)))
-
-
-def _clean(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _read_file(file: Path, field: str) -> Iterator[str]:
-    if file.suffix == ".parquet":
-        yield from _read_parquet(file, field)
-        return
-    with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as lines:
-        if ".jsonl" in file.suffixes:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text_of(line, field, f"{file}, line {number}")
-        else:
-            paragraph: list[str] = []
-            for line in lines:
-                if line.strip():
-                    paragraph.append(line)
-                elif paragraph:
-                    yield "".join(paragraph).strip("\n")
-                    paragraph = []
-            yield "".join(paragraph).strip("\n")
-
-
-def _text_of(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"data: {where}: not valid JSON ({error.msg})") from None
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        known = f"; its fields are {', '.join(row)}" if isinstance(row, dict) else ""
-        raise InputError(
-            f"data: {where}: no text in the field {field!r}{known}. Name the field with data.train.text or --text-field"
-        )
-    return str(row[field])
-
-
-def _read_parquet(file: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        if field not in table.schema_arrow.names:
-            raise InputError(f"data: {file}: no column {field!r}; its columns are {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(columns=[field]):
-            yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
-    except pyarrow.ArrowException as error:
-        raise InputError(f"data: {file}: not a readable parquet file ({error})") from None
-
-
-def _read_dataset(source: Text | EvalText) -> Iterator[str]:
-    """Streams a dataset from the Hub: nothing is downloaded but what is read."""
-    import datasets
-
-    name = f"data: {source.path} (split {source.split})"
-    try:
-        rows = iter(datasets.load_dataset(source.path, split=source.split or "train", streaming=True))
-        for row in rows:
-            if not isinstance(row.get(source.text), str):
-                raise InputError(f"{name}: no text in the field {source.text!r}; its fields are {', '.join(row)}")
-            yield row[source.text]
-    except InputError:
-        raise
-    except Exception as error:  # datasets, fsspec and the HTTP client each have their own; the cause is in the words
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: neither a local path nor a dataset that can be read from the Hub: {reason}") from None
-
-
-# --- tokens --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -254,12 +130,17 @@ class Blocks:
         return counted_BT
 
 
+@functools.lru_cache(maxsize=2)
+def _epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng([seed, epoch]).permutation(blocks)
+
+
 def block_order(blocks: int, start: int, count: int, seed: int) -> np.ndarray[Any, Any]:
     """Rows `start` to `start + count` of an endless order: all blocks once in a random order, then all again in another."""
     rows = []
     while count > 0:
         epoch, offset = divmod(start, blocks)
-        order = np.random.default_rng([seed, epoch]).permutation(blocks)[offset : offset + count]
+        order = _epoch_order(blocks, seed, epoch)[offset : offset + count]
         rows.append(order)
         start, count = start + len(order), count - len(order)
     return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
