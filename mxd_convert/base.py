@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from mxd_convert.architectures import architecture_of
 from mxd_convert.errors import InputError, is_disk_full
 from mxd_convert.recipe import Base, is_local
 
@@ -117,6 +118,10 @@ def load_base(base: Base, dtype: str | None = None) -> Any:
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{base.model}: the weights lack {missing[0]}{more}; they would be random. Is this the whole model?")
+    layers = model.config.num_hidden_layers
+    beyond = architecture_of(model.config).mlp.format(i=layers).removeprefix(f"{model.base_model_prefix}.")
+    if any(f"{beyond}." in key for key in info["unexpected_keys"]):
+        raise InputError(f"{base.model}: its config.json says {layers} layers and the weights hold more; mend the config")
     return model.eval().requires_grad_(False)
 
 

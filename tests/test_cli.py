@@ -336,6 +336,13 @@ def test_a_truncated_base(refused, recipe, models, tmp_path):
     refused("run", recipe(base={"model": str(folder)}), words=("cut", "truncated or damaged"))
 
 
+def test_a_base_whose_config_leaves_layers_out(refused, recipe, models, tmp_path):
+    for family, key in (("gpt2", "n_layer"), ("llama", "num_hidden_layers")):
+        folder = Path(shutil.copytree(models[family], tmp_path / family))
+        damage_config(folder, **{key: 2})
+        refused("run", recipe(base={"model": str(folder)}), "--fresh", words=(family, "says 2 layers", "hold more"))
+
+
 def test_bad_arguments_of_the_other_commands(refused, converted, models, text, tmp_path):
     folder = converted["llama"]
     refused("eval", tmp_path / "nowhere", "--data", text, words=("nowhere", "no such folder"))
