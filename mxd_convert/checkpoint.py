@@ -139,7 +139,7 @@ def check_base(converted: Any, original: Any, name: str) -> None:
     recorded = recorded_base(converted.config).get("sha256")
     if recorded is not None and model_sha256(original) != recorded:
         raise InputError(
-            f"--base {name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one"
+            f"{name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one with --base"
         )
 
 

@@ -91,7 +91,9 @@ def run(
     recipe: RecipeArgument,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder of the finished checkpoint.")] = None,
     settings: SetOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever is there.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: replace a converted checkpoint or an unfinished run there.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model: train the layers, put them in, evaluate, report."""

@@ -60,7 +60,7 @@ def convert(
     """Runs a recipe from beginning to end, or goes on with a run of it that was cut off.
 
     recipe: a file, the name of a shipped recipe, a mapping or a Recipe. output: the finished checkpoint's folder, in place of the
-    recipe's. overrides: {"train.lr": 1e-3}. fresh: start over, whatever is there. quiet: nothing on stderr.
+    recipe's. overrides: {"train.lr": 1e-3}. fresh: start over, replacing a converted checkpoint or an unfinished run there. quiet: nothing on stderr.
     Raises InputError for whatever the user can put right, KeyboardInterrupt (resumable) when interrupted.
     """
     settings = dict(overrides or {})
@@ -158,7 +158,7 @@ class _Conversion:
             for path in self.work.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif (self.work / "state").is_dir() and theirs and theirs != ours:
+        elif self._has_state() and theirs and theirs != ours:
             same = theirs.splitlines()[0] == ours.splitlines()[0]
             what = "this recipe whose base or text has changed since" if same else "another recipe"
             raise InputError(
@@ -170,6 +170,9 @@ class _Conversion:
             temporary = mark.with_suffix(".tmp")
             temporary.write_text(ours)
             temporary.replace(mark)
+
+    def _has_state(self) -> bool:
+        return any((self.work / "state").glob("step-*.json"))
 
     def _inputs(self) -> str:
         """A hash over names, sizes and times of the local files that the run reads: told apart if they are changed in place."""
@@ -183,7 +186,7 @@ class _Conversion:
 
     def forget(self) -> None:
         """Removes the work folder of a run that failed before it had trained anything, so that it stands in nobody's way."""
-        if self.accelerator.is_main_process and not (self.work / "state").is_dir():
+        if self.accelerator.is_main_process and not self._has_state():
             shutil.rmtree(self.work, ignore_errors=True)
 
     # --- the stages ------------------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ class _Conversion:
         settings, main = self.recipe.base, self.accelerator.is_main_process
         if main:
             self._claim()
-            if not (self.work / "state").is_dir():
+            if not self._has_state():
                 check_space(self.plan)
             for warning in self.plan.warnings:
                 self.say(f"warning: {warning}")

@@ -112,11 +112,11 @@ def _against_base(folder: Path, converted: Any, base: str | None, ids: list[list
     try:
         settings = base_of(folder, base)
         original = load_base(settings, dtype="auto")
+        check_base(converted, original, settings.model)
     except InputError as error:
         if base is not None:
             raise
         return [Check(name, None, str(error)) for name in names]
-    check_base(converted, original, settings.model)
     different = same_outside_layers(converted, original)
     outside = Check(names[0], different is None, f"{different} differs" if different else "")
     reverted = surgery.revert(converted, original, list(converted.mxd_layers()))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,8 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
+from mxd_convert import cli
 from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.recipe import Base
 
@@ -118,3 +122,54 @@ def converted(models, text, tmp_path_factory) -> dict[str, Path]:
         convert(small_recipe(models[family], text, output, layers=[0, 2]), quiet=True)
         folders[family] = output
     return folders
+
+
+@pytest.fixture
+def mxd(monkeypatch, capsys):
+    """Runs the program in this process: mxd("plan", "r.yaml") -> (exit status, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mxd-convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(mxd):
+    """Runs the program on bad input and checks the manners of its refusal."""
+
+    def run(*arguments, words: tuple[str, ...]) -> str:
+        status, out, err = mxd(*arguments)
+        assert status == 2, (status, err)
+        assert out == ""
+        assert "Traceback" not in err
+        # what was being done may be said first; the refusal itself is the last line or two
+        message = err[err.index("mxd-convert: ") :]
+        assert len(message.strip().splitlines()) <= 2, message
+        for word in words:
+            assert word in message, message
+        return message
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path, models, text):
+    """Writes a small recipe with changes; gives its path."""
+
+    def write(**sections) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", **sections)))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def copy(converted, tmp_path):
+    """A copy of a finished checkpoint, to be damaged."""
+    return Path(shutil.copytree(converted["llama"], tmp_path / "copy"))

@@ -13,9 +13,9 @@ FLOORS = [
     {"recipe"},
     {"recipe_file", "architectures", "base", "data", "modeling"},
     {"layers", "harvest", "surgery", "checkpoint"},
-    {"training", "evaluation", "plan"},
+    {"training", "evaluation", "plan", "verification", "reverting", "generation", "starter"},
     {"report"},
-    {"pipeline", "reverting", "generation", "verification", "starter"},
+    {"pipeline"},
     {"cli", "_registration", "_probe"},
 ]
 
@@ -38,6 +38,7 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+SMALL = 420  # lines; a file that grows past this wants to be two
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -63,7 +64,12 @@ def test_layers_know_neither_files_nor_models():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 420
+    assert len(path.read_text().splitlines()) <= SMALL
+
+
+def test_test_files_stay_small():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= SMALL, path.name
 
 
 def test_every_room_is_on_the_map():

@@ -39,12 +39,13 @@ def evaluate(
     tokens: int = 262_144,
     text_field: str = "text",
     base: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The report's fidelity and reliance parts for a checkpoint, loaded from disk, on a text.
 
     data: a local text file, folder or glob. tokens: how many to use at most. base: the base model, where not the recorded one.
+    device: None takes a CUDA device if there is one.
     Returns {"data": ..., "fidelity": ..., "reliance": ...}, keys as in docs/report.md. Raises InputError.
     """
     context, mask_bos = _settings(Path(checkpoint))
@@ -59,8 +60,10 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
-        figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=torch.device(device), quiet=quiet)
-    return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": blocks.info.tokens}, **figures}
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=place, quiet=quiet)
+        used = len(blocks) * blocks.context
+    return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used}, **figures}
 
 
 def _settings(folder: Path) -> tuple[int, bool]:

@@ -150,11 +150,7 @@ class _Run:
         ids_BT = self._batch(step).to(self.device)
         counted_B = self.blocks.counted(ids_BT, self.recipe.train.mask_bos).flatten()
         activations = harvest(self.base, self.sites, ids_BT)
-        # one message a step: the tokens that count, and whether anybody was told to stop, on which all must agree
-        message = self._sum_over_processes(
-            torch.stack([counted_B.sum(), torch.tensor(int(self.told_to_stop), device=self.device)])
-        )
-        total, self.stopping = message[0], bool(message[1])
+        total = self._agree(counted_B.sum())
         for index, layer in self.layers.items():
             seen = activations.pop(index)  # freed as soon as its layer is done
             x_BI, y_BO = seen.inputs.flatten(0, 1).float(), seen.outputs.flatten(0, 1).float()
