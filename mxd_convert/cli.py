@@ -167,7 +167,10 @@ def evaluate(
 
 @app.command(epilog="Example: `mxd-convert verify runs/quickstart`. Exit status 1 where a check fails.")
 def verify(checkpoint: CheckpointArgument, base: BaseOption = None, as_json: JsonOption = False) -> None:
-    """Prove in fresh processes, with and without this package, that a checkpoint is whole and behaves as an ordinary one."""
+    """Prove in fresh processes, with and without this package, that a checkpoint is whole and behaves as an ordinary one.
+
+    Without the package it runs the code in the checkpoint's own folder: read that first where you don't trust its source.
+    """
     found = mxd_convert.verify(checkpoint, base)
     if as_json:
         _print_json(found.to_dict())

@@ -47,6 +47,7 @@ def verify(checkpoint: str | Path, base: str | None = None) -> Verification:
     """Checks a converted checkpoint: whole files; loading, generation, saving, sharding, tied weights, bfloat16 and gradient checkpointing
     in fresh processes with and without this package; tensors outside the layers and logits after reverting against the base model.
 
+    Without the package the checkpoint's own code is run (trust_remote_code=True): only for folders that you trust.
     base: the base model, where not the recorded one. What needs a base that is not at hand is reported as not checked.
     Raises InputError where `checkpoint` is no converted checkpoint at all or `base` is not its base.
     """
