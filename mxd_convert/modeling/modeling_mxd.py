@@ -82,10 +82,14 @@ class MxD(nn.Module):
         if isinstance(codes, Tensor):
             gain_BO = codes @ self.experts.to(codes.dtype)
         else:
-            gain_BO = weighted_rows(*codes, self.experts)
+            gain_BO = self.rows(*codes)
         for expert, amount in self.steering.items():
             gain_BO = gain_BO + amount * self.experts[expert].to(gain_BO.dtype)
         return gain_BO
+
+    def rows(self, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
+        """The sum of the experts' rows, (..., O), each times its coefficient."""
+        return weighted_rows(values_BK, indices_BK, self.experts)
 
     def combine(self, x_BI: Tensor, codes: tuple[Tensor, Tensor] | Tensor) -> Tensor:
         """The layer's output, (..., O), for given coefficients."""

@@ -25,7 +25,7 @@ from mxd_convert.recipe import Recipe
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.presets import steps_of
 from mxd_convert.training.progress import TrainingProgress
-from mxd_convert.training.state import load_state, optimiser_tensors, restore_optimiser, save_state
+from mxd_convert.training.state import load_state, save_state
 from mxd_convert.training.window import Window
 
 SAVE_SECONDS = 60.0
@@ -108,7 +108,8 @@ class _Run:
                 f" {accelerator.num_processes} processes; raise train.batch_tokens"
             )
         self.steps = steps_of(recipe.data.tokens, train.batch_tokens, blocks.context)
-        self.optimiser = Optimiser(self.layers.values(), train.lr, self.steps, train.warmup_steps, train.schedule)
+        alone = accelerator.num_processes == 1
+        self.optimiser = Optimiser(self.layers.values(), train.lr, self.steps, train.warmup_steps, train.schedule, defer=alone)
         self.names = {p: f"{index}/{name}" for index, layer in self.layers.items() for name, p in layer.named_parameters()}
         self.log_path = job.folder / "training_log.jsonl"
         self.resumed_at: list[int] = []
@@ -242,7 +243,7 @@ class _Run:
         }
         if self.accelerator.is_main_process:
             tensors: dict[str, Tensor] = {name: parameter.detach() for parameter, name in self.names.items()}
-            tensors |= optimiser_tensors(self.optimiser.adam, self.names) | windows
+            tensors |= self.optimiser.tensors(self.names) | windows
             facts: dict[str, Any] = {"seconds": self.seconds, "resumed_at_steps": self.resumed_at}
             save_state(self.folder / "state", self.done, tensors, facts, self.recipe.fingerprint())
         self.accelerator.wait_for_everyone()
@@ -262,7 +263,7 @@ class _Run:
             for index, window in self.windows.items() if self.accelerator.is_main_process else ():  # the sums of all processes
                 for name, tensor in window.tensors().items():
                     tensor.copy_(tensors[f"{index}/window/{name}"])
-        restore_optimiser(self.optimiser.adam, self.names, tensors)
+        self.optimiser.restore(self.names, tensors)
         self.seconds = facts["seconds"]
         self.resumed_at = list(facts["resumed_at_steps"])
         if self.done < self.steps:

@@ -1,13 +1,17 @@
 """AdamW without weight decay, its schedule, and the constraint on the experts folded into the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from mxd_convert.layers import MxD
+from mxd_convert.layers.mxd import normalise, project
 
+CHUNK_ELEMENTS = 400_000  # of a parameter, at a time: 6.4 MB with its gradient and moments
 DECAY_SHARE = 0.2  # of the steps, at the end of a trapezoid
 
 
@@ -26,24 +30,134 @@ def rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 class Optimiser:
-    """One fused AdamW over all layers (no weight decay, as in the paper)."""
+    """AdamW over all layers (no weight decay, as in the paper), with the constraint on the experts in the same pass.
 
-    def __init__(self, layers: Iterable[MxD], lr: float, steps: int, warmup: int, schedule: str) -> None:
+    The experts' rows go through in chunks that stay in a CPU's cache: their gradient's component along the row is removed, AdamW
+    takes its step, and the row gets its unit norm back. Rows that never were active are not touched. With `defer` the gradients of
+    the experts and of the gate's weight are made chunk by chunk too, and never whole; without, they are in `.grad`, where other
+    processes' can be added. moments: fp32, or bf16 where
+    memory rules (12 bytes a parameter in place of 16); what bfloat16 would lose of the second moment, whose steps are smaller than
+    its precision, is rounded stochastically, seeded by `seed` and the step.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[MxD],
+        lr: float,
+        steps: int,
+        warmup: int,
+        schedule: str,
+        moments: str = "fp32",
+        seed: int = 0,
+        defer: bool = True,
+    ) -> None:
         self.layers = list(layers)
-        self.lr, self.steps, self.warmup, self.schedule = lr, steps, warmup, schedule
-        parameters: list[nn.Parameter] = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
-        self.adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+        self.lr, self.steps, self.warmup, self.schedule, self.seed = lr, steps, warmup, schedule, seed
+        self.experts = {layer.experts for layer in self.layers}
+        self.parameters: list[nn.Parameter] = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+        for layer in self.layers if defer else ():
+            layer.defer_row_gradients()
+        self.sinks = {parameter: sink for layer in self.layers for parameter, sink in layer.sinks.items()}
+        dtype = torch.bfloat16 if moments == "bf16" else None
+        self.moments = {p: (torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype)) for p in self.parameters}
 
     def rate(self, step: int) -> float:
+        """The learning rate of `step`, from 0."""
         return self.lr * rate_factor(step, self.steps, self.warmup, self.schedule)
 
+    @torch.no_grad()
     def step(self, step: int) -> None:
-        """One update from the gradients at hand; rows of C keep unit norm and their gradient's component along it is removed."""
-        for group in self.adam.param_groups:
-            group["lr"] = self.rate(step)
-        for layer in self.layers:
-            layer.project_gradient()
-        self.adam.step()
-        for layer in self.layers:
-            layer.normalise_experts()
-        self.adam.zero_grad(set_to_none=True)
+        """One update, the `step`-th from 0, from the gradients at hand, which it clears."""
+        whole: list[_Chunk] = []  # small enough to go through together
+        for number, parameter in enumerate(self.parameters):
+            sink, gradient = self.sinks.get(parameter), parameter.grad
+            if gradient is None and (sink is None or sink.empty()):
+                continue
+            moments = self.moments[parameter]
+            if gradient is not None and parameter not in self.experts and moments[0].dtype == parameter.dtype:
+                whole.append((parameter.data, gradient, *moments))
+                continue
+            generator = None if moments[0].dtype == parameter.dtype else self._generator(parameter.device, step, number)
+            for first, last in _chunks(parameter):
+                rows = slice(first, last)
+                made = sink.rows(first, last) if gradient is None else gradient[rows]  # type: ignore[union-attr]
+                chunk = parameter.data[rows], made, moments[0][rows], moments[1][rows]
+                self._step_chunk(chunk, step, parameter in self.experts, generator)
+            if sink is not None:
+                sink.clear()
+        self._adamw(whole, step)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _step_chunk(self, chunk: "_Chunk", step: int, unit_norm: bool, generator: torch.Generator | None) -> None:
+        weight, gradient, first, second = chunk
+        if unit_norm:
+            project(gradient, weight)
+        if generator is None:
+            self._adamw([chunk], step)
+        else:
+            exact = first.float(), second.float()
+            self._adamw([(weight, gradient, *exact)], step)
+            first.copy_(exact[0])
+            second.copy_(_rounded_stochastically(exact[1], generator))
+        if unit_norm:
+            normalise(weight, second.amax(-1) > 0)
+
+    def _adamw(self, chunks: "list[_Chunk]", step: int) -> None:
+        if not chunks:
+            return
+        weights, gradients, firsts, seconds = (list(tensors) for tensors in zip(*chunks, strict=True))
+        adamw(
+            weights,
+            gradients,
+            firsts,
+            seconds,
+            [],
+            [torch.tensor(float(step), device=weight.device) for weight in weights],  # it counts one up itself
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.rate(step),
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+    def _generator(self, device: torch.device, step: int, number: int) -> torch.Generator:
+        state = np.random.SeedSequence([self.seed, step, number]).generate_state(1, np.uint64)
+        return torch.Generator(device).manual_seed(int(state[0]))
+
+    def tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        """The moments by the parameters' names, for a saved state."""
+        return {
+            f"{name}/{kind}": tensor
+            for parameter, name in names.items()
+            for kind, tensor in zip(_KINDS, self.moments[parameter], strict=True)
+        }
+
+    def restore(self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]) -> None:
+        """Takes the moments of a saved state."""
+        for parameter, name in names.items():
+            for kind, tensor in zip(_KINDS, self.moments[parameter], strict=True):
+                tensor.copy_(tensors[f"{name}/{kind}"])
+
+
+_Chunk = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, gradient, first and second moment
+_KINDS = ("exp_avg", "exp_avg_sq")
+
+
+def _chunks(parameter: Tensor) -> Iterator[tuple[int, int | None]]:
+    """Ranges of rows: on a CPU, as many as fit into the cache with gradient and moments; elsewhere all of them, without bounds."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, parameter[0].numel()))
+    if parameter.device.type != "cpu" or rows >= len(parameter):
+        yield 0, None
+        return
+    for first in range(0, len(parameter), rows):
+        yield first, min(first + rows, len(parameter))
+
+
+def _rounded_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bfloat16, up or down with a probability that keeps the expectation."""
+    noise = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device, generator=generator)
+    return ((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

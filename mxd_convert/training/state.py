@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,15 +58,3 @@ def load_state(folder: Path, fingerprint: str) -> tuple[int, dict[str, Tensor], 
         except (OSError, ValueError, KeyError):  # damaged: the one before it is tried
             continue
     return None
-
-
-def optimiser_tensors(adam: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name."""
-    return {f"{name}/{key}": value for parameter, name in names.items() for key, value in adam.state[parameter].items()}
-
-
-def restore_optimiser(adam: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], tensors: dict[str, Tensor]) -> None:
-    for parameter, name in names.items():
-        entry = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
-        if entry:  # the step counter of a fused optimiser lives on the parameter's device like the rest
-            adam.state[parameter] = {key: value.to(parameter.device) for key, value in entry.items()}

@@ -1,0 +1,144 @@
+"""The two operations, forward and backward. What they keep is of the size of the input and of (B, K), never of (B, N)."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mxd_convert.layers.sparse_ops import reference
+
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of gate values at a time: what stays in a CPU's cache, what fills a GPU
+LEAST_ROWS = 512  # below, the product repacks the weight too often
+
+
+def primitives(device: torch.device) -> ModuleType:
+    """The kernels where there is a GPU for them, else the torch path."""
+    if device.type == "cuda":
+        from mxd_convert.layers.sparse_ops import kernels
+
+        if kernels.AVAILABLE:
+            return kernels
+    return reference
+
+
+class RowGradient:
+    """The gradient of a parameter of N rows as what it is made of, so that an optimiser can have it a few rows at a time.
+
+    Given to an operation in place of `.grad`; several backward passes add up.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[reference.Routing, Tensor]] = []
+
+    def add(self, routing: reference.Routing, source_BD: Tensor) -> None:
+        self._parts.append((routing, source_BD))
+
+    def empty(self) -> bool:
+        return not self._parts
+
+    def rows(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows from `first` to before `last`, (rows, D); all of them without bounds. Raises IndexError where there is no gradient."""
+        sums = [primitives(source.device).sum_by_expert(routing, source, first, last) for routing, source in self._parts]
+        total = sums[0]
+        for other in sums[1:]:
+            total = total + other
+        return total
+
+    def clear(self) -> None:
+        self._parts.clear()
+
+
+def sparse_gate(
+    x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, k: int, sink: RowGradient | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest of `ReLU(x weight^T + bias)`: (values, indices), (B, K), indices of experts that are not positive arbitrary.
+
+    The product is taken in the autocast dtype where autocast is on, chunk by chunk of tokens; gradients accumulate in the
+    weight's dtype and reach only the rows of experts whose gate was positive. x gets one if it asks for it. The weight's goes
+    into `sink` where there is one, and to `weight.grad` otherwise.
+    """
+    device = x_BD.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_ND.dtype
+    values_BK, indices_BK = _SparseGate.apply(x_BD, weight_ND, bias_N, k, compute, sink)  # type: ignore[no-untyped-call]
+    return values_BK, indices_BK
+
+
+def weighted_rows(values_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor, sink: RowGradient | None = None) -> Tensor:
+    """`sum_k values[b, k] * rows[indices[b, k]]`, (B, D), in the rows' dtype. `C^T a` of an MxD.
+
+    Pairs whose value is zero contribute neither to the sum nor to the rows' gradient, which goes into `sink` where there is one.
+    """
+    return _WeightedRows.apply(values_BK, indices_BK, rows_ND, sink)  # type: ignore[no-untyped-call]
+
+
+class _SparseGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, k: int, compute: torch.dtype, sink: RowGradient | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.sink = sink
+        ops = primitives(x_BD.device)
+        weight, bias, x = (tensor.detach().to(compute) for tensor in (weight_ND, bias_N, x_BD))
+        values_BK = x_BD.new_empty((len(x), k), dtype=weight_ND.dtype)
+        indices_BK = x_BD.new_empty((len(x), k), dtype=torch.int64)
+        rows = _rows_a_chunk(x.device.type, len(weight_ND) * weight.element_size())
+        for start in range(0, len(x), rows):
+            chunk = slice(start, start + rows)
+            values_BK[chunk], indices_BK[chunk] = ops.top_k(F.linear(x[chunk], weight, bias), k)
+        values_BK.relu_()
+        ctx.save_for_backward(x_BD, weight_ND, values_BK, indices_BK)
+        ctx.mark_non_differentiable(indices_BK)
+        return values_BK, indices_BK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x_BD, weight_ND, values_BK, indices_BK = ctx.saved_tensors
+        ops = primitives(x_BD.device)
+        grad_BK = grad_BK.masked_fill(values_BK <= 0, 0)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ops.sum_rows(grad_BK, indices_BK, weight_ND).to(x_BD.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _gradient(ctx.sink, ops.route(grad_BK, indices_BK, len(weight_ND)), x_BD.to(weight_ND.dtype))
+        if ctx.needs_input_grad[2]:
+            grad_bias = indices_BK.flatten().bincount(grad_BK.flatten(), minlength=len(weight_ND)).to(weight_ND.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _gradient(sink: RowGradient | None, routing: reference.Routing, source_BD: Tensor) -> Tensor | None:
+    if sink is None:
+        return primitives(source_BD.device).sum_by_expert(routing, source_BD)
+    sink.add(routing, source_BD)
+    return None
+
+
+def _rows_a_chunk(device: str, row_bytes: int) -> int:
+    """Tokens whose gate values are made at a time: a power of two, which suits the product."""
+    fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // max(1, row_bytes)
+    return max(LEAST_ROWS, 1 << max(0, fitting.bit_length() - 1))
+
+
+class _WeightedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor, sink: RowGradient | None) -> Tensor:
+        ctx.sink = sink
+        ctx.save_for_backward(values_BK, indices_BK, rows_ND)
+        return primitives(rows_ND.device).sum_rows(values_BK.to(rows_ND.dtype), indices_BK, rows_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:
+        values_BK, indices_BK, rows_ND = ctx.saved_tensors
+        ops = primitives(rows_ND.device)
+        grad_BD = grad_BD.to(rows_ND.dtype)
+        grad_values = grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_values = ops.row_products(grad_BD, indices_BK, rows_ND).to(values_BK.dtype)
+        if ctx.needs_input_grad[2]:
+            routing = ops.route(values_BK.to(rows_ND.dtype), indices_BK, len(rows_ND))
+            grad_rows = _gradient(ctx.sink, routing, grad_BD)
+        return grad_values, None, grad_rows, None

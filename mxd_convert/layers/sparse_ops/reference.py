@@ -1,0 +1,88 @@
+"""The primitives in torch: the CPU's path, and what the kernels are held against."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+GROUPED_FROM = 4096  # experts; below, one pass of top-k is as quick
+GROUP = 16
+
+
+class Routing(NamedTuple):
+    """The pairs of token and active expert, sorted by expert; pairs of one expert in the order of their tokens.
+
+    tokens_M and weights_M: of each pair. starts_N1: where each expert's pairs begin; the last entry is M.
+    """
+
+    tokens_M: Tensor
+    weights_M: Tensor
+    starts_N1: Tensor
+
+
+def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
+    """Sorts the pairs by expert. Stable, so that sums are always taken in the same order."""
+    flat_M = indices_BK.flatten()
+    pairs_M = flat_M.argsort(stable=True)
+    starts_N1 = flat_M.new_zeros(n_experts + 1)
+    starts_N1[1:] = flat_M.bincount(minlength=n_experts).cumsum(0)
+    return Routing(pairs_M // max(indices_BK.shape[1], 1), weights_BK.flatten()[pairs_M], starts_N1)
+
+
+def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, in no order: (values, indices), (B, K). Exact.
+
+    For many experts in two stages: the k largest members of a row lie in at most k groups, those with the largest maxima, so
+    that only these groups' members are candidates.
+    """
+    n_experts = gate_BN.shape[-1]
+    columns = n_experts // GROUP  # group c holds the experts c, c + columns, ...: a maximum over rows of memory, not within them
+    if n_experts < GROUPED_FROM or k > columns // 2:
+        return gate_BN.topk(k, dim=-1, sorted=False)
+    body = columns * GROUP
+    maxima_BC = gate_BN[:, :body].unflatten(1, (GROUP, columns)).amax(1)
+    groups_BK = maxima_BC.topk(k, dim=-1, sorted=False).indices
+    members_G = torch.arange(0, body, columns, device=gate_BN.device)
+    candidates = (groups_BK.unsqueeze(1) + members_G.unsqueeze(-1)).flatten(1)
+    if body < n_experts:  # the few that make no whole group
+        rest = torch.arange(body, n_experts, device=gate_BN.device).expand(len(gate_BN), -1)
+        candidates = torch.cat((candidates, rest), dim=1)
+    values_BK, places_BK = gate_BN.gather(1, candidates).topk(k, dim=-1, sorted=False)
+    return values_BK, candidates.gather(1, places_BK)
+
+
+def sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
+    """`sum_k weights[b, k] * rows[indices[b, k]]`, (B, D)."""
+    return F.embedding_bag(indices_BK, rows_ND, per_sample_weights=weights_BK, mode="sum")
+
+
+def row_products(left_BD: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
+    """`<left[b], rows[indices[b, k]]>`, (B, K)."""
+    (tokens, k), device = indices_BK.shape, left_BD.device
+    if indices_BK.numel() == 0:
+        return left_BD.new_zeros(tokens, k)
+    starts_B1 = torch.arange(0, tokens * k + 1, k, device=device)
+    asked_M = left_BD.new_zeros(tokens * k)
+    asked = torch.sparse_csr_tensor(starts_B1, indices_BK.flatten(), asked_M, (tokens, len(rows_ND)), check_invariants=False)
+    return torch.sparse.sampled_addmm(asked, left_BD, rows_ND.T, beta=0.0).values().view(tokens, k)
+
+
+def sum_by_expert(routing: Routing, source_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """`sum over the pairs of expert n of weight x source[token]`, (last - first, D), for experts from `first` to before `last`.
+
+    Zero for experts without pairs.
+    """
+    starts = routing.starts_N1[first : None if last is None else last + 1]
+    begin, end = (0, len(routing.tokens_M)) if last is None and first == 0 else (int(starts[0]), int(starts[-1]))
+    return F.embedding_bag(
+        routing.tokens_M[begin:end],
+        source_BD,
+        offsets=starts - begin if begin else starts,
+        per_sample_weights=routing.weights_M[begin:end],
+        mode="sum",
+        include_last_offset=True,
+    )
