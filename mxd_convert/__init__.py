@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mxd_convert.evaluation import evaluate, steer
     from mxd_convert.generation import generate, parse_steering
     from mxd_convert.pipeline import Result, convert
-    from mxd_convert.plan import Plan, make_plan
+    from mxd_convert.plan import Plan, make_plan, outlook
     from mxd_convert.recipe import Recipe
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
     from mxd_convert.reverting import revert
@@ -34,6 +34,7 @@ _HOMES = {
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe_file",
     "make_plan": "plan",
+    "outlook": "plan",
     "parse_overrides": "recipe_file",
     "parse_steering": "generation",
     "revert": "reverting",
@@ -54,6 +55,7 @@ __all__ = [
     "load_checkpoint",
     "load_recipe",
     "make_plan",
+    "outlook",
     "parse_overrides",
     "parse_steering",
     "revert",

@@ -56,11 +56,12 @@ def init(
 
 @app.command(epilog="Example: `mxd-convert plan quickstart --set layer.k=8`")
 def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Show what a recipe comes to: layers, experts, parameters, work, memory and disk."""
+    """Show what a recipe comes to: layers, experts, parameters, work, memory, disk, and the time it takes on this machine."""
     loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
     made = mxd_convert.make_plan(loaded)
+    outlook = mxd_convert.outlook(made)
     if as_json:
-        _print_json(made.to_dict())
+        _print_json({**made.to_dict(), **outlook.to_dict()})
         return
     table = Table("layer", "input", "hidden", "output", "activation", "experts", "active", "parameters", "of the MLP")
     for layer in made.layers:
@@ -70,18 +71,34 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
         table.add_row(*widths, kind, *counts)
     out = _console()
     out.print(table)
-    train = made.recipe.train
+    train, memory, speed = made.recipe.train, outlook.memory, outlook.speed
     growth = made.converted_parameters / made.base_parameters
     out.print(f"model     {made.base_parameters:,} parameters, {made.converted_parameters:,} converted ({growth:.2f} x)")
     out.print(f"training  {made.steps:,} steps of {train.batch_tokens:,} tokens; {train.preset} preset: lr {train.lr:g}", end="")
-    out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}")
-    out.print(
-        f"work      {made.flops_per_token / 1e6:,.1f} MFLOP a token, {made.flops_per_token * made.tokens / 1e12:,.1f} TFLOP in all"
-    )
-    out.print(f"memory    about {made.training_bytes / 2**20:,.0f} MiB; disk about {made.disk_bytes / 2**20:,.0f} MiB")
+    out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}")
+    work, total = made.flops_per_token / 1e6, made.flops_per_token * made.tokens / 1e12
+    out.print(f"work      {work:,.1f} MFLOP a token, {total:,.1f} TFLOP in all")
+    out.print(f"memory    about {memory.peak / 2**20:,.0f} MiB of {outlook.room / 2**20:,.0f} to be had", end="")
+    out.print(f" (training {memory.training / 2**20:,.0f}, evaluation {memory.evaluation / 2**20:,.0f})")
+    out.print(f"disk      about {made.disk_bytes / 2**20:,.0f} MiB")
+    if speed is not None:
+        out.print(
+            f"time      about {_duration(speed.seconds)} on this machine: training {_duration(speed.training_seconds)}", end=""
+        )
+        out.print(f" at {speed.tokens_per_second:,.0f} tokens/s, evaluation {_duration(speed.evaluation_seconds)}")
     out.print(f"output    {made.output}")
-    for warning in made.warnings:
+    for warning in (*made.warnings, *outlook.warnings):
         out.print(f"warning   {warning}")
+
+
+def _groups(groups: list[list[int]]) -> str:
+    return "one pass" if len(groups) == 1 else f"{len(groups)} passes, at most {max(map(len, groups))} at once"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
 @app.command(

@@ -30,3 +30,22 @@ def disk_guard(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder}: no space left on the disk. Free some space and give the same command again: it goes on from its last saved state."
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory has run out, on a device or in the process (torch's CPU allocator says so in words)."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+    )
+
+
+@contextmanager
+def memory_guard(message: str) -> Iterator[None]:
+    """Turns 'out of memory' below into an InputError that says what to lower."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(message) from error

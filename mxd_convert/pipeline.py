@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from filelock import FileLock, Timeout
 
 from mxd_convert.base import load_base, load_tokenizer, model_sha256, quiet
@@ -28,7 +28,7 @@ from mxd_convert.checkpoint import LOCAL, REPORT, is_converted, load_checkpoint,
 from mxd_convert.data import Blocks, check_vocabulary, local_files, prepare
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.evaluation import evaluate_models
-from mxd_convert.plan import Plan, check_space, make_plan
+from mxd_convert.plan import Plan, budget, check_memory, check_space, groups, make_plan, shares
 from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
@@ -172,7 +172,7 @@ class _Conversion:
             temporary.replace(mark)
 
     def _has_state(self) -> bool:
-        return any((self.work / "state").glob("step-*.json"))
+        return any((self.work / "state").glob("*/step-*.json"))
 
     def _inputs(self) -> str:
         """A hash over names, sizes and times of the local files that the run reads: told apart if they are changed in place."""
@@ -197,6 +197,7 @@ class _Conversion:
             self._claim()
             if not self._has_state():
                 check_space(self.plan)
+            check_memory(self.plan, self.accelerator.num_processes)
             for warning in self.plan.warnings:
                 self.say(f"warning: {warning}")
         tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
@@ -240,7 +241,22 @@ class _Conversion:
         if self.recipe.train.tracker != "none":
             self._start_tracker()
         base, plan = load_base(self.recipe.base), self.plan
-        trained = train_layers(Job(self.recipe, base, plan.sites, plan.experts, blocks, self.work, self.accelerator, self.quiet))
+        processes = self.accelerator.num_processes
+        [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
+        trained = train_layers(
+            Job(
+                self.recipe,
+                base,
+                plan.sites,
+                plan.experts,
+                blocks,
+                self.work,
+                self.accelerator,
+                shares(plan, processes),
+                lambda indices: groups(plan, indices, room, processes),
+                self.quiet,
+            )
+        )
         if self.recipe.train.tracker != "none":
             self.accelerator.end_training()
         return trained

@@ -114,9 +114,12 @@ class Train(Section):
     target: Literal["local", "teacher"] = "local"
     """What a layer of a sequential run learns: the MLP's output on that input (local) or on the base's own (teacher)."""
     distribute: Literal["data", "layers"] = "data"
-    """What several processes share out."""
+    """What several processes share out: every batch (data), or the layers, each process training its own on all of the text (layers)."""
     memory_gib: Rate | None = None
-    """Memory budget of the training; null: no limit."""
+    """Memory that a process may take for the training (on a GPU: of the device). Layers that do not fit together are trained in groups,
+    one pass over the text each, to the same result. null: what is free when the run starts."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Precision of AdamW's moments; bf16 takes 12 bytes a parameter in place of 16, gradients included."""
     checkpoint_every: Positive = 1000
     """Steps between saved states, from which a killed run goes on."""
     log_every: Positive = 10
@@ -164,6 +167,17 @@ class Recipe(Section):
                 raise ValueError(
                     f"{key}: {json.dumps(value)} is not part of this version ({meaning}); set it to {json.dumps(allowed[0])}"
                 )
+        train = self.train
+        if train.target == "teacher" and train.order == "parallel":
+            raise ValueError(
+                'train.target: "teacher" needs train.order: sequential; in parallel order every layer sees the base model\'s own inputs,'
+                " for which both targets are the same"
+            )
+        if train.order == "sequential" and train.distribute == "layers":
+            raise ValueError(
+                'train.distribute: "layers" can\'t be had with train.order: sequential, where each layer waits for those below it;'
+                ' set one of them to its default ("data", "parallel")'
+            )
         if self.data.eval.tokens < self.data.context:
             raise ValueError(
                 f"data.eval.tokens: {self.data.eval.tokens} is less than one block of data.context = {self.data.context} tokens"
@@ -187,11 +201,20 @@ class Recipe(Section):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result, local paths in full: what a resumed run must have in common."""
-        return _sha256(self.model_dump(exclude={"output"}))
+        return _sha256(_deciding(self.model_dump()))
 
     def published_sha256(self) -> str:
-        """SHA-256 of the published recipe without its output section: the report's `recipe_sha256`."""
-        return _sha256({key: value for key, value in self.published().items() if key != "output"})
+        """SHA-256 of what decides the result in the published recipe: the report's `recipe_sha256`."""
+        return _sha256(_deciding(self.published()))
+
+
+# how the work is done, not what comes out (but for rounding): a run may go on with others
+_MEANS = ("distribute", "memory_gib", "checkpoint_every", "tracker")
+
+
+def _deciding(content: dict[str, Any]) -> dict[str, Any]:
+    train = {key: value for key, value in content["train"].items() if key not in _MEANS}
+    return {**{key: value for key, value in content.items() if key != "output"}, "train": train}
 
 
 def _sha256(content: dict[str, Any]) -> str:
@@ -201,10 +224,6 @@ def _sha256(content: dict[str, Any]) -> str:
 # Keys of the contract whose other values belong to parts that are still to come: refused in one line, never ignored.
 _AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "layer.kind": (("mxd",), "baselines"),
-    "train.order": (("parallel",), "sequential training"),
-    "train.target": (("local",), "sequential training"),
-    "train.distribute": (("data",), "layers over processes"),
-    "train.memory_gib": ((None,), "memory budget"),
     "output.onnx": ((False,), "ONNX export"),
     "output.dashboard": ((False,), "dashboard"),
     "output.push_to": ((None,), "publishing"),

@@ -157,7 +157,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_was_not(models, text, tmp_path, 
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "cut", **settings)))
-    process = run_in_process(recipe, tmp_path / "cut.partial" / "state" / "step-*09.json", number)
+    process = run_in_process(recipe, tmp_path / "cut.partial" / "state" / "layers-0-1" / "step-*09.json", number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
     assert "Traceback" not in errors
@@ -178,7 +178,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_was_not(models, text, tmp_path, 
 def test_an_output_in_use_is_refused(models, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", data={"tokens": 2_000_000})))
-    first = run_in_process(recipe, tmp_path / "out.partial" / "state" / "step-*.json", signal.SIGCONT)
+    first = run_in_process(recipe, tmp_path / "out.partial" / "state" / "layers-0-2" / "step-*.json", signal.SIGCONT)
     try:
         assert first.poll() is None
         second = run_in_process(recipe)
@@ -230,7 +230,7 @@ def test_damaged_state_is_passed_over(models, text, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_layer(models, text, tmp_path):
-    with pytest.raises(InputError, match=r"layer 0: the loss is not finite at step \d+; lower train.lr"):
+    with pytest.raises(InputError, match=r"layer 0: the loss is not finite at step 2\. Lower train\.lr"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"lr": 1e30}), quiet=True)
 
 
@@ -257,52 +257,6 @@ def test_the_public_face_is_complete():
     assert set(mxd_convert.__all__) == set(mxd_convert._HOMES)
 
 
-def two_processes(recipe: Path) -> subprocess.Popen:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "-m",
-        "mxd_convert.cli",
-        "run",
-        str(recipe),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_path):
-    """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
-    settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
-    one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))
-    cut = two_processes(recipe)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "two.partial" / "state").glob("step-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    cut.terminate()
-    _, errors = cut.communicate(timeout=60)
-    assert cut.returncode != 0
-    assert not (tmp_path / "two").exists(), "the signal came too late to show anything"
-    done = two_processes(recipe)
-    output, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
-    assert "over 2 processes" in errors
-    assert "resumed at step" in errors
-    assert output.count("verdict") == 1
-    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
-    for name, tensor in theirs.items():
-        assert torch.allclose(ours[name], tensor, atol=1e-3), name
-    logs = [[json.loads(line) for line in (tmp_path / n / "training_log.jsonl").read_text().splitlines()] for n in ("one", "two")]
-    for single, double in zip(*logs, strict=True):
-        assert double["tokens"] == single["tokens"]
-        for index, layer in single["layers"].items():
-            assert double["layers"][index] == pytest.approx(layer, rel=1e-2), (single["step"], index)
-
-
 def test_another_text_of_the_same_name_is_another_recipe(models, text, tmp_path):
     recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
     convert(recipe, quiet=True)
@@ -319,7 +273,7 @@ def test_text_changed_in_place_is_noticed_by_a_resumed_run(models, text, tmp_pat
     recipe = tmp_path / "recipe.yaml"
     settings = {"layers": [1], "data": {"tokens": 200_000}, "train": {"checkpoint_every": 3}}
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], mine, tmp_path / "out", **settings)))
-    run_in_process(recipe, tmp_path / "out.partial" / "state" / "step-*3.json").communicate(timeout=120)
+    run_in_process(recipe, tmp_path / "out.partial" / "state" / "layers-1" / "step-*3.json").communicate(timeout=120)
     (tmp_path / "out.partial" / "fingerprint").with_suffix(".tmp").write_text("cut off here")  # of a kill while it was written
     mine.write_text(text.read_text() + text.read_text().upper())
     with pytest.raises(InputError, match="whose base or text has changed since"):

@@ -178,7 +178,8 @@ def test_the_contracts_fields_are_there(measured):
         "compounding",
     } <= set(fidelity)
     for layer in fidelity["layers"].values():
-        assert set(layer) == {"fvu", "fvu_with_bos", "delta_ce", "recovered_zero", "recovered_mean", "l0", "dead_fraction"}
+        alone = {"fvu", "fvu_with_bos", "delta_ce", "recovered_zero", "recovered_mean", "l0", "dead_fraction"}
+        assert set(layer) == alone | {"fvu_in_place_local", "fvu_in_place_teacher"}
     for layer in reliance["layers"].values():
         assert set(layer) == {"gate_share", "identity_share", "routing_necessity"}
     assert set(fidelity["layers"]) == set(reliance["layers"]) == {"0", "2"}

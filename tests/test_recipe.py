@@ -56,7 +56,6 @@ def test_mistakes_are_named_with_a_suggestion():
 def test_what_is_still_to_come_is_refused_not_ignored():
     refused({"layer": {"kind": "transcoder"}}, "layer.kind", "not part of this version")
     refused({"output": {"onnx": True}}, "output.onnx", "set it to false")
-    refused({"train": {"order": "sequential"}}, "train.order")
 
 
 def test_numbers_are_those_of_yaml_1_2(tmp_path):

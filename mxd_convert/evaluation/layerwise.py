@@ -41,6 +41,7 @@ class LayerFigures:
         self.layer = layer
         device = layer.experts.device
         self.masked, self.all = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
+        self.local, self.teacher = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
         self.active = torch.zeros((), dtype=torch.float64, device=device)
         self.fired_N = torch.zeros(layer.n_experts, dtype=torch.bool, device=device)
         # moments over tokens, for each output, of the features (1, u, s u) and y
@@ -74,10 +75,17 @@ class LayerFigures:
             product = features[name[0]] * features[name[1]] if len(name) == 2 else features[name]
             self.moments[name] += product.sum(0)
 
+    def add_in_place(self, output_BO: Tensor, local_BO: Tensor, teacher_BO: Tensor) -> None:
+        """The layer's output in the converted model, against the MLP's on that same input and against the base's own output there."""
+        self.local.add(output_BO.double(), local_BO.double())
+        self.teacher.add(output_BO.double(), teacher_BO.double())
+
     def report(self) -> dict[str, float]:
         return {
             "fvu": self.masked.fvu(),
             "fvu_with_bos": self.all.fvu(),
+            "fvu_in_place_local": self.local.fvu(),
+            "fvu_in_place_teacher": self.teacher.fvu(),
             "l0": (self.active / max(self.masked.tokens, 1)).item(),
             "dead_fraction": 1.0 - self.fired_N.double().mean().item(),
         }

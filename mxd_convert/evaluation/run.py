@@ -92,7 +92,7 @@ def evaluate_models(
     device = device or torch.device("cpu")
     base, converted = base.to(device), converted.to(device)
     layers: dict[int, MxD] = converted.mxd_layers()
-    rows = max(1, min(64, _LOGITS // (blocks.context * base.config.get_text_config().vocab_size)))
+    rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
     variants = 3 + len(sites) * (3 + PERMUTATIONS)
     with _progress(len(batches) * (1 + variants), quiet) as advance:
@@ -103,12 +103,17 @@ def evaluate_models(
         totals = _Totals(device)
         for batch in batches:
             ids_BT = blocks.take(batch).to(device)
-            _compare(base, converted, ids_BT, totals)
+            _compare(base, converted, ids_BT, totals, sites, figures, blocks.counted(ids_BT, mask_bos).flatten())
             for name, context in _variants(base, sites, layers, figures):
                 with context:
                     totals.add_cross_entropy(name, base(input_ids=ids_BT, use_cache=False).logits, ids_BT)
                 advance()
     return _report(sites, figures, totals)
+
+
+def rows_a_batch(context: int, vocabulary: int) -> int:
+    """Blocks that are evaluated at a time: their logits are what takes the memory."""
+    return max(1, min(64, _LOGITS // (context * vocabulary)))
 
 
 def _activations(
@@ -140,9 +145,23 @@ class _Totals:
         return (self.sums[name] / self.tokens).item()
 
 
-def _compare(base: Any, converted: Any, ids_BT: Tensor, totals: _Totals) -> None:
-    theirs = base(input_ids=ids_BT, use_cache=False).logits
-    ours = converted(input_ids=ids_BT, use_cache=False).logits
+def _compare(
+    base: Any,
+    converted: Any,
+    ids_BT: Tensor,
+    totals: _Totals,
+    sites: list[Site],
+    figures: dict[int, LayerFigures],
+    counted_B: Tensor,
+) -> None:
+    with recording(base, sites) as originals:
+        theirs = base(input_ids=ids_BT, use_cache=False).logits
+    with recording(converted, sites) as seen:
+        ours = converted(input_ids=ids_BT, use_cache=False).logits
+    for site in sites:
+        inputs, outputs = seen[site.index].inputs, seen[site.index].outputs.flatten(0, 1)[counted_B]
+        local = base.get_submodule(site.path)(inputs).flatten(0, 1)[counted_B]
+        figures[site.index].add_in_place(outputs, local, originals[site.index].outputs.flatten(0, 1)[counted_B])
     totals.tokens += ids_BT[:, 1:].numel()
     totals.add_cross_entropy("base", theirs, ids_BT)
     totals.add_cross_entropy("converted", ours, ids_BT)

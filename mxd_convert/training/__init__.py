@@ -1,4 +1,4 @@
-"""Training of the layers on harvested activations: loop, optimiser and schedule, saved state, distribution over processes."""
+"""Training of the layers on harvested activations: passes over groups of layers, optimiser and schedule, saved state, many processes."""
 
 from mxd_convert.training.loop import Job, Trained, train_layers
 from mxd_convert.training.presets import resolve_train

@@ -11,23 +11,25 @@ LINE_SECONDS = 15.0
 
 
 class TrainingProgress:
-    """Tokens, tokens/s, time left, mean FVU. A context manager."""
+    """Tokens, tokens/s, mean FVU, dead share, where the time goes, time left. A context manager. name: of what is trained."""
 
-    def __init__(self, tokens: int, done: int = 0, quiet: bool = False) -> None:
-        self.total, self.quiet = tokens, quiet
+    def __init__(self, name: str, tokens: int, done: int = 0, quiet: bool = False) -> None:
+        self.total, self.quiet, self.name = tokens, quiet, name
         self.console = Console(stderr=True)
         self.live = not quiet and self.console.is_terminal
         self.start, self.last_line, self.done_before = time.monotonic(), time.monotonic(), done
         columns = (
-            TextColumn("training"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f}%  {task.fields[tokens]} tokens  {task.fields[rate]}  {task.fields[fvu]}"),
+            TextColumn("training{task.fields[name]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:3.0f}%  {task.fields[tokens]} tokens  {task.fields[rate]}  {task.fields[figures]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=self.console, disable=not self.live)
-        self.task = self.bar.add_task("training", total=tokens, completed=done, tokens=f"{done:,}", rate="", fvu="")
-        self.fvu = ""
+        self.task = self.bar.add_task(
+            "training", total=tokens, completed=done, name=name, tokens=f"{done:,}", rate="", figures=""
+        )
+        self.text = ""
 
     def __enter__(self) -> "TrainingProgress":
         self.bar.__enter__()
@@ -36,19 +38,22 @@ class TrainingProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.__exit__(kind, error, trace)
 
-    def update(self, tokens: int, fvu: float | None = None) -> None:
+    def figures(self, fvu: float, dead: float, shares: dict[str, float]) -> None:
+        """What the next updates show. shares: of the time, by what it went to."""
+        spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        self.text = f"FVU {fvu:.3f}, {dead:.0%} dead, time: {spent}"
+
+    def update(self, tokens: int) -> None:
         if self.quiet:
             return
         now = time.monotonic()
         rate = (tokens - self.done_before) / max(now - self.start, 1e-9)
-        if fvu is not None:
-            self.fvu = f"FVU {fvu:.3f}"
-        self.bar.update(self.task, completed=tokens, tokens=f"{tokens:,}", rate=f"{rate:,.0f} tokens/s", fvu=self.fvu)
+        self.bar.update(self.task, completed=tokens, tokens=f"{tokens:,}", rate=f"{rate:,.0f} tokens/s", figures=self.text)
         if not self.live and (now - self.last_line > LINE_SECONDS or tokens >= self.total):
             self.last_line = now
             left = (self.total - tokens) / max(rate, 1e-9)
             print(
-                f"training: {tokens:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, {self.fvu}, {left:.0f} s left",
+                f"training{self.name}: {tokens:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, {self.text}, {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -7,6 +7,7 @@ one is whole, and is used where the newest turns out to be damaged. No pickle.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,15 @@ def load_state(folder: Path, fingerprint: str) -> tuple[int, dict[str, Tensor], 
         except (OSError, ValueError, KeyError):  # damaged: the one before it is tried
             continue
     return None
+
+
+def finished_states(root: Path, fingerprint: str) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:
+    """The states under `root` of layers trained to the end: (folder, tensors, facts), in the order of their layers."""
+    found = []
+    for folder in root.glob("layers-*"):
+        notes = [json.loads(path.read_text()) for path in sorted(folder.glob("step-*.json"))[-1:]]
+        if notes and notes[0]["step"] == notes[0]["steps"] and (state := load_state(folder, fingerprint)) is not None:
+            step, tensors, facts = state
+            if step == facts["steps"]:
+                found.append((folder, tensors, facts))
+    yield from sorted(found, key=lambda state: state[2]["layers"])

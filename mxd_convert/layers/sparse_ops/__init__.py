@@ -5,7 +5,6 @@ Shape suffixes: B tokens, D any width, N experts, K active experts a token, M = 
 in Triton for GPUs.
 """
 
-from mxd_convert.layers.sparse_ops.autograd import RowGradient, sparse_gate, weighted_rows
-from mxd_convert.layers.sparse_ops.reference import top_k
+from mxd_convert.layers.sparse_ops.autograd import RowGradient, sparse_gate, top_k, weighted_rows
 
 __all__ = ["RowGradient", "sparse_gate", "top_k", "weighted_rows"]

@@ -24,6 +24,11 @@ def primitives(device: torch.device) -> ModuleType:
     return reference
 
 
+def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, in no order: (values, indices), (B, K). Exact; ties may go to any."""
+    return primitives(gate_BN.device).top_k(gate_BN, k)
+
+
 class RowGradient:
     """The gradient of a parameter of N rows as what it is made of, so that an optimiser can have it a few rows at a time.
 
@@ -84,7 +89,7 @@ class _SparseGate(torch.autograd.Function):
         weight, bias, x = (tensor.detach().to(compute) for tensor in (weight_ND, bias_N, x_BD))
         values_BK = x_BD.new_empty((len(x), k), dtype=weight_ND.dtype)
         indices_BK = x_BD.new_empty((len(x), k), dtype=torch.int64)
-        rows = _rows_a_chunk(x.device.type, len(weight_ND) * weight.element_size())
+        rows = rows_a_chunk(x.device.type, len(weight_ND) * weight.element_size())
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
             values_BK[chunk], indices_BK[chunk] = ops.top_k(F.linear(x[chunk], weight, bias), k)
@@ -102,10 +107,11 @@ class _SparseGate(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = ops.sum_rows(grad_BK, indices_BK, weight_ND).to(x_BD.dtype)
+        routing = ops.route(grad_BK, indices_BK, len(weight_ND))
         if ctx.needs_input_grad[1]:
-            grad_weight = _gradient(ctx.sink, ops.route(grad_BK, indices_BK, len(weight_ND)), x_BD.to(weight_ND.dtype))
+            grad_weight = _gradient(ctx.sink, routing, x_BD.to(weight_ND.dtype))
         if ctx.needs_input_grad[2]:
-            grad_bias = indices_BK.flatten().bincount(grad_BK.flatten(), minlength=len(weight_ND)).to(weight_ND.dtype)
+            grad_bias = ops.sum_by_expert(routing, grad_BK.new_ones(len(x_BD), 1)).squeeze(1)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
@@ -116,7 +122,7 @@ def _gradient(sink: RowGradient | None, routing: reference.Routing, source_BD: T
     return None
 
 
-def _rows_a_chunk(device: str, row_bytes: int) -> int:
+def rows_a_chunk(device: str, row_bytes: int) -> int:
     """Tokens whose gate values are made at a time: a power of two, which suits the product."""
     fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // max(1, row_bytes)
     return max(LEAST_ROWS, 1 << max(0, fitting.bit_length() - 1))

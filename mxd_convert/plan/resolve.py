@@ -1,4 +1,4 @@
-"""Plan before work: what a recipe comes to for its base model, known from the base's config before any weight is loaded."""
+"""A recipe resolved against its base model: known from the base's config before any weight is loaded."""
 
 import importlib.util
 import shutil
@@ -47,7 +47,6 @@ class Plan:
     converted_parameters: int
     steps: int
     tokens: int
-    training_bytes: int
     disk_bytes: int
     flops_per_token: int
     vocabulary: int
@@ -69,7 +68,6 @@ class Plan:
             "converted_parameters",
             "steps",
             "tokens",
-            "training_bytes",
             "disk_bytes",
             "flops_per_token",
             "warnings",
@@ -108,8 +106,6 @@ def make_plan(recipe: Recipe) -> Plan:
     base_parameters = sum(tensor.numel() for tensor in untied_tensors(model).values())
     converted = base_parameters + sum(layer.parameters - layer.mlp_parameters for layer in layers)
     trained = sum(layer.parameters for layer in layers)
-    widest = max(layer.experts + 6 * layer.d_hidden + 12 * layer.d_out for layer in layers)
-    width = 2 if recipe.base.dtype in ("bfloat16", "float16") else 4
     return Plan(
         recipe=recipe,
         sites=sites,
@@ -118,8 +114,6 @@ def make_plan(recipe: Recipe) -> Plan:
         converted_parameters=converted,
         steps=steps,
         tokens=steps * step_tokens,
-        # weights, gradients and two moments in float32; the base; the largest layer's activations, forward and backward
-        training_bytes=16 * trained + width * base_parameters + 3 * 4 * step_tokens * widest,
         # the checkpoint; two saved states, and a third while it is written; token ids
         disk_bytes=4 * converted
         + 3 * 12 * trained

@@ -1,0 +1,24 @@
+"""Plan before work: what a recipe comes to, how much memory and disk it takes, how long it will run."""
+
+from mxd_convert.plan.forecast import Outlook, outlook
+from mxd_convert.plan.memory import Memory, budget, check_memory, estimate, groups, largest_group, shares
+from mxd_convert.plan.resolve import LayerPlan, Plan, check_space, make_plan
+from mxd_convert.plan.speed import Probe, probe
+
+__all__ = [
+    "LayerPlan",
+    "Memory",
+    "Outlook",
+    "Plan",
+    "Probe",
+    "budget",
+    "check_memory",
+    "check_space",
+    "estimate",
+    "groups",
+    "largest_group",
+    "make_plan",
+    "outlook",
+    "probe",
+    "shares",
+]

@@ -1,0 +1,38 @@
+"""What `plan` shows beyond the recipe's own arithmetic: passes, memory and time on this machine."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mxd_convert.errors import InputError
+from mxd_convert.plan.memory import Memory, budget, check_memory, estimate, groups, largest_group
+from mxd_convert.plan.resolve import Plan
+from mxd_convert.plan.speed import Probe, probe
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """groups: layers trained together, one pass over the text each. room: memory to be had, bytes. speed: None where it can't run here."""
+
+    groups: list[list[int]]
+    memory: Memory
+    room: int
+    speed: Probe | None
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; sizes in bytes, times in seconds."""
+        speed = None if self.speed is None else {**asdict(self.speed), "seconds": self.speed.seconds}
+        memory = {**asdict(self.memory), "peak": self.memory.peak, "available": self.room}
+        return {"groups": self.groups, "memory_bytes": memory, "speed": speed, "outlook_warnings": self.warnings}
+
+
+def outlook(plan: Plan) -> Outlook:
+    """Memory by formula, time by a probe of a few seconds, for a run of one process on this machine. What can't fit is a warning."""
+    room = budget(plan.recipe)
+    memory = estimate(plan, largest_group(plan))
+    found = groups(plan, [layer.index for layer in plan.layers], room)
+    try:
+        check_memory(plan)
+    except InputError as error:
+        return Outlook(found, memory, room, None, [f"run would refuse: {error}"])
+    return Outlook(found, memory, room, probe(plan), [])

@@ -1,0 +1,168 @@
+"""How much memory a conversion takes, which layers are trained together, and whether it fits.
+
+All figures in bytes, of one process; on a GPU of the device. Checked against real runs by benchmarks/memory.py.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.run import rows_a_batch
+from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
+from mxd_convert.recipe import Recipe
+from mxd_convert.training.activations import buffer_steps
+
+if TYPE_CHECKING:
+    from mxd_convert.plan.resolve import LayerPlan, Plan
+
+LIBRARIES = 450 * 2**20  # torch, transformers and what they load, resident once a model has run
+USABLE = 0.9  # of the memory that is free: the rest is for what an estimate leaves out
+_WIDTHS = {"bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An estimate by phase: while layers are trained, together in one pass, and while the checkpoint is evaluated."""
+
+    training: int
+    evaluation: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.training, self.evaluation)
+
+
+def estimate(plan: "Plan", group: Sequence["LayerPlan"], processes: int = 1) -> Memory:
+    """The memory of a run that trains the layers of `group` together. processes: that share out every batch."""
+    return Memory(_training(plan, group, processes), _evaluation(plan))
+
+
+def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int) -> int:
+    recipe = plan.recipe
+    together = processes > 1 and recipe.train.distribute == "data"
+    step_tokens = plan.tokens // plan.steps
+    tokens = step_tokens // (processes if together else 1)
+    width = _WIDTHS.get(recipe.base.dtype, 4)
+    held = 0
+    for layer in group:
+        rows = layer.experts * (layer.d_in + layer.d_out)  # of the gate and of the experts, whose gradients are not made whole
+        whole = layer.parameters if together or recipe.layer.sparsity == "l1" else layer.parameters - rows
+        held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
+    steps = min(plan.steps, buffer_steps(step_tokens, plan.sites))
+    a_token = width * sum(layer.d_in + layer.d_out for layer in group)
+    buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
+    step = max(_step(recipe, layer, tokens) for layer in group)
+    forward = width * tokens * max(4 * layer.d_hidden + 12 * layer.d_in for layer in group)
+    return LIBRARIES + width * plan.base_parameters + held + buffer + max(step, forward)
+
+
+def _step(recipe: Recipe, layer: "LayerPlan", tokens: int) -> int:
+    """What one layer's forward and backward make, at most at a time."""
+    hidden = 4 * tokens * (6 if layer.glu else 4) * layer.d_hidden
+    outputs = 4 * tokens * (10 * layer.d_out + 2 * layer.d_in)
+    gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk("cpu", 4 * layer.experts))
+    return hidden + outputs + 4 * gates * layer.experts * (3 if recipe.layer.sparsity == "l1" else 1)
+
+
+def _evaluation(plan: "Plan") -> int:
+    context = plan.recipe.data.context
+    tokens = context * rows_a_batch(context, plan.vocabulary)
+    widest = max(plan.layers, key=lambda layer: layer.experts)
+    models = 4 * plan.base_parameters + 4 * plan.converted_parameters + 4 * sum(layer.parameters for layer in plan.layers)
+    pass_ = tokens * (5 * 4 * plan.vocabulary + 2 * 4 * widest.experts + 12 * 8 * widest.d_out + 4 * 4 * widest.d_hidden)
+    return LIBRARIES + models + pass_
+
+
+def device_of(recipe: Recipe) -> str:
+    """Where a recipe's layers will be trained: cpu or cuda."""
+    return "cpu" if recipe.train.device == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
+def available(device: str) -> int:
+    """Memory that a run may take: free on the GPU; or free on the machine, within the limit of the process's control group."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return free + psutil.Process(os.getpid()).memory_info().rss  # what this process holds, the estimate counts too
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        return int(Path("/sys/fs/cgroup", name).read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def budget(recipe: Recipe) -> int:
+    """The memory that the layers of one pass must fit into: `train.memory_gib`, or most of what is free for this process."""
+    if recipe.train.memory_gib is not None:
+        return int(recipe.train.memory_gib * 2**30)
+    device = device_of(recipe)
+    beside = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1
+    )  # torchrun's name for processes of this machine
+    return int(USABLE * available(device)) // beside
+
+
+def groups(plan: "Plan", indices: Sequence[int], room: int, processes: int = 1) -> list[list[int]]:
+    """The layers in groups that fit into `room` bytes, one by one at least; in sequential order always one by one."""
+    layers = {layer.index: layer for layer in plan.layers}
+    found: list[list[int]] = []
+    for index in indices:
+        joined = [*found[-1], index] if found else [index]
+        fits = _training(plan, [layers[member] for member in joined], processes) <= room
+        if found and fits and plan.recipe.train.order == "parallel":
+            found[-1] = joined
+        else:
+            found.append([index])
+    return found
+
+
+def shares(plan: "Plan", processes: int) -> list[list[int]]:
+    """The layers of every process: its own share of them, in runs of neighbours of about the same work, or all of them for all."""
+    indices = [layer.index for layer in plan.layers]
+    if plan.recipe.train.distribute == "data" or processes == 1:
+        return [indices] * processes
+    total, done = sum(layer.parameters for layer in plan.layers), 0
+    found: list[list[int]] = [[] for _ in range(processes)]
+    for layer in plan.layers:
+        found[min(processes - 1, (done + layer.parameters // 2) * processes // total)].append(layer.index)
+        done += layer.parameters
+    return found
+
+
+def largest_group(plan: "Plan", processes: int = 1) -> list["LayerPlan"]:
+    """The layers of the pass that takes the most memory."""
+    layers = {layer.index: layer for layer in plan.layers}
+    found = groups(plan, list(layers), budget(plan.recipe), processes)
+    return max(([layers[index] for index in group] for group in found), key=lambda group: _training(plan, group, processes))
+
+
+def check_memory(plan: "Plan", processes: int = 1) -> None:
+    """Raises InputError where not even one layer at a time fits, naming what to change."""
+    worst = max(plan.layers, key=lambda layer: layer.parameters)
+    need, room = estimate(plan, [worst], processes), budget(plan.recipe)
+    gib = plan.recipe.train.memory_gib
+    if need.training > room:
+        have = f"train.memory_gib: {gib:g} GiB" if gib is not None else f"memory: {room / 2**30:.1f} GiB usable"
+        raise InputError(
+            f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f}; lower layer.expansion"
+            f" ({plan.recipe.layer.expansion}) or train.batch_tokens ({plan.recipe.train.batch_tokens})"
+            + (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "")
+            + (", or raise train.memory_gib" if gib is not None else "")
+        )
+    usable = int(USABLE * available("cpu"))
+    if need.evaluation > usable and device_of(plan.recipe) == "cpu":
+        raise InputError(
+            f"memory: {usable / 2**30:.1f} GiB usable, and base and converted model together need about {need.evaluation / 2**30:.1f}"
+            f" to be evaluated; convert fewer layers at a time (layers: ...) or lower layer.expansion ({plan.recipe.layer.expansion})"
+        )

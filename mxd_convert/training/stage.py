@@ -1,0 +1,286 @@
+"""One pass over the text for a group of layers: steps, log and state."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mxd_convert.architectures import Site
+from mxd_convert.errors import InputError, memory_guard
+from mxd_convert.layers import MxD, normalised_mse
+from mxd_convert.recipe import Recipe
+from mxd_convert.training.activations import Activations, Source
+from mxd_convert.training.interrupt import Interrupt
+from mxd_convert.training.log import NAME, append_line, cut_log
+from mxd_convert.training.optimiser import Optimiser
+from mxd_convert.training.progress import TrainingProgress
+from mxd_convert.training.state import load_state, save_state
+from mxd_convert.training.window import Window
+
+SAVE_SECONDS = 60.0
+
+
+def make_layer(recipe: Recipe, site: Site, n_experts: int) -> MxD:
+    """A new layer for a site. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed * 1_000_003 + site.index)
+        return MxD(
+            site.d_in,
+            recipe.layer.hidden or site.d_hidden,
+            site.d_out,
+            n_experts,
+            recipe.layer.k,
+            activation=recipe.layer.activation or site.activation,
+            glu=site.glu,
+            sparsity=recipe.layer.sparsity,
+            skip=recipe.layer.skip,
+        )
+
+
+def learn(
+    layer: MxD,
+    x_BI: Tensor,
+    y_BO: Tensor,
+    counted_B: Tensor,
+    precision: str,
+    l1: float,
+    share: Tensor | None,
+    window: Window,
+) -> Tensor:
+    """Forward and backward of one layer on one batch; adds to the window. Returns the loss, a scalar. share: of the loss in the whole."""
+    with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        codes = layer.encode(x_BI)
+        output_BO = layer.combine(x_BI, codes)
+    loss = normalised_mse(output_BO, y_BO, counted_B)
+    objective = loss + l1 * layer.penalty(codes, counted_B) if layer.sparsity == "l1" else loss
+    (objective if share is None else objective * share).backward()
+    window.add(loss.detach(), output_BO.detach(), y_BO, codes, counted_B)
+    return loss.detach()
+
+
+class Stage:
+    """Trains the layers of `source.sites` together. Goes on from the state in `folder` if there is one.
+
+    together: whether the accelerator's processes share out every batch; else this process is on its own. name: for the progress.
+    before, total: tokens trained on in earlier stages of this process, and in all of them.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        experts: dict[int, int],
+        folder: Path,
+        accelerator: Accelerator,
+        together: bool,
+        quiet: bool,
+        name: str,
+        before: int,
+        total: int,
+    ) -> None:
+        train = recipe.train
+        assert train.lr is not None
+        assert train.warmup_steps is not None
+        assert train.schedule is not None
+        self.recipe, self.source, self.folder, self.accelerator = recipe, source, folder, accelerator
+        self.together, self.quiet, self.name, self.before, self.total = together, quiet, name, before, total
+        self.writes = accelerator.is_main_process or not together
+        self.device = accelerator.device
+        self.steps, self.step_tokens = source.steps, source.rows_a_step * source.blocks.context
+        self.layers = {site.index: make_layer(recipe, site, experts[site.index]).to(self.device) for site in source.sites}
+        self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
+        self.losses: dict[int, list[Tensor]] = {index: [] for index in self.layers}  # of the steps since the last log line
+        self.optimiser = Optimiser(
+            self.layers.values(),
+            train.lr,
+            self.steps,
+            train.warmup_steps,
+            train.schedule,
+            moments=train.moments,
+            seed=train.seed,
+            defer=not together,
+        )
+        self.names: dict[nn.Parameter, str] = {
+            parameter: f"{index}/{name}" for index, layer in self.layers.items() for name, parameter in layer.named_parameters()
+        }
+        self.activations = Activations(source, self.device)
+        self.log_path = folder / NAME
+        self.resumed_at: list[int] = []
+        self.done = 0
+        self.seconds = 0.0
+        self.stopping = False
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self._restore()
+
+    # --- the loop --------------------------------------------------------------------------------------------------------------
+
+    def train(self, interrupt: Interrupt) -> None:
+        """Runs to the end. Raises KeyboardInterrupt, after saving, when told to; InputError where a loss is not finite."""
+        if self.done == self.steps:
+            return
+        quiet = self.quiet or not self.accelerator.is_main_process
+        if self.done and not quiet:
+            print(f"resumed at step {self.done}{self.name}", file=sys.stderr, flush=True)
+        start, before = time.monotonic(), self.seconds
+        last_log, last_step = start, self.done
+        tokens = self.before + self.done * self.step_tokens
+        with TrainingProgress(self.name, self.total, tokens, quiet) as progress, memory_guard(self._lower()):
+            while self.done < self.steps:
+                self._step(self.done, interrupt)
+                self.done += 1
+                self.seconds = before + time.monotonic() - start
+                tokens += self.step_tokens
+                if self.done % self.recipe.train.log_every == 0 or self.done == self.steps:
+                    now = time.monotonic()
+                    rate = (self.done - last_step) * self.step_tokens / max(now - last_log, 1e-9)
+                    last_log, last_step = now, self.done
+                    progress.figures(*self._log(rate), self._shares(time.monotonic() - start))
+                progress.update(tokens)
+                due = self.done % self.recipe.train.checkpoint_every == 0 or self._save_is_due()
+                if due or self.done == self.steps or self.stopping:
+                    self._save()
+                if self.stopping:
+                    raise KeyboardInterrupt
+        if interrupt.told and not self.together:  # during the last step, which has been saved
+            raise KeyboardInterrupt
+
+    def _step(self, step: int, interrupt: Interrupt) -> None:
+        batch = self.activations.batch(step)
+        counted_B = batch.counted_B
+        total = self._agree(counted_B.sum(), interrupt)
+        for index, layer in self.layers.items():
+            x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
+            # the loss is a mean over this process's tokens; weighted by its share, the sum over processes is the mean over all
+            share = counted_B.sum() / total if self.together else None
+            precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
+            self.losses[index].append(learn(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
+        if self.together:
+            for parameter in self.names:
+                if parameter.grad is not None:
+                    parameter.grad = self._sum_over_processes(parameter.grad)
+        self.optimiser.step(step)
+
+    def _agree(self, counted: Tensor, interrupt: Interrupt) -> Tensor:
+        """The tokens that count in all processes. With the same message they agree on stopping, if any of them was told to."""
+        if not self.together:
+            self.stopping = interrupt.told
+            return counted
+        told = torch.tensor(int(interrupt.told), device=self.device)
+        total, stop = self._sum_over_processes(torch.stack([counted, told]))
+        self.stopping = bool(stop)
+        return total
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.together else tensor
+
+    def _lower(self) -> str:
+        train = self.recipe.train
+        return (
+            f"layers {', '.join(map(str, self.layers))}: out of memory; lower train.batch_tokens ({train.batch_tokens}) or layer.expansion"
+            f" ({self.recipe.layer.expansion}), or set train.memory_gib so that fewer layers are trained at once"
+        )
+
+    # --- log and state ---------------------------------------------------------------------------------------------------------
+
+    def _log(self, rate: float) -> tuple[float, float]:
+        """Writes a line and clears the windows. Returns mean FVU and dead share. Raises InputError where a loss is not finite."""
+        figures: dict[str, dict[str, float]] = {}
+        for index, window in self.windows.items():
+            if self.together:
+                for name, tensor in window.tensors().items():
+                    summed = self._sum_over_processes(tensor.double())
+                    setattr(window, name, summed > 0 if name == "alive" else summed)
+            figures[str(index)] = window.figures()
+            if not torch.stack(self.losses[index]).isfinite().all():
+                raise self._not_finite(index)
+            window.clear()
+            self.losses[index].clear()
+        lr = self.optimiser.rate(self.done - 1)
+        line: dict[str, Any] = {
+            "step": self.done,
+            "tokens": self.done * self.step_tokens,
+            "lr": lr,
+            "tokens_per_second": round(rate, 1),
+            "layers": figures,
+        }
+        if self.writes:
+            append_line(self.log_path, line)
+        fvu, dead = (sum(layer[key] for layer in figures.values()) / len(figures) for key in ("fvu", "dead_fraction"))
+        if self.recipe.train.tracker != "none":
+            flat = {f"layer_{index}/{name}": value for index, layer in figures.items() for name, value in layer.items()}
+            step = self.before // self.step_tokens + self.done
+            self.accelerator.log({"lr": lr, "tokens_per_second": rate, "mean_fvu": fvu, **flat}, step=step)
+        return fvu, dead
+
+    def _shares(self, seconds: float) -> dict[str, float]:
+        """Shares of the time since the start: in the base's forward, in reading text, and in the layers' steps, which is the rest."""
+        shares = {name: spent / max(seconds, 1e-9) for name, spent in self.activations.seconds.items()}
+        return {"base": shares["base"], "layers": max(0.0, 1.0 - sum(shares.values())), "data": shares["data"]}
+
+    def _not_finite(self, index: int) -> InputError:
+        losses = self.losses[index]
+        finite = [bool(loss.isfinite()) for loss in losses]
+        step = self.done - len(losses) + (finite.index(False) if False in finite else len(losses) - 1) + 1
+        good = [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json")]
+        kept = f"; the last good state is that of step {max(good)}" if good else ""
+        return InputError(
+            f"layer {index}: the loss is not finite at step {step}{kept}. Lower train.lr ({self.recipe.train.lr:g}) or lengthen"
+            f" train.warmup_steps ({self.recipe.train.warmup_steps}), and start over with --fresh"
+        )
+
+    def _save_is_due(self) -> bool:
+        """A minute after the last save, or later where saving would take more than a twentieth of the time."""
+        if self.together:  # each has a clock of its own; they save by the step alone
+            return False
+        return time.monotonic() - self.saved_at > max(SAVE_SECONDS, 20 * self.save_seconds)
+
+    def _save(self) -> None:
+        start = time.monotonic()
+        for index, layer in self.layers.items():  # what is kept must be good to go on from
+            if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+                raise self._not_finite(index)
+        windows = {
+            f"{index}/window/{name}": self._sum_over_processes(tensor.double()).to(tensor.dtype)
+            for index, window in self.windows.items()
+            for name, tensor in window.tensors().items()
+        }
+        if self.writes:
+            tensors: dict[str, Tensor] = {name: parameter.detach() for parameter, name in self.names.items()}
+            if self.done < self.steps:  # finished layers need no more than themselves
+                tensors |= self.optimiser.tensors(self.names) | windows
+            facts = {
+                "steps": self.steps,
+                "seconds": self.seconds,
+                "resumed_at_steps": self.resumed_at,
+                "layers": list(self.layers),
+            }
+            save_state(self.folder, self.done, tensors, facts, self.recipe.fingerprint())
+        if self.together:
+            self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def _restore(self) -> None:
+        found = load_state(self.folder, self.recipe.fingerprint())
+        if found is None or found[2]["layers"] != list(self.layers):
+            if self.writes:
+                self.log_path.unlink(missing_ok=True)
+            return
+        self.done, tensors, facts = found
+        with torch.no_grad():
+            for parameter, name in self.names.items():
+                parameter.copy_(tensors[name])
+            if self.done == self.steps:
+                return
+            for index, window in self.windows.items() if self.writes else ():  # the sums of all processes
+                for name, tensor in window.tensors().items():
+                    tensor.copy_(tensors[f"{index}/window/{name}"])
+            self.optimiser.restore(self.names, tensors)
+        self.seconds = facts["seconds"]
+        self.resumed_at = [*facts["resumed_at_steps"], self.done]
+        if self.writes:
+            cut_log(self.log_path, self.done)

@@ -1,0 +1,105 @@
+"""Several real processes over gloo: batches shared out, or layers shared out; the same result as one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import small_recipe
+from safetensors.torch import load_file
+
+from mxd_convert import convert
+
+
+def two_processes(recipe: Path) -> subprocess.Popen:
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "mxd_convert.cli",
+        "run",
+        str(recipe),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_path):
+    """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
+    settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
+    one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))
+    cut = two_processes(recipe)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "two.partial" / "state").glob("*/step-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    cut.terminate()
+    _, errors = cut.communicate(timeout=60)
+    assert cut.returncode != 0
+    assert not (tmp_path / "two").exists(), "the signal came too late to show anything"
+    done = two_processes(recipe)
+    output, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert "over 2 processes" in errors  # the world size as accelerate has it
+    assert "resumed at step" in errors
+    assert output.count("verdict") == 1
+    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-3), name
+    logs = [[json.loads(line) for line in (tmp_path / n / "training_log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for single, double in zip(*logs, strict=True):
+        assert double["tokens"] == single["tokens"]
+        for index, layer in single["layers"].items():
+            for name in ("loss", "fvu"):
+                assert double["layers"][index][name] == pytest.approx(layer[name], rel=1e-4), (single["step"], index)
+
+
+def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp_path):
+    settings = {"layers": "all", "data": {"tokens": 16_384}}
+    one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
+    settings["train"] = {"distribute": "layers"}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
+    done = two_processes(recipe)
+    output, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert "over 2 processes" in errors
+    assert output.count("verdict") == 1
+    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [[json.loads(line) for line in (tmp_path / n / "training_log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for single, double in zip(*logs, strict=True):
+        assert double["layers"] == single["layers"]
+        assert double["tokens_per_second"] > 0
+    report = json.loads((tmp_path / "two" / "mxd_report.json").read_text())
+    assert report["fidelity"] == one.report["fidelity"]
+
+
+def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
+    settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"distribute": "layers", "checkpoint_every": 3}}
+    one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
+    cut = two_processes(recipe)
+    deadline = time.monotonic() + 90
+    while len(list((tmp_path / "two.partial" / "state").glob("*/step-*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    subprocess.run(["pkill", "-KILL", "-f", str(recipe)], check=False)
+    cut.communicate(timeout=60)
+    assert not (tmp_path / "two").exists(), "the kill came too late to show anything"
+    done = two_processes(recipe)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    report = json.loads((tmp_path / "two" / "mxd_report.json").read_text())
+    assert report["cost"]["resumed_at_steps"]
+    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

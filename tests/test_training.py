@@ -1,0 +1,237 @@
+"""Passes and groups, the shuffled buffer, sequential order, memory guards."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_recipe
+from safetensors.torch import load_file
+from torch import nn
+
+import mxd_convert
+from mxd_convert import convert
+from mxd_convert.architectures import find_sites
+from mxd_convert.base import load_base, load_tokenizer
+from mxd_convert.data import block_order, prepare
+from mxd_convert.errors import InputError, is_out_of_memory
+from mxd_convert.harvest import harvest
+from mxd_convert.plan import estimate, groups, shares
+from mxd_convert.recipe import Recipe
+from mxd_convert.surgery import replaced
+from mxd_convert.training.activations import Activations, Source, buffer_steps
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(models, text, tmp_path_factory):
+    """Activations of two layers of a tiny Llama: 8 steps of 4 blocks, 3 steps a buffer."""
+    recipe = Recipe(**{key: value for key, value in small_recipe(models["llama"], text, text.parent).items() if key != "output"})
+    blocks, _ = prepare(recipe.data, load_tokenizer(recipe.base.model), tmp_path_factory.mktemp("data"))
+    base = load_base(recipe.base)
+
+    def make(**changes):
+        settings = {
+            "base": base,
+            "sites": find_sites(base, base.config, [0, 2]),
+            "blocks": blocks,
+            "rows_a_step": 4,
+            "steps": 8,
+            "buffer_steps": 3,
+            "seed": 5,
+            "mask_bos": True,
+            "below": {},
+            "teacher": False,
+        }
+        return Source(**{**settings, **changes})
+
+    return make
+
+
+def rows(*tensors):
+    """The rows of tensors side by side, sorted: the same however they were shuffled."""
+    joined = torch.cat([tensor.flatten(1).double() for tensor in tensors], dim=1).numpy()
+    return joined[np.lexsort(joined.T[::-1])]
+
+
+def test_a_buffer_deals_out_every_token_once_and_mixes_blocks(source):
+    made = source()
+    stream = Activations(made, CPU)
+    ids = made.blocks.take(block_order(len(made.blocks), 0, 12, 5))
+    seen = harvest(made.base, made.sites, ids)
+    batches = [stream.batch(step) for step in range(3)]
+    assert [len(batch.counted_B) for batch in batches] == [128, 128, 128]
+    for index in (0, 2):
+        whole = rows(seen[index].inputs.flatten(0, 1), seen[index].outputs.flatten(0, 1))
+        dealt = rows(*(torch.cat([batch.activations[index][part] for batch in batches]) for part in (0, 1)))
+        assert np.abs(whole - dealt).max() < 1e-5
+    assert sum(int(batch.counted_B.sum()) for batch in batches) == int(made.blocks.counted(ids, True).sum())
+    # the first step holds tokens of (nearly) all twelve blocks, not of four
+    inputs = seen[0].inputs
+    first = batches[0].activations[0][0]
+    blocks = {int((inputs - row).abs().amax(-1).flatten().argmin()) // made.blocks.context for row in first[:60]}
+    assert len(blocks) > 8
+
+
+def test_a_stream_that_starts_in_the_middle_gives_the_same_batches(source):
+    through = Activations(source(), CPU)
+    expected = [through.batch(step).activations[2][0].clone() for step in range(8)]
+    for start in (1, 4, 7):
+        resumed = Activations(source(), CPU)
+        for step in range(start, 8):
+            assert torch.equal(resumed.batch(step).activations[2][0], expected[step])
+
+
+def test_two_processes_see_together_what_one_sees(source):
+    whole = Activations(source(), CPU)
+    parts = [Activations(source(process=(index, 2)), CPU) for index in range(2)]
+    for step in range(8):
+        batches = [part.batch(step) for part in parts]
+        together = rows(torch.cat([batch.activations[0][0] for batch in batches]))
+        assert np.abs(together - rows(whole.batch(step).activations[0][0])).max() < 1e-5
+        assert sum(len(batch.counted_B) for batch in batches) == 128
+
+
+def test_the_buffer_is_bounded(source):
+    sites = source().sites
+    assert buffer_steps(1, sites) == 16
+    assert buffer_steps(10**9, sites) == 4
+    assert buffer_steps(2**28 // (4 * sum(site.d_in + site.d_out for site in sites)) // 7, sites) == 7
+
+
+def test_sequential_inputs_and_both_targets(source):
+    """Inputs are what the layers below produce; targets the MLP's own on that input, or the base's on its own."""
+
+    class Doubled(nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return 2 * self.mlp(x)
+
+    plain = source(sites=source().sites[1:])
+    base = plain.base
+    below = {"model.layers.0.mlp": Doubled(base.get_submodule("model.layers.0.mlp"))}
+    mlp = base.get_submodule("model.layers.2.mlp")
+    ids = plain.blocks.take(block_order(len(plain.blocks), 0, 12, 5))
+    with replaced(base, below):
+        moved = harvest(base, plain.sites, ids)[2].inputs.flatten(0, 1)
+    original = harvest(base, plain.sites, ids)[2]
+    assert (moved - original.inputs.flatten(0, 1)).abs().max() > 0.1
+    for teacher in (False, True):
+        stream = Activations(source(sites=plain.sites, below=below, teacher=teacher), CPU)
+        batches = [stream.batch(step).activations[2] for step in range(3)]
+        target = original.outputs.flatten(0, 1) if teacher else mlp(moved)
+        dealt = rows(*(torch.cat([batch[part] for batch in batches]) for part in (0, 1)))
+        assert np.abs(dealt - rows(moved, target)).max() < 1e-5
+
+
+def test_groups_that_fit_the_budget_end_as_one_pass(models, text, tmp_path):
+    settings = {"layers": "all", "data": {"tokens": 8192}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    plan = mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "split", **settings)))
+    room = estimate(plan, plan.layers[:2]).training
+    assert groups(plan, [0, 1, 2], room) == [[0, 1], [2]]
+    assert groups(plan, [0, 1, 2], room - 1) == [[0], [1], [2]]
+    settings["train"] = {"memory_gib": room / 2**30}
+    split = convert(small_recipe(models["llama"], text, tmp_path / "split", **settings), quiet=True)
+    ours, theirs = (load_file(result.output / "model.safetensors") for result in (split, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = []
+    for result in (split, whole):
+        lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
+        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
+    assert logs[0] == logs[1]
+    assert split.report["recipe_sha256"] == whole.report["recipe_sha256"]  # how the work is done does not make another recipe
+
+
+def test_a_budget_below_one_layer_is_refused(models, text, tmp_path, refused, recipe):
+    message = refused(
+        "run", recipe(train={"memory_gib": 0.1}), words=("train.memory_gib: 0.1", "layer.expansion", "train.batch_tokens")
+    )
+    assert "about 0.4" in message
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("target", ["local", "teacher"])
+def test_sequential_training_learns_what_the_layers_below_produce(models, text, tmp_path, target):
+    settings = {"layers": [0, 2], "data": {"tokens": 32_768}, "layer": {"k": 1, "hidden": 6}}
+    sequential = {**settings, "train": {"order": "sequential", "target": target}}
+    result = convert(small_recipe(models["gpt2"], text, tmp_path / "sequential", **sequential), quiet=True)
+    parallel = convert(small_recipe(models["gpt2"], text, tmp_path / "parallel", **settings), quiet=True)
+    ours, theirs = (load_file(made.output / "model.safetensors") for made in (result, parallel))
+    for name, tensor in ours.items():  # the first layer sees the same either way, the later one does not
+        assert torch.equal(tensor, theirs[name]) == (".h.2.mlp." not in name), name
+    layers, others = (made.report["fidelity"]["layers"]["2"] for made in (result, parallel))
+    assert layers[f"fvu_in_place_{target}"] < others[f"fvu_in_place_{target}"]
+    first = result.report["fidelity"]["layers"]["0"]
+    assert first["fvu_in_place_local"] == pytest.approx(first["fvu"], rel=1e-4)
+    assert first["fvu_in_place_teacher"] == pytest.approx(first["fvu"], rel=1e-4)
+    steps = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
+    assert all(set(line["layers"]) == {"0", "2"} for line in steps)
+
+
+def test_layers_are_shared_out_in_neighbours(models, text, tmp_path):
+    settings = {"layers": "all", "train": {"distribute": "layers"}}
+    plan = mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models["gpt2"], text, tmp_path / "out", **settings)))
+    assert shares(plan, 1) == [[0, 1, 2]]
+    assert shares(plan, 2) in ([[0], [1, 2]], [[0, 1], [2]])
+    assert shares(plan, 3) == [[0], [1], [2]]
+    assert sorted(index for share in shares(plan, 5) for index in share) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"target": "teacher"}, ("train.target", "teacher", "sequential")),
+        ({"order": "sequential", "distribute": "layers"}, ("train.distribute", "layers", "sequential")),
+        ({"memory_gib": 0}, ("train.memory_gib", "0")),
+        ({"moments": "int4"}, ("train.moments", "int4", "bf16")),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(refused, recipe, train, words):
+    refused("run", recipe(train=train), words=words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_running_out_of_memory_says_what_to_lower(models, text, tmp_path, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    assert is_out_of_memory(error)
+    monkeypatch.setattr("mxd_convert.training.stage.learn", fail)
+    with pytest.raises(
+        InputError, match=r"layers 0, 1, 2: out of memory; lower train.batch_tokens \(256\) or .* train.memory_gib"
+    ):
+        convert(small_recipe(models["gpt2"], text, tmp_path / "out"), quiet=True)
+
+
+def test_the_last_good_state_is_named_where_a_loss_is_not_finite(models, text, tmp_path, monkeypatch):
+    from mxd_convert.training import stage
+
+    learn, calls = stage.learn, []
+
+    def spoil(*arguments):
+        calls.append(1)
+        return learn(*arguments) * (float("nan") if len(calls) > 6 else 1.0)
+
+    monkeypatch.setattr("mxd_convert.training.stage.learn", spoil)
+    settings = {"layers": [1], "train": {"checkpoint_every": 3}, "data": {"tokens": 8192}}
+    with pytest.raises(InputError, match=r"layer 1: the loss is not finite at step 7; the last good state is that of step"):
+        convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)
+
+
+def test_moments_in_bf16_resume_and_train(models, text, tmp_path):
+    settings = {"layers": [1], "train": {"moments": "bf16"}, "data": {"tokens": 16_384}}
+    rough = convert(small_recipe(models["gpt2"], text, tmp_path / "rough", **settings), quiet=True)
+    settings["train"] = {}
+    exact = convert(small_recipe(models["gpt2"], text, tmp_path / "exact", **settings), quiet=True)
+    ours, theirs = (result.report["fidelity"]["layers"]["1"]["fvu"] for result in (rough, exact))
+    assert ours != theirs
+    assert ours == pytest.approx(theirs, rel=0.1)
