@@ -12,6 +12,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from mxd_convert.layers import MxD, normalised_mse
 from mxd_convert.layers.sparse_ops import top_k
-from mxd_convert.training.allocator import keep_freed_memory
+from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.window import Window
 
@@ -70,7 +71,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def ours(shape: Shape, device: torch.device, precision: str) -> Step:
-    keep_freed_memory()
     layer, (x_BI, y_BO) = new_layer(shape, device), new_batch(shape, device)
     optimiser = Optimiser([layer], lr=1e-4, steps=10**6, warmup=1, schedule="constant")
     window, counted_B = Window.empty(layer, device), torch.ones(shape.batch, dtype=torch.bool, device=device)
@@ -117,7 +117,6 @@ def dense(shape: Shape, device: torch.device, precision: str) -> Step:
 
 
 def floor(shape: Shape, device: torch.device, precision: str) -> Step:
-    keep_freed_memory()
     layer, (x_BI, _) = new_layer(shape, device), new_batch(shape, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     x_BI = x_BI.to(dtype)
@@ -154,7 +153,12 @@ def _peak_bytes(device: torch.device) -> int:
 def _serve(connection: Connection, kind: str, shape: str, device_name: str, precision: str) -> None:
     device = torch.device(device_name)
     before = _peak_bytes(device)
-    step = {"dense": dense, "ours": ours, "floor": floor}[kind](SHAPES[shape], device, precision)
+    with nullcontext() if kind == "dense" else kept_memory():
+        step = {"dense": dense, "ours": ours, "floor": floor}[kind](SHAPES[shape], device, precision)
+        _answer(connection, step, device, before)
+
+
+def _answer(connection: Connection, step: Step, device: torch.device, before: int) -> None:
     while (asked := connection.recv()) is not None:
         if asked == "peak":
             connection.send(_peak_bytes(device) - before)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,20 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def load_base(base: Base, dtype: str | None = None) -> Any:
-    """The base model in evaluation mode, on the CPU. dtype: a name as in the recipe; None: the recipe's `base.dtype`. Raises InputError."""
+@dataclass(frozen=True)
+class Spread:
+    """room: bytes of each device (0, 1, ... of the GPUs, "cpu") that a model may take; what is left goes to files in `folder`."""
+
+    room: dict[int | str, int]
+    folder: Path
+
+
+def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None) -> Any:
+    """The base model in evaluation mode, on the CPU. dtype: a name as in the recipe; None: the recipe's `base.dtype`. Raises InputError.
+
+    spread: for a model too large for one device, which accelerate then distributes; it runs as it is, without being moved.
+    """
+    placed = {} if spread is None else {"device_map": "auto", "max_memory": spread.room, "offload_folder": str(spread.folder)}
     with explained("the model", base.model), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.model,
@@ -113,6 +126,7 @@ def load_base(base: Base, dtype: str | None = None) -> Any:
             trust_remote_code=base.trust_remote_code,
             dtype=dtype or base.dtype,
             output_loading_info=True,
+            **placed,
         )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

@@ -23,12 +23,13 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from filelock import FileLock, Timeout
 
-from mxd_convert.base import load_base, load_tokenizer, model_sha256, quiet
+from mxd_convert.base import Spread, load_base, load_tokenizer, model_sha256, quiet
 from mxd_convert.checkpoint import LOCAL, REPORT, is_converted, load_checkpoint, read_local
 from mxd_convert.data import Blocks, check_vocabulary, local_files, prepare
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.evaluation import evaluate_models
-from mxd_convert.plan import Plan, budget, check_memory, check_space, groups, make_plan, shares
+from mxd_convert.plan import Plan, base_room, budget, check_memory, check_space, fits_for_evaluation, groups, make_plan, shares
+from mxd_convert.plan.memory import BASE_SHARE, available
 from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
@@ -240,9 +241,10 @@ class _Conversion:
     def _train(self, blocks: Blocks) -> Trained:
         if self.recipe.train.tracker != "none":
             self._start_tracker()
-        base, plan = load_base(self.recipe.base), self.plan
+        plan = self.plan
         processes = self.accelerator.num_processes
         [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
+        base = load_base(self.recipe.base, spread=self._spread(room))
         trained = train_layers(
             Job(
                 self.recipe,
@@ -260,6 +262,17 @@ class _Conversion:
         if self.recipe.train.tracker != "none":
             self.accelerator.end_training()
         return trained
+
+    def _spread(self, room: int) -> Spread | None:
+        """How a base model too large for the device is spread: over the device, the machine's memory and the disk."""
+        most = base_room(self.plan, room)
+        if most is None:
+            return None
+        self.say("the base model is too large for the memory to be had: accelerate spreads it, which is slower")
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return Spread({"cpu": most}, self.work / "offload")
+        return Spread({device.index or 0: most, "cpu": int(BASE_SHARE * available("cpu"))}, self.work / "offload")
 
     def _start_tracker(self) -> None:
         """wandb and trackio have projects with named runs; TensorBoard has a folder a run, under `logs` beside the output."""
@@ -280,9 +293,10 @@ class _Conversion:
     def _evaluate(self, folder: Path, held_out: Blocks) -> dict[str, Any]:
         converted = load_checkpoint(folder, dtype="float32")
         base = load_base(self.recipe.base, dtype="float32")
-        return evaluate_models(
-            base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, self.accelerator.device, self.quiet
-        )
+        device = self.accelerator.device
+        if not fits_for_evaluation(self.plan, device.type):
+            device = torch.device("cpu")
+        return evaluate_models(base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, device, self.quiet)
 
     def _write_report(self, folder: Path, report: dict[str, Any], origin: dict[str, Any]) -> None:
         recipe_yaml = self.recipe.to_yaml()

@@ -60,8 +60,7 @@ def path(request, monkeypatch):
         monkeypatch.setattr(autograd, "LEAST_ROWS", 4)
         monkeypatch.setattr(autograd, "CHUNK_BYTES", {"cpu": 0})
     if request.param == "two-stage top-k":
-        monkeypatch.setattr(reference, "GROUPED_FROM", 1)
-        monkeypatch.setattr(reference, "GROUP", 2)
+        monkeypatch.setattr(reference, "_group", lambda n_experts, k: 2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,7 +93,7 @@ def test_gradients_kept_by_row_are_the_same_in_any_piece(case):
         parameter.grad = None
 
 
-@pytest.mark.parametrize("width", [1, 31, 4096, 5000, 21_490])
+@pytest.mark.parametrize("width", [1, 31, 1780, 4096, 5000, 21_490])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top_k_is_exact(width, dtype):
     torch.manual_seed(width)
@@ -213,7 +212,7 @@ def test_mixed_precision_keeps_weights_and_gradients_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         rough = layer(x)
     rough.square().mean().backward()
-    assert (rough - exact).norm() / exact.norm() < 0.05
+    assert (rough - exact).norm() / exact.norm() < 0.1  # bfloat16 ties may go to other experts
     for name, parameter in layer.named_parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert (parameter.grad - gradients[name]).norm() / gradients[name].norm() < 0.1, name

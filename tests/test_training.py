@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mxd_convert
+import mxd_convert.pipeline
 from mxd_convert import convert
 from mxd_convert.architectures import find_sites
 from mxd_convert.base import load_base, load_tokenizer
@@ -151,7 +152,7 @@ def test_a_budget_below_one_layer_is_refused(models, text, tmp_path, refused, re
     message = refused(
         "run", recipe(train={"memory_gib": 0.1}), words=("train.memory_gib: 0.1", "layer.expansion", "train.batch_tokens")
     )
-    assert "about 0.4" in message
+    assert "about 0.5" in message
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
 
@@ -235,3 +236,20 @@ def test_moments_in_bf16_resume_and_train(models, text, tmp_path):
     ours, theirs = (result.report["fidelity"]["layers"]["1"]["fvu"] for result in (rough, exact))
     assert ours != theirs
     assert ours == pytest.approx(theirs, rel=0.1)
+
+
+@pytest.mark.parametrize("order", ["parallel", "sequential"])
+def test_a_base_too_large_for_the_memory_is_spread_and_gives_the_same(models, text, tmp_path, monkeypatch, capsys, order):
+    settings = {"layers": [0, 2], "train": {"order": order}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    monkeypatch.setattr("mxd_convert.plan.memory.BASE_SHARE", 1e-5)  # some 200 KB: the embedding and a layer or two, not all
+    loaded = []
+    load = mxd_convert.pipeline.load_base
+    monkeypatch.setattr(
+        "mxd_convert.pipeline.load_base", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1]
+    )
+    spread = convert(small_recipe(models["llama"], text, tmp_path / "spread", **settings))
+    assert "disk" in {str(place) for place in loaded[0].hf_device_map.values()}
+    assert "accelerate spreads it" in capsys.readouterr().err
+    ours, theirs = (load_file(result.output / "model.safetensors") for result in (spread, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -30,7 +30,7 @@ from mxd_convert.recipe import EvalText
 from mxd_convert.surgery import Constant, permuted_experts, replaced
 
 PERMUTATIONS = 3
-_LOGITS = 2**23  # of one batch
+_LOGITS = 2**22  # of one batch
 
 
 def evaluate(

@@ -29,7 +29,7 @@ class Outlook:
 def outlook(plan: Plan) -> Outlook:
     """Memory by formula, time by a probe of a few seconds, for a run of one process on this machine. What can't fit is a warning."""
     room = budget(plan.recipe)
-    memory = estimate(plan, largest_group(plan))
+    memory = estimate(plan, largest_group(plan), room=room)
     found = groups(plan, [layer.index for layer in plan.layers], room)
     try:
         check_memory(plan)

@@ -21,7 +21,9 @@ from mxd_convert.training.activations import buffer_steps
 if TYPE_CHECKING:
     from mxd_convert.plan.resolve import LayerPlan, Plan
 
-LIBRARIES = 450 * 2**20  # torch, transformers and what they load, resident once a model has run
+LIBRARIES = 520 * 2**20  # of a CPU process: torch, transformers and what they load, resident once a model has run
+BASE_SHARE = 0.5  # of the memory to be had, that the base model may take; a larger one is spread over device, memory and disk
+SPARE = 1.1  # what an allocator holds above what is asked of it
 USABLE = 0.9  # of the memory that is free: the rest is for what an estimate leaves out
 _WIDTHS = {"bfloat16": 2, "float16": 2}
 
@@ -38,12 +40,23 @@ class Memory:
         return max(self.training, self.evaluation)
 
 
-def estimate(plan: "Plan", group: Sequence["LayerPlan"], processes: int = 1) -> Memory:
-    """The memory of a run that trains the layers of `group` together. processes: that share out every batch."""
-    return Memory(_training(plan, group, processes), _evaluation(plan))
+def estimate(plan: "Plan", group: Sequence["LayerPlan"], processes: int = 1, room: int | None = None) -> Memory:
+    """The memory of a run that trains the layers of `group` together. processes: that share out every batch. room: to be had."""
+    return Memory(_training(plan, group, processes, room), _evaluation(plan))
 
 
-def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int) -> int:
+def base_bytes(plan: "Plan") -> int:
+    """Of the base model's weights, as they are held while activations are harvested."""
+    return _WIDTHS.get(plan.recipe.base.dtype, 4) * plan.base_parameters
+
+
+def base_room(plan: "Plan", room: int) -> int | None:
+    """The memory for a base model too large to be held whole, which accelerate then spreads; None for one that is not."""
+    most = int(BASE_SHARE * room)
+    return most if base_bytes(plan) > most else None
+
+
+def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int, room: int | None) -> int:
     recipe = plan.recipe
     together = processes > 1 and recipe.train.distribute == "data"
     step_tokens = plan.tokens // plan.steps
@@ -59,7 +72,12 @@ def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int) -> int
     buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
     step = max(_step(recipe, layer, tokens) for layer in group)
     forward = width * tokens * max(4 * layer.d_hidden + 12 * layer.d_in for layer in group)
-    return LIBRARIES + width * plan.base_parameters + held + buffer + max(step, forward)
+    base = base_bytes(plan) if room is None else base_room(plan, room) or base_bytes(plan)
+    return _libraries(recipe) + base + int(SPARE * (held + buffer + max(step, forward)))
+
+
+def _libraries(recipe: Recipe) -> int:
+    return LIBRARIES if device_of(recipe) == "cpu" else 0
 
 
 def _step(recipe: Recipe, layer: "LayerPlan", tokens: int) -> int:
@@ -75,8 +93,8 @@ def _evaluation(plan: "Plan") -> int:
     tokens = context * rows_a_batch(context, plan.vocabulary)
     widest = max(plan.layers, key=lambda layer: layer.experts)
     models = 4 * plan.base_parameters + 4 * plan.converted_parameters + 4 * sum(layer.parameters for layer in plan.layers)
-    pass_ = tokens * (5 * 4 * plan.vocabulary + 2 * 4 * widest.experts + 12 * 8 * widest.d_out + 4 * 4 * widest.d_hidden)
-    return LIBRARIES + models + pass_
+    a_token = 10 * 4 * plan.vocabulary + 2 * 4 * widest.experts + 12 * 8 * widest.d_out + 4 * 4 * widest.d_hidden
+    return _libraries(plan.recipe) + models + tokens * a_token
 
 
 def device_of(recipe: Recipe) -> str:
@@ -119,7 +137,7 @@ def groups(plan: "Plan", indices: Sequence[int], room: int, processes: int = 1) 
     found: list[list[int]] = []
     for index in indices:
         joined = [*found[-1], index] if found else [index]
-        fits = _training(plan, [layers[member] for member in joined], processes) <= room
+        fits = _training(plan, [layers[member] for member in joined], processes, room) <= room
         if found and fits and plan.recipe.train.order == "parallel":
             found[-1] = joined
         else:
@@ -144,13 +162,19 @@ def largest_group(plan: "Plan", processes: int = 1) -> list["LayerPlan"]:
     """The layers of the pass that takes the most memory."""
     layers = {layer.index: layer for layer in plan.layers}
     found = groups(plan, list(layers), budget(plan.recipe), processes)
-    return max(([layers[index] for index in group] for group in found), key=lambda group: _training(plan, group, processes))
+    return max(([layers[index] for index in group] for group in found), key=lambda group: _training(plan, group, processes, None))
+
+
+def fits_for_evaluation(plan: "Plan", device: str) -> bool:
+    """Whether base and converted model can be evaluated on a device."""
+    return _evaluation(plan) <= USABLE * available(device)
 
 
 def check_memory(plan: "Plan", processes: int = 1) -> None:
     """Raises InputError where not even one layer at a time fits, naming what to change."""
     worst = max(plan.layers, key=lambda layer: layer.parameters)
-    need, room = estimate(plan, [worst], processes), budget(plan.recipe)
+    room = budget(plan.recipe)
+    need = estimate(plan, [worst], processes, room)
     gib = plan.recipe.train.memory_gib
     if need.training > room:
         have = f"train.memory_gib: {gib:g} GiB" if gib is not None else f"memory: {room / 2**30:.1f} GiB usable"

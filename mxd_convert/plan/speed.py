@@ -16,7 +16,7 @@ from mxd_convert.base import empty_model, load_config
 from mxd_convert.evaluation.run import PERMUTATIONS
 from mxd_convert.plan.memory import budget, device_of, groups
 from mxd_convert.plan.resolve import LayerPlan, Plan
-from mxd_convert.training.allocator import keep_freed_memory
+from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import learn, make_layer
 from mxd_convert.training.window import Window
@@ -42,7 +42,11 @@ class Probe:
 
 def probe(plan: Plan) -> Probe:
     """Times the parts of a run of one process on this machine, in a few seconds."""
-    keep_freed_memory()
+    with kept_memory():
+        return _probe(plan)
+
+
+def _probe(plan: Plan) -> Probe:
     passes = len(groups(plan, [layer.index for layer in plan.layers], budget(plan.recipe)))
     device = torch.device(device_of(plan.recipe))
     step_tokens = plan.tokens // plan.steps

@@ -109,7 +109,7 @@ class Activations:
             torch.cuda.synchronize()  # so that the layers' step before is not taken for the base's time
         start = time.perf_counter()
         source = self.source
-        ids_BT = ids_BT.to(next(source.base.parameters()).device)
+        ids_BT = ids_BT.to(self.device)  # accelerate moves it on where the base is spread
         with ExitStack() as stack:
             if source.below:
                 stack.enter_context(replaced(source.base, source.below))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from mxd_convert.architectures import Site
 from mxd_convert.data import Blocks
@@ -15,7 +16,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.layers import MxD
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Source, buffer_steps
-from mxd_convert.training.allocator import keep_freed_memory
+from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, merge_logs
 from mxd_convert.training.presets import steps_of
@@ -60,8 +61,8 @@ def train_layers(job: Job) -> Trained:
     Writes `training_log.jsonl` and `state/` there. Raises InputError for a loss that is not finite, for a full disk and where memory
     runs out, KeyboardInterrupt (after saving) when interrupted.
     """
-    keep_freed_memory()
-    return _Training(job).run()
+    with kept_memory():
+        return _Training(job).run()
 
 
 class _Training:
@@ -132,10 +133,12 @@ class _Training:
     def _below(self, finished: dict[int, MxD]) -> dict[str, nn.Module]:
         """The layers already converted as the checkpoint will have them: in the base's precision, on its device."""
         dtype = next(self.job.base.parameters()).dtype
-        return {
+        layers = {
             self.sites[index].path: copy.deepcopy(layer).to(self.accelerator.device, dtype).requires_grad_(False)
             for index, layer in finished.items()
         }
+        spread = hasattr(self.job.base, "hf_device_map")  # then the layer before may be elsewhere
+        return {path: _Elsewhere(layer, self.accelerator.device) if spread else layer for path, layer in layers.items()}
 
     def _finished(self) -> dict[int, MxD]:
         """The layers that an earlier call of this run has trained to the end, whatever groups it had."""
@@ -162,6 +165,17 @@ class _Training:
         resumed = sorted({step for _, facts in states for step in facts["resumed_at_steps"]})
         ordered = {index: layers[index].cpu() for index in sorted(layers)}
         return Trained(ordered, self.steps, self.tokens, seconds, resumed)
+
+
+class _Elsewhere(nn.Module):
+    """A layer on a device of its own in a model that is spread over several."""
+
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.layer, self.device = layer, device
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        return self.layer(x_BTI.to(self.device)).to(x_BTI.device)
 
 
 def _span(group: list[int]) -> str:

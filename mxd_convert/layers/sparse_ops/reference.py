@@ -9,8 +9,7 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
-GROUPED_FROM = 4096  # experts; below, one pass of top-k is as quick
-GROUP = 16
+MANY = 4096  # experts
 
 
 class Routing(NamedTuple):
@@ -40,11 +39,12 @@ def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     that only these groups' members are candidates.
     """
     n_experts = gate_BN.shape[-1]
-    columns = n_experts // GROUP  # group c holds the experts c, c + columns, ...: a maximum over rows of memory, not within them
-    if n_experts < GROUPED_FROM or k > columns // 2:
+    group = _group(n_experts, k)
+    columns = n_experts // group  # group c holds the experts c, c + columns, ...: a maximum over rows of memory, not within them
+    if group == 1 or k > columns // 2:
         return gate_BN.topk(k, dim=-1, sorted=False)
-    body = columns * GROUP
-    maxima_BC = gate_BN[:, :body].unflatten(1, (GROUP, columns)).amax(1)
+    body = columns * group
+    maxima_BC = gate_BN[:, :body].unflatten(1, (group, columns)).amax(1)
     groups_BK = maxima_BC.topk(k, dim=-1, sorted=False).indices
     members_G = torch.arange(0, body, columns, device=gate_BN.device)
     candidates = (groups_BK.unsqueeze(1) + members_G.unsqueeze(-1)).flatten(1)
@@ -53,6 +53,16 @@ def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         candidates = torch.cat((candidates, rest), dim=1)
     values_BK, places_BK = gate_BN.gather(1, candidates).topk(k, dim=-1, sorted=False)
     return values_BK, candidates.gather(1, places_BK)
+
+
+def _group(n_experts: int, k: int) -> int:
+    """Experts in a group; 1 for a single stage.
+
+    torch's top-k on a CPU keeps a heap of k where a row has at least 64 k values, which is quick, and partitions the row else.
+    """
+    if n_experts >= MANY:
+        return 8
+    return 4 if 64 * k > n_experts else 1
 
 
 def sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
