@@ -1,10 +1,10 @@
-# make quickstart | make test | make lint | make schema
+# make quickstart | make test | make lint | make bench | make schema
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test lint format schema clean
+.PHONY: quickstart test lint bench format schema clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
@@ -17,6 +17,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# a quarter of an hour on two cores; on a machine with a GPU, benchmarks/gpu.py does the same there
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/train_step.py --shape stories260k
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/convert.py --recipe quickstart --tokens 100000
+	$(BIN)/python benchmarks/kill.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,7 @@ floor   only what no step can do without: the gate's product, the products of th
         fused optimiser pass over all parameters
 """
 
+import itertools
 import multiprocessing
 import resource
 import time
@@ -73,6 +74,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def ours(shape: Shape, device: torch.device, precision: str) -> Step:
     layer, (x_BI, y_BO) = new_layer(shape, device), new_batch(shape, device)
     optimiser = Optimiser([layer], lr=1e-4, steps=10**6, warmup=1, schedule="constant")
+    numbers = itertools.count()
     window, counted_B = Window.empty(layer, device), torch.ones(shape.batch, dtype=torch.bool, device=device)
 
     def step() -> None:
@@ -82,7 +84,7 @@ def ours(shape: Shape, device: torch.device, precision: str) -> Step:
         loss = normalised_mse(output_BO, y_BO, counted_B)
         loss.backward()
         window.add(loss.detach(), output_BO, y_BO, codes, counted_B)
-        optimiser.step(1)
+        optimiser.step(next(numbers))
 
     return step
 

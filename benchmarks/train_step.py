@@ -55,10 +55,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=1, help="in a round, one after the other")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print what was measured as JSON")
     arguments = parser.parse_args()
-    found = measure(arguments.shape, arguments.precision, arguments.rounds, arguments.device)
+    found = measure(arguments.shape, arguments.precision, arguments.rounds, arguments.device, arguments.steps)
     print(json.dumps(found) if arguments.json else table(found))
 
 

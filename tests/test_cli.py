@@ -48,7 +48,7 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
     path = recipe(layers=[0, 2], layer={"experts": "auto"})
     status, out, _ = mxd("plan", path)
     assert status == 0
-    for word in ("layer", "experts", "parameters", "steps of 256 tokens", "memory"):
+    for word in ("layer", "experts", "parameters", "steps of 256 tokens", "memory", "disk", "MFLOP a token", "tokens/s", "one pass"):
         assert word in out
     status, out, _ = mxd("plan", path, "--set", "layer.k=8", "--json")
     plan = json.loads(out)
@@ -57,6 +57,26 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
     assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 128, 32)}
     assert plan["layers"][0]["experts"] == 32 * 32 - 128  # matched: N = M - (2 I H + H) / (I + O + 1)
     assert plan["recipe"]["train"]["warmup_steps"] is not None
+    assert plan["groups"] == [[0, 2]]
+    assert plan["memory_bytes"]["peak"] >= plan["memory_bytes"]["training"] > 2**28
+    speed = plan["speed"]
+    assert 0 < speed["training_seconds"] < speed["seconds"]
+    assert speed["tokens_per_second"] == pytest.approx(4096 / speed["training_seconds"])
+
+
+def test_plan_of_what_can_not_fit_says_so_and_what_to_change(mxd, recipe):
+    status, out, _ = mxd("plan", recipe(train={"memory_gib": 0.1}), "--json")
+    plan = json.loads(out)
+    assert status == 0
+    assert plan["speed"] is None
+    assert plan["groups"] == [[0], [1], [2]]
+    assert "run would refuse: train.memory_gib: 0.1" in plan["outlook_warnings"][0]
+
+
+def test_plan_warns_of_a_model_that_grows_several_times(mxd, recipe):
+    _, out, _ = mxd("plan", recipe(layer={"experts": "auto", "expansion": 512}), "--json")
+    [warning] = json.loads(out)["warnings"]
+    assert "times the base's parameters; layer.expansion: " in warning
 
 
 def test_run_prints_figures_and_the_path(mxd, recipe, tmp_path):

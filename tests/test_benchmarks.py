@@ -1,0 +1,51 @@
+"""The benchmarks run, at sizes of seconds; what they compare is right. Their figures are for benchmarks/RESULTS.md, not for tests."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import kill
+import steps
+import torch
+import train_step
+
+SMALL = steps.Shape(24, 40, 24, 200, 4, 64, "gelu_new")
+
+
+@pytest.mark.parametrize("kind", steps.KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_kind_of_step_runs(monkeypatch, kind, precision):
+    make = {"dense": steps.dense, "ours": steps.ours, "floor": steps.floor}[kind]
+    step = make(SMALL, torch.device("cpu"), precision)
+    step()
+    step()
+
+
+def test_the_dense_step_is_the_same_training(monkeypatch):
+    """What we are faster than does what we do: from the same start, the loss falls alike."""
+    made = []
+    new = steps.new_layer
+    monkeypatch.setattr(steps, "new_layer", lambda shape, device: made.append(new(shape, device)) or made[-1])
+    for kind in (steps.dense, steps.ours):
+        step = kind(SMALL, torch.device("cpu"), "fp32")
+        for _ in range(20):
+            step()
+    theirs, ours = made
+    for name in ("encoder.weight", "decoder.weight", "gate.weight", "output_bias"):
+        assert torch.allclose(theirs.get_parameter(name), ours.get_parameter(name), atol=1e-5), name
+    assert not torch.allclose(new(SMALL, torch.device("cpu")).gate.weight, ours.gate.weight, atol=2e-4)
+
+
+def test_ratios_are_of_the_medians():
+    text = train_step.ratio([4.0, 4.0, 8.0], [2.0, 2.0, 1.0])
+    assert text.startswith("2.00 (")
+
+
+def test_a_killed_run_ends_as_one_left_alone(tmp_path):
+    """Two kills at random moments; benchmarks/kill.py does twenty."""
+    found = kill.kill(2, seed=3, folder=tmp_path)
+    assert [differing for _, _, differing in found] == [[], []], found
+    assert any("step" in stage or "state" in stage or "while" in stage for _, stage, _ in found), found
