@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from runs import command, differences, environment
 
 SETTINGS: dict[str, Any] = {
-    "data.tokens": 60_000,
     "data.eval.tokens": 4096,
     "train.checkpoint_every": 5,
     "train.log_every": 3,
@@ -38,14 +38,14 @@ def _stage(work: Path) -> str:
     return f"after step {int(states[-1].stem.removeprefix('step-'))}" if states else "before the first state"
 
 
-def kill(kills: int, seed: int, folder: Path, recipe: str = "quickstart", **changes: Any) -> list[tuple[float, str, list[str]]]:
+def kill(kills: int, seed: int, folder: Path, tokens: int) -> Iterator[tuple[float, str, list[str]]]:
     """Kills that many runs once each, and runs each again to its end: (second of the kill, how far it had come, differences)."""
-    settings = {**SETTINGS, **changes}
+    recipe, settings = "quickstart", {**SETTINGS, "data.tokens": tokens}
     whole, cut = folder / "whole", folder / "cut"
     start = time.perf_counter()
     subprocess.run(command("run", recipe, settings, "--output", str(whole)), env=environment(), capture_output=True, check=True)
     seconds = time.perf_counter() - start
-    moments, found = random.Random(seed), []
+    moments = random.Random(seed)
     for _ in range(kills):
         again = command("run", recipe, settings, "--output", str(cut))
         moment = moments.uniform(0.0, seconds)
@@ -57,23 +57,24 @@ def kill(kills: int, seed: int, folder: Path, recipe: str = "quickstart", **chan
             process.wait()
         stage = _stage(cut.with_name("cut.partial"))
         subprocess.run(again, env=environment(), capture_output=True, check=True)
-        found.append((moment, stage, differences(whole, cut)))
+        yield moment, stage, differences(whole, cut)
         shutil.rmtree(cut)
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=240_000, help="that a run trains on: more of its time is then training")
     arguments = parser.parse_args()
+    same = 0
     with tempfile.TemporaryDirectory() as folder:
-        found = kill(arguments.kills, arguments.seed, Path(folder))
-    for moment, stage, differing in found:
-        print(f"killed at {moment:5.1f} s, {stage}: {'the same to the bit' if not differing else ', '.join(differing)}")
-    same = sum(not differing for _, _, differing in found)
-    print(f"{same} of {len(found)} ends are bit-identical")
-    sys.exit(same < len(found))
+        for moment, stage, differing in kill(arguments.kills, arguments.seed, Path(folder), arguments.tokens):
+            same += not differing
+            end = ", ".join(differing) or "the same to the bit"
+            print(f"killed at {moment:5.1f} s, {stage}: {end}", flush=True)
+    print(f"{same} of {arguments.kills} ends are bit-identical")
+    sys.exit(same < arguments.kills)
 
 
 if __name__ == "__main__":

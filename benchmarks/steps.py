@@ -73,7 +73,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def ours(shape: Shape, device: torch.device, precision: str) -> Step:
     layer, (x_BI, y_BO) = new_layer(shape, device), new_batch(shape, device)
-    optimiser = Optimiser([layer], lr=1e-4, steps=10**6, warmup=1, schedule="constant")
+    optimiser = Optimiser({0: layer}, lr=1e-4, steps=10**6, warmup=1, schedule="constant")
     numbers = itertools.count()
     window, counted_B = Window.empty(layer, device), torch.ones(shape.batch, dtype=torch.bool, device=device)
 

@@ -269,7 +269,8 @@ def main() -> None:
         print(f"mxd-convert: {error}", file=sys.stderr)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
-        resumable = "; the same command goes on where it stopped" if "run" in sys.argv[1:2] else ""
+        without = ", without --fresh," if "--fresh" in sys.argv else ""
+        resumable = f"; the same command{without} goes on where it stopped" if "run" in sys.argv[1:2] else ""
         print(f"mxd-convert: interrupted{resumable}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:

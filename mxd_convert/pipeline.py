@@ -10,8 +10,9 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from filelock import FileLock, Timeout
 from mxd_convert.base import Spread, load_base, load_tokenizer, model_sha256, quiet
 from mxd_convert.checkpoint import LOCAL, REPORT, is_converted, load_checkpoint, read_local
 from mxd_convert.data import Blocks, check_vocabulary, local_files, prepare
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.errors import InputError, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
 from mxd_convert.plan import Plan, base_room, budget, check_memory, check_space, fits_for_evaluation, groups, make_plan, shares
 from mxd_convert.plan.memory import BASE_SHARE, available
@@ -35,6 +36,10 @@ from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
 from mxd_convert.surgery import convert as put_layers
 from mxd_convert.training import Job, Trained, train_layers
+
+MARK = "fingerprint"  # names the recipe, base and text that a work folder belongs to
+REPLACING = "replacing"  # there while a finished output is made anew
+SHARED_MARK = "processes"  # what all processes must see
 
 
 @dataclass(frozen=True)
@@ -127,13 +132,26 @@ class _Conversion:
             raise InputError(
                 f"output.dir: {self.output} holds a checkpoint without a readable {REPORT}; choose another output.dir, or --fresh to replace it"
             ) from None
+        if (self.work / REPLACING).is_file() and self._is_mine():  # cut off while it was done anew, with --fresh
+            return None
         same = content.get("recipe_sha256") == self.recipe.published_sha256()
         local = read_local(self.output)  # base names alone can't tell two texts of the same name apart
         if not same or local.get("recipe", self.recipe.fingerprint()) != self.recipe.fingerprint():
             raise InputError(
                 f"output.dir: {self.output} holds the result of another recipe; choose another output.dir, or --fresh to replace it"
             )
+        if self.work.exists() and self.accelerator.is_main_process:  # of a kill between the rename and the tidying up
+            with suppress(InputError), self.locked():
+                _remove(self.work)
         return Result(self.output, content, True, self.accelerator.is_main_process)
+
+    def _is_mine(self) -> bool:
+        """Whether the work folder is of this very recipe, base and text."""
+        mark = self.work / MARK
+        return mark.is_file() and mark.read_text() == self._mark()
+
+    def _mark(self) -> str:
+        return f"{self.recipe.fingerprint()}\n{self._inputs()}\n"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -152,13 +170,10 @@ class _Conversion:
 
     def _claim(self) -> None:
         """Makes the work folder this recipe's: cleared with --fresh, refused where it belongs to another."""
-        mark = self.work / "fingerprint"
-        ours = f"{self.recipe.fingerprint()}\n{self._inputs()}\n"
+        mark, ours = self.work / MARK, self._mark()
         theirs = mark.read_text() if mark.is_file() else ""
         if self.fresh:
-            for path in self.work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _clear(self.work, keep=("lock", MARK))
         elif self._has_state() and theirs and theirs != ours:
             same = theirs.splitlines()[0] == ours.splitlines()[0]
             what = "this recipe whose base or text has changed since" if same else "another recipe"
@@ -171,6 +186,8 @@ class _Conversion:
             temporary = mark.with_suffix(".tmp")
             temporary.write_text(ours)
             temporary.replace(mark)
+        if self.fresh and self.output.exists():
+            (self.work / REPLACING).touch()
 
     def _has_state(self) -> bool:
         return any((self.work / "state").glob("*/step-*.json"))
@@ -188,12 +205,13 @@ class _Conversion:
     def forget(self) -> None:
         """Removes the work folder of a run that failed before it had trained anything, so that it stands in nobody's way."""
         if self.accelerator.is_main_process and not self._has_state():
-            shutil.rmtree(self.work, ignore_errors=True)
+            _remove(self.work)
 
     # --- the stages ------------------------------------------------------------------------------------------------------------
 
     def go(self) -> Result:
         settings, main = self.recipe.base, self.accelerator.is_main_process
+        self._check_shared()
         if main:
             self._claim()
             if not self._has_state():
@@ -207,10 +225,28 @@ class _Conversion:
         check_vocabulary(train, self.plan.vocabulary)
         self.say(self._summary(train, held_out))
         trained = self._train(train)
-        if main:
-            self._finish(trained, train, held_out, tokenizer)
+        if trained is not None:
+            with memory_guard(
+                "out of memory while assembling and evaluating; free some, or convert fewer layers (layers: ...) or lower layer.expansion"
+                f" ({self.recipe.layer.expansion}). The trained layers are kept: the same command goes on from there."
+            ):
+                self._finish(trained, train, held_out, tokenizer)
         self.accelerator.wait_for_everyone()
         return Result(self.output, json.loads((self.output / REPORT).read_text()), False, main)
+
+    def _check_shared(self) -> None:
+        """Raises InputError where the processes do not all see the same work folder."""
+        if self.accelerator.num_processes == 1:
+            return
+        mark = self.work / SHARED_MARK
+        [word] = broadcast_object_list([uuid.uuid4().hex])
+        if self.accelerator.is_main_process:
+            mark.write_text(word)
+        self.accelerator.wait_for_everyone()
+        if not mark.is_file() or mark.read_text() != word:
+            raise InputError(
+                f"output.dir: {self.output} is not on a file system that all processes see; choose another output.dir, on one that they do"
+            )
 
     def _finish(self, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
         settings = self.recipe.base
@@ -238,7 +274,7 @@ class _Conversion:
             f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
 
-    def _train(self, blocks: Blocks) -> Trained:
+    def _train(self, blocks: Blocks) -> Trained | None:
         if self.recipe.train.tracker != "none":
             self._start_tracker()
         plan = self.plan
@@ -259,8 +295,8 @@ class _Conversion:
                 self.quiet,
             )
         )
-        if self.recipe.train.tracker != "none":
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # accelerate's end_training would end the processes' ties too
+            tracker.finish()
         return trained
 
     def _spread(self, room: int) -> Spread | None:
@@ -320,12 +356,27 @@ class _Conversion:
         if self.output.exists():
             self.output.rename(aside / "old")
         folder.rename(self.output)
-        shutil.rmtree(self.work, ignore_errors=True)
+        _remove(self.work)
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a work folder is one of ours: it has our mark, or nothing but the lock."""
-    return folder.is_dir() and ((folder / "fingerprint").is_file() or {path.name for path in folder.iterdir()} <= {"lock"})
+    """Whether a work folder is one of ours: it has our mark, or nothing but what comes before the mark."""
+    before = {"lock", f"{MARK}.tmp", SHARED_MARK}
+    return folder.is_dir() and ((folder / MARK).is_file() or {path.name for path in folder.iterdir()} <= before)
+
+
+def _clear(folder: Path, keep: tuple[str, ...]) -> None:
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove(work: Path) -> None:
+    """Removes a work folder, the mark last but for the lock: cut off in between, what is left is still known as ours."""
+    with suppress(OSError):
+        _clear(work, keep=("lock", MARK))
+        (work / MARK).unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _accelerator(plan: Plan) -> Accelerator:

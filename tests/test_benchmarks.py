@@ -46,6 +46,6 @@ def test_ratios_are_of_the_medians():
 
 def test_a_killed_run_ends_as_one_left_alone(tmp_path):
     """Two kills at random moments; benchmarks/kill.py does twenty."""
-    found = kill.kill(2, seed=3, folder=tmp_path)
+    found = list(kill.kill(2, seed=3, folder=tmp_path, tokens=60_000))
     assert [differing for _, _, differing in found] == [[], []], found
     assert any("step" in stage or "state" in stage or "while" in stage for _, stage, _ in found), found

@@ -48,7 +48,17 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
     path = recipe(layers=[0, 2], layer={"experts": "auto"})
     status, out, _ = mxd("plan", path)
     assert status == 0
-    for word in ("layer", "experts", "parameters", "steps of 256 tokens", "memory", "disk", "MFLOP a token", "tokens/s", "one pass"):
+    for word in (
+        "layer",
+        "experts",
+        "parameters",
+        "steps of 256 tokens",
+        "memory",
+        "disk",
+        "MFLOP a token",
+        "tokens/s",
+        "one pass",
+    ):
         assert word in out
     status, out, _ = mxd("plan", path, "--set", "layer.k=8", "--json")
     plan = json.loads(out)

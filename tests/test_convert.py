@@ -229,6 +229,65 @@ def test_damaged_state_is_passed_over(models, text, tmp_path):
     assert load_state(tmp_path, "another") is None
 
 
+def test_a_damaged_note_is_passed_over_and_leftovers_of_a_kill_go(tmp_path):
+    from mxd_convert.training.state import groups_with_state, load_state, save_state
+
+    folder = tmp_path / "layers-0"
+    facts = {"steps": 9, "layers": [0]}
+    for step in (1, 2):
+        save_state(folder, step, {"a": torch.full((4,), float(step))}, facts, "f")
+    (folder / "step-000000002.json").write_text('{"step": 2, "sha')
+    (folder / "step-000000005.safetensors").write_text("cut off before its note")
+    (folder / "step-000000006.tmp").write_text("cut off")
+    assert load_state(folder, "f")[0] == 1
+    assert [(path.name, note["step"]) for path, note in groups_with_state(tmp_path, "f")] == [("layers-0", 1)]
+    save_state(folder, 3, {"a": torch.zeros(4)}, facts, "f")
+    assert sorted({path.stem for path in folder.iterdir()}) == ["step-000000002", "step-000000003"]
+    for content in ("null", "[]", "{}", ""):
+        (folder / "step-000000003.json").write_text(content)
+        assert load_state(folder, "f") is None
+
+
+def test_what_a_kill_leaves_of_the_work_folder_is_in_nobodys_way(models, text, tmp_path):
+    recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
+    work = tmp_path / "out.partial"
+    work.mkdir()
+    (work / "fingerprint.tmp").write_text("cut off here")  # before there was a mark
+    (work / "lock").touch()
+    done = convert(recipe, quiet=True)
+    for leftover in ("lock", "fingerprint", "checkpoint.tmp"):  # of a kill while the work folder was being removed
+        work.mkdir(exist_ok=True)
+        (work / "fingerprint").write_text("some run of ours") if leftover == "checkpoint.tmp" else None
+        (work / leftover).touch()
+        again = convert(recipe, quiet=True)
+        assert again.already_finished
+        assert again.report == done.report
+        assert not work.exists()
+
+
+def test_a_fresh_run_that_is_cut_off_goes_on_without_fresh(models, text, tmp_path, monkeypatch):
+    from mxd_convert.training import stage
+
+    recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
+    first = convert(recipe, quiet=True)
+    stamp = (first.output / "model.safetensors").stat().st_mtime_ns
+    take = stage.Stage._step
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            stage.Stage,
+            "_step",
+            lambda self, number, interrupt: setattr(interrupt, "told", number == 5) or take(self, number, interrupt),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe, fresh=True, quiet=True)
+    assert (first.output / "model.safetensors").stat().st_mtime_ns == stamp  # the old one stays until the new one is whole
+    done = convert(recipe, quiet=True)
+    assert not done.already_finished
+    assert done.report["cost"]["resumed_at_steps"] == [6]
+    assert (first.output / "model.safetensors").stat().st_mtime_ns > stamp
+    assert convert(recipe, quiet=True).already_finished
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_layer(models, text, tmp_path):
     with pytest.raises(InputError, match=r"layer 0: the loss is not finite at step 2\. Lower train\.lr"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"lr": 1e30}), quiet=True)

@@ -66,7 +66,7 @@ def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_p
 def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 16_384}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
-    settings["train"] = {"distribute": "layers"}
+    settings["train"] = {"distribute": "layers", "tracker": "tensorboard"}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
     done = two_processes(recipe)
@@ -82,6 +82,7 @@ def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp
         assert double["tokens_per_second"] > 0
     report = json.loads((tmp_path / "two" / "mxd_report.json").read_text())
     assert report["fidelity"] == one.report["fidelity"]
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
 
 def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):

@@ -153,7 +153,7 @@ def test_the_optimiser_equals_projection_adamw_and_normalisation_one_after_the_o
         ours.gate.bias[3] = -1000.0  # an expert that is never active
     plain.load_state_dict(ours.state_dict())
     start = ours.state_dict()["experts"].clone()
-    optimiser = Optimiser([ours], 3e-2, steps=6, warmup=3, schedule="linear", defer=defer)
+    optimiser = Optimiser({0: ours}, 3e-2, steps=6, warmup=3, schedule="linear", defer=defer)
     adam = torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
     for step in range(6):
         x, y = torch.randn(17, D, dtype=torch.float64), torch.randn(17, O, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_moments_in_bfloat16_learn_nearly_as_well_and_take_half_the_room():
     for moments in ("fp32", "bf16"):
         torch.manual_seed(0)
         layer = MxD(D, 32, O, N, K)
-        optimiser = Optimiser([layer], 1e-2, steps=300, warmup=10, schedule="constant", moments=moments, seed=3)
+        optimiser = Optimiser({0: layer}, 1e-2, steps=300, warmup=10, schedule="constant", moments=moments, seed=3)
         x = torch.randn(512, D)
         y = torch.tanh(x @ torch.randn(D, O))
         for step in range(300):
@@ -193,7 +193,7 @@ def test_moments_in_bfloat16_learn_nearly_as_well_and_take_half_the_room():
 def test_the_second_moment_in_bfloat16_does_not_stall():
     """Its steps are a thousandth of it, a quarter of bfloat16's precision: rounded to nearest it would stay where it is."""
     layer = MxD(D, 4, O, N, K)
-    optimiser = Optimiser([layer], 1e-9, steps=1, warmup=0, schedule="constant", moments="bf16")
+    optimiser = Optimiser({0: layer}, 1e-9, steps=1, warmup=0, schedule="constant", moments="bf16")
     for step in range(3000):
         layer.output_bias.grad = torch.full((O,), 1.0)
         optimiser.step(step)
@@ -216,3 +216,19 @@ def test_mixed_precision_keeps_weights_and_gradients_in_float32():
     for name, parameter in layer.named_parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert (parameter.grad - gradients[name]).norm() / gradients[name].norm() < 0.1, name
+
+
+def test_a_gradient_from_elsewhere_adds_to_the_one_kept_by_row():
+    torch.manual_seed(0)
+    layers = [MxD(D, 11, O, N, K).double() for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer, defer in zip(layers, (True, False), strict=True):
+        nn.init.constant_(layer.decoder.weight, 0.3)
+        optimiser = Optimiser({0: layer}, 1e-2, steps=2, warmup=1, schedule="constant", defer=defer)
+        x = torch.linspace(-1, 1, 3 * D, dtype=torch.float64).view(3, D)
+        (
+            layer(x).square().sum() + layer.gate.weight.square().sum() + (layer.experts * layer.experts.detach().flip(0)).sum()
+        ).backward()
+        optimiser.step(0)
+    for mine, theirs in zip(*(layer.parameters() for layer in layers), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-12)

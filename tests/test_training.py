@@ -148,6 +148,43 @@ def test_groups_that_fit_the_budget_end_as_one_pass(models, text, tmp_path):
     assert split.report["recipe_sha256"] == whole.report["recipe_sha256"]  # how the work is done does not make another recipe
 
 
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Ctrl-C while the given step is taken."""
+    from mxd_convert.training import stage
+
+    take = stage.Stage._step
+
+    def interrupted(self, number, interrupt):
+        interrupt.told = number == step
+        take(self, number, interrupt)
+
+    monkeypatch.setattr(stage.Stage, "_step", interrupted)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_groups_that_change_in_between_keep_what_was_begun_and_end_the_same(models, text, tmp_path, monkeypatch, capsys, moments):
+    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
+    plan = mxd_convert.make_plan(mxd_convert.load_recipe(recipe))
+    two, one = (estimate(plan, plan.layers[:count]).training / 2**30 for count in (2, 1))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 13)
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe, overrides={"train.memory_gib": two}, quiet=True)
+    assert [folder.name for folder in (tmp_path / "cut.partial" / "state").iterdir()] == ["layers-0-1"]
+    done = convert(recipe, overrides={"train.memory_gib": one})
+    assert done.report["cost"]["resumed_at_steps"] == [14]
+    assert "resumed at step 14 of layers 0-1" in capsys.readouterr().err
+    ours, theirs = (load_file(result.output / "model.safetensors") for result in (done, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = []
+    for result in (done, whole):
+        lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
+        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
+    assert logs[0] == logs[1]
+
+
 def test_a_budget_below_one_layer_is_refused(models, text, tmp_path, refused, recipe):
     message = refused(
         "run", recipe(train={"memory_gib": 0.1}), words=("train.memory_gib: 0.1", "layer.expansion", "train.batch_tokens")
@@ -201,14 +238,15 @@ def test_settings_that_make_no_sense_are_refused(refused, recipe, train, words):
     "error",
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
-def test_running_out_of_memory_says_what_to_lower(models, text, tmp_path, monkeypatch, error):
-    def fail(*arguments):
+@pytest.mark.parametrize("place", ["mxd_convert.training.stage.learn", "mxd_convert.training.stage.Optimiser"])
+def test_running_out_of_memory_says_what_to_lower(models, text, tmp_path, monkeypatch, error, place):
+    def fail(*arguments, **named):
         raise error
 
     assert is_out_of_memory(error)
-    monkeypatch.setattr("mxd_convert.training.stage.learn", fail)
+    monkeypatch.setattr(place, fail)
     with pytest.raises(
-        InputError, match=r"layers 0, 1, 2: out of memory; lower train.batch_tokens \(256\) or .* train.memory_gib"
+        InputError, match=r"out of memory while training; lower train.batch_tokens \(256\) or .* train.memory_gib"
     ):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out"), quiet=True)
 

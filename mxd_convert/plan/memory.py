@@ -17,6 +17,7 @@ from mxd_convert.evaluation.run import rows_a_batch
 from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import buffer_steps
+from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from mxd_convert.plan.resolve import LayerPlan, Plan
@@ -67,6 +68,11 @@ def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int, room: 
         rows = layer.experts * (layer.d_in + layer.d_out)  # of the gate and of the experts, whose gradients are not made whole
         whole = layer.parameters if together or recipe.layer.sparsity == "l1" else layer.parameters - rows
         held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
+    if recipe.train.order == "sequential":  # those below stay, in the base's precision
+        held += width * sum(layer.parameters for layer in plan.layers if layer.index < group[0].index)
+    rows_at_a_time = min(GPU_CHUNK_ELEMENTS, max(layer.experts * max(layer.d_in, layer.d_out) for layer in group))
+    if device_of(recipe) == "cuda":
+        held += rows_at_a_time * (20 if recipe.train.moments == "bf16" else 8)
     steps = min(plan.steps, buffer_steps(step_tokens, plan.sites))
     a_token = width * sum(layer.d_in + layer.d_out for layer in group)
     buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
@@ -84,7 +90,7 @@ def _step(recipe: Recipe, layer: "LayerPlan", tokens: int) -> int:
     """What one layer's forward and backward make, at most at a time."""
     hidden = 4 * tokens * (6 if layer.glu else 4) * layer.d_hidden
     outputs = 4 * tokens * (10 * layer.d_out + 2 * layer.d_in)
-    gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk("cpu", 4 * layer.experts))
+    gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk(device_of(recipe), 4 * layer.experts))
     return hidden + outputs + 4 * gates * layer.experts * (3 if recipe.layer.sparsity == "l1" else 1)
 
 
@@ -109,7 +115,7 @@ def available(device: str) -> int:
     free = psutil.virtual_memory().available
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
-        free = min(free, max(0, limit - used))
+        free = min(free, max(0, limit - used + _reclaimable()))
     return free + psutil.Process(os.getpid()).memory_info().rss  # what this process holds, the estimate counts too
 
 
@@ -118,6 +124,16 @@ def _cgroup(name: str) -> int | None:
         return int(Path("/sys/fs/cgroup", name).read_text())
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+def _reclaimable() -> int:
+    """Of what the control group uses: pages of files, which the system gives back when asked."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split() for line in lines)
+    return sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
 def budget(recipe: Recipe) -> int:
@@ -172,7 +188,7 @@ def fits_for_evaluation(plan: "Plan", device: str) -> bool:
 
 def check_memory(plan: "Plan", processes: int = 1) -> None:
     """Raises InputError where not even one layer at a time fits, naming what to change."""
-    worst = max(plan.layers, key=lambda layer: layer.parameters)
+    worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))  # the last: in sequential order with all below it
     room = budget(plan.recipe)
     need = estimate(plan, [worst], processes, room)
     gib = plan.recipe.train.memory_gib
@@ -184,8 +200,8 @@ def check_memory(plan: "Plan", processes: int = 1) -> None:
             + (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "")
             + (", or raise train.memory_gib" if gib is not None else "")
         )
-    usable = int(USABLE * available("cpu"))
-    if need.evaluation > usable and device_of(plan.recipe) == "cpu":
+    usable, device = int(USABLE * available("cpu")), device_of(plan.recipe)
+    if need.evaluation > usable and (device == "cpu" or not fits_for_evaluation(plan, device)):
         raise InputError(
             f"memory: {usable / 2**30:.1f} GiB usable, and base and converted model together need about {need.evaluation / 2**30:.1f}"
             f" to be evaluated; convert fewer layers at a time (layers: ...) or lower layer.expansion ({plan.recipe.layer.expansion})"

@@ -106,7 +106,7 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
     recipe = plan.recipe
     site = next(site for site in plan.sites if site.index == layer.index)
     module = make_layer(recipe, site, layer.experts).to(device)
-    optimiser = Optimiser([module], 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
+    optimiser = Optimiser({layer.index: module}, 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
     window = Window.empty(module, device)
     tokens = max(64, min(step_tokens, int(MOST_FLOPS // (6 * layer.parameters))))
 

@@ -1,6 +1,5 @@
 """Training of all layers: in one pass where they fit, in groups where they don't, one after the other in sequential order."""
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mxd_convert.architectures import Site
 from mxd_convert.data import Blocks
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.layers import MxD
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Source, buffer_steps
@@ -21,7 +20,7 @@ from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, merge_logs
 from mxd_convert.training.presets import steps_of
 from mxd_convert.training.stage import Stage, make_layer
-from mxd_convert.training.state import finished_states
+from mxd_convert.training.state import groups_with_state, load_state
 
 
 @dataclass
@@ -55,14 +54,23 @@ class Job:
     quiet: bool = False
 
 
-def train_layers(job: Job) -> Trained:
+def train_layers(job: Job) -> Trained | None:
     """Trains a layer for every site on the activations of the base; goes on from the states in the job's folder if there are some.
 
-    Writes `training_log.jsonl` and `state/` there. Raises InputError for a loss that is not finite, for a full disk and where memory
-    runs out, KeyboardInterrupt (after saving) when interrupted.
+    Writes `training_log.jsonl` and `state/` there. The main process gets the layers of all processes, the others None. Raises
+    InputError for a loss that is not finite, for a full disk and where memory runs out, KeyboardInterrupt (after saving) when
+    interrupted.
     """
-    with kept_memory():
+    with kept_memory(), memory_guard(_lower(job.recipe)):
         return _Training(job).run()
+
+
+def _lower(recipe: Recipe) -> str:
+    train, moments = recipe.train, ", set train.moments: bf16" if recipe.train.moments == "fp32" else ""
+    return (
+        f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or layer.expansion ({recipe.layer.expansion}){moments},"
+        " or set train.memory_gib to less than there was, so that fewer layers are trained at once. The run goes on from its last saved state."
+    )
 
 
 class _Training:
@@ -81,26 +89,48 @@ class _Training:
         self.tokens = self.steps * self.rows_a_step * context
         self.sites = {site.index: site for site in job.sites}
         self.states = job.folder / "state"
+        self.below: dict[str, nn.Module] = {}  # in sequential order, the layers trained so far, by path
         if not hasattr(job.base, "hf_device_map"):
             job.base.to(self.accelerator.device)
 
-    def run(self) -> Trained:
-        finished = self._finished()
+    def run(self) -> Trained | None:
         share = self.job.shares[self.accelerator.process_index]
-        left = self.job.grouped([index for index in share if index not in finished])
+        finished, begun = self._earlier()
+        if self.recipe.train.order == "sequential":
+            for group in finished:
+                self._put_below(self._load(group))
+        groups = self._groups([index for index in share if not any(index in group for group in finished)], begun)
+        before = sum(1 for group in finished if group[0] in share)
         with Interrupt() as interrupt:
-            for number, group in enumerate(left):
-                self._train_group(group, number, len(left), finished, interrupt)
+            for number, group in enumerate(groups):
+                self._train_group(group, before + number, before + len(groups), interrupt)
         if not self.together and self.accelerator.num_processes > 1:
             if not self.job.quiet:
                 print("waiting for the other processes' layers", file=sys.stderr, flush=True)
             self.accelerator.wait_for_everyone()
-        return self._collect()
+        return self._collect() if self.accelerator.is_main_process else None
 
-    def _train_group(self, group: list[int], number: int, groups: int, finished: dict[int, MxD], interrupt: Interrupt) -> None:
+    def _earlier(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The groups that an earlier call of this run has finished, and those that it was in the middle of."""
+        finished: list[list[int]] = []
+        begun: list[list[int]] = []
+        for folder, note in groups_with_state(self.states, self.recipe.fingerprint()):
+            whole = load_state(folder, self.recipe.fingerprint())  # only its tensors show that it is not damaged
+            if whole is not None:
+                (finished if whole[0] == note["steps"] else begun).append(note["layers"])
+        return finished, begun
+
+    def _groups(self, indices: list[int], begun: list[list[int]]) -> list[list[int]]:
+        """The layers still to be trained in groups; one that has been begun stays as it is, however much memory there is now."""
+        kept: list[list[int]] = []
+        for group in begun:
+            if set(group) <= set(indices) - {index for other in kept for index in other}:
+                kept.append(group)
+        rest = [index for index in indices if not any(index in group for group in kept)]
+        return sorted(kept + self.job.grouped(rest))
+
+    def _train_group(self, group: list[int], number: int, groups: int, interrupt: Interrupt) -> None:
         train = self.recipe.train
-        sequential = train.order == "sequential"
-        name = f" of layer{'s' if len(group) > 1 else ''} {_span(group)}" if groups > 1 else ""
         source = Source(
             base=self.job.base,
             sites=[self.sites[index] for index in group],
@@ -110,8 +140,8 @@ class _Training:
             buffer_steps=buffer_steps(self.rows_a_step * self.job.blocks.context, self.job.sites),
             seed=train.seed,
             mask_bos=train.mask_bos,
-            below=self._below(finished) if sequential else {},
-            teacher=sequential and train.target == "teacher",
+            below=self.below,
+            teacher=train.target == "teacher",
             process=(self.accelerator.process_index, self.accelerator.num_processes) if self.together else (0, 1),
         )
         stage = Stage(
@@ -122,49 +152,46 @@ class _Training:
             self.accelerator,
             self.together,
             self.job.quiet,
-            name,
+            f" of layer{'s' if len(group) > 1 else ''} {_span(group)}" if groups > 1 else "",
             before=number * self.tokens,
             total=groups * self.tokens,
         )
         stage.train(interrupt)
-        if sequential:
-            finished |= stage.layers
+        if train.order == "sequential":
+            self._put_below(stage.layers)
 
-    def _below(self, finished: dict[int, MxD]) -> dict[str, nn.Module]:
-        """The layers already converted as the checkpoint will have them: in the base's precision, on its device."""
-        dtype = next(self.job.base.parameters()).dtype
-        layers = {
-            self.sites[index].path: copy.deepcopy(layer).to(self.accelerator.device, dtype).requires_grad_(False)
-            for index, layer in finished.items()
-        }
+    def _put_below(self, layers: dict[int, MxD]) -> None:
+        """Layers already converted as the checkpoint will have them: in the base's precision; in place, since their state is saved."""
+        dtype, device = next(self.job.base.parameters()).dtype, self.accelerator.device
         spread = hasattr(self.job.base, "hf_device_map")  # then the layer before may be elsewhere
-        return {path: _Elsewhere(layer, self.accelerator.device) if spread else layer for path, layer in layers.items()}
+        for index, layer in layers.items():
+            layer.to(device, dtype).requires_grad_(False)
+            self.below[self.sites[index].path] = _Elsewhere(layer, device) if spread else layer
 
-    def _finished(self) -> dict[int, MxD]:
-        """The layers that an earlier call of this run has trained to the end, whatever groups it had."""
+    def _load(self, group: list[int]) -> dict[int, MxD]:
+        """The layers of a finished group, out of its last state."""
+        found = load_state(self.states / f"layers-{_span(group)}", self.recipe.fingerprint())
+        assert found is not None
         layers = {}
-        for _, tensors, facts in finished_states(self.states, self.recipe.fingerprint()):
-            for index in facts["layers"]:
-                layers[index] = make_layer(self.recipe, self.sites[index], self.job.experts[index])
-                layers[index].load_state_dict(
-                    {name.removeprefix(f"{index}/"): tensors[name] for name in tensors if name.startswith(f"{index}/")}
-                )
+        for index in group:
+            layers[index] = make_layer(self.recipe, self.sites[index], self.job.experts[index])
+            own = {name.removeprefix(f"{index}/"): found[1][name] for name in found[1] if name.startswith(f"{index}/")}
+            layers[index].load_state_dict(own)
         return layers
 
     def _collect(self) -> Trained:
-        """What all processes have trained, out of their last states; writes the run's log."""
-        layers = self._finished()
+        """What all processes have trained; writes the run's log."""
+        finished, _ = self._earlier()
+        layers = {index: layer for group in finished for index, layer in self._load(group).items()}
         assert sorted(layers) == sorted(self.sites)
-        states = [(folder, facts) for folder, _, facts in finished_states(self.states, self.recipe.fingerprint())]
-        by_process = [[state for state in states if state[1]["layers"][0] in share] for share in self.job.shares]
-        if self.together:
-            by_process = by_process[:1]
-        if self.accelerator.is_main_process:
-            merge_logs([[folder / NAME for folder, _ in mine] for mine in by_process], self.job.folder / NAME)
+        states = list(groups_with_state(self.states, self.recipe.fingerprint()))
+        states = [(folder, facts) for folder, facts in states if facts["layers"] in finished]
+        shares = self.job.shares[:1] if self.together else self.job.shares
+        by_process = [[state for state in states if state[1]["layers"][0] in share] for share in shares]
+        merge_logs([[folder / NAME for folder, _ in mine] for mine in by_process], self.job.folder / NAME)
         seconds = max(sum(facts["seconds"] for _, facts in mine) for mine in by_process)
         resumed = sorted({step for _, facts in states for step in facts["resumed_at_steps"]})
-        ordered = {index: layers[index].cpu() for index in sorted(layers)}
-        return Trained(ordered, self.steps, self.tokens, seconds, resumed)
+        return Trained({index: layers[index] for index in sorted(layers)}, self.steps, self.tokens, seconds, resumed)
 
 
 class _Elsewhere(nn.Module):
@@ -179,4 +206,6 @@ class _Elsewhere(nn.Module):
 
 
 def _span(group: list[int]) -> str:
-    return f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0])
+    """`0-4` for neighbours, else every index: the name of a group's folder."""
+    neighbours = len(group) > 1 and group[-1] - group[0] == len(group) - 1
+    return f"{group[0]}-{group[-1]}" if neighbours else ",".join(map(str, group))

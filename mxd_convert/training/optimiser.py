@@ -1,7 +1,7 @@
 """AdamW without weight decay, its schedule, and the constraint on the experts folded into the step."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 from mxd_convert.layers import MxD
 from mxd_convert.layers.mxd import normalise, project
 
+GPU_CHUNK_ELEMENTS = 2**25
 CHUNK_ELEMENTS = 400_000  # of a parameter, at a time: 6.4 MB with its gradient and moments
 DECAY_SHARE = 0.2  # of the steps, at the end of a trapezoid
 
@@ -42,7 +43,7 @@ class Optimiser:
 
     def __init__(
         self,
-        layers: Iterable[MxD],
+        layers: Mapping[int, MxD],
         lr: float,
         steps: int,
         warmup: int,
@@ -51,10 +52,12 @@ class Optimiser:
         seed: int = 0,
         defer: bool = True,
     ) -> None:
-        self.layers = list(layers)
+        self.layers = list(layers.values())
         self.lr, self.steps, self.warmup, self.schedule, self.seed = lr, steps, warmup, schedule, seed
         self.experts = {layer.experts for layer in self.layers}
-        self.parameters: list[nn.Parameter] = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+        # each with what its rounding is seeded by: the same however layers are grouped
+        self.keys = {p: (index, number) for index, layer in layers.items() for number, p in enumerate(layer.parameters())}
+        self.parameters: list[nn.Parameter] = [p for p in self.keys if p.requires_grad]
         for layer in self.layers if defer else ():
             layer.defer_row_gradients()
         self.sinks = {parameter: sink for layer in self.layers for parameter, sink in layer.sinks.items()}
@@ -69,18 +72,22 @@ class Optimiser:
     def step(self, step: int) -> None:
         """One update, the `step`-th from 0, from the gradients at hand, which it clears."""
         whole: list[_Chunk] = []  # small enough to go through together
-        for number, parameter in enumerate(self.parameters):
+        for parameter in self.parameters:
             sink, gradient = self.sinks.get(parameter), parameter.grad
             if gradient is None and (sink is None or sink.empty()):
                 continue
             moments = self.moments[parameter]
-            if gradient is not None and parameter not in self.experts and moments[0].dtype == parameter.dtype:
+            row_by_row = parameter in self.experts or moments[0].dtype != parameter.dtype or not (sink is None or sink.empty())
+            if gradient is not None and not row_by_row:
                 whole.append((parameter.data, gradient, *moments))
                 continue
-            generator = None if moments[0].dtype == parameter.dtype else self._generator(parameter.device, step, number)
+            generator = None if moments[0].dtype == parameter.dtype else self._generator(parameter, step)
             for first, last in _chunks(parameter):
                 rows = slice(first, last)
-                made = sink.rows(first, last) if gradient is None else gradient[rows]  # type: ignore[union-attr]
+                parts = [] if gradient is None else [gradient[rows]]
+                if sink is not None and not sink.empty():
+                    parts.append(sink.rows(first, last))
+                made = parts[0] if len(parts) == 1 else parts[0] + parts[1]
                 chunk = parameter.data[rows], made, moments[0][rows], moments[1][rows]
                 self._step_chunk(chunk, step, parameter in self.experts, generator)
             if sink is not None:
@@ -124,9 +131,9 @@ class Optimiser:
             maximize=False,
         )
 
-    def _generator(self, device: torch.device, step: int, number: int) -> torch.Generator:
-        state = np.random.SeedSequence([self.seed, step, number]).generate_state(1, np.uint64)
-        return torch.Generator(device).manual_seed(int(state[0]))
+    def _generator(self, parameter: nn.Parameter, step: int) -> torch.Generator:
+        state = np.random.SeedSequence([self.seed, step, *self.keys[parameter]]).generate_state(1, np.uint64)
+        return torch.Generator(parameter.device).manual_seed(int(state[0]))
 
     def tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         """The moments by the parameters' names, for a saved state."""
@@ -148,9 +155,9 @@ _KINDS = ("exp_avg", "exp_avg_sq")
 
 
 def _chunks(parameter: Tensor) -> Iterator[tuple[int, int | None]]:
-    """Ranges of rows: on a CPU, as many as fit into the cache with gradient and moments; elsewhere all of them, without bounds."""
-    rows = max(1, CHUNK_ELEMENTS // max(1, parameter[0].numel()))
-    if parameter.device.type != "cpu" or rows >= len(parameter):
+    """Ranges of rows: on a CPU as many as fit into the cache with gradient and moments, elsewhere few enough to take little memory."""
+    rows = max(1, (CHUNK_ELEMENTS if parameter.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // max(1, parameter[0].numel()))
+    if rows >= len(parameter):
         yield 0, None
         return
     for first in range(0, len(parameter), rows):

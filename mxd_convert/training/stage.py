@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mxd_convert.architectures import Site
-from mxd_convert.errors import InputError, memory_guard
+from mxd_convert.errors import InputError
 from mxd_convert.layers import MxD, normalised_mse
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Activations, Source
@@ -95,7 +95,7 @@ class Stage:
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
         self.losses: dict[int, list[Tensor]] = {index: [] for index in self.layers}  # of the steps since the last log line
         self.optimiser = Optimiser(
-            self.layers.values(),
+            self.layers,
             train.lr,
             self.steps,
             train.warmup_steps,
@@ -128,7 +128,7 @@ class Stage:
         start, before = time.monotonic(), self.seconds
         last_log, last_step = start, self.done
         tokens = self.before + self.done * self.step_tokens
-        with TrainingProgress(self.name, self.total, tokens, quiet) as progress, memory_guard(self._lower()):
+        with TrainingProgress(self.name, self.total, tokens, quiet) as progress:
             while self.done < self.steps:
                 self._step(self.done, interrupt)
                 self.done += 1
@@ -172,17 +172,10 @@ class Stage:
         told = torch.tensor(int(interrupt.told), device=self.device)
         total, stop = self._sum_over_processes(torch.stack([counted, told]))
         self.stopping = bool(stop)
-        return total
+        return total.clamp_min(1)
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.together else tensor
-
-    def _lower(self) -> str:
-        train = self.recipe.train
-        return (
-            f"layers {', '.join(map(str, self.layers))}: out of memory; lower train.batch_tokens ({train.batch_tokens}) or layer.expansion"
-            f" ({self.recipe.layer.expansion}), or set train.memory_gib so that fewer layers are trained at once"
-        )
 
     # --- log and state ---------------------------------------------------------------------------------------------------------
 

@@ -43,31 +43,38 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[
             temporary.replace(path.with_suffix(".json"))
         finally:
             temporary.unlink(missing_ok=True)
-    for old in sorted(folder.glob("step-*.json"))[:-2]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    before = [other.stem for other in sorted(folder.glob("step-*.json")) if other.stem < path.stem][-1:]
+    for other in sorted(folder.glob("step-*")):  # also what a kill has left half-written
+        if other.stem not in (path.stem, *before):
+            other.unlink(missing_ok=True)
 
 
 def load_state(folder: Path, fingerprint: str) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """The newest whole state of the run with this fingerprint: (steps done, tensors, facts); None where there is none."""
     for note_path in sorted(folder.glob("step-*.json"), reverse=True):
-        path = note_path.with_suffix(".safetensors")
+        path, note = note_path.with_suffix(".safetensors"), _note(note_path, fingerprint)
         try:
-            note = json.loads(note_path.read_text())
-            if note["fingerprint"] == fingerprint and _checksum(path) == note["sha256"]:
+            if note is not None and _checksum(path) == note["sha256"]:
                 return note["step"], load_file(path), note
         except (OSError, ValueError, KeyError):  # damaged: the one before it is tried
             continue
     return None
 
 
-def finished_states(root: Path, fingerprint: str) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:
-    """The states under `root` of layers trained to the end: (folder, tensors, facts), in the order of their layers."""
+def _note(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """A state's note, if it is whole and of this run."""
+    try:
+        note = json.loads(path.read_text())
+        return note if note["fingerprint"] == fingerprint and {"step", "sha256"} <= note.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def groups_with_state(root: Path, fingerprint: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders under `root` that hold a state of this run, each with the newest state's note, in the order of their layers."""
     found = []
     for folder in root.glob("layers-*"):
-        notes = [json.loads(path.read_text()) for path in sorted(folder.glob("step-*.json"))[-1:]]
-        if notes and notes[0]["step"] == notes[0]["steps"] and (state := load_state(folder, fingerprint)) is not None:
-            step, tensors, facts = state
-            if step == facts["steps"]:
-                found.append((folder, tensors, facts))
-    yield from sorted(found, key=lambda state: state[2]["layers"])
+        notes = [note for path in sorted(folder.glob("step-*.json")) if (note := _note(path, fingerprint)) is not None]
+        if notes:
+            found.append((folder, notes[-1]))
+    yield from sorted(found, key=lambda group: group[1]["layers"])
