@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.plan.memory import Memory, budget, check_memory, estimate, groups, largest_group
-from mxd_convert.plan.resolve import Plan
+from mxd_convert.plan.resolve import Plan, check_space
 from mxd_convert.plan.speed import Probe, probe
 
 
@@ -33,6 +33,8 @@ def outlook(plan: Plan) -> Outlook:
     found = groups(plan, [layer.index for layer in plan.layers], room)
     try:
         check_memory(plan)
+        check_space(plan)
+        with memory_guard("the probe of the machine ran out of memory; lower layer.expansion or train.batch_tokens"):
+            return Outlook(found, memory, room, probe(plan), [])
     except InputError as error:
         return Outlook(found, memory, room, None, [f"run would refuse: {error}"])
-    return Outlook(found, memory, room, probe(plan), [])

@@ -16,7 +16,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.run import rows_a_batch
 from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.recipe import Recipe
-from mxd_convert.training.activations import buffer_steps
+from mxd_convert.training.activations import FORWARD_TOKENS, buffer_steps
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int, room: 
     a_token = width * sum(layer.d_in + layer.d_out for layer in group)
     buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
     step = max(_step(recipe, layer, tokens) for layer in group)
-    forward = width * tokens * max(4 * layer.d_hidden + 12 * layer.d_in for layer in group)
+    widest = max(plan.sites, key=lambda site: site.d_hidden)  # the base's own hidden width, not the experts'
+    forward = width * min(tokens, FORWARD_TOKENS) * (6 * widest.d_hidden + 12 * widest.d_in)
     base = base_bytes(plan) if room is None else base_room(plan, room) or base_bytes(plan)
     return _libraries(recipe) + base + int(SPARE * (held + buffer + max(step, forward)))
 
@@ -137,14 +138,13 @@ def _reclaimable() -> int:
 
 
 def budget(recipe: Recipe) -> int:
-    """The memory that the layers of one pass must fit into: `train.memory_gib`, or most of what is free for this process."""
-    if recipe.train.memory_gib is not None:
-        return int(recipe.train.memory_gib * 2**30)
+    """The memory that the layers of one pass must fit into: most of what is free for this process, and not above `train.memory_gib`."""
     device = device_of(recipe)
     beside = (
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1
     )  # torchrun's name for processes of this machine
-    return int(USABLE * available(device)) // beside
+    free = int(USABLE * available(device)) // beside
+    return free if recipe.train.memory_gib is None else min(free, int(recipe.train.memory_gib * 2**30))
 
 
 def groups(plan: "Plan", indices: Sequence[int], room: int, processes: int = 1) -> list[list[int]]:
@@ -193,12 +193,13 @@ def check_memory(plan: "Plan", processes: int = 1) -> None:
     need = estimate(plan, [worst], processes, room)
     gib = plan.recipe.train.memory_gib
     if need.training > room:
-        have = f"train.memory_gib: {gib:g} GiB" if gib is not None else f"memory: {room / 2**30:.1f} GiB usable"
+        set_lower = gib is not None and int(gib * 2**30) <= room
+        have = f"train.memory_gib: {gib:g} GiB" if set_lower else f"memory: {room / 2**30:.1f} GiB usable"
         raise InputError(
-            f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f}; lower layer.expansion"
+            f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower layer.expansion"
             f" ({plan.recipe.layer.expansion}) or train.batch_tokens ({plan.recipe.train.batch_tokens})"
             + (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "")
-            + (", or raise train.memory_gib" if gib is not None else "")
+            + (", or raise train.memory_gib" if set_lower else "")
         )
     usable, device = int(USABLE * available("cpu")), device_of(plan.recipe)
     if need.evaluation > usable and (device == "cpu" or not fits_for_evaluation(plan, device)):

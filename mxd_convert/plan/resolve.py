@@ -173,12 +173,13 @@ def _complete(recipe: Recipe, layers: list[LayerPlan]) -> Recipe:
 
 def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str]:
     found = []
-    if converted > GROWTH_WARNING * base and recipe.layer.experts == "auto" and recipe.layer.expansion > 1:
-        smaller = max(1, int(recipe.layer.expansion * (GROWTH_WARNING - 1) * base / max(converted - base, 1)))
+    if converted > GROWTH_WARNING * base:
+        key, now = ("expansion", recipe.layer.expansion) if recipe.layer.experts == "auto" else ("experts", recipe.layer.experts)
+        smaller = max(1, int(now * (GROWTH_WARNING - 1) * base / max(converted - base, 1)))
         times = f"{converted / base:.1f} times the base's parameters"
-        found.append(f"the converted model has {times}; layer.expansion: {smaller} would keep it below {GROWTH_WARNING:g}")
+        found.append(f"the converted model has {times}; layer.{key}: {smaller} would keep it below about {GROWTH_WARNING:g}")
     warmup = recipe.train.warmup_steps or 0
-    if warmup >= steps:
+    if warmup > steps:
         found.append(f"train.warmup_steps: {warmup} of {steps} steps in all, so the learning rate never reaches its peak")
     return found
 

@@ -21,6 +21,7 @@ from mxd_convert.harvest import harvest
 from mxd_convert.surgery import replaced
 
 BUFFER_BYTES = 2**28
+FORWARD_TOKENS = 4096  # that the base reads at a time
 LEAST_STEPS, MOST_STEPS = 4, 16
 
 
@@ -92,7 +93,7 @@ class Activations:
         process, processes = source.process
         places, self._bounds = _deal(len(rows), source.blocks.context, steps, first, source.seed, process, processes)
         mine = rows[process::processes]
-        a_forward = -(-source.rows_a_step // processes)
+        a_forward = max(1, min(-(-source.rows_a_step // processes), FORWARD_TOKENS // source.blocks.context))
         self._counted = torch.zeros(places.size, dtype=torch.bool, device=self.device)
         self.seconds["data"] += time.perf_counter() - start
         for begin in range(0, len(mine), a_forward):

@@ -5,9 +5,10 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_SECONDS = 15.0
+WIDE = 130  # characters, from which there is room for a bar
 
 
 class TrainingProgress:
@@ -18,17 +19,10 @@ class TrainingProgress:
         self.console = Console(stderr=True)
         self.live = not quiet and self.console.is_terminal
         self.start, self.last_line, self.done_before = time.monotonic(), time.monotonic(), done
-        columns = (
-            TextColumn("training{task.fields[name]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:3.0f}%  {task.fields[tokens]} tokens  {task.fields[rate]}  {task.fields[figures]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=self.console, disable=not self.live)
-        self.task = self.bar.add_task(
-            "training", total=tokens, completed=done, name=name, tokens=f"{done:,}", rate="", figures=""
-        )
+        columns = (BarColumn(bar_width=20),) if self.console.width >= WIDE else ()
+        # one column of text: where the terminal is narrow, its end is cut off, and what matters most stands first
+        self.bar = Progress(TextColumn("{task.fields[line]}"), *columns, console=self.console, disable=not self.live)
+        self.task = self.bar.add_task("training", total=tokens, completed=done, line=f"training{name}")
         self.text = ""
 
     def __enter__(self) -> "TrainingProgress":
@@ -48,12 +42,14 @@ class TrainingProgress:
             return
         now = time.monotonic()
         rate = (tokens - self.done_before) / max(now - self.start, 1e-9)
-        self.bar.update(self.task, completed=tokens, tokens=f"{tokens:,}", rate=f"{rate:,.0f} tokens/s", figures=self.text)
-        if not self.live and (now - self.last_line > LINE_SECONDS or tokens >= self.total):
+        left = _clock((self.total - tokens) / max(rate, 1e-9))
+        line = f"training{self.name} {tokens / self.total:.0%}, {left} left, {rate:,.0f} tokens/s, {self.text}".rstrip(", ")
+        self.bar.update(self.task, completed=tokens, line=line)
+        if not self.live and self.text and (now - self.last_line > LINE_SECONDS or tokens >= self.total):
             self.last_line = now
-            left = (self.total - tokens) / max(rate, 1e-9)
-            print(
-                f"training{self.name}: {tokens:,} of {self.total:,} tokens, {rate:,.0f} tokens/s, {self.text}, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{line} ({tokens:,} of {self.total:,} tokens)", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
