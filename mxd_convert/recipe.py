@@ -117,9 +117,9 @@ class Train(Section):
     """What several processes share out: every batch (data), or the layers, each process training its own on all of the text (layers)."""
     memory_gib: Rate | None = None
     """Memory that a process may take for the training (on a GPU: of the device). Layers that do not fit together are trained in groups,
-    one pass over the text each, to the same result. null: what is free when the run starts."""
+    one pass over the text each, to the same result. null: nine tenths of what is free when the run starts, which is the most in any case."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """Precision of AdamW's moments; bf16 takes 12 bytes a parameter in place of 16, gradients included."""
+    """Precision of AdamW's moments; with bf16, weight and moments take 8 bytes a parameter in place of 12."""
     checkpoint_every: Positive = 1000
     """Steps between saved states, from which a killed run goes on."""
     log_every: Positive = 10

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -15,12 +14,10 @@ import torch
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.run import rows_a_batch
 from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
+from mxd_convert.plan.resolve import LayerPlan, Plan
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import FORWARD_TOKENS, buffer_steps
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
-
-if TYPE_CHECKING:
-    from mxd_convert.plan.resolve import LayerPlan, Plan
 
 LIBRARIES = 520 * 2**20  # of a CPU process: torch, transformers and what they load, resident once a model has run
 BASE_SHARE = 0.5  # of the memory to be had, that the base model may take; a larger one is spread over device, memory and disk
@@ -41,23 +38,23 @@ class Memory:
         return max(self.training, self.evaluation)
 
 
-def estimate(plan: "Plan", group: Sequence["LayerPlan"], processes: int = 1, room: int | None = None) -> Memory:
+def estimate(plan: Plan, group: Sequence[LayerPlan], processes: int = 1, room: int | None = None) -> Memory:
     """The memory of a run that trains the layers of `group` together. processes: that share out every batch. room: to be had."""
     return Memory(_training(plan, group, processes, room), _evaluation(plan))
 
 
-def base_bytes(plan: "Plan") -> int:
+def base_bytes(plan: Plan) -> int:
     """Of the base model's weights, as they are held while activations are harvested."""
     return _WIDTHS.get(plan.recipe.base.dtype, 4) * plan.base_parameters
 
 
-def base_room(plan: "Plan", room: int) -> int | None:
+def base_room(plan: Plan, room: int) -> int | None:
     """The memory for a base model too large to be held whole, which accelerate then spreads; None for one that is not."""
     most = int(BASE_SHARE * room)
     return most if base_bytes(plan) > most else None
 
 
-def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int, room: int | None) -> int:
+def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int | None) -> int:
     recipe = plan.recipe
     together = processes > 1 and recipe.train.distribute == "data"
     step_tokens = plan.tokens // plan.steps
@@ -70,8 +67,8 @@ def _training(plan: "Plan", group: Sequence["LayerPlan"], processes: int, room: 
         held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
     if recipe.train.order == "sequential":  # those below stay, in the base's precision
         held += width * sum(layer.parameters for layer in plan.layers if layer.index < group[0].index)
-    rows_at_a_time = min(GPU_CHUNK_ELEMENTS, max(layer.experts * max(layer.d_in, layer.d_out) for layer in group))
     if device_of(recipe) == "cuda":
+        rows_at_a_time = min(GPU_CHUNK_ELEMENTS, max(layer.experts * max(layer.d_in, layer.d_out) for layer in group))
         held += rows_at_a_time * (20 if recipe.train.moments == "bf16" else 8)
     steps = min(plan.steps, buffer_steps(step_tokens, plan.sites))
     a_token = width * sum(layer.d_in + layer.d_out for layer in group)
@@ -87,7 +84,7 @@ def _libraries(recipe: Recipe) -> int:
     return LIBRARIES if device_of(recipe) == "cpu" else 0
 
 
-def _step(recipe: Recipe, layer: "LayerPlan", tokens: int) -> int:
+def _step(recipe: Recipe, layer: LayerPlan, tokens: int) -> int:
     """What one layer's forward and backward make, at most at a time."""
     hidden = 4 * tokens * (6 if layer.glu else 4) * layer.d_hidden
     outputs = 4 * tokens * (10 * layer.d_out + 2 * layer.d_in)
@@ -95,7 +92,7 @@ def _step(recipe: Recipe, layer: "LayerPlan", tokens: int) -> int:
     return hidden + outputs + 4 * gates * layer.experts * (3 if recipe.layer.sparsity == "l1" else 1)
 
 
-def _evaluation(plan: "Plan") -> int:
+def _evaluation(plan: Plan) -> int:
     context = plan.recipe.data.context
     tokens = context * rows_a_batch(context, plan.vocabulary)
     widest = max(plan.layers, key=lambda layer: layer.experts)
@@ -139,15 +136,14 @@ def _reclaimable() -> int:
 
 def budget(recipe: Recipe) -> int:
     """The memory that the layers of one pass must fit into: most of what is free for this process, and not above `train.memory_gib`."""
-    device = device_of(recipe)
-    beside = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == "cpu" else 1
-    )  # torchrun's name for processes of this machine
+    device, beside = device_of(recipe), 1
+    if device == "cpu":
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for the processes of this machine
     free = int(USABLE * available(device)) // beside
     return free if recipe.train.memory_gib is None else min(free, int(recipe.train.memory_gib * 2**30))
 
 
-def groups(plan: "Plan", indices: Sequence[int], room: int, processes: int = 1) -> list[list[int]]:
+def groups(plan: Plan, indices: Sequence[int], room: int, processes: int = 1) -> list[list[int]]:
     """The layers in groups that fit into `room` bytes, one by one at least; in sequential order always one by one."""
     layers = {layer.index: layer for layer in plan.layers}
     found: list[list[int]] = []
@@ -161,7 +157,7 @@ def groups(plan: "Plan", indices: Sequence[int], room: int, processes: int = 1) 
     return found
 
 
-def shares(plan: "Plan", processes: int) -> list[list[int]]:
+def shares(plan: Plan, processes: int) -> list[list[int]]:
     """The layers of every process: its own share of them, in runs of neighbours of about the same work, or all of them for all."""
     indices = [layer.index for layer in plan.layers]
     if plan.recipe.train.distribute == "data" or processes == 1:
@@ -174,19 +170,19 @@ def shares(plan: "Plan", processes: int) -> list[list[int]]:
     return found
 
 
-def largest_group(plan: "Plan", processes: int = 1) -> list["LayerPlan"]:
+def largest_group(plan: Plan, processes: int = 1) -> list[LayerPlan]:
     """The layers of the pass that takes the most memory."""
     layers = {layer.index: layer for layer in plan.layers}
     found = groups(plan, list(layers), budget(plan.recipe), processes)
     return max(([layers[index] for index in group] for group in found), key=lambda group: _training(plan, group, processes, None))
 
 
-def fits_for_evaluation(plan: "Plan", device: str) -> bool:
+def fits_for_evaluation(plan: Plan, device: str) -> bool:
     """Whether base and converted model can be evaluated on a device."""
     return _evaluation(plan) <= USABLE * available(device)
 
 
-def check_memory(plan: "Plan", processes: int = 1) -> None:
+def check_memory(plan: Plan, processes: int = 1) -> None:
     """Raises InputError where not even one layer at a time fits, naming what to change."""
     worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))  # the last: in sequential order with all below it
     room = budget(plan.recipe)

@@ -38,8 +38,8 @@ class Trained:
 class Job:
     """What is to be trained on what.
 
-    recipe: with its `train` keys resolved. experts: N by layer index. share: of the layers, which this process trains and which
-    every process trains, by process. grouped: splits layers into those trained in one pass. folder: for log and state.
+    recipe: with its `train` keys resolved. experts: N by layer index. shares: the layers that each process trains, by process.
+    grouped: splits layers into those trained in one pass. folder: for log and state.
     """
 
     recipe: Recipe

@@ -37,7 +37,7 @@ class Optimiser:
     takes its step, and the row gets its unit norm back. Rows that never were active are not touched. With `defer` the gradients of
     the experts and of the gate's weight are made chunk by chunk too, and never whole; without, they are in `.grad`, where other
     processes' can be added. moments: fp32, or bf16 where
-    memory rules (12 bytes a parameter in place of 16); what bfloat16 would lose of the second moment, whose steps are smaller than
+    memory rules (with the weight 8 bytes a parameter in place of 12); what bfloat16 would lose of the second moment, whose steps are smaller than
     its precision, is rounded stochastically, seeded by `seed` and the step.
     """
 
