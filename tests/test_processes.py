@@ -85,6 +85,28 @@ def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
 
+def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(models, text, tmp_path):
+    settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
+    one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
+    alone = subprocess.Popen([sys.executable, "-m", "mxd_convert.cli", "run", str(recipe)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "two.partial" / "state").glob("*/step-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    alone.kill()
+    alone.wait()
+    settings["train"] = {**settings["train"], "distribute": "layers"}
+    recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
+    done = two_processes(recipe)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    report = json.loads((tmp_path / "two" / "mxd_report.json").read_text())
+    assert report["cost"]["resumed_at_steps"]
+    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"distribute": "layers", "checkpoint_every": 3}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)

@@ -25,6 +25,13 @@ def cut_log(path: Path, step: int) -> None:
         temporary.replace(path)
 
 
+def split_log(path: Path, part: Path, indices: list[int]) -> None:
+    """Writes a log of some of a group's layers."""
+    wanted = {str(index) for index in indices}
+    for line in _lines(path) if path.is_file() else ():
+        append_line(part, {**line, "layers": {index: figures for index, figures in line["layers"].items() if index in wanted}})
+
+
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
     for text in path.read_text().splitlines():
         try:

@@ -20,7 +20,7 @@ from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, merge_logs
 from mxd_convert.training.presets import steps_of
 from mxd_convert.training.stage import Stage, make_layer
-from mxd_convert.training.state import groups_with_state, load_state
+from mxd_convert.training.state import groups_with_state, load_state, split_state
 
 
 @dataclass
@@ -95,11 +95,16 @@ class _Training:
 
     def run(self) -> Trained | None:
         share = self.job.shares[self.accelerator.process_index]
+        if self.accelerator.is_main_process:
+            self._split_begun()
+        self.accelerator.wait_for_everyone()
         finished, begun = self._earlier()
         if self.recipe.train.order == "sequential":
             for group in finished:
                 self._put_below(self._load(group))
-        groups = self._groups([index for index in share if not any(index in group for group in finished)], begun)
+        kept = [group for group in begun if set(group) <= set(share)]
+        held = {index for group in finished + kept for index in group}
+        groups = sorted(kept + self.job.grouped([index for index in share if index not in held]))
         before = sum(1 for group in finished if group[0] in share)
         with Interrupt() as interrupt:
             for number, group in enumerate(groups):
@@ -120,14 +125,17 @@ class _Training:
                 (finished if whole[0] == note["steps"] else begun).append(note["layers"])
         return finished, begun
 
-    def _groups(self, indices: list[int], begun: list[list[int]]) -> list[list[int]]:
-        """The layers still to be trained in groups; one that has been begun stays as it is, however much memory there is now."""
-        kept: list[list[int]] = []
-        for group in begun:
-            if set(group) <= set(indices) - {index for other in kept for index in other}:
-                kept.append(group)
-        rest = [index for index in indices if not any(index in group for group in kept)]
-        return sorted(kept + self.job.grouped(rest))
+    def _split_begun(self) -> None:
+        """Splits the groups that were cut off where they no longer fit, or belong to several processes now: each part goes on."""
+        for group in sorted(self._earlier()[1], key=len, reverse=True):  # the whole before parts of it that a kill has left
+            shares = [self.job.shares[0]] if self.together else self.job.shares
+            parts = [part for share in shares for part in self.job.grouped([index for index in group if index in share])]
+            if parts != [group]:
+                folders = {self._folder(part): part for part in parts}
+                split_state(self._folder(group), folders, self.recipe.fingerprint())
+
+    def _folder(self, group: list[int]) -> Path:
+        return self.states / f"layers-{_span(group)}"
 
     def _train_group(self, group: list[int], number: int, groups: int, interrupt: Interrupt) -> None:
         train = self.recipe.train
@@ -148,7 +156,7 @@ class _Training:
             self.recipe,
             source,
             self.job.experts,
-            self.states / f"layers-{_span(group)}",
+            self._folder(group),
             self.accelerator,
             self.together,
             self.job.quiet,
@@ -170,7 +178,7 @@ class _Training:
 
     def _load(self, group: list[int]) -> dict[int, MxD]:
         """The layers of a finished group, out of its last state."""
-        found = load_state(self.states / f"layers-{_span(group)}", self.recipe.fingerprint())
+        found = load_state(self._folder(group), self.recipe.fingerprint())
         assert found is not None
         layers = {}
         for index in group:

@@ -7,6 +7,7 @@ one is whole, and is used where the newest turns out to be damaged. No pickle.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxd_convert.errors import disk_guard
+from mxd_convert.training.log import NAME, split_log
 
 
 def _checksum(path: Path) -> str:
@@ -37,7 +39,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
             _settle(temporary)
             temporary.replace(path)
-            note = {"step": step, "sha256": _checksum(path), "fingerprint": fingerprint, **facts}
+            note = {**facts, "step": step, "sha256": _checksum(path), "fingerprint": fingerprint}
             temporary.write_text(json.dumps(note))
             _settle(temporary)
             temporary.replace(path.with_suffix(".json"))
@@ -78,3 +80,21 @@ def groups_with_state(root: Path, fingerprint: str) -> Iterator[tuple[Path, dict
         if notes:
             found.append((folder, notes[-1]))
     yield from sorted(found, key=lambda group: group[1]["layers"])
+
+
+def split_state(folder: Path, parts: dict[Path, list[int]], fingerprint: str) -> None:
+    """Makes several states out of that of a group of layers, each for some of them in a folder of its own, and removes the group's.
+
+    parts: layer indices by folder. Cut off in between, the group's state is still there and is split again.
+    """
+    found = load_state(folder, fingerprint)
+    assert found is not None
+    step, tensors, facts = found
+    for part, indices in parts.items():
+        shutil.rmtree(part, ignore_errors=True)
+        prefixes = tuple(f"{index}/" for index in indices)
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+        part.mkdir(parents=True)
+        split_log(folder / NAME, part / NAME, indices)
+        save_state(part, step, own, {**facts, "layers": indices}, fingerprint)
+    shutil.rmtree(folder)
