@@ -21,6 +21,10 @@ class Architecture:
     gate: str | None = None  # the activated projection of a GLU; None: a plain MLP
     dropout: str | None = None  # key of the config that names the dropout on the MLP's output, where the MLP itself applies it
 
+    def layer(self, index: int) -> str:
+        """The path of a whole decoder layer."""
+        return self.mlp.format(i=index).rpartition(".")[0]
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(

@@ -3,16 +3,19 @@
 import json
 import math
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import mxd_convert
 from mxd_convert.errors import InputError, is_disk_full
+from mxd_convert.processes import once_a_machine
 
 app = typer.Typer(
     name="mxd-convert",
@@ -36,6 +39,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def _console() -> Console:
     """Of the terminal's width; wide enough for our tables where the output is a file or a pipe."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _table(*headers: str) -> Table:
+    """A table that keeps to 80 columns: figures to the right, headers of several words over several lines."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="right" if number else "left", overflow="fold")
+    return table
 
 
 def _print_json(content: Any) -> None:
@@ -63,12 +74,12 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
     if as_json:
         _print_json({**made.to_dict(), **outlook.to_dict()})
         return
-    table = Table("layer", "input", "hidden", "output", "activation", "experts", "active", "parameters", "of the MLP")
+    table = _table("layer", "in > hidden > out", "activation", "experts", "active", "parameters", "of the MLP")
     for layer in made.layers:
         kind = f"{layer.activation}, GLU" if layer.glu else layer.activation
-        widths = (str(width) for width in (layer.index, layer.d_in, layer.d_hidden, layer.d_out))
+        widths = f"{layer.d_in:,} > {layer.d_hidden:,} > {layer.d_out:,}"
         counts = (f"{count:,}" for count in (layer.experts, layer.k, layer.parameters, layer.mlp_parameters))
-        table.add_row(*widths, kind, *counts)
+        table.add_row(str(layer.index), widths, kind, *counts)
     out = _console()
     out.print(table)
     train, memory, speed = made.recipe.train, outlook.memory, outlook.speed
@@ -76,10 +87,10 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
     out.print(f"model     {made.base_parameters:,} parameters, {made.converted_parameters:,} converted ({growth:.2f} x)")
     out.print(f"training  {made.steps:,} steps of {train.batch_tokens:,} tokens; {train.preset} preset: lr {train.lr:g}", end="")
     out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}")
-    work, total = made.flops_per_token / 1e6, made.flops_per_token * made.tokens / 1e12
+    work, total = outlook.flops_per_token / 1e6, outlook.flops_per_token * made.tokens / 1e12
     out.print(f"work      {work:,.1f} MFLOP a token, {total:,.1f} TFLOP in all")
-    out.print(f"memory    about {memory.peak / 2**20:,.0f} MiB of {outlook.room / 2**20:,.0f} to be had", end="")
-    out.print(f" (training {memory.training / 2**20:,.0f}, evaluation {memory.evaluation / 2**20:,.0f})")
+    out.print(f"memory    about {memory.peak / 2**20:,.0f} MiB: training {memory.training / 2**20:,.0f}", end="")
+    out.print(f" of {outlook.room / 2**20:,.0f} to be had, evaluation {memory.evaluation / 2**20:,.0f}")
     out.print(f"disk      about {made.disk_bytes / 2**20:,.0f} MiB")
     if speed is not None:
         out.print(
@@ -87,8 +98,8 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
         )
         out.print(f" at {speed.tokens_per_second:,.0f} tokens/s, evaluation {_duration(speed.evaluation_seconds)}")
     out.print(f"output    {made.output}")
-    for warning in (*made.warnings, *outlook.warnings):
-        out.print(f"warning   {warning}")
+    for warning in outlook.warnings:
+        out.print(f"warning   {warning}", soft_wrap=True)
 
 
 def _groups(groups: list[list[int]]) -> str:
@@ -114,9 +125,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model: train the layers, put them in, evaluate, report."""
-    loaded = mxd_convert.load_recipe(
-        recipe, mxd_convert.parse_overrides(settings or [])
-    )  # a mistake in it is told before torch is loaded
+    with once_a_machine():  # a mistake in the recipe is told before torch is loaded
+        loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
     result = mxd_convert.convert(loaded, output, fresh=fresh)
     if not result.main_process:
         return
@@ -132,7 +142,7 @@ def run(
 def _print_figures(report: dict[str, Any]) -> None:
     fidelity, reliance = report["fidelity"], report["reliance"]
     out = _console()
-    summary = Table("held-out cross-entropy", "nats a token", "perplexity")
+    summary = _table("held-out cross-entropy", "nats a token", "perplexity")
     for name, key in (
         ("base", "ce_base"),
         ("converted", "ce_converted"),
@@ -146,8 +156,17 @@ def _print_figures(report: dict[str, Any]) -> None:
         f"rise {fidelity['delta_ce']:+.4f} on {fidelity['tokens']:,} tokens; KL {fidelity['kl']:.4f};"
         f" same most likely token {fidelity['top1_agreement']:.1%}; compounding {compounding}"
     )
-    table = Table(
-        "layer", "rise alone", "recovered", "FVU", "active", "dead", "gate share", "identity share", "routing necessity"
+    table = _table(
+        "layer",
+        "rise alone",
+        "recovered",
+        "FVU",
+        "FVU in place",
+        "active",
+        "dead",
+        "gate share",
+        "identity share",
+        "routing necessity",
     )
     for index, layer in fidelity["layers"].items():
         shares = reliance["layers"][index]
@@ -157,6 +176,7 @@ def _print_figures(report: dict[str, Any]) -> None:
             f"{layer['delta_ce']:+.4f}",
             "-" if layer["recovered_zero"] is None else f"{layer['recovered_zero']:.1%}",
             f"{layer['fvu']:.3f}",
+            f"{layer['fvu_in_place_local']:.3f}",
             f"{layer['l0']:.1f}",
             f"{layer['dead_fraction']:.1%}",
             *("-" if value is None else f"{value:.2f}" for value in figures),
@@ -254,6 +274,7 @@ def _main(
 
 _debug = False
 INTERRUPTED = 130
+OTHERS_SPEAK = 10.0  # seconds at most; torchrun ends this process as soon as another one has ended
 
 
 def main() -> None:
@@ -266,7 +287,10 @@ def main() -> None:
     except InputError as error:
         if _debug:
             traceback.print_exc()
-        print(f"mxd-convert: {error}", file=sys.stderr)
+        if error.told:  # the first process to end is the last that torchrun lets speak
+            time.sleep(OTHERS_SPEAK)
+        else:
+            print(f"mxd-convert: {error}", file=sys.stderr)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         without = ", without --fresh," if "--fresh" in sys.argv else ""

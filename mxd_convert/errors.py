@@ -9,7 +9,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """The user's input is at fault: the message names the thing, the value and the fix in a line or two (exit status 2)."""
+    """The user's input is at fault: the message names the thing, the value and the fix in a line or two (exit status 2).
+
+    told: whether another process of the same run says it.
+    """
+
+    told = False
 
 
 def is_disk_full(error: BaseException) -> bool:

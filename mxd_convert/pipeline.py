@@ -1,18 +1,11 @@
-"""plan -> train -> assemble -> evaluate -> report, each stage resumable.
+"""plan -> train -> assemble -> evaluate -> report, each stage resumable."""
 
-Everything is written into `<output>.partial`, and the finished checkpoint is renamed from there, so a folder either holds a whole
-result or is not there.
-"""
-
-import hashlib
 import json
-import os
 import shutil
 import sys
-import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,24 +15,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from filelock import FileLock, Timeout
 
 from mxd_convert.base import Spread, load_base, load_tokenizer, model_sha256, quiet
-from mxd_convert.checkpoint import LOCAL, REPORT, is_converted, load_checkpoint, read_local
-from mxd_convert.data import Blocks, check_vocabulary, local_files, prepare
+from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
+from mxd_convert.data import Blocks, check_vocabulary, prepare
 from mxd_convert.errors import InputError, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
-from mxd_convert.plan import Plan, base_room, budget, check_memory, check_space, fits_for_evaluation, groups, make_plan, shares
+from mxd_convert.plan import (
+    Plan,
+    base_room,
+    budget,
+    check_memory,
+    check_processes,
+    check_space,
+    fits_for_evaluation,
+    groups,
+    make_plan,
+    shares,
+)
 from mxd_convert.plan.memory import BASE_SHARE, available
+from mxd_convert.processes import agreed, lost_guard, once_a_machine
 from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
 from mxd_convert.surgery import convert as put_layers
-from mxd_convert.training import Job, Trained, train_layers
-
-MARK = "fingerprint"  # names the recipe, base and text that a work folder belongs to
-REPLACING = "replacing"  # there while a finished output is made anew
-SHARED_MARK = "processes"  # what all processes must see
+from mxd_convert.training import Job, Trained, finish_tracker, start_tracker, train_layers
+from mxd_convert.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,29 @@ def convert(
     settings = dict(overrides or {})
     if output is not None:
         settings["output.dir"] = str(Path(output).expanduser().absolute())
-    if isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe.model_dump(), settings)
-    else:
-        recipe = load_recipe(recipe, settings)
-    plan = make_plan(recipe)
-    accelerator = _accelerator(plan)
+    with once_a_machine():
+        recipe = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
+        plan = make_plan(recipe)
+        accelerator = _accelerator(plan)
     run = _Conversion(plan, accelerator, fresh, quiet or not accelerator.is_main_process)
-    if (finished := run.finished()) is not None:
-        return finished
-    accelerator.wait_for_everyone()  # what there is has been looked at by all before one of them changes it
-    with disk_guard(run.output), run.locked() if accelerator.is_main_process else nullcontext():
+    with lost_guard(accelerator.num_processes, accelerator.is_local_main_process), ExitStack() as stack:
+        with run.agreed():
+            report = run.place.finished()
+        if report is not None:
+            if run.main:
+                run.place.tidy()
+            return Result(plan.output, report, True, run.main)
+        with run.agreed():
+            if run.main:
+                stack.enter_context(run.place.locked())
+        stack.enter_context(disk_guard(plan.output))
         try:
             return run.go()
         except KeyboardInterrupt:
             raise
         except BaseException:
-            run.forget()
+            if run.main:
+                run.place.forget()
             raise
 
 
@@ -96,157 +103,61 @@ class _Conversion:
     """One run. Under torchrun every process has one: the main one prepares, assembles, evaluates and reports; all of them train."""
 
     def __init__(self, plan: Plan, accelerator: Accelerator, fresh: bool, quiet: bool) -> None:
-        self.plan, self.recipe, self.accelerator, self.fresh, self.quiet = plan, plan.recipe, accelerator, fresh, quiet
-        self.output = plan.output
-        self.work = self.output.parent / f"{self.output.name}.partial"
+        self.plan, self.recipe, self.accelerator, self.quiet = plan, plan.recipe, accelerator, quiet
+        self.place = Workspace(plan.recipe, plan.output, fresh)
+        self.output, self.work = self.place.output, self.place.work
+        self.main = accelerator.is_main_process
 
     def say(self, line: str) -> None:
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    # --- where the result goes -------------------------------------------------------------------------------------------------
-
-    def finished(self) -> Result | None:
-        """The result if this very recipe has finished before. Raises InputError where something else is in the way."""
-        if not self.output.name:
-            raise InputError(f"output.dir: {self.output} can't be the folder of a checkpoint; choose another output.dir")
-        if self.output.is_file():
-            raise InputError(f"output.dir: {self.output} is a file; choose another output.dir")
-        if self.work.exists() and not _is_ours(self.work):
-            raise InputError(
-                f"output.dir: {self.work}, where the run would work, holds something else; choose another output.dir"
-            )
-        if not self.output.exists() or not any(self.output.iterdir()):
-            return None
-        report = self.output / REPORT
-        if not report.is_file() and not is_converted(self.output):
-            raise InputError(
-                f"output.dir: {self.output} holds something that is not a converted checkpoint; choose another output.dir"
-            )
-        if self.fresh:
-            return None
-        try:
-            content = json.loads(report.read_text())
-            content["recipe_sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"output.dir: {self.output} holds a checkpoint without a readable {REPORT}; choose another output.dir, or --fresh to replace it"
-            ) from None
-        if (self.work / REPLACING).is_file() and self._is_mine():  # cut off while it was done anew, with --fresh
-            return None
-        same = content.get("recipe_sha256") == self.recipe.published_sha256()
-        local = read_local(self.output)  # base names alone can't tell two texts of the same name apart
-        if not same or local.get("recipe", self.recipe.fingerprint()) != self.recipe.fingerprint():
-            raise InputError(
-                f"output.dir: {self.output} holds the result of another recipe; choose another output.dir, or --fresh to replace it"
-            )
-        if self.work.exists() and self.accelerator.is_main_process:  # of a kill between the rename and the tidying up
-            with suppress(InputError), self.locked():
-                _remove(self.work)
-        return Result(self.output, content, True, self.accelerator.is_main_process)
-
-    def _is_mine(self) -> bool:
-        """Whether the work folder is of this very recipe, base and text."""
-        mark = self.work / MARK
-        return mark.is_file() and mark.read_text() == self._mark()
-
-    def _mark(self) -> str:
-        return f"{self.recipe.fingerprint()}\n{self._inputs()}\n"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Within it, no other run works on this output. The lock goes with the process, however it ends."""
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.work / "lock", timeout=0)
-            with lock:
-                yield
-        except Timeout:
-            raise InputError(
-                f"output.dir: {self.output} is in use by another run; wait for it, or choose another output.dir"
-            ) from None
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise InputError(f"output.dir: {error.filename or self.output} can't be written; choose another output.dir") from None
-
-    def _claim(self) -> None:
-        """Makes the work folder this recipe's: cleared with --fresh, refused where it belongs to another."""
-        mark, ours = self.work / MARK, self._mark()
-        theirs = mark.read_text() if mark.is_file() else ""
-        if self.fresh:
-            _clear(self.work, keep=("lock", MARK))
-        elif self._has_state() and theirs and theirs != ours:
-            same = theirs.splitlines()[0] == ours.splitlines()[0]
-            what = "this recipe whose base or text has changed since" if same else "another recipe"
-            raise InputError(
-                f"output.dir: {self.work} holds an unfinished run of {what}; --fresh to start over, or choose another output.dir"
-            )
-        elif theirs != ours:
-            shutil.rmtree(self.work / "data", ignore_errors=True)
-        if theirs != ours or self.fresh:
-            temporary = mark.with_suffix(".tmp")
-            temporary.write_text(ours)
-            temporary.replace(mark)
-        if self.fresh and self.output.exists():
-            (self.work / REPLACING).touch()
-
-    def _has_state(self) -> bool:
-        return any((self.work / "state").glob("*/step-*.json"))
-
-    def _inputs(self) -> str:
-        """A hash over names, sizes and times of the local files that the run reads: told apart if they are changed in place."""
-        data, base = self.recipe.data, self.recipe.base.model
-        files = [path for path in (data.train.path, data.eval.path) if path is not None and is_local(path)]
-        found = [file for path in files for file in local_files(path)]
-        found += sorted(Path(base).glob("*.safetensors")) if is_local(base) else []
-        return hashlib.sha256(
-            json.dumps([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]).encode()
-        ).hexdigest()
-
-    def forget(self) -> None:
-        """Removes the work folder of a run that failed before it had trained anything, so that it stands in nobody's way."""
-        if self.accelerator.is_main_process and not self._has_state():
-            _remove(self.work)
-
-    # --- the stages ------------------------------------------------------------------------------------------------------------
+    def agreed(self) -> AbstractContextManager[None]:
+        return agreed(self.accelerator.num_processes, self.accelerator.process_index)
 
     def go(self) -> Result:
-        settings, main = self.recipe.base, self.accelerator.is_main_process
+        settings, layer = self.recipe.base, self.recipe.layer
         self._check_shared()
-        if main:
-            self._claim()
-            if not self._has_state():
-                check_space(self.plan)
-            check_memory(self.plan, self.accelerator.num_processes)
-            for warning in self.plan.warnings:
-                self.say(f"warning: {warning}")
-        tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
-        with self.accelerator.main_process_first():
-            train, held_out = prepare(self.recipe.data, tokenizer, self.work / "data", self.say)
-        check_vocabulary(train, self.plan.vocabulary)
+        with self.agreed():
+            if self.main:
+                self._begin()
+            tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
+        for mains_turn in (True, False):  # the others read what the main process has prepared
+            with self.agreed():
+                if self.main == mains_turn:
+                    train, held_out = prepare(self.recipe.data, tokenizer, self.work / "data", self.say)
+                    check_vocabulary(train, self.plan.vocabulary)
         self.say(self._summary(train, held_out))
         trained = self._train(train)
-        if trained is not None:
-            with memory_guard(
-                "out of memory while assembling and evaluating; free some, or convert fewer layers (layers: ...) or lower layer.expansion"
-                f" ({self.recipe.layer.expansion}). The trained layers are kept: the same command goes on from there."
-            ):
-                self._finish(trained, train, held_out, tokenizer)
-        self.accelerator.wait_for_everyone()
-        return Result(self.output, json.loads((self.output / REPORT).read_text()), False, main)
+        with self.agreed():
+            if trained is not None:
+                with memory_guard(
+                    "out of memory while assembling and evaluating; free some, or convert fewer layers (layers: ...) or lower"
+                    f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command goes on from there."
+                ):
+                    self._finish(trained, train, held_out, tokenizer)
+        return Result(self.output, json.loads((self.output / REPORT).read_text()), False, self.main)
+
+    def _begin(self) -> None:
+        """What is found out before any work is done."""
+        self.place.claim()
+        if not self.place.has_state():
+            check_space(self.plan)
+        check_processes(self.plan, self.accelerator.num_processes)
+        check_memory(self.plan, self.accelerator.num_processes)
+        for warning in self.plan.warnings:
+            self.say(f"warning: {warning}")
 
     def _check_shared(self) -> None:
         """Raises InputError where the processes do not all see the same work folder."""
         if self.accelerator.num_processes == 1:
             return
-        mark = self.work / SHARED_MARK
         [word] = broadcast_object_list([uuid.uuid4().hex])
-        if self.accelerator.is_main_process:
-            mark.write_text(word)
+        if self.main:
+            self.place.show(word)
         self.accelerator.wait_for_everyone()
-        if not mark.is_file() or mark.read_text() != word:
-            raise InputError(
-                f"output.dir: {self.output} is not on a file system that all processes see; choose another output.dir, on one that they do"
-            )
+        with self.agreed():
+            self.place.check_shown(word)
 
     def _finish(self, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
         settings = self.recipe.base
@@ -262,21 +173,20 @@ class _Conversion:
         figures = self._evaluate(folder, held_out)
         report = build_report(self.plan, origin, train, held_out, trained, figures)
         self._write_report(folder, report, origin)
-        self._publish(folder)
+        self.place.publish(folder)
 
     def _summary(self, train: Blocks, held_out: Blocks) -> str:
         layers = self.plan.layers
         resolved, processes = self.recipe.train, self.accelerator.num_processes
         many = f" over {processes} processes;" if processes > 1 else ""
         return (
-            f"{len(layers)} layers, {layers[0].experts:,} experts each, {layers[0].k} active;"
+            f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {layers[0].experts:,} experts each, {layers[0].k} active;"
             f" {self.plan.steps:,} steps of {resolved.batch_tokens:,} tokens (lr {resolved.lr:g}, {resolved.schedule});"
             f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
 
     def _train(self, blocks: Blocks) -> Trained | None:
-        if self.recipe.train.tracker != "none":
-            self._start_tracker()
+        start_tracker(self.accelerator, self.recipe, self.output.name)
         plan = self.plan
         processes = self.accelerator.num_processes
         [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
@@ -295,8 +205,7 @@ class _Conversion:
                 self.quiet,
             )
         )
-        for tracker in self.accelerator.trackers:  # accelerate's end_training would end the processes' ties too
-            tracker.finish()
+        finish_tracker(self.accelerator)
         return trained
 
     def _spread(self, room: int) -> Spread | None:
@@ -309,13 +218,6 @@ class _Conversion:
         if device.type == "cpu":
             return Spread({"cpu": most}, self.work / "offload")
         return Spread({device.index or 0: most, "cpu": int(BASE_SHARE * available("cpu"))}, self.work / "offload")
-
-    def _start_tracker(self) -> None:
-        """wandb and trackio have projects with named runs; TensorBoard has a folder a run, under `logs` beside the output."""
-        tracker, name = self.recipe.train.tracker, self.output.name
-        project = name if tracker == "tensorboard" else "mxd-convert"
-        run = {} if tracker == "tensorboard" else {tracker: {"name": name}}
-        self.accelerator.init_trackers(project, config={"recipe": self.recipe.to_yaml()}, init_kwargs=run)
 
     def _assemble(self, original: Any, trained: Trained, origin: dict[str, Any], tokenizer: Any) -> Path:
         folder = self.work / "checkpoint"
@@ -343,40 +245,6 @@ class _Conversion:
         write_plots(folder, report, folder / "training_log.jsonl")
         write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-
-    def _publish(self, folder: Path) -> None:
-        """Renames the finished checkpoint into place; an older result is kept until the new one is there."""
-        os.umask(mask := os.umask(0))
-        for path in folder.rglob("*"):
-            if path.is_file():
-                path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        aside = Path(tempfile.mkdtemp(dir=self.work))
-        if self.output.exists():
-            self.output.rename(aside / "old")
-        folder.rename(self.output)
-        _remove(self.work)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a work folder is one of ours: it has our mark, or nothing but what comes before the mark."""
-    before = {"lock", f"{MARK}.tmp", SHARED_MARK}
-    return folder.is_dir() and ((folder / MARK).is_file() or {path.name for path in folder.iterdir()} <= before)
-
-
-def _clear(folder: Path, keep: tuple[str, ...]) -> None:
-    for path in folder.iterdir():
-        if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _remove(work: Path) -> None:
-    """Removes a work folder, the mark last but for the lock: cut off in between, what is left is still known as ours."""
-    with suppress(OSError):
-        _clear(work, keep=("lock", MARK))
-        (work / MARK).unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _accelerator(plan: Plan) -> Accelerator:

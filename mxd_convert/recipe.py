@@ -85,6 +85,16 @@ class Layer(Section):
     skip: bool = False
     """Add a linear path from the MLP's input to its output beside the experts."""
 
+    @property
+    def size_key(self) -> str:
+        """The key that decides how many experts there are, by its full name."""
+        return "layer.expansion" if self.experts == "auto" else "layer.experts"
+
+    @property
+    def size(self) -> int:
+        """What that key is set to."""
+        return self.expansion if self.experts == "auto" else self.experts
+
     @model_validator(mode="after")
     def _k_fits(self) -> "Layer":
         if isinstance(self.experts, int) and self.k > self.experts:

@@ -10,10 +10,10 @@ PACKAGE = ROOT / "mxd_convert"
 # floors of the house, from the ground up; a room may import from its own floor and from those below
 FLOORS = [
     {"errors"},
-    {"recipe"},
+    {"recipe", "processes"},
     {"recipe_file", "architectures", "base", "data", "modeling"},
     {"layers", "harvest", "surgery", "checkpoint"},
-    {"training", "evaluation", "plan", "verification", "reverting", "generation", "starter"},
+    {"training", "evaluation", "plan", "verification", "reverting", "generation", "starter", "workspace"},
     {"report"},
     {"pipeline"},
     {"cli", "_registration", "_probe"},

@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from conftest import small_recipe
 from safetensors.torch import load_file
 
+import mxd_convert
 from mxd_convert import convert
 
 
@@ -82,7 +84,8 @@ def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp
         assert double["tokens_per_second"] > 0
     report = json.loads((tmp_path / "two" / "mxd_report.json").read_text())
     assert report["fidelity"] == one.report["fidelity"]
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    logged = "".join(path.read_bytes().decode("latin1") for path in (tmp_path / "logs").rglob("events.out.tfevents.*"))
+    assert all(f"layer_{index}/fvu" in logged for index in range(3))  # those of the other process too
 
 
 def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(models, text, tmp_path):
@@ -126,3 +129,42 @@ def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
     assert report["cost"]["resumed_at_steps"]
     ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun ends with a traceback of its own; none of ours may be there
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": {"lrr": 1}}, "train.lrr: unknown key"),
+        ({"data": {"train": {"path": "{text}", "text": "txt"}}}, "no text in the field 'txt'"),
+        ({"output": {"dir": "{text}"}}, "is a file; choose another output.dir"),
+        ({"train": {"lr": 1e30}}, "the loss is not finite"),
+    ],
+)
+def test_what_is_wrong_is_told_once_whatever_the_number_of_processes(models, text, tmp_path, change, words):
+    settings = json.loads(json.dumps(change).replace("{text}", str(text)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "out", **settings)))
+    done = two_processes(recipe)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert errors.count("mxd-convert: ") == errors.count(words) == 1, errors
+    assert HOUSE not in errors, errors
+
+
+def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_path):
+    settings = {"data": {"tokens": 2_000_000}, "train": {"checkpoint_every": 3}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "out", **settings)))
+    run = two_processes(recipe)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "out.partial" / "state").glob("*/step-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second = next(process for process in psutil.Process(run.pid).children() if process.environ().get("LOCAL_RANK") == "1")
+    second.kill()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert errors.count("mxd-convert: ") == errors.count("another process of this run has ended before its time") == 1, errors
+    assert HOUSE not in errors, errors

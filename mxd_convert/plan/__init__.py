@@ -12,8 +12,9 @@ from mxd_convert.plan.memory import (
     largest_group,
     shares,
 )
-from mxd_convert.plan.resolve import LayerPlan, Plan, check_space, make_plan
+from mxd_convert.plan.resolve import LayerPlan, Plan, check_processes, check_space, make_plan
 from mxd_convert.plan.speed import Probe, probe
+from mxd_convert.plan.work import flops_per_token
 
 __all__ = [
     "LayerPlan",
@@ -24,9 +25,11 @@ __all__ = [
     "base_room",
     "budget",
     "check_memory",
+    "check_processes",
     "check_space",
-    "fits_for_evaluation",
     "estimate",
+    "fits_for_evaluation",
+    "flops_per_token",
     "groups",
     "largest_group",
     "make_plan",

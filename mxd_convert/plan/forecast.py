@@ -7,6 +7,7 @@ from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.plan.memory import Memory, budget, check_memory, estimate, groups, largest_group
 from mxd_convert.plan.resolve import Plan, check_space
 from mxd_convert.plan.speed import Probe, probe
+from mxd_convert.plan.work import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Outlook:
     """groups: layers trained together, one pass over the text each. room: memory to be had, bytes. speed: None where it can't run here."""
 
     groups: list[list[int]]
+    flops_per_token: int
     memory: Memory
     room: int
     speed: Probe | None
@@ -23,7 +25,13 @@ class Outlook:
         """As JSON has it; sizes in bytes, times in seconds."""
         speed = None if self.speed is None else {**asdict(self.speed), "seconds": self.speed.seconds}
         memory = {**asdict(self.memory), "peak": self.memory.peak, "available": self.room}
-        return {"groups": self.groups, "memory_bytes": memory, "speed": speed, "outlook_warnings": self.warnings}
+        return {
+            "groups": self.groups,
+            "flops_per_token": self.flops_per_token,
+            "memory_bytes": memory,
+            "speed": speed,
+            "warnings": self.warnings,
+        }
 
 
 def outlook(plan: Plan) -> Outlook:
@@ -31,10 +39,13 @@ def outlook(plan: Plan) -> Outlook:
     room = budget(plan.recipe)
     memory = estimate(plan, largest_group(plan), room=room)
     found = groups(plan, [layer.index for layer in plan.layers], room)
+    work = flops_per_token(plan, found)
     try:
         check_memory(plan)
         check_space(plan)
-        with memory_guard("the probe of the machine ran out of memory; lower layer.expansion or train.batch_tokens"):
-            return Outlook(found, memory, room, probe(plan), [])
+        with memory_guard(
+            f"the probe of the machine ran out of memory; lower {plan.recipe.layer.size_key} or train.batch_tokens"
+        ):
+            return Outlook(found, work, memory, room, probe(plan), plan.warnings)
     except InputError as error:
-        return Outlook(found, memory, room, None, [f"run would refuse: {error}"])
+        return Outlook(found, work, memory, room, None, [*plan.warnings, f"run would refuse: {error}"])

@@ -187,13 +187,13 @@ def check_memory(plan: Plan, processes: int = 1) -> None:
     worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))  # the last: in sequential order with all below it
     room = budget(plan.recipe)
     need = estimate(plan, [worst], processes, room)
-    gib = plan.recipe.train.memory_gib
+    gib, layer = plan.recipe.train.memory_gib, plan.recipe.layer
     if need.training > room:
         set_lower = gib is not None and int(gib * 2**30) <= room
         have = f"train.memory_gib: {gib:g} GiB" if set_lower else f"memory: {room / 2**30:.1f} GiB usable"
         raise InputError(
-            f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower layer.expansion"
-            f" ({plan.recipe.layer.expansion}) or train.batch_tokens ({plan.recipe.train.batch_tokens})"
+            f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower {layer.size_key}"
+            f" ({layer.size}) or train.batch_tokens ({plan.recipe.train.batch_tokens})"
             + (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "")
             + (", or raise train.memory_gib" if set_lower else "")
         )
@@ -201,5 +201,5 @@ def check_memory(plan: Plan, processes: int = 1) -> None:
     if need.evaluation > usable and (device == "cpu" or not fits_for_evaluation(plan, device)):
         raise InputError(
             f"memory: {usable / 2**30:.1f} GiB usable, and base and converted model together need about {need.evaluation / 2**30:.1f}"
-            f" to be evaluated; convert fewer layers at a time (layers: ...) or lower layer.expansion ({plan.recipe.layer.expansion})"
+            f" to be evaluated; convert fewer layers at a time (layers: ...) or lower {layer.size_key} ({layer.size})"
         )

@@ -38,7 +38,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to. Sizes in bytes, `flops_per_token` forward and backward of all layers and the base's forward."""
+    """What a recipe comes to. Sizes in bytes. depth_weights: of each of the base's layers, in all its matrices."""
 
     recipe: Recipe
     sites: list[Site]
@@ -48,7 +48,7 @@ class Plan:
     steps: int
     tokens: int
     disk_bytes: int
-    flops_per_token: int
+    depth_weights: list[int]
     vocabulary: int
     warnings: list[str]
 
@@ -69,7 +69,6 @@ class Plan:
             "steps",
             "tokens",
             "disk_bytes",
-            "flops_per_token",
             "warnings",
         )
         return {
@@ -87,7 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_settings(recipe)
     recipe = recipe.model_copy(update={"base": pinned(recipe.base)})
     config = load_config(recipe.base)
-    architecture_of(config)
+    architecture = architecture_of(config)
     try:
         indices = layer_indices(recipe.layers, config.num_hidden_layers)
     except ValueError as error:
@@ -105,7 +104,7 @@ def make_plan(recipe: Recipe) -> Plan:
     steps = steps_of(recipe.data.tokens, recipe.train.batch_tokens, recipe.data.context)
     base_parameters = sum(tensor.numel() for tensor in untied_tensors(model).values())
     converted = base_parameters + sum(layer.parameters - layer.mlp_parameters for layer in layers)
-    trained = sum(layer.parameters for layer in layers)
+    state = (8 if recipe.train.moments == "bf16" else 12) * sum(layer.parameters for layer in layers)
     return Plan(
         recipe=recipe,
         sites=sites,
@@ -115,10 +114,11 @@ def make_plan(recipe: Recipe) -> Plan:
         steps=steps,
         tokens=steps * step_tokens,
         # the checkpoint; two saved states, and a third while it is written; token ids
-        disk_bytes=4 * converted
-        + 3 * 12 * trained
-        + 4 * (min(recipe.data.tokens, steps * step_tokens) + recipe.data.eval.tokens),
-        flops_per_token=2 * base_parameters + 6 * sum(layer.parameters for layer in layers),
+        disk_bytes=4 * converted + 3 * state + 4 * (min(recipe.data.tokens, steps * step_tokens) + recipe.data.eval.tokens),
+        depth_weights=[
+            sum(weight.numel() for weight in model.get_submodule(architecture.layer(depth)).parameters() if weight.ndim > 1)
+            for depth in range(config.num_hidden_layers)
+        ],
         vocabulary=config.get_text_config().vocab_size,
         warnings=_warnings(recipe, base_parameters, converted, steps),
     )
@@ -154,7 +154,7 @@ def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan
         raise InputError(f"layer {site.index}: {error}") from None
     if recipe.layer.k > experts:
         raise InputError(
-            f"layer.k: {recipe.layer.k} active experts of only {experts} in layer {site.index}; lower layer.k or raise layer.expansion"
+            f"layer.k: {recipe.layer.k} active experts of only {experts} in layer {site.index}; lower layer.k or raise {recipe.layer.size_key}"
         )
     parameters = mxd_parameters(site.d_in, hidden, site.d_out, experts, site.glu, recipe.layer.skip)
     mlp = sum(parameter.numel() for parameter in model.get_submodule(site.path).parameters())
@@ -174,14 +174,27 @@ def _complete(recipe: Recipe, layers: list[LayerPlan]) -> Recipe:
 def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str]:
     found = []
     if converted > GROWTH_WARNING * base:
-        key, now = ("expansion", recipe.layer.expansion) if recipe.layer.experts == "auto" else ("experts", recipe.layer.experts)
-        smaller = max(1, int(now * (GROWTH_WARNING - 1) * base / max(converted - base, 1)))
+        smaller = max(1, int(recipe.layer.size * (GROWTH_WARNING - 1) * base / max(converted - base, 1)))
         times = f"{converted / base:.1f} times the base's parameters"
-        found.append(f"the converted model has {times}; layer.{key}: {smaller} would keep it below about {GROWTH_WARNING:g}")
+        found.append(
+            f"the converted model has {times}; {recipe.layer.size_key}: {smaller} would keep it below about {GROWTH_WARNING:g}"
+        )
     warmup = recipe.train.warmup_steps or 0
     if warmup > steps:
         found.append(f"train.warmup_steps: {warmup} of {steps} steps in all, so the learning rate never reaches its peak")
     return found
+
+
+def check_processes(plan: Plan, processes: int) -> None:
+    """Raises InputError where a batch has too few blocks for all processes to have one."""
+    train = plan.recipe.train
+    assert train.batch_tokens is not None
+    rows = train.batch_tokens // plan.recipe.data.context
+    if train.distribute == "data" and rows < processes:
+        raise InputError(
+            f"train.batch_tokens: {train.batch_tokens} tokens are {rows} blocks of {plan.recipe.data.context}, fewer than the"
+            f" {processes} processes; raise train.batch_tokens"
+        )
 
 
 def check_space(plan: Plan) -> None:

@@ -47,14 +47,13 @@ def probe(plan: Plan) -> Probe:
 
 
 def _probe(plan: Plan) -> Probe:
-    passes = len(groups(plan, [layer.index for layer in plan.layers], budget(plan.recipe)))
+    passes = groups(plan, [layer.index for layer in plan.layers], budget(plan.recipe))
     device = torch.device(device_of(plan.recipe))
     step_tokens = plan.tokens // plan.steps
     a_layer, head = _forward_seconds(plan, device)
-    last = max(site.index for site in plan.sites) + 1
-    sequential = plan.recipe.train.order == "sequential"
-    forwards = passes * (2 if sequential and plan.recipe.train.target == "teacher" else 1)
-    base = forwards * a_layer * last * step_tokens
+    teacher = plan.recipe.train.target == "teacher"
+    depths = sum(max(group) + 1 for group in passes) + (sum(max(group) + 1 for group in passes[1:]) if teacher else 0)
+    base = a_layer * depths * step_tokens
     alike: dict[tuple[int, int, int, int], tuple[float, float]] = {}
     learning = evaluating = 0.0
     for layer in plan.layers:

@@ -16,23 +16,8 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         log.write(json.dumps(line) + "\n")
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step`, which will be done again, and one that a kill has cut short."""
-    if path.is_file():
-        kept = "".join(json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(kept)
-        temporary.replace(path)
-
-
-def split_log(path: Path, part: Path, indices: list[int]) -> None:
-    """Writes a log of some of a group's layers."""
-    wanted = {str(index) for index in indices}
-    for line in _lines(path) if path.is_file() else ():
-        append_line(part, {**line, "layers": {index: figures for index, figures in line["layers"].items() if index in wanted}})
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
+def lines_of(path: Path) -> Iterable[dict[str, Any]]:
+    """The whole lines of a log."""
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
@@ -42,13 +27,29 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
         yield line
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step`, which will be done again, and one that a kill has cut short."""
+    if path.is_file():
+        kept = "".join(json.dumps(line) + "\n" for line in lines_of(path) if line["step"] <= step)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(kept)
+        temporary.replace(path)
+
+
+def split_log(path: Path, part: Path, indices: list[int]) -> None:
+    """Writes a log of some of a group's layers."""
+    wanted = {str(index) for index in indices}
+    for line in lines_of(path) if path.is_file() else ():
+        append_line(part, {**line, "layers": {index: figures for index, figures in line["layers"].items() if index in wanted}})
+
+
 def merge_logs(groups: list[list[Path]], path: Path) -> None:
     """Writes one log out of those of all groups, with the layers of a step in one line. groups: by process, which ran side by side."""
     merged: dict[int, dict[str, Any]] = {}
     for logs in groups:
         seconds: dict[int, float] = {}  # for a token, of this process's groups one after the other
         for log in logs:
-            for line in _lines(log):
+            for line in lines_of(log):
                 step = line["step"]
                 seconds[step] = seconds.get(step, 0.0) + 1.0 / max(line["tokens_per_second"], 1e-9)
                 whole = merged.setdefault(step, {**line, "layers": {}, "tokens_per_second": float("inf")})

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from mxd_convert.architectures import Site
 from mxd_convert.data import Blocks
-from mxd_convert.errors import InputError, memory_guard
+from mxd_convert.errors import memory_guard
 from mxd_convert.layers import MxD
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Source, buffer_steps
 from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.interrupt import Interrupt
-from mxd_convert.training.log import NAME, merge_logs
+from mxd_convert.training.log import NAME, lines_of, merge_logs
 from mxd_convert.training.presets import steps_of
-from mxd_convert.training.stage import Stage, make_layer
+from mxd_convert.training.stage import Pass, Stage, make_layer
 from mxd_convert.training.state import groups_with_state, load_state, split_state
+from mxd_convert.training.tracking import track
 
 
 @dataclass
@@ -66,9 +67,10 @@ def train_layers(job: Job) -> Trained | None:
 
 
 def _lower(recipe: Recipe) -> str:
-    train, moments = recipe.train, ", set train.moments: bf16" if recipe.train.moments == "fp32" else ""
+    train, layer = recipe.train, recipe.layer
+    moments = ", set train.moments: bf16" if train.moments == "fp32" else ""
     return (
-        f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or layer.expansion ({recipe.layer.expansion}){moments},"
+        f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or {layer.size_key} ({layer.size}){moments},"
         " or set train.memory_gib to less than there was, so that fewer layers are trained at once. The run goes on from its last saved state."
     )
 
@@ -80,11 +82,6 @@ class _Training:
         assert train.batch_tokens is not None
         self.together = self.accelerator.num_processes > 1 and train.distribute == "data"
         self.rows_a_step = train.batch_tokens // context
-        if self.together and self.rows_a_step < self.accelerator.num_processes:
-            raise InputError(
-                f"train.batch_tokens: {train.batch_tokens} tokens are {self.rows_a_step} blocks of {context}, fewer than the"
-                f" {self.accelerator.num_processes} processes; raise train.batch_tokens"
-            )
         self.steps = steps_of(job.recipe.data.tokens, train.batch_tokens, context)
         self.tokens = self.steps * self.rows_a_step * context
         self.sites = {site.index: site for site in job.sites}
@@ -106,9 +103,11 @@ class _Training:
         held = {index for group in finished + kept for index in group}
         groups = sorted(kept + self.job.grouped([index for index in share if index not in held]))
         before = sum(1 for group in finished if group[0] in share)
+        if before and not self.job.quiet:
+            print(f"{before} of {before + len(groups)} passes are done already", file=sys.stderr, flush=True)
         with Interrupt() as interrupt:
-            for number, group in enumerate(groups):
-                self._train_group(group, before + number, before + len(groups), interrupt)
+            for number, group in enumerate(groups, before + 1):
+                self._train_group(group, number, before + len(groups), interrupt)
         if not self.together and self.accelerator.num_processes > 1:
             if not self.job.quiet:
                 print("waiting for the other processes' layers", file=sys.stderr, flush=True)
@@ -137,7 +136,7 @@ class _Training:
     def _folder(self, group: list[int]) -> Path:
         return self.states / f"layers-{_span(group)}"
 
-    def _train_group(self, group: list[int], number: int, groups: int, interrupt: Interrupt) -> None:
+    def _train_group(self, group: list[int], number: int, passes: int, interrupt: Interrupt) -> None:
         train = self.recipe.train
         source = Source(
             base=self.job.base,
@@ -160,9 +159,7 @@ class _Training:
             self.accelerator,
             self.together,
             self.job.quiet,
-            f" of layer{'s' if len(group) > 1 else ''} {_span(group)}" if groups > 1 else "",
-            before=number * self.tokens,
-            total=groups * self.tokens,
+            Pass(f"layer{'s' if len(group) > 1 else ''} {_span(group)}" if len(group) < len(self.sites) else "", number, passes),
         )
         stage.train(interrupt)
         if train.order == "sequential":
@@ -197,6 +194,10 @@ class _Training:
         shares = self.job.shares[:1] if self.together else self.job.shares
         by_process = [[state for state in states if state[1]["layers"][0] in share] for share in shares]
         merge_logs([[folder / NAME for folder, _ in mine] for mine in by_process], self.job.folder / NAME)
+        for mine in by_process[1:]:  # their trackers are silent
+            for folder, facts in mine:
+                for line in lines_of(folder / NAME):
+                    track(self.accelerator, line, f"layers_{_span(facts['layers'])}")
         seconds = max(sum(facts["seconds"] for _, facts in mine) for mine in by_process)
         resumed = sorted({step for _, facts in states for step in facts["resumed_at_steps"]})
         return Trained({index: layers[index] for index in sorted(layers)}, self.steps, self.tokens, seconds, resumed)

@@ -12,17 +12,17 @@ WIDE = 130  # characters, from which there is room for a bar
 
 
 class TrainingProgress:
-    """Tokens, tokens/s, mean FVU, dead share, where the time goes, time left. A context manager. name: of what is trained."""
+    """Tokens, tokens/s, mean FVU, dead share, where the time goes, time left. A context manager. name: of what is trained, or empty."""
 
     def __init__(self, name: str, tokens: int, done: int = 0, quiet: bool = False) -> None:
-        self.total, self.quiet, self.name = tokens, quiet, name
+        self.total, self.quiet, self.name = tokens, quiet, f"training {name}".rstrip()
         self.console = Console(stderr=True)
         self.live = not quiet and self.console.is_terminal
         self.start, self.last_line, self.done_before = time.monotonic(), time.monotonic(), done
         columns = (BarColumn(bar_width=20),) if self.console.width >= WIDE else ()
         # one column of text: where the terminal is narrow, its end is cut off, and what matters most stands first
         self.bar = Progress(TextColumn("{task.fields[line]}"), *columns, console=self.console, disable=not self.live)
-        self.task = self.bar.add_task("training", total=tokens, completed=done, line=f"training{name}")
+        self.task = self.bar.add_task("training", total=tokens, completed=done, line=self.name)
         self.text = ""
 
     def __enter__(self) -> "TrainingProgress":
@@ -43,7 +43,7 @@ class TrainingProgress:
         now = time.monotonic()
         rate = (tokens - self.done_before) / max(now - self.start, 1e-9)
         left = _clock((self.total - tokens) / max(rate, 1e-9))
-        line = f"training{self.name} {tokens / self.total:.0%}, {left} left, {rate:,.0f} tokens/s, {self.text}".rstrip(", ")
+        line = f"{self.name} {tokens / self.total:.0%}, {left} left, {rate:,.0f} tokens/s, {self.text}".rstrip(", ")
         self.bar.update(self.task, completed=tokens, line=line)
         if not self.live and self.text and (now - self.last_line > LINE_SECONDS or tokens >= self.total):
             self.last_line = now

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mxd_convert.training.log import NAME, append_line, cut_log
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.progress import TrainingProgress
 from mxd_convert.training.state import load_state, save_state
+from mxd_convert.training.tracking import track
 from mxd_convert.training.window import Window
 
 SAVE_SECONDS = 60.0
@@ -62,11 +64,24 @@ def learn(
     return loss.detach()
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One of this process's passes over the text. layers: what it trains, in words. number: from 1. of: how many there are."""
+
+    layers: str
+    number: int
+    of: int
+
+    @property
+    def title(self) -> str:
+        """For the progress; empty where there is but one pass, over all layers."""
+        return f"{self.layers} (pass {self.number} of {self.of})" if self.of > 1 else self.layers
+
+
 class Stage:
     """Trains the layers of `source.sites` together. Goes on from the state in `folder` if there is one.
 
-    together: whether the accelerator's processes share out every batch; else this process is on its own. name: for the progress.
-    before, total: tokens trained on in earlier stages of this process, and in all of them.
+    together: whether the accelerator's processes share out every batch; else this process is on its own.
     """
 
     def __init__(
@@ -78,16 +93,14 @@ class Stage:
         accelerator: Accelerator,
         together: bool,
         quiet: bool,
-        name: str,
-        before: int,
-        total: int,
+        this: Pass,
     ) -> None:
         train = recipe.train
         assert train.lr is not None
         assert train.warmup_steps is not None
         assert train.schedule is not None
         self.recipe, self.source, self.folder, self.accelerator = recipe, source, folder, accelerator
-        self.together, self.quiet, self.name, self.before, self.total = together, quiet, name, before, total
+        self.together, self.quiet, self.this = together, quiet or not accelerator.is_main_process, this
         self.writes = accelerator.is_main_process or not together
         self.device = accelerator.device
         self.steps, self.step_tokens = source.steps, source.rows_a_step * source.blocks.context
@@ -122,13 +135,14 @@ class Stage:
         """Runs to the end. Raises KeyboardInterrupt, after saving, when told to; InputError where a loss is not finite."""
         if self.done == self.steps:
             return
-        quiet = self.quiet or not self.accelerator.is_main_process
-        if self.done and not quiet:
-            print(f"resumed at step {self.done}{self.name}", file=sys.stderr, flush=True)
+        if self.done and not self.quiet:
+            of = f" of {self.this.title}" if self.this.title else ""
+            print(f"resumed at step {self.done:,} of {self.steps:,}{of}", file=sys.stderr, flush=True)
         start, before = time.monotonic(), self.seconds
         last_log, last_step = start, self.done
-        tokens = self.before + self.done * self.step_tokens
-        with TrainingProgress(self.name, self.total, tokens, quiet) as progress:
+        a_pass = self.steps * self.step_tokens
+        tokens = (self.this.number - 1) * a_pass + self.done * self.step_tokens
+        with TrainingProgress(self.this.title, self.this.of * a_pass, tokens, self.quiet) as progress:
             while self.done < self.steps:
                 self._step(self.done, interrupt)
                 self.done += 1
@@ -188,7 +202,7 @@ class Stage:
                     summed = self._sum_over_processes(tensor.double())
                     setattr(window, name, summed > 0 if name == "alive" else summed)
             figures[str(index)] = window.figures()
-            if not torch.stack(self.losses[index]).isfinite().all():
+            if self._sum_over_processes((~torch.stack(self.losses[index]).isfinite()).sum()) > 0:
                 raise self._not_finite(index)
             window.clear()
             self.losses[index].clear()
@@ -203,10 +217,7 @@ class Stage:
         if self.writes:
             append_line(self.log_path, line)
         fvu, dead = (sum(layer[key] for layer in figures.values()) / len(figures) for key in ("fvu", "dead_fraction"))
-        if self.recipe.train.tracker != "none":
-            flat = {f"layer_{index}/{name}": value for index, layer in figures.items() for name, value in layer.items()}
-            step = self.before // self.step_tokens + self.done
-            self.accelerator.log({"lr": lr, "tokens_per_second": rate, "mean_fvu": fvu, **flat}, step=step)
+        track(self.accelerator, line, self.this.layers.replace(" ", "_"))
         return fvu, dead
 
     def _shares(self, seconds: float) -> dict[str, float]:
@@ -220,10 +231,12 @@ class Stage:
         step = self.done - len(losses) + (finite.index(False) if False in finite else len(losses) - 1) + 1
         good = [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json")]
         kept = f"; the last good state is that of step {max(good)}" if good else ""
-        return InputError(
+        error = InputError(
             f"layer {index}: the loss is not finite at step {step}{kept}. Lower train.lr ({self.recipe.train.lr:g}) or lengthen"
             f" train.warmup_steps ({self.recipe.train.warmup_steps}), and start over with --fresh"
         )
+        error.told = not self.writes  # all processes that share out a batch find it
+        return error
 
     def _save_is_due(self) -> bool:
         """A minute after the last save, or later where saving would take more than a twentieth of the time."""

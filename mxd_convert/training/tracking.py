@@ -1,0 +1,39 @@
+"""TensorBoard, wandb and trackio through accelerate: every layer's figures, at the steps of its own training."""
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from mxd_convert.recipe import Recipe
+
+
+def start_tracker(accelerator: Accelerator, recipe: Recipe, name: str) -> None:
+    """wandb and trackio have projects with named runs; TensorBoard has a folder a run, under `logs` beside the output."""
+    tracker = recipe.train.tracker
+    if tracker == "none":
+        return
+    project = name if tracker == "tensorboard" else "mxd-convert"
+    run = {} if tracker == "tensorboard" else {tracker: {"name": name}}
+    accelerator.init_trackers(project, config={"recipe": recipe.to_yaml()}, init_kwargs=run)
+    if tracker == "wandb" and accelerator.is_main_process:  # its own steps only rise: a second pass's would be dropped
+        accelerator.get_tracker("wandb").run.define_metric("*", step_metric="step")
+
+
+def track(accelerator: Accelerator, line: dict[str, Any], name: str = "") -> None:
+    """Sends a line of the training log. name: of the pass, where there are several."""
+    layers = line["layers"]
+    values = {f"layer_{index}/{key}": value for index, figures in layers.items() for key, value in figures.items()}
+    mean = sum(figures["fvu"] for figures in layers.values()) / len(layers)
+    whole = {"lr": line["lr"], "tokens_per_second": line["tokens_per_second"], "mean_fvu": mean}
+    values |= {f"{name}/{key}" if name else key: value for key, value in whole.items()}
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log({**values, "step": line["step"]})
+        else:
+            tracker.log(values, step=line["step"])
+
+
+def finish_tracker(accelerator: Accelerator) -> None:
+    """Ends the tracker's run. accelerate's `end_training` would end the processes' ties too."""
+    for tracker in accelerator.trackers:
+        tracker.finish()

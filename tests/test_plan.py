@@ -1,0 +1,99 @@
+"""What `plan` says before work: products counted against torch's own counter, passes, shares, refusals."""
+
+import pytest
+import torch
+from conftest import small_recipe
+from torch.utils.flop_counter import FlopCounterMode
+
+import mxd_convert
+from mxd_convert import convert
+from mxd_convert.base import load_base
+from mxd_convert.errors import InputError
+from mxd_convert.harvest import harvest
+from mxd_convert.layers import normalised_mse
+from mxd_convert.plan import check_processes, flops_per_token, shares
+from mxd_convert.training.stage import make_layer
+
+TOKENS = 64
+
+
+@pytest.fixture
+def planned(models, text, tmp_path):
+    def make(family="gpt2", **sections) -> mxd_convert.Plan:
+        return mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models[family], text, tmp_path / "out", **sections)))
+
+    return make
+
+
+def counted(work) -> float:
+    """Products with weights that torch counts, for one token."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    operations = counter.get_flop_counts()["Global"]
+    return sum(count for name, count in operations.items() if "mm" in str(name)) / TOKENS
+
+
+def forward_of(plan, last: int) -> float:
+    base = load_base(plan.recipe.base)
+    base.config._attn_implementation = "sdpa"  # whose scores are then an operation of their own, not counted here
+    sites = [site for site in plan.sites if site.index <= last]
+    ids_BT = torch.randint(0, plan.vocabulary, (2, TOKENS // 2))
+    return counted(lambda: harvest(base, sites, ids_BT))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize("layer", [{}, {"skip": True, "hidden": 20}, {"sparsity": "l1"}])
+def test_the_products_are_those_that_torch_counts(planned, family, layer):
+    plan = planned(family, layers=[0, 1], layer=layer)
+    [first, second] = plan.layers
+    module = make_layer(plan.recipe, plan.sites[0], first.experts)
+
+    def step() -> None:
+        x_BI = torch.randn(TOKENS, first.d_in)
+        codes = module.encode(x_BI)
+        normalised_mse(module.combine(x_BI, codes), torch.randn(TOKENS, first.d_out), torch.ones(TOKENS).bool()).backward()
+
+    # what torch's counter does not know: sums over rows, of active experts only
+    sparse = 0 if plan.recipe.layer.sparsity == "l1" else 2 * first.k * first.d_in + 6 * first.k * first.d_out
+    expected = 2 * (counted(step) + sparse) + forward_of(plan, 1)
+    assert flops_per_token(plan, [[0, 1]]) == expected
+    apart = flops_per_token(plan, [[0], [1]]) - flops_per_token(plan, [[0, 1]])
+    assert apart == forward_of(plan, 0)
+    assert second.parameters == first.parameters
+
+
+def test_sequential_order_reads_the_text_again_for_every_layer(planned):
+    settings = {"layers": "all", "train": {"order": "sequential"}}
+    local = planned(**settings)
+    passes = [[0], [1], [2]]
+    parallel = flops_per_token(planned(layers="all"), passes)
+    layer = local.layers[0]
+    mlp = 2 * layer.d_in * layer.d_hidden + 2 * layer.d_hidden * layer.d_out
+    mxd = mlp + 2 * layer.d_in * layer.experts + 2 * layer.k * layer.d_out
+    below = 3 * (mxd - mlp)  # of layer 0 for the second, of 0 and 1 for the third
+    assert flops_per_token(local, passes) == parallel + below
+    teacher = flops_per_token(planned(layers="all", train={"order": "sequential", "target": "teacher"}), passes)
+    assert teacher - flops_per_token(local, passes) == 2 * sum(sum(local.depth_weights[: last + 1]) for last in (1, 2))
+
+
+def test_layers_are_shared_out_in_neighbours(planned):
+    plan = planned(layers="all", train={"distribute": "layers"})
+    assert shares(plan, 1) == [[0, 1, 2]]
+    assert shares(plan, 2) in ([[0], [1, 2]], [[0, 1], [2]])
+    assert shares(plan, 3) == [[0], [1], [2]]
+    assert sorted(index for share in shares(plan, 5) for index in share) == [0, 1, 2]
+
+
+def test_more_processes_than_blocks_in_a_batch_are_refused(planned):
+    plan = planned()
+    check_processes(plan, 8)
+    with pytest.raises(InputError, match=r"train.batch_tokens: 256 tokens are 8 blocks of 32, fewer than the 9 processes"):
+        check_processes(plan, 9)
+    check_processes(planned(train={"distribute": "layers"}), 9)
+
+
+@pytest.mark.parametrize(("layer", "words"), [({}, r"layer.experts \(24\)"), ({"experts": "auto"}, r"layer.expansion \(32\)")])
+def test_refusals_name_the_key_that_decides_the_number_of_experts(models, text, tmp_path, layer, words):
+    settings = {"layer": layer, "train": {"memory_gib": 0.1}}
+    with pytest.raises(InputError, match=rf"train.memory_gib: 0.1 GiB.* lower {words}"):
+        convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)
