@@ -16,6 +16,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": ("quickstart", {}),
     "quickstart, bf16 moments, one layer a pass": ("quickstart", {"train__moments": "bf16", "train__memory_gib": 0.6}),
     "quickstart, 64 x, batches of 4,096": ("quickstart", {"layer__expansion": 64, "train__batch_tokens": 4096}),
+    "quickstart, batches of 16,384": ("quickstart", {"train__batch_tokens": 16_384}),
+    "quickstart, batches of 65,536": ("quickstart", {"train__batch_tokens": 65_536, "data__tokens": 400_000}),
     "stories260k": ("stories260k", {}),
     "prose-neox, K = 8": (
         "stories260k",
@@ -39,7 +41,9 @@ def _wide_base(folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "quickstart-lm")
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=768, n_layer=2, n_head=12, n_positions=256)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, n_embd=768, n_layer=2, n_head=12, n_positions=256
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     keys = {"base__model": str(folder), "layer__hidden": None, "layer__experts": 21_490, "layer__k": 32, "data__tokens": 20_000}

@@ -139,6 +139,16 @@ def test_the_loss_is_the_papers():
     assert torch.isfinite(normalised_mse(y_hat, torch.zeros(9, 5)))
 
 
+def test_the_losses_gradient_is_autograds():
+    y_hat, y = torch.randn(9, 5, dtype=torch.float64, requires_grad=True), torch.randn(9, 5, dtype=torch.float64)
+    weight = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 0, 1], dtype=torch.float64)
+    for kept in (None, weight):
+        [ours] = torch.autograd.grad(3 * normalised_mse(y_hat, y, kept), y_hat)
+        each = (y_hat - y).square().mean(-1) / y.norm(dim=-1)
+        [expected] = torch.autograd.grad(3 * (each.mean() if kept is None else (each * kept).sum() / kept.sum()), y_hat)
+        assert torch.allclose(ours, expected, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize(
     ("d_in", "d_hidden", "glu", "expected"),
     [(768, 3072, False, 21_504), (1024, 4096, False, 28_672), (2048, 8192, False, 57_344), (3072, 8192, True, 86_015)],

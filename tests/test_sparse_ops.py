@@ -93,6 +93,16 @@ def test_gradients_kept_by_row_are_the_same_in_any_piece(case):
         parameter.grad = None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+def test_gate_values_are_those_of_linear(tokens, dtype):
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((tokens, 48), (301, 48), (301,)))
+    exact = x.double() @ weight.double().T + bias.double()
+    made = reference.gate_values(x, weight, bias)
+    assert (made.dtype, made.shape) == (dtype, (tokens, 301))
+    assert ((made - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-4).all()
+
+
 @pytest.mark.parametrize("width", [1, 31, 1780, 4096, 5000, 21_490])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top_k_is_exact(width, dtype):

@@ -17,10 +17,12 @@ from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.data import block_order, prepare
 from mxd_convert.errors import InputError, is_out_of_memory
 from mxd_convert.harvest import harvest
+from mxd_convert.layers import MxD
 from mxd_convert.plan import estimate, groups
 from mxd_convert.recipe import Recipe
 from mxd_convert.surgery import replaced
 from mxd_convert.training.activations import Activations, Source, buffer_steps
+from mxd_convert.training.window import Window
 
 CPU = torch.device("cpu")
 
@@ -127,6 +129,30 @@ def test_sequential_inputs_and_both_targets(source):
         target = original.outputs.flatten(0, 1) if teacher else mlp(moved)
         dealt = rows(*(torch.cat([batch[part] for batch in batches]) for part in (0, 1)))
         assert np.abs(dealt - rows(moved, target)).max() < 1e-5
+
+
+def test_the_logs_figures_are_those_of_float64():
+    layer = MxD(6, 8, 5, n_experts=7, k=2)
+    window = Window.empty(layer, CPU)
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets, counts, active = [], [], [], []
+    for tokens in (600, 1, 300):
+        output_BO, target_BO = (
+            torch.randn(tokens, 5, generator=generator) + 30 for _ in range(2)
+        )  # far from zero, as some outputs are
+        counted_B = torch.rand(tokens, generator=generator) > 0.1
+        codes = layer.encode(torch.randn(tokens, 6, generator=generator))
+        window.add(torch.tensor(0.5), output_BO, target_BO, codes, counted_B)
+        for found, tensor in ((outputs, output_BO), (targets, target_BO), (counts, counted_B), (active, codes[0] > 0)):
+            found.append(tensor)
+    counted = torch.cat(counts)
+    output, target = (torch.cat(parts).double()[counted] for parts in (outputs, targets))
+    figures = window.figures()
+    assert figures["fvu"] == pytest.approx(
+        ((output - target).square().sum() / (target - target.mean(0)).square().sum()).item(), rel=1e-4
+    )
+    assert figures["l0"] == pytest.approx(torch.cat(active)[counted].sum().item() / len(output))
+    assert figures["loss"] == pytest.approx(0.5)
 
 
 def test_groups_that_fit_the_budget_end_as_one_pass(models, text, tmp_path):

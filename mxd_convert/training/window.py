@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mxd_convert.layers import MxD
 
+FEW = 256  # tokens, whose sum may be taken in float32
+
 
 @dataclass
 class Window:
@@ -32,14 +34,15 @@ class Window:
     def add(
         self, loss: Tensor, output_BO: Tensor, target_BO: Tensor, codes: tuple[Tensor, Tensor] | Tensor, counted_B: Tensor
     ) -> None:
-        weight_B1 = counted_B.to(torch.float32).unsqueeze(-1)
-        tokens = weight_B1.sum(dtype=torch.float64)
+        weight_B = counted_B.double()
+        tokens = weight_B.sum()
         target_BO = target_BO.float()
         self.tokens += tokens
         self.loss += loss.double() * tokens
-        self.squared_error += ((output_BO.float() - target_BO).square() * weight_B1).sum(dtype=torch.float64)
-        self.output_sum += (target_BO * weight_B1).sum(0, dtype=torch.float64)
-        self.output_squares += (target_BO.square() * weight_B1).sum(dtype=torch.float64)
+        self.squared_error += _squares(output_BO.float() - target_BO) @ weight_B
+        for rows_BO, weights_B in zip(target_BO.split(FEW), counted_B.to(target_BO.dtype).split(FEW), strict=True):
+            self.output_sum += weights_B @ rows_BO
+        self.output_squares += _squares(target_BO) @ weight_B
         if isinstance(codes, Tensor):
             firing_BN = (codes > 0) & counted_B.unsqueeze(-1)
             self.active += firing_BN.sum()
@@ -66,3 +69,8 @@ class Window:
     def clear(self) -> None:
         for tensor in self.tensors().values():
             tensor.zero_()
+
+
+def _squares(rows_BO: Tensor) -> Tensor:
+    """The sum of squares of every row, in float64, from one pass over them in float32."""
+    return torch.linalg.vector_norm(rows_BO, dim=-1).double().square()

@@ -4,7 +4,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -92,7 +91,7 @@ class _SparseGate(torch.autograd.Function):
         rows = rows_a_chunk(x.device.type, len(weight_ND) * weight.element_size())
         for start in range(0, len(x), rows):
             chunk = slice(start, start + rows)
-            values_BK[chunk], indices_BK[chunk] = ops.top_k(F.linear(x[chunk], weight, bias), k)
+            values_BK[chunk], indices_BK[chunk] = ops.top_k(reference.gate_values(x[chunk], weight, bias), k)
         values_BK.relu_()
         ctx.save_for_backward(x_BD, weight_ND, values_BK, indices_BK)
         ctx.mark_non_differentiable(indices_BK)

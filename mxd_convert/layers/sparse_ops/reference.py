@@ -23,6 +23,16 @@ class Routing(NamedTuple):
     starts_N1: Tensor
 
 
+def gate_values(x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor) -> Tensor:
+    """`x weight^T + bias`, (B, N)."""
+    if x_BD.dtype == torch.bfloat16 and x_BD.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # in bfloat16 `linear` writes the bias to all of the result before the product is added to it; oneDNN adds it as it goes
+        fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if fused is not None:
+            return fused(x_BD, weight_ND, bias_N, "none", [], "")
+    return F.linear(x_BD, weight_ND, bias_N)
+
+
 def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
     """Sorts the pairs by expert. Stable, so that sums are always taken in the same order."""
     flat_M = indices_BK.flatten()
