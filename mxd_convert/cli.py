@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mxd_convert
-from mxd_convert.errors import InputError, is_disk_full
+from mxd_convert.errors import InputError, Stopped, is_disk_full
 from mxd_convert.processes import once_a_machine
 
 app = typer.Typer(
@@ -127,7 +128,10 @@ def run(
     """Convert a model: train the layers, put them in, evaluate, report."""
     with once_a_machine():  # a mistake in the recipe is told before torch is loaded
         loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
-    result = mxd_convert.convert(loaded, output, fresh=fresh)
+    try:
+        result = mxd_convert.convert(loaded, output, fresh=fresh)
+    except Stopped as stopped:
+        raise typer.Exit(INTERRUPTED_AND_TOLD if stopped.told else INTERRUPTED) from None
     if not result.main_process:
         return
     if as_json:
@@ -274,7 +278,8 @@ def _main(
 
 _debug = False
 INTERRUPTED = 130
-OTHERS_SPEAK = 10.0  # seconds at most; torchrun ends this process as soon as another one has ended
+INTERRUPTED_AND_TOLD = -130  # by another process
+OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
 
 
 def main() -> None:
@@ -283,14 +288,13 @@ def main() -> None:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
-        sys.exit(status)
+        sys.exit(INTERRUPTED if status == INTERRUPTED_AND_TOLD else status)
     except InputError as error:
         if _debug:
             traceback.print_exc()
-        if error.told:  # the first process to end is the last that torchrun lets speak
+        if error.told:  # torchrun ends all processes with the first, which must be the one that speaks; if none does, this one
             time.sleep(OTHERS_SPEAK)
-        else:
-            print(f"mxd-convert: {error}", file=sys.stderr)
+        print(f"mxd-convert: {error}", file=sys.stderr)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         without = ", without --fresh," if "--fresh" in sys.argv else ""
@@ -299,7 +303,8 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own, of a mistake in the options themselves
-            error.show()
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                error.show()
             sys.exit(error.exit_code)
         if _debug or not (is_disk_full(error) or (isinstance(error, OSError) and error.filename)):
             raise

@@ -17,6 +17,12 @@ class InputError(ValueError):
     told = False
 
 
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop, by Ctrl-C or SIGTERM, and has saved its state. told: as above."""
+
+    told = False
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that there is no space left, however it was wrapped (safetensors reports it in words)."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:

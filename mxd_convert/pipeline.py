@@ -4,8 +4,8 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from mxd_convert.base import Spread, load_base, load_tokenizer, model_sha256, quiet
 from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
 from mxd_convert.data import Blocks, check_vocabulary, prepare
-from mxd_convert.errors import InputError, disk_guard, memory_guard
+from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
 from mxd_convert.plan import (
     Plan,
@@ -78,7 +78,7 @@ def convert(
         plan = make_plan(recipe)
         accelerator = _accelerator(plan)
     run = _Conversion(plan, accelerator, fresh, quiet or not accelerator.is_main_process)
-    with lost_guard(accelerator.num_processes, accelerator.is_local_main_process), ExitStack() as stack:
+    with lost_guard(accelerator.num_processes), ExitStack() as stack:
         with run.agreed():
             report = run.place.finished()
         if report is not None:
@@ -89,14 +89,7 @@ def convert(
             if run.main:
                 stack.enter_context(run.place.locked())
         stack.enter_context(disk_guard(plan.output))
-        try:
-            return run.go()
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            if run.main:
-                run.place.forget()
-            raise
+        return run.go()
 
 
 class _Conversion:
@@ -107,6 +100,8 @@ class _Conversion:
         self.place = Workspace(plan.recipe, plan.output, fresh)
         self.output, self.work = self.place.output, self.place.work
         self.main = accelerator.is_main_process
+        self.word = ""  # of this run, where it has several processes
+        self.training = False
 
     def say(self, line: str) -> None:
         if not self.quiet:
@@ -116,8 +111,17 @@ class _Conversion:
         return agreed(self.accelerator.num_processes, self.accelerator.process_index)
 
     def go(self) -> Result:
+        try:
+            self._check_alike()
+            with self._telling_once():
+                return self._go()
+        except Exception:
+            if self.main and (not self.training or self.accelerator.num_processes == 1):  # else others may be writing there
+                self.place.forget()
+            raise
+
+    def _go(self) -> Result:
         settings, layer = self.recipe.base, self.recipe.layer
-        self._check_shared()
         with self.agreed():
             if self.main:
                 self._begin()
@@ -148,16 +152,38 @@ class _Conversion:
         for warning in self.plan.warnings:
             self.say(f"warning: {warning}")
 
-    def _check_shared(self) -> None:
-        """Raises InputError where the processes do not all see the same work folder."""
+    def _check_alike(self) -> None:
+        """Raises InputError where the processes don't all have the same recipe, or don't see the same work folder."""
         if self.accelerator.num_processes == 1:
             return
-        [word] = broadcast_object_list([uuid.uuid4().hex])
+        [self.word, recipe] = broadcast_object_list([uuid.uuid4().hex, self.recipe.model_dump()])
         if self.main:
-            self.place.show(word)
+            self.place.show(self.word)
         self.accelerator.wait_for_everyone()
         with self.agreed():
-            self.place.check_shown(word)
+            self.place.check_shown(self.word)
+            if recipe != self.recipe.model_dump():
+                raise InputError(
+                    "recipe: not the same in all processes, once its paths and the base's revision are resolved; give all of them the same"
+                    " files under the same paths, and base.revision as a commit"
+                )
+
+    @contextmanager
+    def _telling_once(self) -> Iterator[None]:
+        """What several processes find wrong, or one of them and then the others for want of it, is told by the first."""
+        try:
+            with lost_guard(self.accelerator.num_processes):
+                yield
+        except InputError as error:
+            error.told = error.told or not self._first_to_tell()
+            raise
+        except KeyboardInterrupt:
+            stopped = Stopped()
+            stopped.told = not self._first_to_tell()
+            raise stopped from None
+
+    def _first_to_tell(self) -> bool:
+        return self.accelerator.num_processes == 1 or self.place.first_to_tell(self.word)
 
     def _finish(self, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
         settings = self.recipe.base
@@ -186,11 +212,13 @@ class _Conversion:
         )
 
     def _train(self, blocks: Blocks) -> Trained | None:
-        start_tracker(self.accelerator, self.recipe, self.output.name)
         plan = self.plan
         processes = self.accelerator.num_processes
         [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
-        base = load_base(self.recipe.base, spread=self._spread(room))
+        with self.agreed():
+            start_tracker(self.accelerator, self.recipe, self.output.name)
+            base = load_base(self.recipe.base, spread=self._spread(room))
+        self.training = True
         trained = train_layers(
             Job(
                 self.recipe,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from mxd_convert.errors import InputError
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited")
+_LOST = ("connection closed", "connection reset", "broken pipe", "connection refused", "remote process exited", "socket timeout")
 
 
 @contextmanager
@@ -52,22 +52,18 @@ def _gathered(processes: int, word: str | None) -> list[str | None]:
 
 
 @contextmanager
-def lost_guard(processes: int, first_of_machine: bool) -> Iterator[None]:
+def lost_guard(processes: int) -> Iterator[None]:
     """Turns the errors of talking to a process that is no more into an InputError."""
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or processes == 1 or not _is_lost(error):
             raise
-        lost = InputError(
-            "another process of this run has ended before its time; put right what it says, and give the same command again:"
-            " it goes on from its last saved state"
-        )
-        lost.told = not first_of_machine
-        raise lost from error
+        raise InputError(
+            f"another process of this run has ended before its time ({str(error).splitlines()[0]:.120}); put right what it says, and give"
+            " the same command again: it goes on from its last saved state"
+        ) from error
 
 
 def _is_lost(error: Exception) -> bool:
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST))
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST)

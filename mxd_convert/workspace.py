@@ -23,7 +23,8 @@ from mxd_convert.recipe import Recipe, is_local
 
 MARK = "fingerprint"  # names the recipe, base and text that a work folder belongs to
 REPLACING = "replacing"  # there while a finished output is made anew
-SHARED = "processes"  # what all processes of a run must see
+SHARED = "processes"  # holds a run's word, which all its processes must see
+TOLD = "told-"  # before that word: one of them has said why the run ended
 
 
 class Workspace:
@@ -78,17 +79,20 @@ class Workspace:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Within it, no other run works on this output. The lock goes with the process, however it ends."""
+        lock = FileLock(self.work / "lock", timeout=0)
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.work / "lock", timeout=0)
-            with lock:
-                yield
+            lock.acquire()
         except Timeout:
             raise InputError(
                 f"output.dir: {self.output} is in use by another run; wait for it, or choose another output.dir"
             ) from None
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise InputError(f"output.dir: {error.filename or self.output} can't be written; choose another output.dir") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim(self) -> None:
         """Makes the work folder this recipe's: cleared if `fresh`, refused where it belongs to another."""
@@ -112,7 +116,9 @@ class Workspace:
             (self.work / REPLACING).touch()
 
     def show(self, word: str) -> None:
-        """Leaves a word for the run's other processes."""
+        """Leaves the run's word for its other processes."""
+        for old in self.work.glob(f"{TOLD}*"):
+            old.unlink(missing_ok=True)
         (self.work / SHARED).write_text(word)
 
     def check_shown(self, word: str) -> None:
@@ -122,6 +128,16 @@ class Workspace:
             raise InputError(
                 f"output.dir: {self.output} is not on a file system that all processes see; choose another output.dir, on one that they do"
             )
+
+    def first_to_tell(self, word: str) -> bool:
+        """Whether this process, of those that found something wrong in the run of that word, is the first; it may speak."""
+        try:
+            (self.work / f"{TOLD}{word}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def has_state(self) -> bool:
         """Whether anything has been trained here."""
@@ -168,7 +184,9 @@ class Workspace:
 def _is_ours(folder: Path) -> bool:
     """Whether a work folder is one of ours: it has our mark, or nothing but what comes before the mark."""
     before = {"lock", f"{MARK}.tmp", SHARED}
-    return folder.is_dir() and ((folder / MARK).is_file() or {path.name for path in folder.iterdir()} <= before)
+    return folder.is_dir() and (
+        (folder / MARK).is_file() or all(path.name in before or path.name.startswith(TOLD) for path in folder.iterdir())
+    )
 
 
 def _clear(folder: Path, keep: tuple[str, ...]) -> None:

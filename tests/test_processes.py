@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_p
     cut.terminate()
     _, errors = cut.communicate(timeout=60)
     assert cut.returncode != 0
+    assert errors.count("mxd-convert: interrupted") == errors.count("mxd-convert: ") == 1, errors
     assert not (tmp_path / "two").exists(), "the signal came too late to show anything"
     done = two_processes(recipe)
     output, errors = done.communicate(timeout=120)
@@ -141,10 +143,15 @@ HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun ends with a traceback
         ({"data": {"train": {"path": "{text}", "text": "txt"}}}, "no text in the field 'txt'"),
         ({"output": {"dir": "{text}"}}, "is a file; choose another output.dir"),
         ({"train": {"lr": 1e30}}, "the loss is not finite"),
+        ({"train": {"lr": 1e30, "distribute": "layers"}, "layers": "all"}, "the loss is not finite"),
+        ({"base": {"model": "{damaged}"}}, "is truncated or damaged"),
     ],
 )
 def test_what_is_wrong_is_told_once_whatever_the_number_of_processes(models, text, tmp_path, change, words):
-    settings = json.loads(json.dumps(change).replace("{text}", str(text)))
+    damaged = Path(shutil.copytree(models["gpt_neox"], tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    settings = json.loads(json.dumps(change).replace("{text}", str(text)).replace("{damaged}", str(damaged)))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "out", **settings)))
     done = two_processes(recipe)
@@ -152,6 +159,8 @@ def test_what_is_wrong_is_told_once_whatever_the_number_of_processes(models, tex
     assert done.returncode != 0
     assert errors.count("mxd-convert: ") == errors.count(words) == 1, errors
     assert HOUSE not in errors, errors
+    work = tmp_path / "out.partial"
+    assert not work.exists() or (work / "fingerprint").is_file()  # nothing is left that a later run would not know as its own
 
 
 def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_path):

@@ -49,7 +49,7 @@ class Accelerator:
 def test_wandb_whose_steps_only_rise_gets_them_as_a_figure():
     others = [Tracker("trackio"), Tracker("wandb")]
     track(Accelerator(*others), LINE)
-    track(Accelerator(*others), {**LINE, "step": 4}, "layers_3-4")
+    track(Accelerator(*others), {**LINE, "step": 4}, "layers 3-4")
     values = {"layer_3/fvu": 0.5, "layer_4/fvu": 0.25}
     whole = {"lr": 0.1, "tokens_per_second": 5.0, "mean_fvu": 0.375}
     of_a_pass = {f"layers_3-4/{key}": value for key, value in whole.items()}

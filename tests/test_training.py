@@ -1,6 +1,7 @@
 """Passes and groups, the shuffled buffer, sequential order, memory guards."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from mxd_convert.layers import MxD
 from mxd_convert.plan import estimate, groups
 from mxd_convert.recipe import Recipe
 from mxd_convert.surgery import replaced
+from mxd_convert.training import state
 from mxd_convert.training.activations import Activations, Source, buffer_steps
+from mxd_convert.training.log import merge_logs, split_log
 from mxd_convert.training.window import Window
 
 CPU = torch.device("cpu")
@@ -191,6 +194,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
 def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_path, monkeypatch, capsys, moments):
     settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    start = time.monotonic()
     recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
     plan = mxd_convert.make_plan(mxd_convert.load_recipe(recipe))
     two, one = (estimate(plan, plan.layers[:count]).training / 2**30 for count in (2, 1))
@@ -201,6 +205,7 @@ def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_
     assert [folder.name for folder in (tmp_path / "cut.partial" / "state").iterdir()] == ["layers-0-1"]
     done = convert(recipe, overrides={"train.memory_gib": one})
     assert done.report["cost"]["resumed_at_steps"] == [14]
+    assert 0 < done.report["cost"]["train_seconds"] < time.monotonic() - start  # the time of a group that is split counts once
     errors = capsys.readouterr().err
     for layer in (0, 1):  # the group no longer fitted: its layers go on one by one
         assert f"resumed at step 14 of 32 of layer {layer} (pass {layer + 1} of 3)" in errors
@@ -211,6 +216,53 @@ def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_
         lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
         logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("cut", ["save_state", "split_log", "remove_state"])
+def test_a_split_that_is_cut_off_is_done_again(models, text, tmp_path, monkeypatch, cut):
+    """At every call of a part of it; then with the first budget again, or with a smaller one."""
+    settings = {"layers": "all", "data": {"tokens": 8192}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
+    plan = mxd_convert.make_plan(mxd_convert.load_recipe(recipe))
+    two, one = (estimate(plan, plan.layers[:count]).training / 2**30 for count in (2, 1))
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 13)
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe, overrides={"train.memory_gib": two}, quiet=True)
+    make, calls = getattr(state, cut), []
+
+    def killed(*given):
+        calls.append(1)
+        if len(calls) == (1 if cut == "remove_state" else 2):
+            raise KeyboardInterrupt
+        return make(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, cut, killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe, overrides={"train.memory_gib": one}, quiet=True)
+    assert len(list((tmp_path / "cut.partial" / "state").iterdir())) > 1
+    done = convert(recipe, overrides={"train.memory_gib": two}, quiet=True)
+    ours, theirs = (load_file(result.output / "model.safetensors") for result in (done, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [
+        [json.loads(line)["layers"] for line in (made.output / "training_log.jsonl").read_text().splitlines()]
+        for made in (done, whole)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_part_of_a_group_has_its_own_rate(tmp_path):
+    (tmp_path / "whole").write_text(
+        json.dumps({"step": 4, "tokens_per_second": 100.0, "layers": {"0": {}, "1": {}, "2": {}}}) + "\n"
+    )
+    split_log(tmp_path / "whole", tmp_path / "a", [0])
+    split_log(tmp_path / "whole", tmp_path / "b", [1, 2])
+    merge_logs([[tmp_path / "a", tmp_path / "b"]], tmp_path / "merged")
+    merge_logs([[tmp_path / "a"], [tmp_path / "b"]], tmp_path / "beside")
+    rates = [json.loads((tmp_path / name).read_text())["tokens_per_second"] for name in ("a", "b", "merged", "beside")]
+    assert rates == [300.0, 150.0, 100.0, 150.0]
 
 
 def test_a_budget_below_one_layer_is_refused(models, text, tmp_path, refused, recipe):

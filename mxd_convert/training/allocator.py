@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-_MOST, _USUAL = 2**31 - 1, 2**25
+_MOST, _USUAL = 2**31 - 1, 2**23
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, lines_of, merge_logs
 from mxd_convert.training.presets import steps_of
 from mxd_convert.training.stage import Pass, Stage, make_layer
-from mxd_convert.training.state import groups_with_state, load_state, split_state
+from mxd_convert.training.state import groups_with_state, load_state, remove_leftovers, remove_state, split_state
 from mxd_convert.training.tracking import track
 
 
@@ -108,11 +108,20 @@ class _Training:
         with Interrupt() as interrupt:
             for number, group in enumerate(groups, before + 1):
                 self._train_group(group, number, before + len(groups), interrupt)
+                if self._is_told(interrupt):  # during the last step, which has been saved
+                    raise KeyboardInterrupt
         if not self.together and self.accelerator.num_processes > 1:
             if not self.job.quiet:
                 print("waiting for the other processes' layers", file=sys.stderr, flush=True)
             self.accelerator.wait_for_everyone()
         return self._collect() if self.accelerator.is_main_process else None
+
+    def _is_told(self, interrupt: Interrupt) -> bool:
+        """Whether to stop: this process, or any that share out the batches with it."""
+        if not self.together:
+            return interrupt.told
+        told = torch.tensor(int(interrupt.told), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, "sum"))
 
     def _earlier(self) -> tuple[list[list[int]], list[list[int]]]:
         """The groups that an earlier call of this run has finished, and those that it was in the middle of."""
@@ -126,7 +135,12 @@ class _Training:
 
     def _split_begun(self) -> None:
         """Splits the groups that were cut off where they no longer fit, or belong to several processes now: each part goes on."""
-        for group in sorted(self._earlier()[1], key=len, reverse=True):  # the whole before parts of it that a kill has left
+        remove_leftovers(self.states)
+        begun = self._earlier()[1]
+        for group in begun:
+            if any(set(group) < set(other) for other in begun):  # of a split that was cut off: it is done again
+                remove_state(self._folder(group))
+                continue
             shares = [self.job.shares[0]] if self.together else self.job.shares
             parts = [part for share in shares for part in self.job.grouped([index for index in group if index in share])]
             if parts != [group]:
@@ -159,11 +173,15 @@ class _Training:
             self.accelerator,
             self.together,
             self.job.quiet,
-            Pass(f"layer{'s' if len(group) > 1 else ''} {_span(group)}" if len(group) < len(self.sites) else "", number, passes),
+            Pass(self._named(group), number, passes),
         )
         stage.train(interrupt)
         if train.order == "sequential":
             self._put_below(stage.layers)
+
+    def _named(self, group: list[int]) -> str:
+        """For the progress and the trackers: empty where the group is all that is trained."""
+        return "" if len(group) == len(self.sites) else f"layer{'s' if len(group) > 1 else ''} {_span(group)}"
 
     def _put_below(self, layers: dict[int, MxD]) -> None:
         """Layers already converted as the checkpoint will have them: in the base's precision; in place, since their state is saved."""
@@ -194,10 +212,10 @@ class _Training:
         shares = self.job.shares[:1] if self.together else self.job.shares
         by_process = [[state for state in states if state[1]["layers"][0] in share] for share in shares]
         merge_logs([[folder / NAME for folder, _ in mine] for mine in by_process], self.job.folder / NAME)
-        for mine in by_process[1:]:  # their trackers are silent
-            for folder, facts in mine:
-                for line in lines_of(folder / NAME):
-                    track(self.accelerator, line, f"layers_{_span(facts['layers'])}")
+        for folder, facts in states:
+            for line in lines_of(folder / NAME):
+                if any(first < line["step"] <= last for first, last in facts["unsent"]):
+                    track(self.accelerator, line, self._named(facts["layers"]))
         seconds = max(sum(facts["seconds"] for _, facts in mine) for mine in by_process)
         resumed = sorted({step for _, facts in states for step in facts["resumed_at_steps"]})
         return Trained({index: layers[index] for index in sorted(layers)}, self.steps, self.tokens, seconds, resumed)

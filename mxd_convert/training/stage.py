@@ -123,9 +123,10 @@ class Stage:
         self.activations = Activations(source, self.device)
         self.log_path = folder / NAME
         self.resumed_at: list[int] = []
-        self.done = 0
+        self.unsent: list[list[int]] = []  # steps, from after to, that a process without a tracker took
+        self.done = self.began = 0
         self.seconds = 0.0
-        self.stopping = False
+        self.stopping = self.saving = False
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self._restore()
 
@@ -154,13 +155,11 @@ class Stage:
                     last_log, last_step = now, self.done
                     progress.figures(*self._log(rate), self._shares(time.monotonic() - start))
                 progress.update(tokens)
-                due = self.done % self.recipe.train.checkpoint_every == 0 or self._save_is_due()
+                due = self.done % self.recipe.train.checkpoint_every == 0 or self.saving
                 if due or self.done == self.steps or self.stopping:
                     self._save()
                 if self.stopping:
                     raise KeyboardInterrupt
-        if interrupt.told and not self.together:  # during the last step, which has been saved
-            raise KeyboardInterrupt
 
     def _step(self, step: int, interrupt: Interrupt) -> None:
         batch = self.activations.batch(step)
@@ -179,13 +178,14 @@ class Stage:
         self.optimiser.step(step)
 
     def _agree(self, counted: Tensor, interrupt: Interrupt) -> Tensor:
-        """The tokens that count in all processes. With the same message they agree on stopping, if any of them was told to."""
+        """The tokens that count in all processes. With the same message they agree on saving after this step, and on stopping then."""
+        saving = self.writes and self._save_is_due()
         if not self.together:
-            self.stopping = interrupt.told
+            self.saving, self.stopping = saving, interrupt.told
             return counted
-        told = torch.tensor(int(interrupt.told), device=self.device)
-        total, stop = self._sum_over_processes(torch.stack([counted, told]))
-        self.stopping = bool(stop)
+        flags = (torch.tensor(int(flag), device=self.device) for flag in (saving, interrupt.told))
+        total, save, stop = self._sum_over_processes(torch.stack([counted, *flags]))
+        self.saving, self.stopping = bool(save), bool(stop)
         return total.clamp_min(1)
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Stage:
         if self.writes:
             append_line(self.log_path, line)
         fvu, dead = (sum(layer[key] for layer in figures.values()) / len(figures) for key in ("fvu", "dead_fraction"))
-        track(self.accelerator, line, self.this.layers.replace(" ", "_"))
+        track(self.accelerator, line, self.this.layers)
         return fvu, dead
 
     def _shares(self, seconds: float) -> dict[str, float]:
@@ -240,8 +240,6 @@ class Stage:
 
     def _save_is_due(self) -> bool:
         """A minute after the last save, or later where saving would take more than a twentieth of the time."""
-        if self.together:  # each has a clock of its own; they save by the step alone
-            return False
         return time.monotonic() - self.saved_at > max(SAVE_SECONDS, 20 * self.save_seconds)
 
     def _save(self) -> None:
@@ -262,6 +260,7 @@ class Stage:
                 "steps": self.steps,
                 "seconds": self.seconds,
                 "resumed_at_steps": self.resumed_at,
+                "unsent": self.unsent + ([] if self.accelerator.is_main_process else [[self.began, self.done]]),
                 "layers": list(self.layers),
             }
             save_state(self.folder, self.done, tensors, facts, self.recipe.fingerprint())
@@ -287,6 +286,6 @@ class Stage:
                     tensor.copy_(tensors[f"{index}/window/{name}"])
             self.optimiser.restore(self.names, tensors)
         self.seconds = facts["seconds"]
-        self.resumed_at = [*facts["resumed_at_steps"], self.done]
+        self.resumed_at, self.unsent, self.began = [*facts["resumed_at_steps"], self.done], facts["unsent"], self.done
         if self.writes:
             cut_log(self.log_path, self.done)

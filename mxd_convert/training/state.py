@@ -18,6 +18,8 @@ from torch import Tensor
 from mxd_convert.errors import disk_guard
 from mxd_convert.training.log import NAME, split_log
 
+_REMOVED = "removed-"
+
 
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
@@ -85,7 +87,8 @@ def groups_with_state(root: Path, fingerprint: str) -> Iterator[tuple[Path, dict
 def split_state(folder: Path, parts: dict[Path, list[int]], fingerprint: str) -> None:
     """Makes several states out of that of a group of layers, each for some of them in a folder of its own, and removes the group's.
 
-    parts: layer indices by folder. Cut off in between, the group's state is still there and is split again.
+    parts: layer indices by folder. Cut off in between, the group's state is still there and is split again. The time it took is
+    shared out by the number of layers.
     """
     found = load_state(folder, fingerprint)
     assert found is not None
@@ -96,5 +99,20 @@ def split_state(folder: Path, parts: dict[Path, list[int]], fingerprint: str) ->
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
         part.mkdir(parents=True)
         split_log(folder / NAME, part / NAME, indices)
-        save_state(part, step, own, {**facts, "layers": indices}, fingerprint)
-    shutil.rmtree(folder)
+        share = len(indices) / len(facts["layers"])
+        save_state(part, step, own, {**facts, "layers": indices, "seconds": share * facts["seconds"]}, fingerprint)
+    remove_state(folder)
+
+
+def remove_state(folder: Path) -> None:
+    """Removes a group's state: in one moment, whatever cuts it off."""
+    aside = folder.with_name(f"{_REMOVED}{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """What a removal that was cut off has left."""
+    for folder in root.glob(f"{_REMOVED}*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -20,11 +20,12 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe, name: str) -> None:
 
 
 def track(accelerator: Accelerator, line: dict[str, Any], name: str = "") -> None:
-    """Sends a line of the training log. name: of the pass, where there are several."""
+    """Sends a line of the training log. name: what the pass trains, where there are several."""
     layers = line["layers"]
     values = {f"layer_{index}/{key}": value for index, figures in layers.items() for key, value in figures.items()}
     mean = sum(figures["fvu"] for figures in layers.values()) / len(layers)
     whole = {"lr": line["lr"], "tokens_per_second": line["tokens_per_second"], "mean_fvu": mean}
+    name = name.replace(" ", "_")
     values |= {f"{name}/{key}" if name else key: value for key, value in whole.items()}
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":

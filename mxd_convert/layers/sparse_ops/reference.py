@@ -1,5 +1,6 @@
 """The primitives in torch: the CPU's path, and what the kernels are held against."""
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -25,12 +26,18 @@ class Routing(NamedTuple):
 
 def gate_values(x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor) -> Tensor:
     """`x weight^T + bias`, (B, N)."""
-    if x_BD.dtype == torch.bfloat16 and x_BD.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # in bfloat16 `linear` writes the bias to all of the result before the product is added to it; oneDNN adds it as it goes
-        fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-        if fused is not None:
-            return fused(x_BD, weight_ND, bias_N, "none", [], "")
+    if x_BD.dtype == torch.bfloat16 and x_BD.device.type == "cpu" and _fuses_bias():
+        # `linear` would write the bias to all of the result before the product is added to it; oneDNN adds it as it goes
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x_BD, weight_ND, bias_N, "none", [], "")
+        return made
     return F.linear(x_BD, weight_ND, bias_N)
+
+
+@functools.cache
+def _fuses_bias() -> bool:
+    """Whether oneDNN has products in bfloat16 on this CPU; torch's own compiler asks the same before it uses them."""
+    mkldnn = torch.ops.mkldnn
+    return hasattr(mkldnn, "_linear_pointwise") and bool(mkldnn._is_mkldnn_bf16_supported())
 
 
 def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
