@@ -16,7 +16,7 @@ from rich.table import Table
 
 import mxd_convert
 from mxd_convert.errors import InputError, Stopped, is_disk_full
-from mxd_convert.processes import once_a_machine
+from mxd_convert.processes import once_a_machine, part
 
 app = typer.Typer(
     name="mxd-convert",
@@ -132,6 +132,7 @@ def run(
         result = mxd_convert.convert(loaded, output, fresh=fresh)
     except Stopped as stopped:
         raise typer.Exit(INTERRUPTED_AND_TOLD if stopped.told else INTERRUPTED) from None
+    part()
     if not result.main_process:
         return
     if as_json:
@@ -288,7 +289,10 @@ def main() -> None:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
-        sys.exit(INTERRUPTED if status == INTERRUPTED_AND_TOLD else status)
+        if status == INTERRUPTED_AND_TOLD:
+            time.sleep(OTHERS_SPEAK / 10)  # what it says is short
+            status = INTERRUPTED
+        sys.exit(status)
     except InputError as error:
         if _debug:
             traceback.print_exc()

@@ -1,6 +1,7 @@
 """Several processes that work on one run (torchrun, accelerate launch): where one fails all of them end, and it is told once."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,6 +50,13 @@ def _gathered(processes: int, word: str | None) -> list[str | None]:
 
     found: list[str | None] = gather_object([word])
     return found
+
+
+def part() -> None:
+    """Ends this process's ties to the others, at the end of a run that went well: left to the interpreter's exit, gloo's threads may abort it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager

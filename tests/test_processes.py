@@ -37,6 +37,27 @@ def two_processes(recipe: Path) -> subprocess.Popen:
     return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def wait_for_states(output: Path, count: int = 1) -> None:
+    """Until a run has saved that many states."""
+    deadline = time.monotonic() + 90
+    while len(list((output.parent / f"{output.name}.partial" / "state").glob("*/step-*.json"))) < count:
+        assert time.monotonic() < deadline, "no state was saved"
+        time.sleep(0.005)
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    tensors, others = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+def finish_in_two(recipe: Path, folder: Path) -> None:
+    """Goes on with a run in two processes, to its end."""
+    done = two_processes(recipe)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert json.loads((folder / "mxd_report.json").read_text())["cost"]["resumed_at_steps"]
+
+
 def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_path):
     """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
     settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
@@ -44,9 +65,7 @@ def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_p
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))
     cut = two_processes(recipe)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "two.partial" / "state").glob("*/step-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for_states(tmp_path / "two")
     cut.terminate()
     _, errors = cut.communicate(timeout=60)
     assert cut.returncode != 0
@@ -80,8 +99,7 @@ def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp
     assert done.returncode == 0, errors
     assert "over 2 processes" in errors
     assert output.count("verdict") == 1
-    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_weights(tmp_path / "two", one.output)
     logs = [[json.loads(line) for line in (tmp_path / n / "training_log.jsonl").read_text().splitlines()] for n in ("one", "two")]
     for single, double in zip(*logs, strict=True):
         assert double["layers"] == single["layers"]
@@ -98,20 +116,13 @@ def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(models, t
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
     alone = subprocess.Popen([sys.executable, "-m", "mxd_convert.cli", "run", str(recipe)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "two.partial" / "state").glob("*/step-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for_states(tmp_path / "two")
     alone.kill()
     alone.wait()
     settings["train"] = {**settings["train"], "distribute": "layers"}
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
-    done = two_processes(recipe)
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
-    report = json.loads((tmp_path / "two" / "mxd_report.json").read_text())
-    assert report["cost"]["resumed_at_steps"]
-    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    finish_in_two(recipe, tmp_path / "two")
+    assert_same_weights(tmp_path / "two", one.output)
 
 
 def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
@@ -120,19 +131,12 @@ def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
     cut = two_processes(recipe)
-    deadline = time.monotonic() + 90
-    while len(list((tmp_path / "two.partial" / "state").glob("*/step-*.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for_states(tmp_path / "two", 3)
     subprocess.run(["pkill", "-KILL", "-f", str(recipe)], check=False)
     cut.communicate(timeout=60)
     assert not (tmp_path / "two").exists(), "the kill came too late to show anything"
-    done = two_processes(recipe)
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
-    report = json.loads((tmp_path / "two" / "mxd_report.json").read_text())
-    assert report["cost"]["resumed_at_steps"]
-    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    finish_in_two(recipe, tmp_path / "two")
+    assert_same_weights(tmp_path / "two", one.output)
 
 
 HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun ends with a traceback of its own; none of ours may be there
@@ -170,9 +174,7 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_pa
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "out", **settings)))
     run = two_processes(recipe)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "out.partial" / "state").glob("*/step-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_states(tmp_path / "out")
     second = next(process for process in psutil.Process(run.pid).children() if process.environ().get("LOCAL_RANK") == "1")
     second.kill()
     _, errors = run.communicate(timeout=60)

@@ -1,7 +1,6 @@
 """Passes and groups, the shuffled buffer, sequential order, memory guards."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -167,13 +166,7 @@ def test_groups_that_fit_the_budget_end_as_one_pass(models, text, tmp_path):
     assert groups(plan, [0, 1, 2], room - 1) == [[0], [1], [2]]
     settings["train"] = {"memory_gib": room / 2**30}
     split = convert(small_recipe(models["llama"], text, tmp_path / "split", **settings), quiet=True)
-    ours, theirs = (load_file(result.output / "model.safetensors") for result in (split, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    logs = []
-    for result in (split, whole):
-        lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
-        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
-    assert logs[0] == logs[1]
+    assert_the_same(split, whole)
     assert split.report["recipe_sha256"] == whole.report["recipe_sha256"]  # how the work is done does not make another recipe
 
 
@@ -190,46 +183,50 @@ def interrupt_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(stage.Stage, "_step", interrupted)
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16"])
-def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_path, monkeypatch, capsys, moments):
-    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments}}
-    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
-    start = time.monotonic()
-    recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
-    plan = mxd_convert.make_plan(mxd_convert.load_recipe(recipe))
-    two, one = (estimate(plan, plan.layers[:count]).training / 2**30 for count in (2, 1))
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, 13)
-        with pytest.raises(KeyboardInterrupt):
-            convert(recipe, overrides={"train.memory_gib": two}, quiet=True)
-    assert [folder.name for folder in (tmp_path / "cut.partial" / "state").iterdir()] == ["layers-0-1"]
-    done = convert(recipe, overrides={"train.memory_gib": one})
-    assert done.report["cost"]["resumed_at_steps"] == [14]
-    assert 0 < done.report["cost"]["train_seconds"] < time.monotonic() - start  # the time of a group that is split counts once
-    errors = capsys.readouterr().err
-    for layer in (0, 1):  # the group no longer fitted: its layers go on one by one
-        assert f"resumed at step 14 of 32 of layer {layer} (pass {layer + 1} of 3)" in errors
-    ours, theirs = (load_file(result.output / "model.safetensors") for result in (done, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def assert_the_same(ours: mxd_convert.Result, theirs: mxd_convert.Result) -> None:
+    """Weights to the bit; the log too, but for tokens a second."""
+    tensors, others = (load_file(result.output / "model.safetensors") for result in (ours, theirs))
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
     logs = []
-    for result in (done, whole):
+    for result in (ours, theirs):
         lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
         logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("cut", ["save_state", "split_log", "remove_state"])
-def test_a_split_that_is_cut_off_is_done_again(models, text, tmp_path, monkeypatch, cut):
-    """At every call of a part of it; then with the first budget again, or with a smaller one."""
-    settings = {"layers": "all", "data": {"tokens": 8192}}
-    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
-    recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
+def begin(monkeypatch, recipe: dict) -> tuple[float, float]:
+    """Cuts a run off at step 14 of the pass over its first two layers; gives the budgets, GiB, that hold two layers, and one."""
     plan = mxd_convert.make_plan(mxd_convert.load_recipe(recipe))
     two, one = (estimate(plan, plan.layers[:count]).training / 2**30 for count in (2, 1))
     with monkeypatch.context() as patched:
         interrupt_at(patched, 13)
         with pytest.raises(KeyboardInterrupt):
             convert(recipe, overrides={"train.memory_gib": two}, quiet=True)
+    return two, one
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_path, monkeypatch, capsys, moments):
+    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
+    _, one = begin(monkeypatch, recipe)
+    assert [folder.name for folder in (tmp_path / "cut.partial" / "state").iterdir()] == ["layers-0-1"]
+    done = convert(recipe, overrides={"train.memory_gib": one})
+    assert done.report["cost"]["resumed_at_steps"] == [14]
+    errors = capsys.readouterr().err
+    for layer in (0, 1):  # the group no longer fitted: its layers go on one by one
+        assert f"resumed at step 14 of 32 of layer {layer} (pass {layer + 1} of 3)" in errors
+    assert_the_same(done, whole)
+
+
+@pytest.mark.parametrize("cut", ["save_state", "split_log", "remove_state"])
+def test_a_split_that_is_cut_off_is_done_again(models, text, tmp_path, monkeypatch, cut):
+    """While the second part's state or log is written, or before the group's is removed; then the first budget holds again."""
+    settings = {"layers": "all", "data": {"tokens": 8192}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
+    two, one = begin(monkeypatch, recipe)
     make, calls = getattr(state, cut), []
 
     def killed(*given):
@@ -244,13 +241,7 @@ def test_a_split_that_is_cut_off_is_done_again(models, text, tmp_path, monkeypat
             convert(recipe, overrides={"train.memory_gib": one}, quiet=True)
     assert len(list((tmp_path / "cut.partial" / "state").iterdir())) > 1
     done = convert(recipe, overrides={"train.memory_gib": two}, quiet=True)
-    ours, theirs = (load_file(result.output / "model.safetensors") for result in (done, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    logs = [
-        [json.loads(line)["layers"] for line in (made.output / "training_log.jsonl").read_text().splitlines()]
-        for made in (done, whole)
-    ]
-    assert logs[0] == logs[1]
+    assert_the_same(done, whole)
 
 
 def test_a_part_of_a_group_has_its_own_rate(tmp_path):
@@ -263,6 +254,17 @@ def test_a_part_of_a_group_has_its_own_rate(tmp_path):
     merge_logs([[tmp_path / "a"], [tmp_path / "b"]], tmp_path / "beside")
     rates = [json.loads((tmp_path / name).read_text())["tokens_per_second"] for name in ("a", "b", "merged", "beside")]
     assert rates == [300.0, 150.0, 100.0, 150.0]
+
+
+def test_the_time_of_a_group_that_is_split_counts_once(tmp_path):
+    tensors = {f"{index}/weight": torch.full((2,), float(index)) for index in (1, 2, 11)}
+    state.save_state(tmp_path / "whole", 7, tensors, {"layers": [1, 2, 11], "seconds": 6.0}, "print")
+    state.split_state(tmp_path / "whole", {tmp_path / "a": [1], tmp_path / "b": [2, 11]}, "print")
+    assert not (tmp_path / "whole").exists()
+    for part, indices, seconds in (("a", [1], 2.0), ("b", [2, 11], 4.0)):
+        step, own, facts = state.load_state(tmp_path / part, "print")
+        assert (step, facts["layers"], facts["seconds"]) == (7, indices, seconds)
+        assert {name: tensor.tolist() for name, tensor in own.items()} == {f"{i}/weight": [i, i] for i in indices}
 
 
 def test_a_budget_below_one_layer_is_refused(models, text, tmp_path, refused, recipe):

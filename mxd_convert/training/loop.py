@@ -214,7 +214,7 @@ class _Training:
         merge_logs([[folder / NAME for folder, _ in mine] for mine in by_process], self.job.folder / NAME)
         for folder, facts in states:
             for line in lines_of(folder / NAME):
-                if any(first < line["step"] <= last for first, last in facts["unsent"]):
+                if any(first < line["step"] <= last for first, last in facts.get("unsent", [])):
                     track(self.accelerator, line, self._named(facts["layers"]))
         seconds = max(sum(facts["seconds"] for _, facts in mine) for mine in by_process)
         resumed = sorted({step for _, facts in states for step in facts["resumed_at_steps"]})

@@ -286,6 +286,7 @@ class Stage:
                     tensor.copy_(tensors[f"{index}/window/{name}"])
             self.optimiser.restore(self.names, tensors)
         self.seconds = facts["seconds"]
-        self.resumed_at, self.unsent, self.began = [*facts["resumed_at_steps"], self.done], facts["unsent"], self.done
+        self.resumed_at, self.began = [*facts["resumed_at_steps"], self.done], self.done
+        self.unsent = facts.get("unsent", [])
         if self.writes:
             cut_log(self.log_path, self.done)
