@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -35,6 +36,14 @@ SetOption = Annotated[
 ]
 BaseOption = Annotated[Optional[str], typer.Option("--base", metavar="PATH", help="The base model, where not the recorded one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+class Positions(Enum):
+    """Where steering acts."""
+
+    all = "all"
+    prompt = "prompt"
+    generation = "generation"
 
 
 def _console() -> Console:
@@ -77,15 +86,17 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
         return
     table = _table("layer", "in > hidden > out", "activation", "experts", "active", "parameters", "of the MLP")
     for layer in made.layers:
-        kind = f"{layer.activation}, GLU" if layer.glu else layer.activation
-        widths = f"{layer.d_in:,} > {layer.d_hidden:,} > {layer.d_out:,}"
-        counts = (f"{count:,}" for count in (layer.experts, layer.k, layer.parameters, layer.mlp_parameters))
-        table.add_row(str(layer.index), widths, kind, *counts)
+        shape = layer.shape
+        activation = f"{shape.activation}, GLU" if shape.glu else shape.activation
+        widths = " > ".join(f"{width:,}" for width in (shape.d_in, shape.d_hidden, shape.d_out) if width)
+        counts = (f"{count:,}" for count in (shape.n_experts, shape.k, layer.parameters, layer.mlp_parameters))
+        table.add_row(str(layer.index), widths, activation, *counts)
     out = _console()
     out.print(table)
     train, memory, speed = made.recipe.train, outlook.memory, outlook.speed
     growth = made.converted_parameters / made.base_parameters
     out.print(f"model     {made.base_parameters:,} parameters, {made.converted_parameters:,} converted ({growth:.2f} x)")
+    out.print(f"kind      {made.recipe.layer.kind}")
     out.print(f"training  {made.steps:,} steps of {train.batch_tokens:,} tokens; {train.preset} preset: lr {train.lr:g}", end="")
     out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}")
     work, total = outlook.flops_per_token / 1e6, outlook.flops_per_token * made.tokens / 1e12
@@ -182,8 +193,8 @@ def _print_figures(report: dict[str, Any]) -> None:
             "-" if layer["recovered_zero"] is None else f"{layer['recovered_zero']:.1%}",
             f"{layer['fvu']:.3f}",
             f"{layer['fvu_in_place_local']:.3f}",
-            f"{layer['l0']:.1f}",
-            f"{layer['dead_fraction']:.1%}",
+            "-" if layer["l0"] is None else f"{layer['l0']:.1f}",
+            "-" if layer["dead_fraction"] is None else f"{layer['dead_fraction']:.1%}",
             *("-" if value is None else f"{value:.2f}" for value in figures),
         )
     out.print(table)
@@ -246,15 +257,22 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     steer: Annotated[
         Optional[list[str]],
-        typer.Option("--steer", metavar="LAYER:EXPERT:+C", help="Add C to an expert's coefficient; repeatable."),
+        typer.Option(
+            "--steer",
+            metavar="LAYER:EXPERT:+C",
+            help="Add C to an expert's coefficient (=C sets it, xC scales it, off ablates it); repeatable.",
+        ),
     ] = None,
+    positions: Annotated[
+        Positions, typer.Option("--positions", help="Where it is steered: everywhere, in the prompt, or in what is written.")
+    ] = Positions.all,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", help="0: the most likely token each time.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, steered if asked."""
-    steering = [mxd_convert.parse_steering(text) for text in steer or []]
+    steering = [mxd_convert.parse_steering(text, positions.value) for text in steer or []]
     text = mxd_convert.generate(checkpoint, prompt, steering, max_new_tokens, temperature, seed)
     if as_json:
         _print_json({"prompt": prompt, "steering": steering, "text": text})

@@ -1,40 +1,48 @@
 """Text from a converted checkpoint, steered if asked."""
 
 import re
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mxd_convert.base import load_tokenizer, quiet
 from mxd_convert.checkpoint import load_checkpoint
 from mxd_convert.errors import InputError
-from mxd_convert.evaluation.steering import steer
+from mxd_convert.evaluation.steering import steered
 
 MOST = 1e6  # of a temperature or a coefficient: beyond it the arithmetic overflows
+_HOW = {"+": "add", "-": "add", "": "add", "=": "set", "x": "scale"}
 
 
-def parse_steering(text: str) -> tuple[int, int, float]:
-    """`"2:17:+10"` -> (layer 2, expert 17, add 10.0). Raises InputError."""
-    match = re.fullmatch(r"\s*(\d+):(\d+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text)
+def parse_steering(text: str, positions: str = "all") -> dict[str, Any]:
+    """`"2:17:+10"` -> {"layer": 2, "expert": 17, "add": 10.0, "positions": "all"}; `=5` sets, `x0.5` scales, `off` ablates. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+):(\d+):(?:(off)|([-+=x]?)(-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))\s*", text)
     if match is None:
-        raise InputError(f"--steer {text}: write it as LAYER:EXPERT:AMOUNT, for example --steer 2:17:+10")
-    if not abs(float(match[3])) <= MOST:
+        raise InputError(
+            f"--steer {text}: write it as LAYER:EXPERT:AMOUNT, for example --steer 2:17:+10 (=10 sets, x0.5 scales, off ablates)"
+        )
+    order: dict[str, Any] = {"layer": int(match[1]), "expert": int(match[2])}
+    if match[3]:
+        return {**order, "ablate": True, "positions": positions}
+    amount = -float(match[5]) if match[4] == "-" else float(match[5])
+    if not abs(amount) <= MOST:
         raise InputError(f"--steer {text}: the amount is beyond {MOST:g}")
-    return int(match[1]), int(match[2]), float(match[3])
+    return {**order, _HOW[match[4]]: amount, "positions": positions}
 
 
 def generate(
     checkpoint: str | Path,
     prompt: str,
-    steering: list[tuple[int, int, float]] | None = None,
+    steering: Sequence[Mapping[str, Any]] = (),
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
     """The prompt continued by a converted checkpoint.
 
-    steering: (layer, expert, amount added to its coefficient). temperature: 0 takes the most likely token each time.
+    steering: orders as `parse_steering` makes them. temperature: 0 takes the most likely token each time.
     Raises InputError.
     """
     if max_new_tokens < 1:
@@ -58,9 +66,6 @@ def generate(
         )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with ExitStack() as stack:
-        stack.enter_context(quiet())
-        for layer, expert, amount in steering or []:
-            stack.enter_context(steer(model, layer, expert, add=amount))
+    with quiet(), steered(model, steering):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -21,6 +21,7 @@ from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
 from mxd_convert.data import Blocks, check_vocabulary, prepare
 from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
+from mxd_convert.layers import Shape
 from mxd_convert.plan import (
     Plan,
     base_room,
@@ -206,7 +207,7 @@ class _Conversion:
         resolved, processes = self.recipe.train, self.accelerator.num_processes
         many = f" over {processes} processes;" if processes > 1 else ""
         return (
-            f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {layers[0].experts:,} experts each, {layers[0].k} active;"
+            f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {_kind(layers[0].shape)};"
             f" {self.plan.steps:,} steps of {resolved.batch_tokens:,} tokens (lr {resolved.lr:g}, {resolved.schedule});"
             f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
@@ -224,7 +225,7 @@ class _Conversion:
                 self.recipe,
                 base,
                 plan.sites,
-                plan.experts,
+                plan.shapes,
                 blocks,
                 self.work,
                 self.accelerator,
@@ -273,6 +274,11 @@ class _Conversion:
         write_plots(folder, report, folder / "training_log.jsonl")
         write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _kind(shape: Shape) -> str:
+    name = shape.kind.replace("_", " ")
+    return f"{name}, {shape.n_experts:,} experts each, {shape.k} active" if shape.has_experts else name
 
 
 def _accelerator(plan: Plan) -> Accelerator:

@@ -67,11 +67,12 @@ class Data(Section):
 
 class Layer(Section):
     kind: Literal["mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate"] = "mxd"
-    """What replaces the MLP."""
+    """What replaces the MLP: an MxD, or one of what it is compared with: a TopK transcoder, one with a linear path beside it, the MxD with constant
+    gain, or with a gate that is drawn at random and not trained."""
     k: Positive = 32
-    """Active experts a token."""
+    """Active experts (a transcoder's latents) a token."""
     experts: Positive | Literal["auto"] = "auto"
-    """Number of experts; auto matches the parameters of a transcoder of width `expansion` x the MLP's input width."""
+    """Number of experts or latents; auto: as many as make no more parameters than a plain transcoder of `expansion` x the MLP's input width has."""
     expansion: Positive = 32
     """Width of the transcoder whose parameters `experts: auto` matches, in multiples of the MLP's input width."""
     hidden: Positive | None = None
@@ -86,6 +87,10 @@ class Layer(Section):
     """Add a linear path from the MLP's input to its output beside the experts."""
 
     @property
+    def has_skip(self) -> bool:
+        return self.skip or self.kind == "skip_transcoder"
+
+    @property
     def size_key(self) -> str:
         """The key that decides how many experts there are, by its full name."""
         return "layer.expansion" if self.experts == "auto" else "layer.experts"
@@ -96,8 +101,16 @@ class Layer(Section):
         return self.expansion if self.experts == "auto" else self.experts
 
     @model_validator(mode="after")
+    def _one_name_a_thing(self) -> "Layer":
+        if self.kind == "transcoder" and self.skip:
+            raise ValueError(
+                "layer.skip: a transcoder with a linear path is layer.kind: skip_transcoder; set that, or layer.skip: false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _k_fits(self) -> "Layer":
-        if isinstance(self.experts, int) and self.k > self.experts:
+        if isinstance(self.experts, int) and self.k > self.experts and self.kind != "dense_twin":
             raise ValueError(f"layer.k: {self.k} active experts of only {self.experts}; lower layer.k or raise layer.experts")
         return self
 
@@ -233,7 +246,6 @@ def _sha256(content: dict[str, Any]) -> str:
 
 # Keys of the contract whose other values belong to parts that are still to come: refused in one line, never ignored.
 _AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "layer.kind": (("mxd",), "baselines"),
     "output.onnx": ((False,), "ONNX export"),
     "output.dashboard": ((False,), "dashboard"),
     "output.push_to": ((None,), "publishing"),

@@ -13,30 +13,22 @@ from mxd_convert.architectures import architecture_of
 from mxd_convert.base import quiet, untied_tensors
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import modeling_mxd
-from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION, config_class
+from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION, KINDS, config_class
 
 _NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "mxd")
 
 
-def describe(layer: modeling_mxd.MxD) -> dict[str, Any]:
+def describe(layer: modeling_mxd.FactoredLayer) -> dict[str, Any]:
     """A layer's entry in config.json: what it takes to build it again."""
-    return {
-        "kind": "mxd",
-        "d_in": layer.d_in,
-        "d_hidden": layer.d_hidden,
-        "d_out": layer.d_out,
-        "n_experts": layer.n_experts,
-        "k": layer.k,
-        "activation": layer.activation,
-        "glu": layer.glu,
-        "sparsity": layer.sparsity,
-        "skip": layer.skip is not None,
-        "dropout": layer.dropout.p,
-    }
+    entry: dict[str, Any] = {"kind": layer.kind}
+    sizes, settings = KINDS[layer.kind]
+    entry |= {key: getattr(layer, key) for key in ("d_in", "d_hidden", "d_out", "n_experts", "k") if key in sizes}
+    values = {"skip": layer.skip is not None, "dropout": layer.dropout.p}
+    return entry | {key: values[key] if key in values else getattr(layer, key) for key in settings}
 
 
-def convert(base: Any, layers: Mapping[int, modeling_mxd.MxD], origin: dict[str, Any] | None = None) -> Any:
-    """The base model with MxD layers in place of MLPs, as a model of its own class; `base` itself is left as it is.
+def convert(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], origin: dict[str, Any] | None = None) -> Any:
+    """The base model with MxD layers (or another kind) in place of MLPs, as a model of its own class; `base` itself is left as it is.
 
     layers: by layer index. origin: the base's model id, revision and tensor hash, kept in config.json. Everything but the
     replaced MLPs is the base's own tensors, in the base's dtype; the layers are cast to it.
@@ -136,7 +128,7 @@ class Constant(nn.Module):
         return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1)
 
 
-def permuted_experts(layer: modeling_mxd.MxD, order_N: Tensor) -> Any:
+def permuted_experts(layer: modeling_mxd.FactoredLayer, order_N: Tensor) -> Any:
     """A context in which expert n of `layer` is what expert `order[n]` was, while the gate stays."""
 
     @contextmanager

@@ -34,7 +34,7 @@ def test_init_writes_a_commented_recipe_that_reads_back(mxd, models, tmp_path):
     status, _, err = mxd("init", models["llama"], "--output", path)
     assert status == 0, err
     content = path.read_text()
-    assert "# Active experts a token." in content
+    assert "# Active experts (a transcoder's latents) a token." in content
     assert "llama, 3 layers, width 32" in content
     recipe = load_recipe(path)
     assert recipe == load_recipe({"base": {"model": str(models["llama"])}})
@@ -165,7 +165,7 @@ def test_generate_and_steer(mxd, converted):
     assert plain["text"].startswith("The value")
     assert steered["text"] != plain["text"]
     assert nothing["text"] == plain["text"]
-    assert steered["steering"] == [[0, 3, 500.0]]
+    assert steered["steering"] == [{"layer": 0, "expert": 3, "add": 500.0, "positions": "all"}]
 
 
 @torch.no_grad()

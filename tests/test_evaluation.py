@@ -47,7 +47,7 @@ def test_shares_equal_least_squares(sparsity):
     codes = layer.encode(x)
     s = (codes if sparsity == "l1" else codes[0]).sum(-1).double().numpy()
     u = layer.decoder(layer.hidden(x)).double().numpy()
-    product = layer.gain(codes).double().numpy() * u
+    product = layer.gain_of(codes).double().numpy() * u
     total = ((product - product.mean(0)) ** 2).sum()
     gate = sum(least_squares_residual([u[:, o]], product[:, o]) for o in range(5)) / total
     identity = sum(least_squares_residual([u[:, o], s * u[:, o]], product[:, o]) for o in range(5)) / total

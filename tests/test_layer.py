@@ -1,11 +1,13 @@
 """The layer equals the explicit sum over its experts, starts as in the paper, and learns by the paper's loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from mxd_convert.layers import MxD, matched_experts, mxd_parameters, normalised_mse, transcoder_parameters
-from mxd_convert.layers.mxd import project
+from mxd_convert.layers import MxD, Shape, new_layer, normalised_mse
+from mxd_convert.layers.trainable import normalise, project
 
 I, H, O, N, K = 7, 11, 5, 13, 4
 
@@ -121,7 +123,8 @@ def test_the_start_is_the_papers():
 
 def test_the_constraint_on_the_experts():
     layer = random_layer()
-    layer.normalise_experts()
+    with torch.no_grad():
+        normalise(layer.experts)
     rows, gradient = layer.experts.detach(), torch.randn_like(layer.experts)
     before = gradient.clone()
     project(gradient, rows)
@@ -154,17 +157,33 @@ def test_the_losses_gradient_is_autograds():
     [(768, 3072, False, 21_504), (1024, 4096, False, 28_672), (2048, 8192, False, 57_344), (3072, 8192, True, 86_015)],
 )
 def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
-    assert matched_experts(d_in, d_hidden, d_in, glu) == expected
-    matched = mxd_parameters(d_in, d_hidden, d_in, expected, glu)
-    room = transcoder_parameters(d_in, d_in, 32 * d_in)
-    assert matched <= room < mxd_parameters(d_in, d_hidden, d_in, expected + 1, glu)
+    shape = Shape("mxd", d_in, d_hidden, d_in, 0, 32, glu=glu).matched(32)
+    assert shape.n_experts == expected
+    width = 32 * d_in
+    room = width * (d_in + 1) + width * d_in + d_in  # a transcoder's encoder and decoder with a bias each
+    assert shape.parameters <= room < replace(shape, n_experts=expected + 1).parameters
+
+
+@pytest.mark.parametrize("kind", ["mxd", "random_gate", "transcoder", "skip_transcoder"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_all_kinds_are_matched_to_the_same_transcoder(kind, skip):
+    room = Shape("transcoder", 64, 0, 64, 32 * 64, 8).parameters
+    shape = Shape(kind, 64, 0 if "coder" in kind else 172, 64, 0, 8, skip=skip).matched(32)
+    assert room - (64 + 64 + 1) < shape.parameters <= room
+    assert Shape("dense_twin", 64, 172, 64, 0, 0).matched(32).n_experts == 0
 
 
 @pytest.mark.parametrize("settings", [{"glu": True}, {"skip": True}, {"sparsity": "l1"}, {}])
-def test_counted_parameters_are_those_of_the_layer(settings):
-    layer = MxD(I, H, O, N, K, **settings)
-    counted = mxd_parameters(I, H, O, N, settings.get("glu", False), settings.get("skip", False))
-    assert counted == sum(parameter.numel() for parameter in layer.parameters())
+@pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin"])
+def test_counted_parameters_are_those_of_the_layer(kind, settings):
+    shape = Shape(kind, I, H, O, *((0, 0) if kind == "dense_twin" else (N, K)), **settings)
+    assert shape.parameters == sum(parameter.numel() for parameter in new_layer(shape).parameters())
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
+def test_counted_parameters_of_transcoders(kind):
+    shape = Shape(kind, I, 0, O, N, K, skip=kind == "skip_transcoder")
+    assert shape.parameters == sum(parameter.numel() for parameter in new_layer(shape).parameters())
 
 
 @pytest.mark.parametrize(

@@ -42,19 +42,30 @@ def forward_of(plan, last: int) -> float:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
-@pytest.mark.parametrize("layer", [{}, {"skip": True, "hidden": 20}, {"sparsity": "l1"}])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {},
+        {"skip": True, "hidden": 20},
+        {"sparsity": "l1"},
+        *({"kind": kind} for kind in ("transcoder", "skip_transcoder", "dense_twin", "random_gate")),
+        {"kind": "transcoder", "sparsity": "l1"},
+    ],
+)
 def test_the_products_are_those_that_torch_counts(planned, family, layer):
     plan = planned(family, layers=[0, 1], layer=layer)
     [first, second] = plan.layers
-    module = make_layer(plan.recipe, plan.sites[0], first.experts)
+    shape = first.shape
+    module = make_layer(shape, 0, first.index)
 
     def step() -> None:
-        x_BI = torch.randn(TOKENS, first.d_in)
+        x_BI = torch.randn(TOKENS, shape.d_in)
         codes = module.encode(x_BI)
-        normalised_mse(module.combine(x_BI, codes), torch.randn(TOKENS, first.d_out), torch.ones(TOKENS).bool()).backward()
+        normalised_mse(module.combine(x_BI, codes), torch.randn(TOKENS, shape.d_out), torch.ones(TOKENS).bool()).backward()
 
     # what torch's counter does not know: sums over rows, of active experts only
-    sparse = 0 if plan.recipe.layer.sparsity == "l1" else 2 * first.k * first.d_in + 6 * first.k * first.d_out
+    rows = {"random_gate": 4 * shape.d_out}.get(shape.kind, 2 * shape.d_in + 6 * shape.d_out)
+    sparse = 0 if shape.sparsity == "l1" else shape.k * rows
     expected = 2 * (counted(step) + sparse) + forward_of(plan, 1)
     assert flops_per_token(plan, [[0, 1]]) == expected
     apart = flops_per_token(plan, [[0], [1]]) - flops_per_token(plan, [[0, 1]])
@@ -67,9 +78,9 @@ def test_sequential_order_reads_the_text_again_for_every_layer(planned):
     local = planned(**settings)
     passes = [[0], [1], [2]]
     parallel = flops_per_token(planned(layers="all"), passes)
-    layer = local.layers[0]
+    layer = local.layers[0].shape
     mlp = 2 * layer.d_in * layer.d_hidden + 2 * layer.d_hidden * layer.d_out
-    mxd = mlp + 2 * layer.d_in * layer.experts + 2 * layer.k * layer.d_out
+    mxd = mlp + 2 * layer.d_in * layer.n_experts + 2 * layer.k * layer.d_out
     below = 3 * (mxd - mlp)  # of layer 0 for the second, of 0 and 1 for the third
     assert flops_per_token(local, passes) == parallel + below
     teacher = flops_per_token(planned(layers="all", train={"order": "sequential", "target": "teacher"}), passes)

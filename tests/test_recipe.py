@@ -53,8 +53,11 @@ def test_mistakes_are_named_with_a_suggestion():
     refused({"base": "gpt2"}, "base")
 
 
+def test_a_kind_has_one_name():
+    refused({"layer": {"kind": "transcoder", "skip": True}}, "layer.skip", "skip_transcoder")
+
+
 def test_what_is_still_to_come_is_refused_not_ignored():
-    refused({"layer": {"kind": "transcoder"}}, "layer.kind", "not part of this version")
     refused({"output": {"onnx": True}}, "output.onnx", "set it to false")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxd_convert.modeling.modeling_mxd import MxD
+from mxd_convert.modeling.modeling_mxd import FactoredLayer
 
 
 class _Variance:
@@ -37,9 +37,9 @@ class _Variance:
 class LayerFigures:
     """Streams the figures of one layer. `add` takes the base's activations, `report` gives the numbers."""
 
-    def __init__(self, layer: MxD) -> None:
+    def __init__(self, layer: FactoredLayer) -> None:
         self.layer = layer
-        device = layer.experts.device
+        device = layer.output_bias.device
         self.masked, self.all = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
         self.local, self.teacher = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
         self.active = torch.zeros((), dtype=torch.float64, device=device)
@@ -53,7 +53,7 @@ class LayerFigures:
         layer = self.layer
         codes = layer.encode(x_BI)
         values = codes if isinstance(codes, Tensor) else codes[0]
-        gain_BO, linear_BO = layer.gain(codes).double(), layer.decoder(layer.hidden(x_BI)).double()
+        gain_BO, linear_BO = layer.gain_of(codes).double(), layer.linear(x_BI).double()
         product_BO = gain_BO * linear_BO
         output_BO = product_BO + layer.output_bias.double()
         if layer.skip is not None:
@@ -80,26 +80,31 @@ class LayerFigures:
         self.local.add(output_BO.double(), local_BO.double())
         self.teacher.add(output_BO.double(), teacher_BO.double())
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, float | None]:
+        """FVU and, of a layer with experts, how many are active a token and the share that never was."""
+        experts = self.layer.n_experts > 0
         return {
             "fvu": self.masked.fvu(),
             "fvu_with_bos": self.all.fvu(),
             "fvu_in_place_local": self.local.fvu(),
             "fvu_in_place_teacher": self.teacher.fvu(),
-            "l0": (self.active / max(self.masked.tokens, 1)).item(),
-            "dead_fraction": 1.0 - self.fired_N.double().mean().item(),
+            "l0": (self.active / max(self.masked.tokens, 1)).item() if experts else None,
+            "dead_fraction": 1.0 - self.fired_N.double().mean().item() if experts else None,
         }
 
-    def shares(self) -> dict[str, float]:
+    def shares(self) -> dict[str, float | None]:
         """gate_share: share of the variance of g*u beyond the best constant gain. identity_share: beyond the best gain linear in s.
 
         Near 0 the gain is constant, so the experts do nothing; an identity share near 0 beside a gate share above it says that
-        the experts only turn the volume, whichever of them fire.
+        the experts only turn the volume, whichever of them fire. A transcoder's u is 1: its gate share is 1 by definition, its identity
+        share is not. None without experts.
         """
+        if self.layer.n_experts == 0:
+            return {"gate_share": None, "identity_share": None}
         return shares(self.moments, self.masked.tokens)
 
 
-def shares(moments: dict[str, Tensor], tokens: int) -> dict[str, float]:
+def shares(moments: dict[str, Tensor], tokens: int) -> dict[str, float | None]:
     mean = {name: value / max(tokens, 1) for name, value in moments.items()}
 
     def covariance(a: str, b: str) -> Tensor:

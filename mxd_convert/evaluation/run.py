@@ -25,7 +25,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
 from mxd_convert.evaluation.verdict import verdict
 from mxd_convert.harvest import recording
-from mxd_convert.modeling.modeling_mxd import MxD
+from mxd_convert.modeling.modeling_mxd import FactoredLayer
 from mxd_convert.recipe import EvalText
 from mxd_convert.surgery import Constant, permuted_experts, replaced
 
@@ -88,14 +88,13 @@ def evaluate_models(
     device: torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Fidelity and reliance of `converted` (with MxD layers at `sites`) against `base` on all of `blocks`, at most a block's rest left out."""
+    """Fidelity and reliance of `converted` (with layers of any kind at `sites`) against `base` on all of `blocks`."""
     device = device or torch.device("cpu")
     base, converted = base.to(device), converted.to(device)
-    layers: dict[int, MxD] = converted.mxd_layers()
+    layers: dict[int, FactoredLayer] = converted.mxd_layers()
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
-    variants = 3 + len(sites) * (3 + PERMUTATIONS)
-    with _progress(len(batches) * (1 + variants), quiet) as advance:
+    with _progress(len(batches) * (3 + sum(3 + _permutations(layer) for layer in layers.values())), quiet) as advance:
         figures = {index: LayerFigures(layer) for index, layer in layers.items()}
         for batch in batches:
             _activations(base, sites, blocks.take(batch).to(device), blocks, mask_bos, figures)
@@ -171,10 +170,10 @@ def _compare(
 
 
 def _variants(
-    base: Any, sites: list[Site], layers: dict[int, MxD], figures: dict[int, LayerFigures]
+    base: Any, sites: list[Site], layers: dict[int, FactoredLayer], figures: dict[int, LayerFigures]
 ) -> Iterator[tuple[str, Any]]:
     """(name, context) for every variant of the base model: ablations, and one layer converted at a time, as it is and permuted."""
-    zeros = {site.index: Constant(torch.zeros(site.d_out, device=layers[site.index].experts.device)) for site in sites}
+    zeros = {site.index: Constant(torch.zeros(site.d_out, device=layers[site.index].output_bias.device)) for site in sites}
     # the base's own mean output; of the tokens that count, so that a sink does not set it
     means = {site.index: Constant(figures[site.index].masked.mean_O().float()) for site in sites}
     yield "zero", replaced(base, {site.path: zeros[site.index] for site in sites})
@@ -184,9 +183,13 @@ def _variants(
         yield f"{index}/alone", replaced(base, {site.path: layer})
         yield f"{index}/zero", replaced(base, {site.path: zeros[index]})
         yield f"{index}/mean", replaced(base, {site.path: means[index]})
-        for number in range(PERMUTATIONS):
+        for number in range(_permutations(layer)):
             order_N = _permutation(figures[index].fired_N, number)
             yield f"{index}/permuted", _both(replaced(base, {site.path: layer}), permuted_experts(layer, order_N))
+
+
+def _permutations(layer: FactoredLayer) -> int:
+    return PERMUTATIONS if layer.n_experts else 0
 
 
 @contextmanager
@@ -218,8 +221,9 @@ def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: _Totals
             "recovered_zero": _recovered(alone, base, zero),
             "recovered_mean": _recovered(alone, base, mean),
         }
-        permuted = totals.mean(f"{index}/permuted") / PERMUTATIONS
-        necessity = (permuted - alone) / (zero - alone) if zero != alone else None
+        necessity = None
+        if figures[index].layer.n_experts and zero != alone:
+            necessity = (totals.mean(f"{index}/permuted") / PERMUTATIONS - alone) / (zero - alone)
         reliance_layers[str(index)] = {**figures[index].shares(), "routing_necessity": necessity}
     zero, mean = totals.mean("zero"), totals.mean("mean")
     alone_sum = sum(rises.values())

@@ -1,15 +1,7 @@
-"""What training adds to the MxD of a checkpoint: initialisation, losses, matched expert counts. Knows neither files nor HuggingFace models."""
+"""What training adds to the layers of a checkpoint: initialisation, losses, matched expert counts. Knows neither files nor HuggingFace models."""
 
-from mxd_convert.layers.counts import matched_experts, mxd_forward_flops, mxd_parameters, mxd_step_flops, transcoder_parameters
 from mxd_convert.layers.losses import normalised_mse
-from mxd_convert.layers.mxd import MxD
+from mxd_convert.layers.shape import Shape
+from mxd_convert.layers.trainable import DenseTwin, MxD, Trainable, Transcoder, new_layer
 
-__all__ = [
-    "MxD",
-    "matched_experts",
-    "mxd_forward_flops",
-    "mxd_parameters",
-    "mxd_step_flops",
-    "normalised_mse",
-    "transcoder_parameters",
-]
+__all__ = ["DenseTwin", "MxD", "Shape", "Trainable", "Transcoder", "new_layer", "normalised_mse"]

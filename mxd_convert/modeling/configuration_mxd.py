@@ -3,17 +3,27 @@
 
 One file serves every architecture: `MxdLlamaConfig` is made, on demand, from transformers' own `LlamaConfig`. It adds one key:
 
-    "mxd": {"format_version": 1, "mlp": "model.layers.{i}.mlp", "layers": {"0": {"d_in": 64, "d_hidden": 172, ...}, ...}}
+    "mxd": {"format_version": 1, "mlp": "model.layers.{i}.mlp", "layers": {"0": {"kind": "mxd", "d_in": 64, "d_hidden": 172, ...}, ...}}
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
 from transformers import PretrainedConfig
 
 FORMAT_VERSION = 1
-LAYER_DEFAULTS = {"kind": "mxd", "activation": "gelu", "glu": False, "sparsity": "topk", "skip": False, "dropout": 0.0}
-LAYER_KEYS = {"d_in", "d_hidden", "d_out", "n_experts", "k", *LAYER_DEFAULTS}
+_LINEAR = {"activation": "gelu", "glu": False}  # defaults of the linear factor's settings, and of the gain's
+_GAIN = {"sparsity": "topk"}
+KINDS = {
+    "mxd": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
+    "random_gate": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
+    "transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
+    "skip_transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
+    "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, "skip": False, "dropout": 0.0}),
+}  # kind -> sizes, which an entry must have, and defaults of the rest
+STEERING = ("add", "set", "scale", "ablate")
+POSITIONS = ("all", "prompt", "generation")
 
 
 def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
@@ -36,19 +46,61 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
     for index in sorted(layers, key=int):
         if not isinstance(layers[index], dict):
             raise ValueError(f"config.json: mxd.layers.{index} is {layers[index]!r}; expected its widths and experts")
-        layer = {**LAYER_DEFAULTS, **layers[index]}
-        if wrong := set(layer) ^ LAYER_KEYS:
-            problem = "missing" if wrong <= LAYER_KEYS else "unknown"
+        kind = layers[index].get("kind", "mxd")
+        if kind not in KINDS:
+            raise ValueError(f"config.json: mxd.layers.{index}: kind {kind!r} is not known to this code; upgrade mxd-convert")
+        sizes, defaults = KINDS[kind]
+        layer = {"kind": kind, **defaults, **layers[index]}
+        if wrong := set(layer) ^ {"kind", *sizes, *defaults}:
+            problem = "missing" if wrong <= sizes else "unknown"
             raise ValueError(f"config.json: mxd.layers.{index}: {problem} key {sorted(wrong)[0]!r}")
-        if layer["kind"] != "mxd":
-            raise ValueError(
-                f"config.json: mxd.layers.{index}: kind {layer['kind']!r} is not known to this code; upgrade mxd-convert"
-            )
-        for key in ("d_in", "d_hidden", "d_out", "n_experts", "k"):
+        for key in sorted(sizes):
             if not isinstance(layer[key], int) or layer[key] < 1:
                 raise ValueError(f"config.json: mxd.layers.{index}.{key} is {layer[key]!r}; expected a whole number from 1")
         complete[str(index)] = layer
-    return {**mxd, "layers": complete}
+    steering = {"steering": read_steering(mxd["steering"], complete)} if "steering" in mxd else {}
+    return {**mxd, "layers": complete, **steering}
+
+
+def read_steering(orders: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Checks a list of steering orders against the layers' entries, and completes them. Raises ValueError, one line."""
+    if not isinstance(orders, Sequence) or not all(isinstance(order, Mapping) for order in orders):
+        raise ValueError(f"steering: {orders!r}: expected a list of mappings with layer, expert and one of {', '.join(STEERING)}")
+    return [_read_order(order, layers) for order in orders]
+
+
+def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
+    layer, expert, positions = order.get("layer"), order.get("expert"), order.get("positions", "all")
+    if str(layer) not in layers:
+        raise ValueError(f"layer {layer} is not converted; converted are {', '.join(layers)}")
+    count = layers[str(layer)].get("n_experts", 0)
+    if not count:
+        raise ValueError(f"layer {layer} is a {layers[str(layer)]['kind']}, which has no experts to steer")
+    if type(expert) is not int or not 0 <= expert < count:
+        raise ValueError(f"layer {layer} has experts 0 to {count - 1}; there is no expert {expert}")
+    how = [key for key in order if key not in ("layer", "expert", "positions")]
+    if len(how) != 1 or how[0] not in STEERING:
+        raise ValueError(
+            f"steering of expert {expert} of layer {layer}: give one of {', '.join(STEERING)}, not {', '.join(how) or 'none'}"
+        )
+    value = order[how[0]]
+    if how[0] == "ablate":
+        good = value is True
+    else:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e6  # false for nan
+    if not good:
+        expected = "true" if how[0] == "ablate" else "a number up to a million either way"
+        raise ValueError(f"steering of expert {expert} of layer {layer}: {how[0]} is {value!r}; expected {expected}")
+    if positions not in POSITIONS:
+        raise ValueError(
+            f"steering of expert {expert} of layer {layer}: positions {positions!r}; expected one of {', '.join(POSITIONS)}"
+        )
+    return {
+        "layer": int(str(layer)),
+        "expert": expert,
+        how[0]: value if how[0] == "ablate" else float(value),
+        "positions": positions,
+    }
 
 
 def config_class(stem: str) -> type[PretrainedConfig]:

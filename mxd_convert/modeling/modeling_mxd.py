@@ -1,11 +1,11 @@
 # Copyright 2026 The mxd-convert authors. Apache-2.0.
-"""Models whose MLPs are Mixtures of Decoders (MxD, arXiv 2505.21364).
+"""Models whose MLPs are Mixtures of Decoders (MxD, arXiv 2505.21364), or one of the layers that these are compared with.
 
 One file serves every architecture: `MxdLlamaForCausalLM` is made, on demand, from transformers' own `LlamaForCausalLM`.
 Shape suffixes: B tokens (any leading dimensions), I input width, H hidden width, O output width, N experts, K active experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,161 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedM
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .configuration_mxd import config_class
+from .configuration_mxd import config_class, read_steering
+
+Codes = tuple[Tensor, Tensor] | Tensor  # coefficients: (values, indices) of the K active experts, or dense (..., N)
 
 
-class MxD(nn.Module):
+class ExpertActs(nn.Module):
+    """Gate values (..., N) -> the coefficients `a = TopK(ReLU(gate))` as (values, indices), (..., K); with "l1", `ReLU(gate)`, (..., N).
+
+    Values of experts that are not positive are 0. A hook may put either form in place of what it returns.
+    """
+
+    def __init__(self, k: int, sparsity: str) -> None:
+        super().__init__()
+        self.k, self.sparsity = k, sparsity
+
+    def forward(self, gate_BN: Tensor) -> Codes:
+        if self.sparsity == "l1":
+            return F.relu(gate_BN)
+        values_BK, indices_BK = gate_BN.topk(self.k, dim=-1, sorted=False)
+        return F.relu(values_BK), indices_BK  # the same as top-k of ReLU, without a pass over all N
+
+
+class Gain(nn.Module):
+    """Coefficients -> `C^T a`, (..., O). Adding `s * c_n` to what it returns is adding s to the coefficient of expert n.
+
+    changes: (expert, what its coefficient changes by, (...)) of steered experts.
+    """
+
+    def forward(self, codes: Codes, experts_NO: Tensor, changes: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
+        gain_BO = codes @ experts_NO.to(codes.dtype) if isinstance(codes, Tensor) else weighted_rows(*codes, experts_NO)
+        for expert, change_B in changes:
+            gain_BO = gain_BO + change_B.to(gain_BO.dtype).unsqueeze(-1) * experts_NO[expert].to(gain_BO.dtype)
+        return gain_BO
+
+
+class Place:
+    """Where in its text a forward is: the position of its first token, and the length of the prompt while `generate` writes on."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.prompt: int | None = None
+
+    def steered(self, positions: str, tokens: int, device: torch.device) -> Tensor:
+        """Which of the forward's tokens are steered, (T) bool. What `generate` did not write is prompt."""
+        at_T = self.first + torch.arange(tokens, device=device)
+        written_T = torch.zeros_like(at_T, dtype=torch.bool) if self.prompt is None else at_T >= self.prompt
+        return written_T if positions == "generation" else ~written_T
+
+
+class FactoredLayer(nn.Module):
+    """What stands in an MLP's place: `y = gain * linear + b`, gain `C^T a` and linear `D^T z`. A kind of layer may have but one of them.
+
+    Attributes: `kind` as in config.json; widths `d_in`, `d_hidden`, `d_out`; `n_experts` and `k` (0 without a gain); `steering`, a list
+    of {"expert", "positions", and one of "add", "set", "scale", "ablate"}, applied in order.
+    """
+
+    kind: str
+    encoder: Any  # a Linear, as the next three, or None
+    encoder_gate: Any
+    decoder: Any
+    gate: Any
+    experts: Any  # a Parameter or None
+
+    def __init__(self, d_in: int, d_out: int, skip: bool, dropout: float) -> None:
+        super().__init__()
+        self.d_in, self.d_hidden, self.d_out, self.n_experts, self.k = d_in, 0, d_out, 0, 0
+        self.encoder = self.encoder_gate = self.decoder = self.gate = None
+        self.register_parameter("experts", None)
+        self.skip = nn.Linear(d_in, d_out, bias=False) if skip else None
+        self.output_bias = nn.Parameter(torch.empty(d_out))
+        self.dropout = nn.Dropout(dropout)
+        self.steering: list[dict[str, Any]] = []
+        self.place = Place()
+
+    def _add_linear(self, d_hidden: int, activation: str, glu: bool) -> None:
+        if activation not in ACT2FN:
+            raise ValueError(f"activation {activation!r} is not one that transformers names")
+        self.d_hidden, self.activation, self.glu = d_hidden, activation, glu
+        self.encoder = nn.Linear(self.d_in, d_hidden)
+        self.encoder_gate = nn.Linear(self.d_in, d_hidden) if glu else None
+        self.decoder = nn.Linear(d_hidden, self.d_out, bias=False)
+        self.act = ACT2FN[activation]
+
+    def _add_gain(self, n_experts: int, k: int, sparsity: str) -> None:
+        if not 1 <= k <= n_experts:
+            raise ValueError(f"k = {k} active experts of {n_experts}: k must be from 1 to the number of experts")
+        if sparsity not in ("topk", "l1"):
+            raise ValueError(f"sparsity {sparsity!r} is neither topk nor l1")
+        self.n_experts, self.k, self.sparsity = n_experts, k, sparsity
+        self.gate = nn.Linear(self.d_in, n_experts)
+        self.expert_acts = ExpertActs(k, sparsity)
+        self.gain = Gain()
+        self.experts = nn.Parameter(torch.empty(n_experts, self.d_out))
+
+    def encode(self, x_BI: Tensor) -> Codes:
+        """The coefficients: (values, indices) of shape (..., K), 0 where a gate is not positive; dense (..., N) with `sparsity: l1`."""
+        if self.gate is None:
+            nobody = x_BI.new_zeros((*x_BI.shape[:-1], 0))
+            return nobody, nobody.long()
+        return self.expert_acts(self.gate(x_BI))
+
+    def hidden(self, x_BI: Tensor) -> Tensor:
+        """The hidden units z, (..., H), of which every expert is a linear map."""
+        if self.encoder_gate is not None:
+            return self.act(self.encoder_gate(x_BI)) * self.encoder(x_BI)
+        return self.act(self.encoder(x_BI))
+
+    def linear(self, x_BI: Tensor) -> Tensor:
+        """`u = D^T z`, (..., O); ones in a layer without hidden units."""
+        return x_BI.new_ones((*x_BI.shape[:-1], self.d_out)) if self.decoder is None else self.decoder(self.hidden(x_BI))
+
+    def gain_of(self, codes: Codes) -> Tensor:
+        """`g = C^T a`, (..., O), from what `encode` returns, steering included; ones in a layer without experts."""
+        if self.experts is None:
+            return codes[0].new_ones((*codes[0].shape[:-1], self.d_out))
+        return self.gain(codes, self.experts, self._changes(codes))
+
+    def combine(self, x_BI: Tensor, codes: Codes) -> Tensor:
+        """The layer's output, (..., O), for given coefficients."""
+        if self.decoder is None:
+            y_BO = self.gain_of(codes) + self.output_bias
+        elif self.experts is None:
+            y_BO = self.linear(x_BI) + self.output_bias
+        else:
+            y_BO = self.gain_of(codes) * self.linear(x_BI) + self.output_bias
+        return self.dropout(y_BO if self.skip is None else y_BO + self.skip(x_BI))
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return self.combine(x_BI, self.encode(x_BI))
+
+    def _changes(self, codes: Codes) -> list[tuple[int, Tensor]]:
+        """By how much steering changes the coefficient of each steered expert, (...), in float32."""
+        before: dict[int, Tensor] = {}
+        after: dict[int, Tensor] = {}
+        for order in self.steering:
+            n = order["expert"]
+            if n not in before:
+                before[n] = after[n] = coefficient(codes, n).float()
+            a = after[n]
+            if "add" in order:
+                wanted = a + order["add"]
+            elif "set" in order:
+                wanted = torch.full_like(a, order["set"])
+            else:
+                wanted = a * order.get("scale", 0.0)  # what is left is "ablate"
+            if order.get("positions", "all") != "all":
+                wanted = torch.where(self.place.steered(order["positions"], a.shape[-1], a.device), wanted, a)
+            after[n] = wanted
+        return [(n, after[n] - before[n]) for n in before]
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}, n_experts={self.n_experts}, k={self.k}"
+
+
+class MxD(FactoredLayer):
     """A sparse mixture of N linear experts in place of an MLP: `y = (C^T a) * (D^T z) + b` (paper, section 3).
 
     Equal to `sum_n a_n W_n^T z` with `W_n = D diag(c_n)` (Lemma 2). `a` are the expert coefficients, `z` the hidden units:
@@ -29,6 +180,8 @@ class MxD(nn.Module):
     `skip` adds a linear path from input to output; `dropout` is on the output, in training mode, where the base's MLP had it.
     Raises ValueError where they make no layer.
     """
+
+    kind = "mxd"
 
     def __init__(
         self,
@@ -43,61 +196,9 @@ class MxD(nn.Module):
         skip: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        if not 1 <= k <= n_experts:
-            raise ValueError(f"k = {k} active experts of {n_experts}: k must be from 1 to the number of experts")
-        if activation not in ACT2FN:
-            raise ValueError(f"activation {activation!r} is not one that transformers names")
-        if sparsity not in ("topk", "l1"):
-            raise ValueError(f"sparsity {sparsity!r} is neither topk nor l1")
-        self.d_in, self.d_hidden, self.d_out, self.n_experts, self.k = d_in, d_hidden, d_out, n_experts, k
-        self.activation, self.glu, self.sparsity = activation, glu, sparsity
-        self.encoder = nn.Linear(d_in, d_hidden)
-        self.encoder_gate = nn.Linear(d_in, d_hidden) if glu else None
-        self.decoder = nn.Linear(d_hidden, d_out, bias=False)
-        self.gate = nn.Linear(d_in, n_experts)
-        self.skip = nn.Linear(d_in, d_out, bias=False) if skip else None
-        self.experts = nn.Parameter(torch.empty(n_experts, d_out))
-        self.output_bias = nn.Parameter(torch.empty(d_out))
-        self.act = ACT2FN[activation]
-        self.dropout = nn.Dropout(dropout)
-        self.steering: dict[int, float] = {}  # expert -> amount added to its coefficient at every position
-
-    def encode(self, x_BI: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        """The coefficients: (values, indices) of shape (..., K), 0 where a gate is not positive; dense (..., N) with `sparsity: l1`."""
-        gate_BN = self.gate(x_BI)
-        if self.sparsity == "l1":
-            return F.relu(gate_BN)
-        values_BK, indices_BK = gate_BN.topk(self.k, dim=-1, sorted=False)
-        return F.relu(values_BK), indices_BK  # the same as top-k of ReLU, without a pass over all N
-
-    def hidden(self, x_BI: Tensor) -> Tensor:
-        """The hidden units z, (..., H), of which every expert is a linear map."""
-        if self.encoder_gate is not None:
-            return self.act(self.encoder_gate(x_BI)) * self.encoder(x_BI)
-        return self.act(self.encoder(x_BI))
-
-    def gain(self, codes: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-        """`C^T a`, (..., O), from what `encode` returns, steering included."""
-        if isinstance(codes, Tensor):
-            gain_BO = codes @ self.experts.to(codes.dtype)
-        else:
-            gain_BO = self.rows(*codes)
-        for expert, amount in self.steering.items():
-            gain_BO = gain_BO + amount * self.experts[expert].to(gain_BO.dtype)
-        return gain_BO
-
-    def rows(self, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
-        """The sum of the experts' rows, (..., O), each times its coefficient."""
-        return weighted_rows(values_BK, indices_BK, self.experts)
-
-    def combine(self, x_BI: Tensor, codes: tuple[Tensor, Tensor] | Tensor) -> Tensor:
-        """The layer's output, (..., O), for given coefficients."""
-        y_BO = self.gain(codes) * self.decoder(self.hidden(x_BI)) + self.output_bias
-        return self.dropout(y_BO if self.skip is None else y_BO + self.skip(x_BI))
-
-    def forward(self, x_BI: Tensor) -> Tensor:
-        return self.combine(x_BI, self.encode(x_BI))
+        super().__init__(d_in, d_out, skip, dropout)
+        self._add_linear(d_hidden, activation, glu)
+        self._add_gain(n_experts, k, sparsity)
 
     @torch.no_grad()
     def expert_weight(self, n: int) -> Tensor:
@@ -106,8 +207,53 @@ class MxD(nn.Module):
             raise IndexError(f"expert {n} of a layer with experts 0 to {self.n_experts - 1}")
         return self.decoder.weight.T * self.experts[n]
 
-    def extra_repr(self) -> str:
-        return f"n_experts={self.n_experts}, k={self.k}, activation={self.activation}, glu={self.glu}, sparsity={self.sparsity}"
+
+class Transcoder(FactoredLayer):
+    """A sparse transcoder, the usual alternative: `y = C^T a + b`, with rows of C as the decoder and, with `skip`, a linear path beside.
+
+    Args as for MxD. Raises ValueError where they make no layer.
+    """
+
+    kind = "transcoder"
+
+    def __init__(
+        self, d_in: int, d_out: int, n_experts: int, k: int, sparsity: str = "topk", skip: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__(d_in, d_out, skip, dropout)
+        if skip:
+            self.kind = "skip_transcoder"
+        self._add_gain(n_experts, k, sparsity)
+
+
+class DenseTwin(FactoredLayer):
+    """An MxD whose gain is constant: `y = D^T z + b`, an MLP. What the experts must beat or explain. Args as for MxD."""
+
+    kind = "dense_twin"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_hidden: int,
+        d_out: int,
+        activation: str = "gelu",
+        glu: bool = False,
+        skip: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(d_in, d_out, skip, dropout)
+        self._add_linear(d_hidden, activation, glu)
+
+
+def build_layer(entry: Mapping[str, Any]) -> FactoredLayer:
+    """The layer of an entry of `config.mxd["layers"]`, its weights still to come."""
+    arguments = {key: value for key, value in entry.items() if key != "kind"}
+    if entry["kind"] in ("transcoder", "skip_transcoder"):
+        return Transcoder(**arguments, skip=entry["kind"] == "skip_transcoder")
+    if entry["kind"] == "dense_twin":
+        return DenseTwin(**arguments)
+    layer = MxD(**arguments)
+    layer.kind = entry["kind"]  # mxd, or random_gate, whose gate was not trained
+    return layer
 
 
 def weighted_rows(values_BK: Tensor, indices_BK: Tensor, rows_NO: Tensor) -> Tensor:
@@ -119,11 +265,18 @@ def weighted_rows(values_BK: Tensor, indices_BK: Tensor, rows_NO: Tensor) -> Ten
     return sums.reshape(*lead, rows_NO.shape[-1]).to(values_BK.dtype)
 
 
+def coefficient(codes: Codes, expert: int) -> Tensor:
+    """The coefficient of one expert, (...), 0 where it is not active."""
+    if isinstance(codes, Tensor):
+        return codes[..., expert]
+    return (codes[0] * (codes[1] == expert)).sum(-1)
+
+
 # --- surgery on transformers' own classes --------------------------------------------------------------------------------------
 
 
 class MxdModelMixin:
-    """Goes before a transformers class: builds it, then puts the MxD layers of `config.mxd` where the MLPs were."""
+    """Goes before a transformers class: builds it, then puts the layers of `config.mxd` where the MLPs were."""
 
     _mxd_prefix = ""  # of module paths, which are given as seen from the causal LM
 
@@ -133,21 +286,46 @@ class MxdModelMixin:
             raise ValueError(f"{type(self).__name__} needs a config with an `mxd` entry")
         for index, layer in config.mxd["layers"].items():
             parent, _, name = self._mxd_path(int(index)).rpartition(".")
-            setattr(self.get_submodule(parent), name, MxD(**{key: value for key, value in layer.items() if key != "kind"}))
+            setattr(self.get_submodule(parent), name, build_layer(layer))
+        self._mxd_place = Place()
+        for layer in self.mxd_layers().values():
+            layer.place = self._mxd_place
+        self.register_forward_pre_hook(self._note_place, with_kwargs=True)
+        self.set_steering(config.mxd.get("steering", []))
         self.post_init()
+
+    @staticmethod
+    def _note_place(model: Any, _: Any, arguments: dict[str, Any]) -> None:
+        if any(order.get("positions", "all") != "all" for layer in model.mxd_layers().values() for order in layer.steering):
+            cache = arguments.get("past_key_values")
+            model._mxd_place.first = 0 if cache is None else int(cache.get_seq_length())
+
+    def set_steering(self, orders: Sequence[Mapping[str, Any]]) -> None:
+        """Steers from now on, also after `save_pretrained` and `from_pretrained`; an empty list ends it.
+
+        orders: mappings with "layer", "expert", one of "add", "set", "scale" (numbers) and "ablate" (true), and "positions": "all"
+        (default), "prompt", "generation" (what `generate` writes). Applied in order. Raises ValueError.
+        """
+        orders = read_steering(orders, self.config.mxd["layers"])
+        for index, layer in self.mxd_layers().items():
+            layer.steering = [order for order in orders if order["layer"] == index]
+        self.config.mxd = {key: value for key, value in self.config.mxd.items() if key != "steering"}
+        if orders:
+            self.config.mxd["steering"] = orders
 
     def _mxd_path(self, index: int) -> str:
         return self.config.mxd["mlp"].format(i=index).removeprefix(self._mxd_prefix)
 
-    def mxd_layers(self) -> dict[int, MxD]:
-        """The MxD layers by layer index, ascending."""
+    def mxd_layers(self) -> dict[int, FactoredLayer]:
+        """The layers that stand in MLPs' places, by layer index, ascending."""
         return {int(index): self.get_submodule(self._mxd_path(int(index))) for index in self.config.mxd["layers"]}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MxD):  # its raw parameters; the Linears are initialised like the base's own
-            init.normal_(module.experts, std=module.d_out**-0.5)
+        if isinstance(module, FactoredLayer):  # its raw parameters; the Linears are initialised like the base's own
+            if module.experts is not None:
+                init.normal_(module.experts, std=module.d_out**-0.5)
             init.zeros_(module.output_bias)
 
     @classmethod
@@ -170,6 +348,19 @@ class MxdModelMixin:
         return (model, info) if output_loading_info else model
 
 
+class MxdGenerationMixin(MxdModelMixin):
+    """The same for a causal LM, whose `generate` tells the layers where the prompt ends."""
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own."""
+        given = next((ids for ids in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if ids is not None), None)
+        before, self._mxd_place.prompt = self._mxd_place.prompt, 1 if given is None else given.shape[1]
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            self._mxd_place.prompt = before
+
+
 def _names(keys: Any) -> list[str]:
     return sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
 
@@ -184,7 +375,8 @@ def _build(name: str, stem: str, mapping: Mapping[Any, Any], auto_class: str) ->
         "_auto_class": auto_class,  # save_pretrained then copies this file into the checkpoint
         "_mxd_prefix": "" if auto_class == "AutoModelForCausalLM" else f"{base.base_model_prefix}.",
     }
-    globals()[name] = type(name, (MxdModelMixin, base), members)
+    mixin = MxdModelMixin if auto_class == "AutoModel" else MxdGenerationMixin
+    globals()[name] = type(name, (mixin, base), members)
     return globals()[name]
 
 

@@ -62,16 +62,20 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
     width = _WIDTHS.get(recipe.base.dtype, 4)
     held = 0
     for layer in group:
-        rows = layer.experts * (layer.d_in + layer.d_out)  # of the gate and of the experts, whose gradients are not made whole
+        rows = layer.shape.n_experts * (
+            layer.shape.d_in + layer.shape.d_out
+        )  # of the gate and of the experts, whose gradients are not made whole
         whole = layer.parameters if together or recipe.layer.sparsity == "l1" else layer.parameters - rows
         held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
     if recipe.train.order == "sequential":  # those below stay, in the base's precision
         held += width * sum(layer.parameters for layer in plan.layers if layer.index < group[0].index)
     if device_of(recipe) == "cuda":
-        rows_at_a_time = min(GPU_CHUNK_ELEMENTS, max(layer.experts * max(layer.d_in, layer.d_out) for layer in group))
+        rows_at_a_time = min(
+            GPU_CHUNK_ELEMENTS, max(layer.shape.n_experts * max(layer.shape.d_in, layer.shape.d_out) for layer in group)
+        )
         held += rows_at_a_time * (20 if recipe.train.moments == "bf16" else 8)
     steps = min(plan.steps, buffer_steps(step_tokens, plan.sites))
-    a_token = width * sum(layer.d_in + layer.d_out for layer in group)
+    a_token = width * sum(layer.shape.d_in + layer.shape.d_out for layer in group)
     buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
     step = max(_step(recipe, layer, tokens) for layer in group)
     widest = max(plan.sites, key=lambda site: site.d_hidden)  # the base's own hidden width, not the experts'
@@ -86,18 +90,20 @@ def _libraries(recipe: Recipe) -> int:
 
 def _step(recipe: Recipe, layer: LayerPlan, tokens: int) -> int:
     """What one layer's forward and backward make, at most at a time."""
-    hidden = 4 * tokens * (6 if layer.glu else 4) * layer.d_hidden
-    outputs = 4 * tokens * (10 * layer.d_out + 2 * layer.d_in)
-    gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk(device_of(recipe), 4 * layer.experts))
-    return hidden + outputs + 4 * gates * layer.experts * (3 if recipe.layer.sparsity == "l1" else 1)
+    hidden = 4 * tokens * (6 if layer.shape.glu else 4) * layer.shape.d_hidden
+    outputs = 4 * tokens * (10 * layer.shape.d_out + 2 * layer.shape.d_in)
+    gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk(device_of(recipe), 4 * layer.shape.n_experts))
+    return hidden + outputs + 4 * gates * layer.shape.n_experts * (3 if recipe.layer.sparsity == "l1" else 1)
 
 
 def _evaluation(plan: Plan) -> int:
     context = plan.recipe.data.context
     tokens = context * rows_a_batch(context, plan.vocabulary)
-    widest = max(plan.layers, key=lambda layer: layer.experts)
+    widest = max(plan.layers, key=lambda layer: layer.shape.n_experts)
     models = 4 * plan.base_parameters + 4 * plan.converted_parameters + 4 * sum(layer.parameters for layer in plan.layers)
-    a_token = 10 * 4 * plan.vocabulary + 2 * 4 * widest.experts + 12 * 8 * widest.d_out + 4 * 4 * widest.d_hidden
+    a_token = (
+        10 * 4 * plan.vocabulary + 2 * 4 * widest.shape.n_experts + 12 * 8 * widest.shape.d_out + 4 * 4 * widest.shape.d_hidden
+    )
     return _libraries(plan.recipe) + models + tokens * a_token
 
 

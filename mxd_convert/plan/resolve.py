@@ -13,7 +13,7 @@ from mxd_convert.architectures import Site, architecture_of, find_sites
 from mxd_convert.base import empty_model, explained, load_config, pinned, untied_tensors
 from mxd_convert.data import local_files
 from mxd_convert.errors import InputError
-from mxd_convert.layers import matched_experts, mxd_parameters
+from mxd_convert.layers import Shape
 from mxd_convert.recipe import Recipe, is_local, layer_indices
 from mxd_convert.training.presets import resolve_train, steps_of
 
@@ -22,18 +22,26 @@ GROWTH_WARNING = 3.0
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to convert. parameters: of the MxD; mlp_parameters: of the MLP that it replaces."""
+    """One layer to convert: its shape and parameters, and those of the MLP that it replaces."""
 
     index: int
-    d_in: int
-    d_hidden: int
-    d_out: int
-    activation: str
-    glu: bool
-    experts: int
-    k: int
-    parameters: int
+    shape: Shape
     mlp_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        return self.shape.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        shape = asdict(self.shape)
+        experts = shape.pop("n_experts")
+        return {
+            "index": self.index,
+            **shape,
+            "experts": experts,
+            "parameters": self.parameters,
+            "mlp_parameters": self.mlp_parameters,
+        }
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class Plan:
     warnings: list[str]
 
     @property
-    def experts(self) -> dict[int, int]:
-        return {layer.index: layer.experts for layer in self.layers}
+    def shapes(self) -> dict[int, Shape]:
+        return {layer.index: layer.shape for layer in self.layers}
 
     @property
     def output(self) -> Path:
@@ -73,7 +81,7 @@ class Plan:
         )
         return {
             "recipe": self.recipe.published(),
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             **{key: getattr(self, key) for key in keys},
         }
 
@@ -145,26 +153,38 @@ def _check_settings(recipe: Recipe) -> None:
 
 
 def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan:
-    hidden = recipe.layer.hidden or site.d_hidden
+    shape = _shape(recipe, site)
     try:
-        experts = recipe.layer.experts
-        if experts == "auto":
-            experts = matched_experts(site.d_in, hidden, site.d_out, site.glu, recipe.layer.skip, recipe.layer.expansion)
+        if recipe.layer.experts == "auto":
+            shape = shape.matched(recipe.layer.expansion)
     except ValueError as error:
         raise InputError(f"layer {site.index}: {error}") from None
-    if recipe.layer.k > experts:
+    if shape.k > shape.n_experts:
         raise InputError(
-            f"layer.k: {recipe.layer.k} active experts of only {experts} in layer {site.index}; lower layer.k or raise {recipe.layer.size_key}"
+            f"layer.k: {shape.k} active experts of only {shape.n_experts} in layer {site.index}; lower layer.k or raise {recipe.layer.size_key}"
         )
-    parameters = mxd_parameters(site.d_in, hidden, site.d_out, experts, site.glu, recipe.layer.skip)
     mlp = sum(parameter.numel() for parameter in model.get_submodule(site.path).parameters())
-    activation = recipe.layer.activation or site.activation
-    return LayerPlan(site.index, site.d_in, hidden, site.d_out, activation, site.glu, experts, recipe.layer.k, parameters, mlp)
+    return LayerPlan(site.index, shape, mlp)
+
+
+def _shape(recipe: Recipe, site: Site) -> Shape:
+    """The shape that a recipe asks for at a site; with `experts: auto` their number is still to be matched."""
+    layer = recipe.layer
+    hidden, experts = layer.hidden or site.d_hidden, 0 if layer.experts == "auto" else layer.experts
+    if layer.kind in ("transcoder", "skip_transcoder"):
+        linear: dict[str, Any] = {"d_hidden": 0, "activation": "relu", "glu": False}
+    else:
+        linear = {"d_hidden": hidden, "activation": layer.activation or site.activation, "glu": site.glu}
+    if layer.kind == "dense_twin":
+        gain: dict[str, Any] = {"n_experts": 0, "k": 0, "sparsity": "topk"}
+    else:
+        gain = {"n_experts": experts, "k": layer.k, "sparsity": layer.sparsity}
+    return Shape(kind=layer.kind, d_in=site.d_in, d_out=site.d_out, skip=layer.has_skip, **linear, **gain)
 
 
 def _complete(recipe: Recipe, layers: list[LayerPlan]) -> Recipe:
     """The recipe with everything that it left open: the preset's settings and the output folder."""
-    recipe = resolve_train(recipe, min(layer.d_in for layer in layers))
+    recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers))
     if recipe.output.dir is None:
         folder = Path.cwd() / "runs" / f"{Path(recipe.base.model).name}-mxd"
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder)})})

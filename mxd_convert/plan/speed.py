@@ -14,6 +14,7 @@ import torch
 
 from mxd_convert.base import empty_model, load_config
 from mxd_convert.evaluation.run import PERMUTATIONS
+from mxd_convert.layers import Shape
 from mxd_convert.plan.memory import budget, device_of, groups
 from mxd_convert.plan.resolve import LayerPlan, Plan
 from mxd_convert.training.allocator import kept_memory
@@ -54,10 +55,10 @@ def _probe(plan: Plan) -> Probe:
     teacher = plan.recipe.train.target == "teacher"
     depths = sum(max(group) + 1 for group in passes) + (sum(max(group) + 1 for group in passes[1:]) if teacher else 0)
     base = a_layer * depths * step_tokens
-    alike: dict[tuple[int, int, int, int], tuple[float, float]] = {}
+    alike: dict[Shape, tuple[float, float]] = {}
     learning = evaluating = 0.0
     for layer in plan.layers:
-        shape = (layer.d_in, layer.d_hidden, layer.d_out, layer.experts)
+        shape = layer.shape
         if shape not in alike:
             alike[shape] = _layer_seconds(plan, layer, step_tokens, device)
         learning, evaluating = learning + alike[shape][0], evaluating + alike[shape][1]
@@ -103,14 +104,13 @@ def _shallow(config: Any, depth: int, dtype: str) -> Any:
 def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch.device) -> tuple[float, float]:
     """Seconds of one training step of a layer, and a token of its forward in a checkpoint."""
     recipe = plan.recipe
-    site = next(site for site in plan.sites if site.index == layer.index)
-    module = make_layer(recipe, site, layer.experts).to(device)
+    module = make_layer(layer.shape, recipe.train.seed, layer.index).to(device)
     optimiser = Optimiser({layer.index: module}, 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
     window = Window.empty(module, device)
     tokens = max(64, min(step_tokens, int(MOST_FLOPS // (6 * layer.parameters))))
 
     def step_of(count: int) -> Callable[[], None]:
-        x_BI, y_BO = (torch.randn(count, width, device=device) for width in (layer.d_in, layer.d_out))
+        x_BI, y_BO = (torch.randn(count, width, device=device) for width in (layer.shape.d_in, layer.shape.d_out))
         counted_B = torch.ones(count, dtype=torch.bool, device=device)
 
         def step() -> None:
@@ -124,7 +124,7 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
         half = _seconds(step_of(tokens // 2), device)
         a_token = max(seconds - half, 0.1 * seconds) / (tokens - tokens // 2)
         seconds += a_token * (step_tokens - tokens)
-    x_BI = torch.randn(min(tokens, 512), layer.d_in, device=device)
+    x_BI = torch.randn(min(tokens, 512), layer.shape.d_in, device=device)
     with torch.no_grad():
         forward = _seconds(lambda: module(x_BI), device) / len(x_BI)
     return seconds, forward

@@ -25,10 +25,14 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
         base_model_relation="finetune" if base_on_hub else None,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 (Markdown)
-    environment.filters["figure"] = _figure
+    environment.filters |= {"figure": _figure, "share": _share}
     template = environment.from_string((template_folder() / "template.md").read_text(encoding="utf-8"))
     text = template.render(metadata=data.to_yaml(), report=report, recipe=recipe_yaml.strip(), base_on_hub=base_on_hub)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1%}"
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

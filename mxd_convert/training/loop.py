@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mxd_convert.architectures import Site
 from mxd_convert.data import Blocks
 from mxd_convert.errors import memory_guard
-from mxd_convert.layers import MxD
+from mxd_convert.layers import Shape, Trainable
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Source, buffer_steps
 from mxd_convert.training.allocator import kept_memory
@@ -28,7 +28,7 @@ from mxd_convert.training.tracking import track
 class Trained:
     """The layers by index, on the CPU in float32, and what their training cost. Steps and tokens are those of each layer."""
 
-    layers: dict[int, MxD]
+    layers: dict[int, Trainable]
     steps: int
     tokens: int
     seconds: float
@@ -39,14 +39,14 @@ class Trained:
 class Job:
     """What is to be trained on what.
 
-    recipe: with its `train` keys resolved. experts: N by layer index. shares: the layers that each process trains, by process.
+    recipe: with its `train` keys resolved. shapes: of the layers, by index. shares: the layers that each process trains, by process.
     grouped: splits layers into those trained in one pass. folder: for log and state.
     """
 
     recipe: Recipe
     base: nn.Module
     sites: list[Site]
-    experts: dict[int, int]
+    shapes: dict[int, Shape]
     blocks: Blocks
     folder: Path
     accelerator: Accelerator
@@ -168,7 +168,7 @@ class _Training:
         stage = Stage(
             self.recipe,
             source,
-            self.job.experts,
+            self.job.shapes,
             self._folder(group),
             self.accelerator,
             self.together,
@@ -183,7 +183,7 @@ class _Training:
         """For the progress and the trackers: empty where the group is all that is trained."""
         return "" if len(group) == len(self.sites) else f"layer{'s' if len(group) > 1 else ''} {_span(group)}"
 
-    def _put_below(self, layers: dict[int, MxD]) -> None:
+    def _put_below(self, layers: dict[int, Trainable]) -> None:
         """Layers already converted as the checkpoint will have them: in the base's precision; in place, since their state is saved."""
         dtype, device = next(self.job.base.parameters()).dtype, self.accelerator.device
         spread = hasattr(self.job.base, "hf_device_map")  # then the layer before may be elsewhere
@@ -191,13 +191,13 @@ class _Training:
             layer.to(device, dtype).requires_grad_(False)
             self.below[self.sites[index].path] = _Elsewhere(layer, device) if spread else layer
 
-    def _load(self, group: list[int]) -> dict[int, MxD]:
+    def _load(self, group: list[int]) -> dict[int, Trainable]:
         """The layers of a finished group, out of its last state."""
         found = load_state(self._folder(group), self.recipe.fingerprint())
         assert found is not None
         layers = {}
         for index in group:
-            layers[index] = make_layer(self.recipe, self.sites[index], self.job.experts[index])
+            layers[index] = make_layer(self.job.shapes[index], self.recipe.train.seed, index)
             own = {name.removeprefix(f"{index}/"): found[1][name] for name in found[1] if name.startswith(f"{index}/")}
             layers[index].load_state_dict(own)
         return layers

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from mxd_convert.layers import MxD
-from mxd_convert.layers.mxd import normalise, project
+from mxd_convert.layers import Trainable
+from mxd_convert.layers.trainable import normalise, project
 
 GPU_CHUNK_ELEMENTS = 2**25
 CHUNK_ELEMENTS = 400_000  # of a parameter, at a time: 6.4 MB with its gradient and moments
@@ -43,7 +43,7 @@ class Optimiser:
 
     def __init__(
         self,
-        layers: Mapping[int, MxD],
+        layers: Mapping[int, Trainable],
         lr: float,
         steps: int,
         warmup: int,
@@ -54,7 +54,7 @@ class Optimiser:
     ) -> None:
         self.layers = list(layers.values())
         self.lr, self.steps, self.warmup, self.schedule, self.seed = lr, steps, warmup, schedule, seed
-        self.experts = {layer.experts for layer in self.layers}
+        self.experts = {layer.experts for layer in self.layers if layer.experts is not None and layer.unit_norm}
         # each with what its rounding is seeded by: the same however layers are grouped
         self.keys = {p: (index, number) for index, layer in layers.items() for number, p in enumerate(layer.parameters())}
         self.parameters: list[nn.Parameter] = [p for p in self.keys if p.requires_grad]
@@ -138,16 +138,16 @@ class Optimiser:
     def tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         """The moments by the parameters' names, for a saved state."""
         return {
-            f"{name}/{kind}": tensor
-            for parameter, name in names.items()
-            for kind, tensor in zip(_KINDS, self.moments[parameter], strict=True)
+            f"{names[parameter]}/{kind}": tensor
+            for parameter, moments in self.moments.items()
+            for kind, tensor in zip(_KINDS, moments, strict=True)
         }
 
     def restore(self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]) -> None:
         """Takes the moments of a saved state."""
-        for parameter, name in names.items():
-            for kind, tensor in zip(_KINDS, self.moments[parameter], strict=True):
-                tensor.copy_(tensors[f"{name}/{kind}"])
+        for parameter, moments in self.moments.items():
+            for kind, tensor in zip(_KINDS, moments, strict=True):
+                tensor.copy_(tensors[f"{names[parameter]}/{kind}"])
 
 
 _Chunk = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, gradient, first and second moment

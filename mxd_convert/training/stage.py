@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mxd_convert.architectures import Site
 from mxd_convert.errors import InputError
-from mxd_convert.layers import MxD, normalised_mse
+from mxd_convert.layers import Shape, Trainable, new_layer, normalised_mse
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Activations, Source
 from mxd_convert.training.interrupt import Interrupt
@@ -26,25 +25,15 @@ from mxd_convert.training.window import Window
 SAVE_SECONDS = 60.0
 
 
-def make_layer(recipe: Recipe, site: Site, n_experts: int) -> MxD:
-    """A new layer for a site. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
+def make_layer(shape: Shape, seed: int, index: int) -> Trainable:
+    """A new layer. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.seed * 1_000_003 + site.index)
-        return MxD(
-            site.d_in,
-            recipe.layer.hidden or site.d_hidden,
-            site.d_out,
-            n_experts,
-            recipe.layer.k,
-            activation=recipe.layer.activation or site.activation,
-            glu=site.glu,
-            sparsity=recipe.layer.sparsity,
-            skip=recipe.layer.skip,
-        )
+        torch.manual_seed(seed * 1_000_003 + index)
+        return new_layer(shape)
 
 
 def learn(
-    layer: MxD,
+    layer: Trainable,
     x_BI: Tensor,
     y_BO: Tensor,
     counted_B: Tensor,
@@ -58,7 +47,7 @@ def learn(
         codes = layer.encode(x_BI)
         output_BO = layer.combine(x_BI, codes)
     loss = normalised_mse(output_BO, y_BO, counted_B)
-    objective = loss + l1 * layer.penalty(codes, counted_B) if layer.sparsity == "l1" else loss
+    objective = loss + l1 * layer.penalty(codes, counted_B) if isinstance(codes, Tensor) else loss
     (objective if share is None else objective * share).backward()
     window.add(loss.detach(), output_BO.detach(), y_BO, codes, counted_B)
     return loss.detach()
@@ -88,7 +77,7 @@ class Stage:
         self,
         recipe: Recipe,
         source: Source,
-        experts: dict[int, int],
+        shapes: dict[int, Shape],
         folder: Path,
         accelerator: Accelerator,
         together: bool,
@@ -104,7 +93,9 @@ class Stage:
         self.writes = accelerator.is_main_process or not together
         self.device = accelerator.device
         self.steps, self.step_tokens = source.steps, source.rows_a_step * source.blocks.context
-        self.layers = {site.index: make_layer(recipe, site, experts[site.index]).to(self.device) for site in source.sites}
+        self.layers = {
+            site.index: make_layer(shapes[site.index], train.seed, site.index).to(self.device) for site in source.sites
+        }
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
         self.losses: dict[int, list[Tensor]] = {index: [] for index in self.layers}  # of the steps since the last log line
         self.optimiser = Optimiser(

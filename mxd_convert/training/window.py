@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mxd_convert.layers import MxD
+from mxd_convert.layers import Trainable
 
 FEW = 256  # tokens, whose sum may be taken in float32
 
@@ -23,7 +23,7 @@ class Window:
     alive: Tensor  # (N) bool: experts active on any token
 
     @classmethod
-    def empty(cls, layer: MxD, device: torch.device) -> "Window":
+    def empty(cls, layer: Trainable, device: torch.device) -> "Window":
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -60,7 +60,7 @@ class Window:
             "loss": (self.loss / tokens).item(),
             "fvu": (self.squared_error / variance.clamp_min(1e-30)).item(),
             "l0": (self.active / tokens).item(),
-            "dead_fraction": 1.0 - self.alive.double().mean().item(),
+            "dead_fraction": 1.0 - self.alive.double().mean().item() if len(self.alive) else 0.0,
         }
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,161 @@
+"""The layers as they are trained: the checkpoint's own, with their initialisation, the sparse operations, and the experts' unit norm."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from mxd_convert.layers.shape import Shape
+from mxd_convert.layers.sparse_ops import RowGradient, sparse_gate, weighted_rows
+from mxd_convert.modeling import modeling_mxd
+from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
+
+_FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same function, in one kernel
+
+
+class Trainable(FactoredLayer):
+    """Goes before a checkpoint's layer: the same forward pass, with gradients of gate and experts that stay sparse.
+
+    Initialisation (paper, appendix; in `reset_parameters`):
+
+    | parameter               | shape     | start                                |
+    | ----------------------- | --------- | ------------------------------------ |
+    | encoder(s), gate weight | (H,I) (N,I) | as nn.Linear                       |
+    | their biases            | (H) (N)   | 0                                    |
+    | decoder (D)             | (O,H)     | 0: the layer starts as its bias      |
+    | experts (C)             | (N,O)     | uniform, then rows of unit norm; of a transcoder 0 |
+    | output bias, skip       | (O) (O,I) | 0                                    |
+    """
+
+    unit_norm = True  # of the experts' rows
+
+    def prepare(self) -> None:
+        """Makes a new layer ready for training."""
+        self.sinks: dict[Tensor, RowGradient] = {}  # of the gate's weight and the experts, where an optimiser wants it so
+        if self.decoder is not None:
+            self.act = ACT2FN[_FUSED.get(self.activation, self.activation)]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for linear in (self.encoder, self.encoder_gate, self.gate):
+            if linear is not None:
+                linear.reset_parameters()
+                nn.init.zeros_(linear.bias)
+        for start in (self.decoder, self.skip):
+            if start is not None:
+                nn.init.zeros_(start.weight)
+        nn.init.zeros_(self.output_bias)
+        if self.experts is not None and self.unit_norm:
+            bound = self.d_out**-0.5
+            nn.init.uniform_(self.experts, -bound, bound)
+            normalise(self.experts)
+        elif self.experts is not None:
+            nn.init.zeros_(self.experts)
+
+    def encode(self, x_BI: Tensor) -> Codes:
+        """As the checkpoint's, chunk by chunk of tokens: no (..., N) tensor is made, and none kept for the backward."""
+        if self.gate is None or self.sparsity == "l1":
+            return super().encode(x_BI)
+        weight, bias = self.gate.weight, self.gate.bias
+        values_BK, indices_BK = sparse_gate(x_BI.reshape(-1, self.d_in), weight, bias, self.k, self.sinks.get(weight))
+        return values_BK.view(*x_BI.shape[:-1], self.k), indices_BK.view(*x_BI.shape[:-1], self.k)
+
+    def gain_of(self, codes: Codes) -> Tensor:
+        if self.experts is None or isinstance(codes, Tensor):
+            return super().gain_of(codes)
+        values_BK, indices_BK = (tensor.reshape(-1, self.k) for tensor in codes)
+        sums_BO = weighted_rows(values_BK, indices_BK, self.experts, self.sinks.get(self.experts))
+        return sums_BO.view(*codes[0].shape[:-1], self.d_out)
+
+    def defer_row_gradients(self) -> None:
+        """From now on the gradients of the gate's weight and of the experts are kept in `sinks`, not made whole in `.grad`."""
+        if self.gate is not None and self.sparsity == "topk":
+            rows = (self.gate.weight, self.experts)
+            self.sinks = {parameter: RowGradient() for parameter in rows if parameter.requires_grad}
+
+    def penalty(self, codes: Codes, weight_B: Tensor) -> Tensor:
+        """The L1 norm of the coefficients, a mean over the tokens that count."""
+        values = codes if isinstance(codes, Tensor) else codes[0]
+        return (values.float().sum(-1) * weight_B).sum() / weight_B.sum().clamp_min(1)
+
+
+class MxD(Trainable, modeling_mxd.MxD):
+    """A Mixture of Decoders layer, to be trained. Arguments as in modeling_mxd.py.
+
+    frozen_gate: the gate stays as it was drawn, the control that says how much learning the routing brings.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_hidden: int,
+        d_out: int,
+        n_experts: int,
+        k: int,
+        activation: str = "gelu",
+        glu: bool = False,
+        sparsity: str = "topk",
+        skip: bool = False,
+        dropout: float = 0.0,
+        frozen_gate: bool = False,
+    ) -> None:
+        modeling_mxd.MxD.__init__(self, d_in, d_hidden, d_out, n_experts, k, activation, glu, sparsity, skip, dropout)
+        self.prepare()
+        if frozen_gate:
+            self.kind = "random_gate"
+            self.gate.requires_grad_(False)
+
+
+class Transcoder(Trainable, modeling_mxd.Transcoder):
+    """A transcoder, to be trained. Its rows start at 0 and have no constraint, as in EleutherAI's sparsify."""
+
+    unit_norm = False
+
+    def __init__(
+        self, d_in: int, d_out: int, n_experts: int, k: int, sparsity: str = "topk", skip: bool = False, dropout: float = 0.0
+    ) -> None:
+        modeling_mxd.Transcoder.__init__(self, d_in, d_out, n_experts, k, sparsity, skip, dropout)
+        self.prepare()
+
+
+class DenseTwin(Trainable, modeling_mxd.DenseTwin):
+    """The same as an MxD's linear factor alone, to be trained."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_hidden: int,
+        d_out: int,
+        activation: str = "gelu",
+        glu: bool = False,
+        skip: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        modeling_mxd.DenseTwin.__init__(self, d_in, d_hidden, d_out, activation, glu, skip, dropout)
+        self.prepare()
+
+
+def new_layer(shape: Shape) -> MxD | Transcoder | DenseTwin:
+    """A layer to be trained, its parameters drawn from torch's generator."""
+    if shape.kind in ("transcoder", "skip_transcoder"):
+        return Transcoder(shape.d_in, shape.d_out, shape.n_experts, shape.k, shape.sparsity, shape.skip)
+    hidden = (shape.activation, shape.glu)
+    if shape.kind == "dense_twin":
+        return DenseTwin(shape.d_in, shape.d_hidden, shape.d_out, *hidden, skip=shape.skip)
+    gain = (shape.sparsity, shape.skip)
+    frozen = shape.kind == "random_gate"
+    return MxD(shape.d_in, shape.d_hidden, shape.d_out, shape.n_experts, shape.k, *hidden, *gain, frozen_gate=frozen)
+
+
+def normalise(rows_ND: Tensor, which_N: Tensor | None = None) -> None:
+    """Gives rows unit norm, in place: those that `which` (bool) names, or all."""
+    norm_N1 = torch.linalg.vector_norm(rows_ND, dim=-1, keepdim=True).clamp_min(1e-8)
+    if which_N is not None:
+        norm_N1 = norm_N1.where(which_N.unsqueeze(-1), 1.0)
+    rows_ND.div_(norm_N1)
+
+
+def project(gradient_ND: Tensor, rows_ND: Tensor) -> None:
+    """Removes from each row's gradient its component along the row (which the unit norm would undo), in place. Rows have unit norm."""
+    along_N1 = (gradient_ND * rows_ND).sum(-1, keepdim=True)
+    gradient_ND.addcmul_(along_N1, rows_ND, value=-1)

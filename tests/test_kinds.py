@@ -1,0 +1,157 @@
+"""The layers that an MxD is compared with: what they compute, that they train in the same engine, and what a report says of them."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import small_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import mxd_convert
+from mxd_convert import convert
+from mxd_convert.layers import Shape, new_layer, normalised_mse
+from mxd_convert.modeling.modeling_mxd import build_layer
+from mxd_convert.surgery import describe
+from mxd_convert.training.optimiser import Optimiser
+
+I, H, O, N, K = 7, 11, 5, 13, 4
+KINDS = ("mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate")
+
+
+def shape_of(kind: str, **settings) -> Shape:
+    hidden = 0 if "coder" in kind else H
+    experts = (0, 0) if kind == "dense_twin" else (N, K)
+    return Shape(kind, I, hidden, O, *experts, **{"skip": kind == "skip_transcoder", **settings})
+
+
+def random_layer(kind: str, **settings):
+    torch.manual_seed(0)
+    layer = new_layer(shape_of(kind, **settings)).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    return layer
+
+
+def definition(layer, x):
+    """What each kind computes, from the formulas alone."""
+    y = torch.ones(len(x), O, dtype=x.dtype)
+    if layer.kind != "dense_twin":
+        a = torch.relu(x @ layer.gate.weight.T + layer.gate.bias)
+        if layer.sparsity == "topk":
+            a = a * (a >= a.sort(descending=True).values[:, K - 1 : K])
+        y = a @ layer.experts
+    if "coder" not in layer.kind:
+        z = torch.nn.functional.gelu(x @ layer.encoder.weight.T + layer.encoder.bias)
+        y = y * (z @ layer.decoder.weight.T)
+    return y + layer.output_bias + (x @ layer.skip.weight.T if layer.skip is not None else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(kind, {}) for kind in KINDS] + [(kind, {"sparsity": "l1"}) for kind in KINDS if kind != "dense_twin"]
+)
+def test_every_kind_is_its_formula_in_training_and_in_the_checkpoint(kind, settings):
+    layer, x = random_layer(kind, **settings), torch.randn(6, I, dtype=torch.float64, requires_grad=True)
+    assert (layer(x) - definition(layer, x)).abs().max() < 1e-10
+    shipped = build_layer(describe(layer)).double()
+    shipped.load_state_dict(layer.state_dict())
+    assert (shipped(x) - definition(layer, x)).abs().max() < 1e-10
+    assert shipped.kind == kind
+    assert describe(shipped) == describe(layer)
+    inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    ours = torch.autograd.grad(layer(x).square().sum(), inputs)
+    dense = torch.autograd.grad(definition(layer, x).square().sum(), inputs)
+    for mine, expected in zip(ours, dense, strict=True):
+        assert (mine - expected).abs().max() <= 1e-10 * expected.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_training_changes(kind):
+    torch.manual_seed(0)
+    layer = new_layer(shape_of(kind))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    optimiser = Optimiser({0: layer}, 1e-2, steps=8, warmup=1, schedule="constant")
+    x, y = torch.randn(64, I), torch.randn(64, O)
+    for step in range(8):
+        normalised_mse(layer(x), y).backward()
+        optimiser.step(step)
+    changed = {name for name, tensor in layer.state_dict().items() if not tensor.equal(before[name])}
+    still = {"gate.weight", "gate.bias"} if kind == "random_gate" else set()
+    assert changed == set(before) - still
+    if kind in ("mxd", "random_gate"):
+        assert torch.allclose(layer.experts.norm(dim=-1), torch.ones(N), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def finished(models, text, tmp_path_factory):
+    """A conversion of each kind, each from the same recipe but for the kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    made = {}
+    for kind in KINDS:
+        settings = {"layers": [0, 2], "layer": {"kind": kind, "k": 4, "experts": "auto", "expansion": 8}}
+        made[kind] = convert(small_recipe(models["llama"], text, folder / kind, **settings), quiet=True)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_goes_through_the_same_engine(finished, mxd, kind):
+    """Plan, training, surgery, a checkpoint that verifies with and without the package, report and card."""
+    result = finished[kind]
+    entry = json.loads((result.output / "config.json").read_text())["mxd"]["layers"]["2"]
+    assert entry["kind"] == kind
+    status, out, _ = mxd("verify", result.output)
+    assert status == 0, out
+    report = result.report
+    layer, reliance = report["fidelity"]["layers"]["2"], report["reliance"]["layers"]["2"]
+    assert layer["fvu"] < 1.5
+    assert kind in (result.output / "recipe.yaml").read_text()
+    if kind == "dense_twin":
+        assert (layer["l0"], layer["dead_fraction"], *reliance.values()) == (None,) * 5
+        assert report["reliance"]["verdict"] == "not applicable"
+        assert "not measured" in (result.output / "README.md").read_text()
+    else:
+        assert 0 < layer["l0"] <= 4
+        assert reliance["routing_necessity"] is not None
+    if "coder" in kind:
+        assert reliance["gate_share"] == pytest.approx(1.0, abs=1e-9)  # all of y is the sparse code's
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    assert {type(module).__name__ for module in model.mxd_layers().values()} == {
+        {"dense_twin": "DenseTwin", "random_gate": "MxD", "mxd": "MxD"}.get(kind, "Transcoder")
+    }
+
+
+def test_kinds_start_from_the_same_draw_and_see_the_same_text(finished, models, text, tmp_path):
+    """A random gate is the very gate that the MxD starts with; the dense twin's text and tokens are the MxD's."""
+    plan = mxd_convert.make_plan(
+        mxd_convert.load_recipe(
+            yaml.safe_load((finished["mxd"].output / "recipe.yaml").read_text())
+            | {
+                "base": {"model": str(models["llama"])},
+                "data": {**small_recipe(models["llama"], text, tmp_path)["data"]},
+                "output": {"dir": str(tmp_path / "out")},
+            }
+        )
+    )
+    start = new_layer_at(plan, 2).gate.weight
+    frozen = load_file(finished["random_gate"].output / "model.safetensors")["model.layers.2.mlp.gate.weight"]
+    trained = load_file(finished["mxd"].output / "model.safetensors")["model.layers.2.mlp.gate.weight"]
+    assert torch.equal(frozen, start)
+    assert not torch.equal(trained, start)
+    texts = {json.dumps({**result.report["data"]["train"]}) for result in finished.values()}
+    assert len(texts) == 1
+
+
+def new_layer_at(plan, index):
+    from mxd_convert.training.stage import make_layer
+
+    return make_layer(plan.shapes[index], plan.recipe.train.seed, index)
+
+
+def test_plan_shows_the_kind(mxd, recipe):
+    for kind, parts in (("transcoder", ("32 > 32", "transcoder")), ("dense_twin", ("32 > 128 > 32", "dense_twin"))):
+        status, out, _ = mxd("plan", recipe(layer={"kind": kind}))
+        assert status == 0
+        for part in parts:
+            assert part in out
