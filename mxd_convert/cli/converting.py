@@ -1,66 +1,26 @@
-"""The command line: parses, calls the public face, prints. No logic."""
+"""Commands that make checkpoints: init, plan, run, eval, verify, revert."""
 
-import json
 import math
-import os
-import sys
-import time
-import traceback
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import mxd_convert
-from mxd_convert.errors import InputError, Stopped, is_disk_full
-from mxd_convert.processes import once_a_machine, part
-
-app = typer.Typer(
-    name="mxd-convert",
-    help="Turns a pretrained HuggingFace language model into one whose MLPs are sparse, interpretable Mixtures of Decoders.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+from mxd_convert.cli.app import (
+    BaseOption,
+    CheckpointArgument,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    app,
+    console,
+    human,
+    print_json,
+    table_of,
 )
-human = Console(stderr=True, highlight=False)
-
-RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that ships: quickstart, stories260k, ...")]
-CheckpointArgument = Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")]
-SetOption = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
-]
-BaseOption = Annotated[Optional[str], typer.Option("--base", metavar="PATH", help="The base model, where not the recorded one.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-
-
-class Positions(Enum):
-    """Where steering acts."""
-
-    all = "all"
-    prompt = "prompt"
-    generation = "generation"
-
-
-def _console() -> Console:
-    """Of the terminal's width; wide enough for our tables where the output is a file or a pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def _table(*headers: str) -> Table:
-    """A table that keeps to 80 columns: figures to the right, headers of several words over several lines."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    for number, header in enumerate(headers):
-        table.add_column(header, justify="right" if number else "left", overflow="fold")
-    return table
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2))
+from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, Stopped
+from mxd_convert.processes import once_a_machine, part
 
 
 @app.command(epilog="Example: `mxd-convert init openai-community/gpt2 --output gpt2.yaml`")
@@ -82,16 +42,16 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
     made = mxd_convert.make_plan(loaded)
     outlook = mxd_convert.outlook(made)
     if as_json:
-        _print_json({**made.to_dict(), **outlook.to_dict()})
+        print_json({**made.to_dict(), **outlook.to_dict()})
         return
-    table = _table("layer", "in > hidden > out", "activation", "experts", "active", "parameters", "of the MLP")
+    table = table_of("layer", "in > hidden > out", "activation", "experts", "active", "parameters", "of the MLP")
     for layer in made.layers:
         shape = layer.shape
         activation = f"{shape.activation}, GLU" if shape.glu else shape.activation
         widths = " > ".join(f"{width:,}" for width in (shape.d_in, shape.d_hidden, shape.d_out) if width)
         counts = (f"{count:,}" for count in (shape.n_experts, shape.k, layer.parameters, layer.mlp_parameters))
         table.add_row(str(layer.index), widths, activation, *counts)
-    out = _console()
+    out = console()
     out.print(table)
     train, memory, speed = made.recipe.train, outlook.memory, outlook.speed
     growth = made.converted_parameters / made.base_parameters
@@ -147,18 +107,18 @@ def run(
     if not result.main_process:
         return
     if as_json:
-        _print_json({"output": str(result.output), "already_finished": result.already_finished, "report": result.report})
+        print_json({"output": str(result.output), "already_finished": result.already_finished, "report": result.report})
         return
     if result.already_finished:
         human.print("this recipe has finished before; --fresh runs it again")
-    _print_figures(result.report)
+    print_figures(result.report)
     print(result.output)
 
 
-def _print_figures(report: dict[str, Any]) -> None:
+def print_figures(report: dict[str, Any]) -> None:
     fidelity, reliance = report["fidelity"], report["reliance"]
-    out = _console()
-    summary = _table("held-out cross-entropy", "nats a token", "perplexity")
+    out = console()
+    summary = table_of("held-out cross-entropy", "nats a token", "perplexity")
     for name, key in (
         ("base", "ce_base"),
         ("converted", "ce_converted"),
@@ -172,7 +132,7 @@ def _print_figures(report: dict[str, Any]) -> None:
         f"rise {fidelity['delta_ce']:+.4f} on {fidelity['tokens']:,} tokens; KL {fidelity['kl']:.4f};"
         f" same most likely token {fidelity['top1_agreement']:.1%}; compounding {compounding}"
     )
-    table = _table(
+    table = table_of(
         "layer",
         "rise alone",
         "recovered",
@@ -213,9 +173,9 @@ def evaluate(
     """Measure a checkpoint on a text: fidelity to the base model and reliance on the experts."""
     figures = mxd_convert.evaluate(checkpoint, data, tokens, text_field, base)
     if as_json:
-        _print_json(figures)
+        print_json(figures)
     else:
-        _print_figures(figures)
+        print_figures(figures)
 
 
 @app.command(epilog="Example: `mxd-convert verify runs/quickstart`. Exit status 1 where a check fails.")
@@ -226,7 +186,7 @@ def verify(checkpoint: CheckpointArgument, base: BaseOption = None, as_json: Jso
     """
     found = mxd_convert.verify(checkpoint, base)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         marks = {True: "ok", False: "FAILED", None: "not checked"}
         for check in found.checks:
@@ -246,94 +206,6 @@ def revert(
     """Give chosen layers their original MLPs back, in a new folder."""
     folder = mxd_convert.revert(checkpoint, layers, output, base)
     if as_json:
-        _print_json({"output": str(folder)})
+        print_json({"output": str(folder)})
     else:
         print(folder)
-
-
-@app.command(epilog='Example: `mxd-convert generate runs/quickstart --prompt "The function" --steer 2:17:+10`')
-def generate(
-    checkpoint: CheckpointArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
-    steer: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--steer",
-            metavar="LAYER:EXPERT:+C",
-            help="Add C to an expert's coefficient (=C sets it, xC scales it, off ablates it); repeatable.",
-        ),
-    ] = None,
-    positions: Annotated[
-        Positions, typer.Option("--positions", help="Where it is steered: everywhere, in the prompt, or in what is written.")
-    ] = Positions.all,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: the most likely token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Continue a text, steered if asked."""
-    steering = [mxd_convert.parse_steering(text, positions.value) for text in steer or []]
-    text = mxd_convert.generate(checkpoint, prompt, steering, max_new_tokens, temperature, seed)
-    if as_json:
-        _print_json({"prompt": prompt, "steering": steering, "text": text})
-    else:
-        print(text)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"mxd-convert {mxd_convert.__version__}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    global _debug
-    _debug = debug
-
-
-_debug = False
-INTERRUPTED = 130
-INTERRUPTED_AND_TOLD = -130  # by another process
-OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
-
-
-def main() -> None:
-    """The program. Exit status: 0 done, 1 a check failed, 2 the input is at fault, 130 interrupted (resumable)."""
-    try:
-        status = app(standalone_mode=False)
-        if status == INTERRUPTED:  # typer turns Ctrl-C into this
-            raise KeyboardInterrupt
-        if status == INTERRUPTED_AND_TOLD:
-            time.sleep(OTHERS_SPEAK / 10)  # what it says is short
-            status = INTERRUPTED
-        sys.exit(status)
-    except InputError as error:
-        if _debug:
-            traceback.print_exc()
-        if error.told:  # torchrun ends all processes with the first, which must be the one that speaks; if none does, this one
-            time.sleep(OTHERS_SPEAK)
-        print(f"mxd-convert: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        without = ", without --fresh," if "--fresh" in sys.argv else ""
-        resumable = f"; the same command{without} goes on where it stopped" if "run" in sys.argv[1:2] else ""
-        print(f"mxd-convert: interrupted{resumable}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own, of a mistake in the options themselves
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                error.show()
-            sys.exit(error.exit_code)
-        if _debug or not (is_disk_full(error) or (isinstance(error, OSError) and error.filename)):
-            raise
-        what = "no space left on the disk" if is_disk_full(error) else f"{getattr(error, 'filename', '')}: can't be used"
-        print(f"mxd-convert: {what} ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
