@@ -11,7 +11,7 @@ from mxd_convert._registration import register_where_useful
 if TYPE_CHECKING:
     from mxd_convert.checkpoint import load_checkpoint
     from mxd_convert.errors import InputError
-    from mxd_convert.evaluation import evaluate, steer
+    from mxd_convert.evaluation import decompose, evaluate, expert_rank, logit_effect, steer, steered
     from mxd_convert.generation import generate, parse_steering
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
@@ -29,10 +29,13 @@ _HOMES = {
     "Recipe": "recipe",
     "Result": "pipeline",
     "convert": "pipeline",
+    "decompose": "evaluation",
     "evaluate": "evaluation",
+    "expert_rank": "evaluation",
     "generate": "generation",
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe_file",
+    "logit_effect": "evaluation",
     "make_plan": "plan",
     "outlook": "plan",
     "parse_overrides": "recipe_file",
@@ -41,6 +44,7 @@ _HOMES = {
     "shipped_recipes": "recipe_file",
     "starter_recipe": "starter",
     "steer": "evaluation",
+    "steered": "evaluation",
     "verify": "verification",
     "write_starter": "starter",
 }
@@ -50,10 +54,13 @@ __all__ = [
     "Recipe",
     "Result",
     "convert",
+    "decompose",
     "evaluate",
+    "expert_rank",
     "generate",
     "load_checkpoint",
     "load_recipe",
+    "logit_effect",
     "make_plan",
     "outlook",
     "parse_overrides",
@@ -62,6 +69,7 @@ __all__ = [
     "shipped_recipes",
     "starter_recipe",
     "steer",
+    "steered",
     "verify",
     "write_starter",
 ]

@@ -12,9 +12,10 @@ from mxd_convert.errors import InputError
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a family of causal LMs holds its MLPs. `{i}` is the layer's index; projections are attributes of the MLP module."""
+    """How a family of causal LMs holds its MLPs. `{i}` is the layer's index; projections are attributes of the MLP module; `norm` is the last one."""
 
     mlp: str
+    norm: str
     up: str
     down: str
     activation: str  # key of the config that names the activation
@@ -28,10 +29,19 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
-        "transformer.h.{i}.mlp", up="c_fc", down="c_proj", activation="activation_function", dropout="resid_pdrop"
+        "transformer.h.{i}.mlp",
+        "transformer.ln_f",
+        up="c_fc",
+        down="c_proj",
+        activation="activation_function",
+        dropout="resid_pdrop",
     ),
-    "gpt_neox": Architecture("gpt_neox.layers.{i}.mlp", up="dense_h_to_4h", down="dense_4h_to_h", activation="hidden_act"),
-    "llama": Architecture("model.layers.{i}.mlp", up="up_proj", down="down_proj", activation="hidden_act", gate="gate_proj"),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers.{i}.mlp", "gpt_neox.final_layer_norm", up="dense_h_to_4h", down="dense_4h_to_h", activation="hidden_act"
+    ),
+    "llama": Architecture(
+        "model.layers.{i}.mlp", "model.norm", up="up_proj", down="down_proj", activation="hidden_act", gate="gate_proj"
+    ),
 }
 
 

@@ -130,7 +130,7 @@ class FactoredLayer(nn.Module):
         """`g = C^T a`, (..., O), from what `encode` returns, steering included; ones in a layer without experts."""
         if self.experts is None:
             return codes[0].new_ones((*codes[0].shape[:-1], self.d_out))
-        return self.gain(codes, self.experts, self._changes(codes))
+        return self.gain(codes, self.experts, self.changes(codes))
 
     def combine(self, x_BI: Tensor, codes: Codes) -> Tensor:
         """The layer's output, (..., O), for given coefficients."""
@@ -145,7 +145,7 @@ class FactoredLayer(nn.Module):
     def forward(self, x_BI: Tensor) -> Tensor:
         return self.combine(x_BI, self.encode(x_BI))
 
-    def _changes(self, codes: Codes) -> list[tuple[int, Tensor]]:
+    def changes(self, codes: Codes) -> list[tuple[int, Tensor]]:
         """By how much steering changes the coefficient of each steered expert, (...), in float32."""
         before: dict[int, Tensor] = {}
         after: dict[int, Tensor] = {}

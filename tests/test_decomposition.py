@@ -1,0 +1,103 @@
+"""The parts of a layer's output add up to it, and an expert's direct effect on the logits is what taking its part away would change."""
+
+import pytest
+import torch
+from test_kinds import KINDS, random_layer
+from test_steering import active_expert, ids_of
+
+from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
+from mxd_convert.evaluation.decomposition import Unembedding, layer_inputs, take_apart
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense_twin"])
+@pytest.mark.parametrize("settings", [{}, {"sparsity": "l1"}])
+@torch.no_grad()
+def test_the_parts_of_every_kind_add_up(kind, settings):
+    layer, x = random_layer(kind, **settings), torch.randn(2, 5, 7, dtype=torch.float64)
+    parts = take_apart(layer, x)
+    assert (parts.output - layer(x)).abs().max() < 1e-12
+    n = int(parts.experts[0, 0, 0])  # one part by its definition: a_n times the expert's own linear map
+    z = layer.hidden(x[0, 0]) if "coder" not in kind else None
+    expected = z @ layer.expert_weight(n) if z is not None else layer.experts[n]
+    assert torch.allclose(parts.contributions[0, 0, 0], parts.values[0, 0, 0] * expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+@torch.no_grad()
+def test_a_models_layers_come_apart_also_while_steered(converted, family):
+    model, ids = load_checkpoint(converted[family]).double(), ids_of()
+    outputs = {}
+    for index, layer in model.mxd_layers().items():
+        layer.register_forward_hook(lambda module, arguments, output, index=index: outputs.__setitem__(index, output))
+    with steer(model, 2, [3, 5], add=2.0), steer(model, 0, 1, ablate=True):
+        parts = decompose(model, ids)
+    assert set(parts) == {0, 2}
+    for index in parts:
+        assert (parts[index].output - outputs[index]).abs().max() < 1e-10
+    assert parts[2].values.shape == (2, 9, 6)  # the steered ones are parts of their own
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+@torch.no_grad()
+def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, family):
+    """The last hidden state without the expert's part, the norm's scale held, through the model's own norm and head."""
+    model, ids = load_checkpoint(converted[family], dtype="float32"), ids_of(6, 11)
+    norm, head = Unembedding(model).norm, model.get_output_embeddings()
+    n = active_expert(model, ids)
+    residual = []
+    norm.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
+    with layer_inputs(model, [2]) as seen:
+        model(input_ids=ids)
+    parts = take_apart(model.mxd_layers()[2], seen[2])
+    x, part = residual[-1].double(), torch.zeros_like(residual[-1]).double()
+    fires = (parts.experts == n) & (parts.values > 0)
+    part = (parts.contributions * fires.unsqueeze(-1)).sum(-2).double()
+    centred = family != "llama"
+    moved = part - part.mean(-1, keepdim=True) if centred else part
+    spread = x.var(-1, correction=0, keepdim=True) if centred else x.square().mean(-1, keepdim=True)
+    epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    change = moved / (spread + epsilon).sqrt() * norm.weight.double() @ head.weight.double().T
+    change = (change - change.mean(-1, keepdim=True))[fires.any(-1)]
+    effect = logit_effect(model, 2, n, ids, rows=4)
+    assert effect.tokens == len(change) > 3
+    assert torch.allclose(effect.mean.double(), change.mean(0), atol=1e-4 * change.abs().max().item())
+    assert torch.allclose(effect.spread.double(), change.std(0, correction=0), atol=1e-3 * change.abs().max().item())
+    assert effect.promoted(3) == change.mean(0).topk(3).indices.tolist()
+    assert effect.suppressed(1) == [change.mean(0).argmin().item()]
+
+
+@torch.no_grad()
+def test_with_every_part_taken_apart_the_logits_are_the_models_own(converted):
+    """All that is written to the residual stream, through the unembedding: the logits, but for a constant and the norm's bias."""
+    model, ids = load_checkpoint(converted["llama"], dtype="float32"), ids_of()
+    unembedding = Unembedding(model)
+    residual = []
+    unembedding.norm.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
+    with unembedding.scales() as scales:
+        logits = model(input_ids=ids).logits
+    ours = unembedding.logits(residual[-1] * scales[-1].unsqueeze(-1))
+    assert torch.allclose(ours, logits - logits.mean(-1, keepdim=True), atol=1e-4)
+
+
+def test_the_rank_of_an_expert_is_that_of_the_decoder():
+    layer = random_layer("mxd")
+    assert expert_rank(layer, 3) == 5
+    with torch.no_grad():
+        layer.experts[3, :2] = 0
+    assert expert_rank(layer, 3) == 3
+    with pytest.raises(IndexError, match="experts 0 to 12"):
+        expert_rank(layer, 13)
+
+
+def test_what_is_not_there_is_refused(converted):
+    model, ids = load_checkpoint(converted["llama"]), ids_of()
+    with pytest.raises(InputError, match="layer 1 is not converted; converted are 0, 2"):
+        logit_effect(model, 1, 0, ids)
+    with pytest.raises(InputError, match="experts 0 to 23; there is no expert 24"):
+        logit_effect(model, 0, 24, ids)
+    with pytest.raises(InputError, match="dense_twin has no experts"):
+        take_apart(random_layer("dense_twin"), torch.randn(1, 7))
+    model.mxd_layers()[0].gate.weight.zero_()
+    model.mxd_layers()[0].gate.bias.fill_(-1)
+    silent = logit_effect(model, 0, 3, ids)
+    assert (silent.tokens, silent.mean.any().item()) == (0, False)
