@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
     from mxd_convert.reverting import revert
     from mxd_convert.starter import starter_recipe, write_starter
+    from mxd_convert.sweeping import Sweep, parse_grid, sweep
     from mxd_convert.verification import verify
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _HOMES = {
     "Plan": "plan",
     "Recipe": "recipe",
     "Result": "pipeline",
+    "Sweep": "sweeping",
     "convert": "pipeline",
     "decompose": "evaluation",
     "evaluate": "evaluation",
@@ -38,6 +40,7 @@ _HOMES = {
     "logit_effect": "evaluation",
     "make_plan": "plan",
     "outlook": "plan",
+    "parse_grid": "sweeping",
     "parse_overrides": "recipe_file",
     "parse_steering": "generation",
     "revert": "reverting",
@@ -45,6 +48,7 @@ _HOMES = {
     "starter_recipe": "starter",
     "steer": "evaluation",
     "steered": "evaluation",
+    "sweep": "sweeping",
     "verify": "verification",
     "write_starter": "starter",
 }
@@ -53,6 +57,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Result",
+    "Sweep",
     "convert",
     "decompose",
     "evaluate",
@@ -63,6 +68,7 @@ __all__ = [
     "logit_effect",
     "make_plan",
     "outlook",
+    "parse_grid",
     "parse_overrides",
     "parse_steering",
     "revert",
@@ -70,6 +76,7 @@ __all__ = [
     "starter_recipe",
     "steer",
     "steered",
+    "sweep",
     "verify",
     "write_starter",
 ]

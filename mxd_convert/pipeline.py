@@ -77,7 +77,7 @@ def convert(
     with once_a_machine():
         recipe = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
         plan = make_plan(recipe)
-        accelerator = _accelerator(plan)
+        accelerator = new_accelerator(plan)
     run = _Conversion(plan, accelerator, fresh, quiet or not accelerator.is_main_process)
     with lost_guard(accelerator.num_processes), ExitStack() as stack:
         with run.agreed():
@@ -281,7 +281,8 @@ def _kind(shape: Shape) -> str:
     return f"{name}, {shape.n_experts:,} experts each, {shape.k} active" if shape.has_experts else name
 
 
-def _accelerator(plan: Plan) -> Accelerator:
+def new_accelerator(plan: Plan) -> Accelerator:
+    """The devices and processes that a plan's training uses. Raises InputError where precision or tracker can't be had."""
     # accelerate keeps one state a process: without this, a second conversion would run with the first one's precision
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()

@@ -112,6 +112,15 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     return overrides
 
 
+def parse_list(setting: str) -> tuple[str, list[Any]]:
+    """`"layer.k=8,16"` -> ("layer.k", [8, 16]); a list in brackets is one value."""
+    key, _, value = setting.partition("=")
+    [(key, values)] = parse_overrides([f"{key}=[{value}]"]).items()
+    if not values:
+        raise InputError(f"--set {setting}: give at least one value")
+    return key, values
+
+
 def _find(recipe: str | Path) -> tuple[Path, bool]:
     text = str(recipe)
     if "/" not in text and os.sep not in text and not text.endswith((".yaml", ".yml")):

@@ -16,6 +16,7 @@ FLOORS = [
     {"training", "evaluation", "plan", "verification", "reverting", "generation", "starter", "workspace"},
     {"report"},
     {"pipeline"},
+    {"sweeping"},
     {"cli", "_registration", "_probe"},
 ]
 

@@ -155,7 +155,7 @@ def test_the_papers_recipes_have_the_papers_settings():
         recipe = load_recipe(name)
         assert (recipe.layers, recipe.layer.experts, recipe.layer.k) == ([layer], experts, 32)
         assert (recipe.data.tokens, recipe.data.context, recipe.train.preset) == (480_000_000, 128, "paper")
-    assert set(expected) | {"quickstart", "stories260k", "gpt2-all-layers"} == set(shipped_recipes())
+    assert set(expected) | {"quickstart", "stories260k", "prose-neox", "gpt2-all-layers"} == set(shipped_recipes())
 
 
 def test_recipes_found_by_name_write_into_the_working_directory(tmp_path, monkeypatch):

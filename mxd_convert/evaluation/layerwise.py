@@ -44,8 +44,8 @@ class LayerFigures:
         self.local, self.teacher = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
         self.active = torch.zeros((), dtype=torch.float64, device=device)
         self.fired_N = torch.zeros(layer.n_experts, dtype=torch.bool, device=device)
-        # moments over tokens, for each output, of the features (1, u, s u) and y
-        names = ("u", "v", "y", "uu", "uv", "vv", "uy", "vy", "yy")
+        # moments over tokens, for each output, of the features (1, u, s u), of y, and of all of the output, skip path included
+        names = ("u", "v", "y", "uu", "uv", "vv", "uy", "vy", "yy", "t", "tt")
         self.moments = {name: torch.zeros(layer.d_out, dtype=torch.float64, device=device) for name in names}
 
     @torch.no_grad()
@@ -70,7 +70,8 @@ class LayerFigures:
         strength_B1 = values.double().sum(-1, keepdim=True)
         u, y = linear_BO[counted_B], product_BO[counted_B]
         v = strength_B1[counted_B] * u
-        features = {"u": u, "v": v, "y": y}
+        whole = y if layer.skip is None else output_BO[counted_B]
+        features = {"u": u, "v": v, "y": y, "t": whole}
         for name in self.moments:
             product = features[name[0]] * features[name[1]] if len(name) == 2 else features[name]
             self.moments[name] += product.sum(0)
@@ -96,8 +97,8 @@ class LayerFigures:
         """gate_share: share of the variance of g*u beyond the best constant gain. identity_share: beyond the best gain linear in s.
 
         Near 0 the gain is constant, so the experts do nothing; an identity share near 0 beside a gate share above it says that
-        the experts only turn the volume, whichever of them fire. A transcoder's u is 1: its gate share is 1 by definition, its identity
-        share is not. None without experts.
+        the experts only turn the volume, whichever of them fire. Both are shares of the whole output's variance, that of a skip path
+        included. A plain transcoder's u is 1: its gate share is 1 by definition, its identity share is not. None without experts.
         """
         if self.layer.n_experts == 0:
             return {"gate_share": None, "identity_share": None}
@@ -110,16 +111,16 @@ def shares(moments: dict[str, Tensor], tokens: int) -> dict[str, float | None]:
     def covariance(a: str, b: str) -> Tensor:
         return mean["".join(sorted(a + b))] - mean[a] * mean[b]
 
+    whole = covariance("t", "t").clamp_min(0).sum()
     total_O = covariance("y", "y").clamp_min(0)
-    whole = total_O.sum()
     if whole <= 0:
         return {"gate_share": 0.0, "identity_share": 0.0}
     constant_O = _explained_variance([covariance("u", "u")], [covariance("u", "y")])
     features = [covariance("u", "u"), covariance("u", "v"), covariance("v", "v")]
     linear_O = _explained_variance(features, [covariance("u", "y"), covariance("v", "y")])
     # rounding can put an explained share just above one, and the richer fit just below the poorer
-    gate = (1.0 - (constant_O.sum() / whole)).clamp(0.0, 1.0).item()
-    identity = (1.0 - (linear_O.sum() / whole)).clamp(0.0, gate).item()
+    gate = ((total_O - constant_O).sum() / whole).clamp(0.0, 1.0).item()
+    identity = ((total_O - linear_O).sum() / whole).clamp(0.0, gate).item()
     return {"gate_share": gate, "identity_share": identity}
 
 

@@ -163,6 +163,22 @@ def groups(plan: Plan, indices: Sequence[int], room: int, processes: int = 1) ->
     return found
 
 
+def fitting_together(plans: Sequence[Plan], room: int) -> list[list[int]]:
+    """Runs on the same base and text, by number, in groups that can be trained at once; one by one where not all layers of a run fit."""
+    found: list[list[int]] = []
+    used = 0
+    for number, plan in enumerate(plans):
+        shared = _libraries(plan.recipe) + base_bytes(plan)
+        alone = _training(plan, plan.layers, 1, room)
+        if found and alone <= room and used + alone - shared <= room:
+            found[-1].append(number)
+            used += alone - shared
+        else:
+            found.append([number])
+            used = alone
+    return found
+
+
 def shares(plan: Plan, processes: int) -> list[list[int]]:
     """The layers of every process: its own share of them, in runs of neighbours of about the same work, or all of them for all."""
     indices = [layer.index for layer in plan.layers]

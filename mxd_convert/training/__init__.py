@@ -2,6 +2,16 @@
 
 from mxd_convert.training.loop import Job, Trained, train_layers
 from mxd_convert.training.presets import resolve_train
+from mxd_convert.training.together import same_activations, train_together
 from mxd_convert.training.tracking import finish_tracker, start_tracker
 
-__all__ = ["Job", "Trained", "finish_tracker", "resolve_train", "start_tracker", "train_layers"]
+__all__ = [
+    "Job",
+    "Trained",
+    "finish_tracker",
+    "resolve_train",
+    "same_activations",
+    "start_tracker",
+    "train_layers",
+    "train_together",
+]

@@ -14,7 +14,7 @@ from mxd_convert.data import Blocks
 from mxd_convert.errors import memory_guard
 from mxd_convert.layers import Shape, Trainable
 from mxd_convert.recipe import Recipe
-from mxd_convert.training.activations import Source, buffer_steps
+from mxd_convert.training.activations import Activations, Source, buffer_steps
 from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, lines_of, merge_logs
@@ -62,11 +62,12 @@ def train_layers(job: Job) -> Trained | None:
     InputError for a loss that is not finite, for a full disk and where memory runs out, KeyboardInterrupt (after saving) when
     interrupted.
     """
-    with kept_memory(), memory_guard(_lower(job.recipe)):
-        return _Training(job).run()
+    with kept_memory(), memory_guard(lower(job.recipe)):
+        return Training(job).run()
 
 
-def _lower(recipe: Recipe) -> str:
+def lower(recipe: Recipe) -> str:
+    """What to say where memory runs out."""
     train, layer = recipe.train, recipe.layer
     moments = ", set train.moments: bf16" if train.moments == "fp32" else ""
     return (
@@ -75,7 +76,9 @@ def _lower(recipe: Recipe) -> str:
     )
 
 
-class _Training:
+class Training:
+    """The training of one job."""
+
     def __init__(self, job: Job) -> None:
         self.job, self.recipe, self.accelerator = job, job.recipe, job.accelerator
         train, context = job.recipe.train, job.blocks.context
@@ -151,6 +154,13 @@ class _Training:
         return self.states / f"layers-{_span(group)}"
 
     def _train_group(self, group: list[int], number: int, passes: int, interrupt: Interrupt) -> None:
+        stage = self.stage(group, number, passes)
+        stage.train(interrupt)
+        if self.recipe.train.order == "sequential":
+            self._put_below(stage.layers)
+
+    def stage(self, group: list[int], number: int = 1, passes: int = 1, activations: Activations | None = None) -> Stage:
+        """A pass over the text for a group of layers. activations: of another run that reads the same."""
         train = self.recipe.train
         source = Source(
             base=self.job.base,
@@ -165,7 +175,7 @@ class _Training:
             teacher=train.target == "teacher",
             process=(self.accelerator.process_index, self.accelerator.num_processes) if self.together else (0, 1),
         )
-        stage = Stage(
+        return Stage(
             self.recipe,
             source,
             self.job.shapes,
@@ -174,10 +184,8 @@ class _Training:
             self.together,
             self.job.quiet,
             Pass(self._named(group), number, passes),
+            activations,
         )
-        stage.train(interrupt)
-        if train.order == "sequential":
-            self._put_below(stage.layers)
 
     def _named(self, group: list[int]) -> str:
         """For the progress and the trackers: empty where the group is all that is trained."""

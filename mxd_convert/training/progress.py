@@ -35,7 +35,7 @@ class TrainingProgress:
     def figures(self, fvu: float, dead: float, shares: dict[str, float]) -> None:
         """What the next updates show. shares: of the time, by what it went to."""
         spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        self.text = f"FVU {fvu:.3f}, {dead:.0%} dead, time: {spent}"
+        self.text = f"FVU {fvu:.3f}, {dead:.0%} dead" + (f", time: {spent}" if spent else "")
 
     def update(self, tokens: int) -> None:
         if self.quiet:

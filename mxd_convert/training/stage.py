@@ -23,6 +23,7 @@ from mxd_convert.training.tracking import track
 from mxd_convert.training.window import Window
 
 SAVE_SECONDS = 60.0
+Figures = tuple[float, float, dict[str, float]]  # mean FVU, dead share, shares of the time
 
 
 def make_layer(shape: Shape, seed: int, index: int) -> Trainable:
@@ -70,7 +71,8 @@ class Pass:
 class Stage:
     """Trains the layers of `source.sites` together. Goes on from the state in `folder` if there is one.
 
-    together: whether the accelerator's processes share out every batch; else this process is on its own.
+    together: whether the accelerator's processes share out every batch; else this process is on its own. activations: where other stages
+    read the same ones.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Stage:
         together: bool,
         quiet: bool,
         this: Pass,
+        activations: Activations | None = None,
     ) -> None:
         train = recipe.train
         assert train.lr is not None
@@ -111,12 +114,14 @@ class Stage:
         self.names: dict[nn.Parameter, str] = {
             parameter: f"{index}/{name}" for index, layer in self.layers.items() for name, parameter in layer.named_parameters()
         }
-        self.activations = Activations(source, self.device)
+        self.activations = activations or Activations(source, self.device)
         self.log_path = folder / NAME
         self.resumed_at: list[int] = []
         self.unsent: list[list[int]] = []  # steps, from after to, that a process without a tracker took
         self.done = self.began = 0
-        self.seconds = 0.0
+        self.seconds = self.before = 0.0
+        self.start = self.logged_at = time.monotonic()
+        self.logged = 0
         self.stopping = self.saving = False
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self._restore()
@@ -130,27 +135,42 @@ class Stage:
         if self.done and not self.quiet:
             of = f" of {self.this.title}" if self.this.title else ""
             print(f"resumed at step {self.done:,} of {self.steps:,}{of}", file=sys.stderr, flush=True)
-        start, before = time.monotonic(), self.seconds
-        last_log, last_step = start, self.done
         a_pass = self.steps * self.step_tokens
-        tokens = (self.this.number - 1) * a_pass + self.done * self.step_tokens
-        with TrainingProgress(self.this.title, self.this.of * a_pass, tokens, self.quiet) as progress:
+        before = (self.this.number - 1) * a_pass
+        with TrainingProgress(
+            self.this.title, self.this.of * a_pass, before + self.done * self.step_tokens, self.quiet
+        ) as progress:
+            self.begin()
             while self.done < self.steps:
-                self._step(self.done, interrupt)
-                self.done += 1
-                self.seconds = before + time.monotonic() - start
-                tokens += self.step_tokens
-                if self.done % self.recipe.train.log_every == 0 or self.done == self.steps:
-                    now = time.monotonic()
-                    rate = (self.done - last_step) * self.step_tokens / max(now - last_log, 1e-9)
-                    last_log, last_step = now, self.done
-                    progress.figures(*self._log(rate), self._shares(time.monotonic() - start))
-                progress.update(tokens)
-                due = self.done % self.recipe.train.checkpoint_every == 0 or self.saving
-                if due or self.done == self.steps or self.stopping:
-                    self._save()
+                if (figures := self.advance(interrupt)) is not None:
+                    progress.figures(*figures)
+                progress.update(before + self.done * self.step_tokens)
                 if self.stopping:
                     raise KeyboardInterrupt
+
+    def begin(self) -> None:
+        """Before the first `advance` of this process."""
+        self.start = self.logged_at = time.monotonic()
+        self.before, self.logged = self.seconds, self.done
+
+    def advance(self, interrupt: Interrupt) -> Figures | None:
+        """One step; then the log and the state, where they are due. Returns what the log says, for the progress.
+
+        Raises InputError where a loss is not finite.
+        """
+        figures = None
+        self._step(self.done, interrupt)
+        self.done += 1
+        self.seconds = self.before + time.monotonic() - self.start
+        if self.done % self.recipe.train.log_every == 0 or self.done == self.steps:
+            now = time.monotonic()
+            rate = (self.done - self.logged) * self.step_tokens / max(now - self.logged_at, 1e-9)
+            self.logged_at, self.logged = now, self.done
+            figures = (*self._log(rate), self._shares(now - self.start))
+        due = self.done % self.recipe.train.checkpoint_every == 0 or self.saving
+        if due or self.done == self.steps or self.stopping:
+            self.save()
+        return figures
 
     def _step(self, step: int, interrupt: Interrupt) -> None:
         batch = self.activations.batch(step)
@@ -233,7 +253,8 @@ class Stage:
         """A minute after the last save, or later where saving would take more than a twentieth of the time."""
         return time.monotonic() - self.saved_at > max(SAVE_SECONDS, 20 * self.save_seconds)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Writes the state, from which a later call goes on. Raises InputError where a parameter is not finite."""
         start = time.monotonic()
         for index, layer in self.layers.items():  # what is kept must be good to go on from
             if not all(parameter.isfinite().all() for parameter in layer.parameters()):

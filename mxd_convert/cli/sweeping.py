@@ -1,0 +1,51 @@
+"""The command `sweep`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+import mxd_convert
+from mxd_convert.cli.app import JsonOption, RecipeArgument, app, console, print_json, table_of
+
+
+@app.command(
+    epilog="Example: `mxd-convert sweep quickstart --set layer.k=4,8,16 --set layer.kind=mxd,transcoder,dense_twin --output sweeps/quickstart`."
+    " A sweep that was cut off goes on with the same command."
+)
+def sweep(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the plots and the runs.")],
+    settings: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="KEY=VALUE,VALUE,...", help="A key of the recipe and the values to try; repeatable."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: replace what an earlier sweep has left there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe for every combination of values: a table, and plots of faithfulness against sparsity and reliance."""
+    found = mxd_convert.sweep(recipe, mxd_convert.parse_grid(settings or []), output, fresh=fresh)
+    if as_json:
+        print_json({"output": str(found.output), "runs": found.rows})
+        return
+    table = table_of("run", "parameters", "rise", "FVU", "active", "dead", "gate share", "identity share", "routing necessity")
+    for row in found.rows:
+        if "error" in row:
+            table.add_row(row["name"], "-", "failed", *["-"] * 6)
+            continue
+        shares = (row[name] for name in ("gate_share", "identity_share", "routing_necessity"))
+        table.add_row(
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['delta_ce']:+.4f}",
+            f"{row['fvu']:.3f}",
+            _or_dash(row["l0"], ".1f"),
+            _or_dash(row["dead_fraction"], ".1%"),
+            *(_or_dash(share, ".2f") for share in shares),
+        )
+    console().print(table)
+    print(found.output)
+
+
+def _or_dash(value: Any, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"

@@ -1,0 +1,208 @@
+"""What a sweep comes to: a row a run, the table, and the frontier plots."""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from mxd_convert.plan import LayerPlan
+from mxd_convert.recipe import Recipe
+
+_FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement", "compounding")
+_NAMES = {
+    "mxd": "MxD",
+    "transcoder": "TopK transcoder",
+    "skip_transcoder": "skip transcoder",
+    "random_gate": "MxD, random gate",
+    "dense_twin": "dense twin (constant gain)",
+}
+_COLOURS = {
+    "mxd": "#7b2d8b",
+    "transcoder": "#2a788e",
+    "skip_transcoder": "#5aa64b",
+    "random_gate": "#c9952b",
+    "dense_twin": "#555555",
+}
+_MARKS = {"mxd": "o", "transcoder": "s", "skip_transcoder": "D", "random_gate": "^"}
+
+
+def row_of(report: Mapping[str, Any], recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[str, Any]:
+    """A run's row: kind, k, seed, sizes, the report's figures of the whole model, and means over its layers (None where a kind has none)."""
+    fidelity, reliance = report["fidelity"], report["reliance"]
+    shapes = [layer.shape for layer in layers]
+    return {
+        "kind": recipe.layer.kind,
+        "k": shapes[0].k or None,
+        "seed": recipe.train.seed,
+        "experts": shapes[0].n_experts,
+        "parameters": sum(layer.parameters for layer in layers),
+        "tokens": report["data"]["train"]["tokens"],
+        "eval_tokens": fidelity["tokens"],
+        **{name: fidelity[name] for name in _FIGURES},
+        **{name: _mean(fidelity["layers"], name) for name in ("fvu", "fvu_in_place_local", "l0", "dead_fraction")},
+        **{name: _mean(reliance["layers"], name) for name in ("gate_share", "identity_share", "routing_necessity")},
+        "lowest_gate_share": min(
+            (layer["gate_share"] for layer in reliance["layers"].values() if layer["gate_share"] is not None), default=None
+        ),
+        "verdict": reliance["verdict"],
+        "train_seconds": report["cost"]["train_seconds"],
+        "recipe_sha256": report["recipe_sha256"],
+    }
+
+
+def _mean(layers: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
+    values = [layer[name] for layer in layers.values() if layer[name] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def write_table(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes sweep.json (the recipe that all runs share, and the rows) and sweep.csv (the rows) into `folder`."""
+    rows = content["runs"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for name, suffix in (("sweep.csv", ".csv"), ("sweep.json", ".json")):
+        temporary = folder / f"{name}.tmp"
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            if suffix == ".json":
+                json.dump(content, file, indent=2)
+            else:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+        temporary.replace(folder / name)
+
+
+def write_frontier(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes frontier.png (rise of cross-entropy against K) and gate_share.png (the same against gate share) into `folder`."""
+    folder.mkdir(exist_ok=True)
+    rows = [row for row in rows if row.get("ce_base") is not None]
+    _frontier(rows, folder / "frontier.png")
+    _gate_share(rows, folder / "gate_share.png")
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]]:
+    """Rows with experts by (kind, other settings that were swept) and K, those of several seeds together."""
+    found: dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    known = ("layer.kind", "layer.k", "train.seed")
+    for row in rows:
+        if row["k"] is not None:
+            others = ", ".join(f"{key.rpartition('.')[2]} {row[key]}" for key in row if "." in key and key not in known)
+            found[row["kind"], others][row["k"]].append(row)
+    return found
+
+
+def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    figure, (above, axis) = plt.subplots(
+        2, 1, figsize=(6.4, 4.6), sharex=True, layout="constrained", gridspec_kw={"height_ratios": [1, 7], "hspace": 0.02}
+    )
+    seeds = len({row["seed"] for row in rows}) > 1
+    ks = sorted({row["k"] for row in rows if row["k"] is not None}) or [1]
+    for number, ((kind, others), line) in enumerate(_lines(rows).items()):
+        at = sorted(line)
+        rises = [[row["delta_ce"] for row in line[k]] for k in at]
+        style = ("-", "--", ":", "-.")[list(dict.fromkeys(o for k, o in _lines(rows) if k == kind)).index(others) % 4]
+        label = _label(kind, others)
+        colour = _COLOURS[kind]
+        axis.plot(
+            at,
+            [_middle(values) for values in rises],
+            style,
+            marker=_MARKS[kind],
+            color=colour,
+            label=label,
+            ms=5,
+            zorder=3 + number,
+        )
+        if seeds:
+            axis.fill_between(
+                at, [min(values) for values in rises], [max(values) for values in rises], color=colour, alpha=0.18, lw=0
+            )
+    zero = _middle([row["ce_zero_ablation"] - row["ce_base"] for row in rows])
+    base = _middle([row["ce_base"] for row in rows])
+    twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
+    if twins:
+        axis.axhline(_middle(twins), color=_COLOURS["dense_twin"], ls="--", lw=1.2, label=_NAMES["dense_twin"])
+        if len(twins) > 1:
+            axis.axhspan(min(twins), max(twins), color=_COLOURS["dense_twin"], alpha=0.15, lw=0)
+    axis.axhline(0, color="black", lw=1.0, label=f"base model ({base:.3f})")
+    above.axhline(zero, color="#b22222", lw=1.2, label=f"all zeroed (+{zero:.2f})")
+    above.set_ylim(zero * 0.97, zero * 1.03)
+    above.set_yticks([zero], [f"{zero:.1f}"])
+    highest = max([row["delta_ce"] for row in rows], default=1.0)
+    lowest = min([0.0, *(row["delta_ce"] for row in rows)])
+    axis.set_ylim(lowest - 0.03 * highest, 1.08 * highest)
+    _k_axis(axis, ks)
+    axis.set_xlabel("active experts a token, K")
+    axis.set_ylabel("rise of cross-entropy (nats a token)")
+    _broken(above, axis)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    for (kind, others), line in _lines(rows).items():
+        points = [row for k in sorted(line) for row in line[k]]
+        shares, rises = ([row[name] for row in points] for name in ("gate_share", "delta_ce"))
+        style: dict[str, Any] = {"marker": _MARKS[kind], "color": _COLOURS[kind], "label": _label(kind, others)}
+        axis.scatter(shares, rises, s=34, zorder=3, **style)
+        for row in points:
+            at = row["gate_share"], row["delta_ce"]
+            axis.annotate(str(row["k"]), at, xytext=(5, 3), textcoords="offset points", fontsize=7, color="#555555")
+    twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
+    if twins:
+        style = {"marker": "*", "color": _COLOURS["dense_twin"], "label": _NAMES["dense_twin"]}
+        axis.scatter([0.0] * len(twins), twins, s=80, zorder=3, **style)
+    axis.axhline(0, color="black", lw=1.0)
+    axis.set_xlim(-0.04, 1.06)
+    axis.set_xlabel("gate share, mean over layers (0: the gain is constant; a plain transcoder: 1 by definition)")
+    axis.set_ylabel("rise of cross-entropy (nats a token)")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("numbers at the points: K", fontsize=8, color="#555555", loc="right")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _label(kind: str, others: str) -> str:
+    return ", ".join(word for word in (_NAMES[kind], others) if word)
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _k_axis(axis: Axes, ks: list[int]) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(ks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.set_xlim(ks[0] / 1.15, ks[-1] * 1.15)
+
+
+def _broken(above: Axes, below: Axes) -> None:
+    """The marks of a y axis that leaves out what is between its two parts."""
+    above.spines[["top", "right", "bottom"]].set_visible(False)
+    below.spines[["top", "right"]].set_visible(False)
+    above.tick_params(bottom=False)
+    below.grid(alpha=0.3)
+    marks: dict[str, Any] = {
+        "marker": [(-1, -0.6), (1, 0.6)],
+        "markersize": 8,
+        "linestyle": "none",
+        "color": "black",
+        "mec": "black",
+        "clip_on": False,
+    }
+    above.plot([0], [0], transform=above.transAxes, **marks)
+    below.plot([0], [1], transform=below.transAxes, **marks)

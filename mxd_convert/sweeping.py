@@ -1,0 +1,251 @@
+"""`sweep`: a grid over recipe keys. Runs that read the same activations are trained in one pass; each ends as a checkpoint of its own.
+
+The sweep's folder holds `runs/<name>/`, a finished checkpoint each; `sweep.csv` and `sweep.json`, a row a run; `plots/`. What is finished is
+not done again, and what was cut off goes on.
+"""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mxd_convert.base import load_base, load_tokenizer
+from mxd_convert.checkpoint import REPORT
+from mxd_convert.data import check_vocabulary, prepare
+from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.pipeline import convert, new_accelerator
+from mxd_convert.plan import Plan, budget, check_memory, fitting_together, make_plan
+from mxd_convert.recipe import Recipe
+from mxd_convert.recipe_file import load_recipe, parse_list
+from mxd_convert.report import row_of, write_frontier, write_table
+from mxd_convert.training import Job, same_activations, train_together
+from mxd_convert.workspace import Workspace
+
+TABLE = "sweep.json"
+# keys that mean nothing where there are no experts
+_OF_EXPERTS = ("layer.k", "layer.experts", "layer.expansion", "layer.sparsity", "layer.l1")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep. rows: as in sweep.json, one a run, with the settings that differ and the figures."""
+
+    output: Path
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    settings: dict[str, Any]  # of the grid's keys
+    plan: Plan
+
+
+def parse_grid(settings: Sequence[str]) -> dict[str, list[Any]]:
+    """`["layer.k=8,16", "train.lr=1e-3"]` -> {"layer.k": [8, 16], "train.lr": [0.001]}, values read as YAML. Raises InputError."""
+    return {key: values for setting in settings for key, values in [parse_list(setting)]}
+
+
+def sweep(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]],
+    output: str | Path,
+    fresh: bool = False,
+    quiet: bool = False,
+) -> Sweep:
+    """Runs a recipe for every combination of the grid's values, or goes on with a sweep that was cut off.
+
+    grid: {"layer.k": [8, 16], "layer.kind": ["mxd", "transcoder"]}; a key with one value holds for all runs. The dense twin, which has
+    no experts, is run once for all of their settings. fresh: start over. Raises InputError before anything is trained for whatever
+    the user can put right; a run whose loss is not finite is noted in the table, and the others go on.
+    """
+    folder = Path(output).expanduser().absolute()
+    runs = _runs(recipe, grid, folder)
+    _claim(folder, runs, fresh)
+    say = _Say(quiet)
+    with disk_guard(folder):
+        failed = _train(folder, runs, say, fresh)
+        rows = [_finish(run, failed, say) for run in runs]
+        _write(folder, runs, rows)
+        if any("ce_base" in row for row in rows):
+            write_frontier(folder / "plots", rows)
+        shutil.rmtree(folder / "data", ignore_errors=True)
+    return Sweep(folder, rows)
+
+
+class _Say:
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def __call__(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+# --- what is to be run -----------------------------------------------------------------------------------------------------------
+
+
+def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[_Run]:
+    if not grid:
+        raise InputError("--set: give at least one key of several values, for example --set layer.k=8,16,32")
+    swept = [key for key, values in grid.items() if len(values) > 1]
+    source = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
+    found: dict[str, _Run] = {}
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        kind = load_recipe(source, settings).layer.kind
+        if kind == "dense_twin":
+            settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}
+        shown = {key: value for key, value in settings.items() if key in swept}
+        name = _name(shown)
+        if name in found:
+            if found[name].settings != shown:
+                raise InputError(
+                    f"--set: two combinations would both be called {name}; give values that differ in letters and figures"
+                )
+            continue
+        made = make_plan(load_recipe(source, {**settings, "output.dir": str(folder / "runs" / name)}))
+        check_memory(made)
+        found[name] = _Run(name, shown, made)
+    return list(found.values())
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """A folder's name: `kind-mxd_k-8`."""
+    words = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items()]
+    return re.sub(r"[^\w.,=-]+", "-", "_".join(words)).strip("-.") or "run"
+
+
+def _claim(folder: Path, runs: list[_Run], fresh: bool) -> None:
+    """Makes the folder this sweep's. Raises InputError where something else is there, or the disk can't hold it."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: is a file; choose another folder")
+    ours = {run.name: run.plan.recipe.fingerprint() for run in runs}
+    mark = folder / "sweep.mark"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not mark.is_file():
+            raise InputError(f"--output {folder}: holds something else than a sweep; choose another folder")
+        theirs = json.loads(mark.read_text())
+        if any(ours.get(name, print_) != print_ for name, print_ in theirs.items()) and not fresh:
+            raise InputError(
+                f"--output {folder}: holds a sweep of another recipe; --fresh to start over, or choose another folder"
+            )
+        ours = ours if fresh else {**theirs, **ours}
+    if fresh:
+        for part in ("runs", "plots", "data"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    left = [run for run in runs if not (run.plan.output / REPORT).is_file()]
+    need, free = sum(run.plan.disk_bytes for run in left), shutil.disk_usage(folder).free
+    if need > free:
+        raise InputError(
+            f"--output {folder}: the {len(left)} runs need about {need / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} are free;"
+            " free some or choose another folder"
+        )
+    mark.write_text(json.dumps(ours, indent=2) + "\n")
+
+
+# --- training, evaluation, table -------------------------------------------------------------------------------------------------
+
+
+def _train(folder: Path, runs: list[_Run], say: _Say, fresh: bool) -> dict[str, InputError]:
+    """Trains what is not finished, as much as possible from one harvest. Returns what went wrong, by run."""
+    left = [run for run in runs if not (run.plan.output / REPORT).is_file()]
+    done = len(runs) - len(left)
+    say(f"{len(runs)} runs" + (f", {done} of them done already" if done else ""))
+    alike: dict[str, list[_Run]] = {}
+    for run in left:
+        if run.plan.recipe.train.order == "parallel" and os.environ.get("WORLD_SIZE", "1") == "1":
+            alike.setdefault(same_activations(run.plan.recipe), []).append(run)
+    failed: dict[str, InputError] = {}
+    for number, group in enumerate(alike.values()):
+        for members in fitting_together([run.plan for run in group], budget(group[0].plan.recipe)):
+            if len(members) > 1:
+                failed |= _train_group(folder / "data" / str(number), [group[index] for index in members], say)
+    return failed
+
+
+def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputError]:
+    recipe = group[0].plan.recipe
+    tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
+    train, _ = prepare(recipe.data, tokenizer, data, say)
+    check_vocabulary(train, group[0].plan.vocabulary)
+    say(f"training {len(group)} runs from one harvest of activations: {', '.join(run.name for run in group)}")
+    base = load_base(recipe.base)
+    with ExitStack() as stack:
+        jobs, accelerator = [], new_accelerator(group[0].plan)
+        for run in group:
+            place = Workspace(run.plan.recipe, run.plan.output, fresh=False)
+            place.finished()
+            stack.enter_context(place.locked())
+            place.claim()
+            _lend(data, place.work / "data")
+            indices = [layer.index for layer in run.plan.layers]
+            jobs.append(
+                Job(
+                    run.plan.recipe,
+                    base,
+                    run.plan.sites,
+                    run.plan.shapes,
+                    train,
+                    place.work,
+                    accelerator,
+                    [indices],
+                    lambda layers: [layers],
+                    quiet=True,
+                )
+            )
+        return {group[number].name: error for number, error in train_together(jobs, say.quiet).items()}
+
+
+def _lend(data: Path, folder: Path) -> None:
+    """The tokens once for all runs: a link to each file, or a copy where the file system has no links."""
+    if (folder / "data.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(data.iterdir(), key=lambda file: file.suffix == ".json"):  # the manifest last: with it they are whole
+        target = folder / file.name
+        target.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(file, target)
+        if not target.is_file():
+            shutil.copyfile(file, target)
+
+
+def _finish(run: _Run, failed: Mapping[str, InputError], say: _Say) -> dict[str, Any]:
+    """What is left of a run: all of it, or but its assembly and evaluation. Returns its row."""
+    start = {"name": run.name, **run.settings}
+    error: InputError | None = failed.get(run.name)
+    if error is None:
+        trained = Workspace(run.plan.recipe, run.plan.output, fresh=False).has_state()
+        say(f"{run.name}: " + ("evaluating" if trained else "training and evaluating"))
+        try:
+            result = convert(run.plan.recipe, quiet=say.quiet or trained)
+            return start | row_of(result.report, run.plan.recipe, run.plan.layers)
+        except InputError as caught:
+            if "not finite" not in str(caught):
+                raise
+            error = caught
+    say(f"{run.name}: failed: {error}")
+    return start | {"error": str(error)}
+
+
+def _write(folder: Path, runs: list[_Run], rows: list[dict[str, Any]]) -> None:
+    recipe = runs[0].plan.recipe.published()
+    for section, keys in {"layer": run_keys(rows, "layer."), "train": run_keys(rows, "train.")}.items():
+        for key in keys:
+            recipe[section].pop(key, None)
+    recipe.pop("output")
+    write_table(folder, {"recipe": recipe, "runs": rows})
+
+
+def run_keys(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[str]:
+    """The keys of a section in which the runs differ."""
+    return sorted({key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix)})

@@ -1,0 +1,159 @@
+"""A sweep is its runs, trained from one harvest: to the same bits as alone; cut off, it goes on; what is wrong is told before any work."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import small_recipe
+from PIL import Image
+from safetensors.torch import load_file
+
+from mxd_convert import InputError, convert, harvest, load_recipe, make_plan, parse_grid, sweep
+from mxd_convert.plan import estimate, fitting_together
+from mxd_convert.training import stage
+
+GRID = {"layer.kind": ["mxd", "transcoder", "dense_twin"], "layer.k": [2, 4]}
+
+
+@pytest.fixture
+def base_recipe(models, text, tmp_path):
+    return small_recipe(models["llama"], text, tmp_path / "alone", layers=[0, 2])
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(ours, theirs):
+    assert all(torch.equal(weights(ours)[name], tensor) for name, tensor in weights(theirs).items())
+
+
+def test_every_run_of_a_sweep_is_what_it_is_alone(base_recipe, tmp_path, monkeypatch):
+    forwards = []
+    whole = harvest.harvest
+
+    def counting(*arguments):
+        forwards.append(1)
+        return whole(*arguments)
+
+    monkeypatch.setattr("mxd_convert.training.activations.harvest", counting)
+    done = sweep(base_recipe, GRID, tmp_path / "sweep", quiet=True)
+    together = len(forwards)
+    names = [row["name"] for row in done.rows]
+    # the twin has no k: one run for both
+    assert names == ["kind-mxd_k-2", "kind-mxd_k-4", "kind-transcoder_k-2", "kind-transcoder_k-4", "kind-dense_twin"]
+    for kind, k, name in (
+        ("mxd", 4, "kind-mxd_k-4"),
+        ("transcoder", 2, "kind-transcoder_k-2"),
+        ("dense_twin", 4, "kind-dense_twin"),
+    ):
+        forwards.clear()
+        overrides = {"layer.kind": kind, "layer.k": k, "output.dir": str(tmp_path / kind)}
+        alone = convert(base_recipe, overrides=overrides, quiet=True)
+        assert together == len(forwards)  # one harvest for all five
+        assert_same(done.output / "runs" / name, alone.output)
+        row = next(row for row in done.rows if row["name"] == name)
+        assert row["delta_ce"] == alone.report["fidelity"]["delta_ce"]
+        logs = [
+            [json.loads(line)["layers"] for line in (folder / "training_log.jsonl").read_text().splitlines()]
+            for folder in (done.output / "runs" / name, alone.output)
+        ]
+        assert logs[0] == logs[1]
+
+
+def test_what_a_sweep_writes(base_recipe, tmp_path, mxd):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base_recipe))
+    arguments = ("sweep", path, "--set", "layer.kind=mxd,dense_twin", "--set", "train.seed=0,1", "--output", tmp_path / "sweep")
+    status, out, err = mxd(*arguments)
+    assert status == 0, err
+    assert "kind-mxd_seed-1" in out
+    assert out.strip().endswith(str(tmp_path / "sweep"))
+    table = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [row["name"] for row in table["runs"]]
+    assert [float(row["delta_ce"]) for row in rows] == [row["delta_ce"] for row in table["runs"]]
+    assert {row["kind"] for row in rows} == {"mxd", "dense_twin"}
+    assert rows[2]["gate_share"] == ""
+    assert str(tmp_path) not in json.dumps(table)  # no paths of this machine
+    for name in ("frontier.png", "gate_share.png"):
+        with Image.open(tmp_path / "sweep" / "plots" / name) as picture:
+            assert min(picture.size) > 500
+    assert not (tmp_path / "sweep" / "data").exists()
+    before = (tmp_path / "sweep" / "sweep.csv").read_bytes()
+    status, out, err = mxd(*arguments, "--json")  # nothing is done again
+    assert status == 0
+    assert "4 of them done already" in err
+    assert json.loads(out)["runs"] == table["runs"]
+    assert (tmp_path / "sweep" / "sweep.csv").read_bytes() == before
+
+
+def test_a_sweep_that_is_cut_off_goes_on(base_recipe, tmp_path, monkeypatch):
+    whole = sweep(base_recipe, GRID, tmp_path / "whole", quiet=True)
+    step = stage.Stage._step
+
+    def interrupted(self, number, interrupt):
+        step(self, number, interrupt)
+        if number == 9 and self.recipe.layer.kind == "transcoder" and self.recipe.layer.k == 2:
+            raise KeyboardInterrupt  # in the middle of a round: the runs before it are a step ahead
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.Stage, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(base_recipe, GRID, tmp_path / "cut", quiet=True)
+    assert len(list((tmp_path / "cut" / "runs").glob("*.partial/state/*/step-*.json"))) >= 5
+    done = sweep(base_recipe, GRID, tmp_path / "cut", quiet=True)
+    for ours, theirs in zip(done.rows, whole.rows, strict=True):
+        assert_same(done.output / "runs" / ours["name"], whole.output / "runs" / theirs["name"])
+        assert ours["delta_ce"] == theirs["delta_ce"]
+
+
+def test_a_run_that_diverges_is_noted_and_the_others_go_on(base_recipe, tmp_path):
+    done = sweep(base_recipe, {"train.lr": [1e-3, 1e30]}, tmp_path / "sweep", quiet=True)
+    good, bad = done.rows
+    assert isinstance(good["delta_ce"], float)
+    assert "the loss is not finite" in bad["error"]
+    assert (done.output / "plots" / "frontier.png").is_file()
+
+
+def test_runs_that_do_not_fit_together_are_trained_in_turn(base_recipe, tmp_path):
+    plans = [make_plan(load_recipe(base_recipe, {"layer.k": k})) for k in (2, 3, 4)]
+    one = estimate(plans[0], plans[0].layers).training
+    assert fitting_together(plans, 10 * one) == [[0, 1, 2]]
+    assert fitting_together(plans, one) == [[0], [1], [2]]
+    apart = sweep(base_recipe, {"layer.k": [2, 3], "train.memory_gib": [one / 2**30]}, tmp_path / "apart", quiet=True)
+    whole = sweep(base_recipe, {"layer.k": [2, 3]}, tmp_path / "whole", quiet=True)
+    for name in ("k-2", "k-3"):
+        assert_same(apart.output / "runs" / name, whole.output / "runs" / name)
+
+
+def test_grids():
+    assert parse_grid(["layer.k=8,16", "train.lr=1e-3"]) == {"layer.k": [8, 16], "train.lr": [0.001]}
+    assert parse_grid(["layers=[0],[0, 2]", "layer.kind=mxd"]) == {"layers": [[0], [0, 2]], "layer.kind": ["mxd"]}
+    with pytest.raises(InputError, match="at least one value"):
+        parse_grid(["layer.k="])
+
+
+def test_what_is_wrong_is_told_before_any_work(recipe, refused, tmp_path):
+    path, out = recipe(), tmp_path / "sweep"
+    refused("sweep", path, "--output", out, words=("--set", "layer.k=8,16,32"))
+    refused("sweep", path, "--set", "layer.q=1,2", "--output", out, words=("layer.q", "unknown key"))
+    refused("sweep", path, "--set", "layer.k=2,99", "--output", out, words=("layer.k", "99"))
+    refused("sweep", path, "--set", "layer.kind=mxd,coder", "--output", out, words=("layer.kind", "coder"))
+    assert not out.exists()
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    refused("sweep", path, "--set", "layer.k=2,4", "--output", out, "--fresh", words=("holds something else than a sweep",))
+    assert (out / "precious.txt").read_text() == "mine"
+
+
+def test_another_recipes_sweep_is_not_mixed_in(base_recipe, tmp_path):
+    sweep(base_recipe, {"layer.k": [2]}, tmp_path / "sweep", quiet=True)
+    sweep(base_recipe, {"layer.k": [2, 4]}, tmp_path / "sweep", quiet=True)  # a grid may grow, under other names
+    with pytest.raises(InputError, match="holds a sweep of another recipe; --fresh"):
+        sweep(base_recipe, {"layer.k": [2, 4], "data.tokens": [2048]}, tmp_path / "sweep", quiet=True)
+    rows = sweep(base_recipe, {"layer.k": [2, 4], "data.tokens": [2048]}, tmp_path / "sweep", fresh=True, quiet=True).rows
+    assert {row["tokens"] for row in rows} == {2048}
