@@ -21,7 +21,7 @@ from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
 from mxd_convert.data import Blocks, check_vocabulary, prepare
 from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
-from mxd_convert.layers import Shape
+from mxd_convert.layers import Shape, Trainable
 from mxd_convert.plan import (
     Plan,
     base_room,
@@ -33,6 +33,7 @@ from mxd_convert.plan import (
     groups,
     make_plan,
     shares,
+    twin_of,
 )
 from mxd_convert.plan.memory import BASE_SHARE, available
 from mxd_convert.processes import agreed, lost_guard, once_a_machine
@@ -42,6 +43,8 @@ from mxd_convert.report import build_report, write_card, write_plots
 from mxd_convert.surgery import convert as put_layers
 from mxd_convert.training import Job, Trained, finish_tracker, start_tracker, train_layers
 from mxd_convert.workspace import Workspace
+
+TWIN = "twin"  # folder of the dense twin, in the work folder
 
 
 @dataclass(frozen=True)
@@ -195,9 +198,14 @@ class _Conversion:
             "sha256": model_sha256(original),
             "local": is_local(settings.model),
         }
-        folder = self._assemble(original, trained, origin, tokenizer)
+        folder = self._assemble(original, trained.layers, origin, self.work / "checkpoint")
+        with quiet():
+            tokenizer.save_pretrained(folder)
+        twin = None
+        if trained.twin is not None:
+            twin = self._assemble(original, trained.twin.layers, origin, self.work / TWIN / "checkpoint")
         del original
-        figures = self._evaluate(folder, held_out)
+        figures = self._evaluate(folder, held_out, twin)
         report = build_report(self.plan, origin, train, held_out, trained, figures)
         self._write_report(folder, report, origin)
         self.place.publish(folder)
@@ -214,28 +222,34 @@ class _Conversion:
 
     def _train(self, blocks: Blocks) -> Trained | None:
         plan = self.plan
-        processes = self.accelerator.num_processes
         [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
         with self.agreed():
             start_tracker(self.accelerator, self.recipe, self.output.name)
             base = load_base(self.recipe.base, spread=self._spread(room))
         self.training = True
-        trained = train_layers(
-            Job(
-                self.recipe,
-                base,
-                plan.sites,
-                plan.shapes,
-                blocks,
-                self.work,
-                self.accelerator,
-                shares(plan, processes),
-                lambda indices: groups(plan, indices, room, processes),
-                self.quiet,
-            )
-        )
+        trained = train_layers(self._job(plan, base, blocks, self.work, room))
         finish_tracker(self.accelerator)
+        if self.recipe.train.twin:
+            self.say("the dense twin:")
+            twin = train_layers(self._job(twin_of(plan), base, blocks, self.work / TWIN, room))
+            if trained is not None:
+                trained.twin = twin
         return trained
+
+    def _job(self, plan: Plan, base: Any, blocks: Blocks, folder: Path, room: int) -> Job:
+        processes = self.accelerator.num_processes
+        return Job(
+            plan.recipe,
+            base,
+            plan.sites,
+            plan.shapes,
+            blocks,
+            folder,
+            self.accelerator,
+            shares(plan, processes),
+            lambda indices: groups(plan, indices, room, processes),
+            self.quiet,
+        )
 
     def _spread(self, room: int) -> Spread | None:
         """How a base model too large for the device is spread: over the device, the machine's memory and the disk."""
@@ -248,22 +262,23 @@ class _Conversion:
             return Spread({"cpu": most}, self.work / "offload")
         return Spread({device.index or 0: most, "cpu": int(BASE_SHARE * available("cpu"))}, self.work / "offload")
 
-    def _assemble(self, original: Any, trained: Trained, origin: dict[str, Any], tokenizer: Any) -> Path:
-        folder = self.work / "checkpoint"
+    def _assemble(self, original: Any, layers: Mapping[int, Trainable], origin: dict[str, Any], folder: Path) -> Path:
         if folder.exists():
             shutil.rmtree(folder)
         with quiet():
-            put_layers(original, trained.layers, origin).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            put_layers(original, layers, origin).save_pretrained(folder)
         return folder
 
-    def _evaluate(self, folder: Path, held_out: Blocks) -> dict[str, Any]:
+    def _evaluate(self, folder: Path, held_out: Blocks, twin: Path | None) -> dict[str, Any]:
         converted = load_checkpoint(folder, dtype="float32")
+        constant = None if twin is None else load_checkpoint(twin, dtype="float32")
         base = load_base(self.recipe.base, dtype="float32")
         device = self.accelerator.device
         if not fits_for_evaluation(self.plan, device.type):
             device = torch.device("cpu")
-        return evaluate_models(base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, device, self.quiet)
+        return evaluate_models(
+            base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, device, self.quiet, constant
+        )
 
     def _write_report(self, folder: Path, report: dict[str, Any], origin: dict[str, Any]) -> None:
         recipe_yaml = self.recipe.to_yaml()

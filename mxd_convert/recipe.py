@@ -147,6 +147,8 @@ class Train(Section):
     """Steps between saved states, from which a killed run goes on."""
     log_every: Positive = 10
     """Steps between lines of training_log.jsonl."""
+    twin: bool = False
+    """Also train the dense twin, the same layers with constant gain on the same text: what the experts must beat. It is measured, not kept."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where else the log goes, through accelerate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -195,6 +197,10 @@ class Recipe(Section):
             raise ValueError(
                 'train.target: "teacher" needs train.order: sequential; in parallel order every layer sees the base model\'s own inputs,'
                 " for which both targets are the same"
+            )
+        if train.twin and self.layer.kind not in ("mxd", "random_gate"):
+            raise ValueError(
+                f"train.twin: a {self.layer.kind} has no gain to hold constant; set train.twin: false or layer.kind: mxd"
             )
         if train.order == "sequential" and train.distribute == "layers":
             raise ValueError(

@@ -11,7 +11,7 @@ from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.data import prepare
 from mxd_convert.evaluation import evaluate_models
 from mxd_convert.evaluation.layerwise import LayerFigures
-from mxd_convert.evaluation.verdict import CARRY, NOT_APPLICABLE, NOT_SHOWN, verdict
+from mxd_convert.evaluation.verdict import CARRY, NOT_APPLICABLE, NOT_SHOWN, sentence, verdict
 from mxd_convert.layers import MxD
 from mxd_convert.recipe import Base, Data, EvalText, Text
 
@@ -197,3 +197,19 @@ def test_verdicts():
     for name in good:
         assert verdict({"0": good, "1": {**good, name: 0.2}}) == NOT_SHOWN == "experts not shown to matter"
     assert verdict({"0": dict.fromkeys(good)}) == NOT_APPLICABLE == "not applicable"
+
+
+def test_the_sentence_gives_the_grounds():
+    good = {"gate_share": 0.9, "identity_share": 0.8, "routing_necessity": 1.4}
+    weak = {**good, "identity_share": 0.31}
+    said = sentence({"0": good, "3": {**good, "gate_share": 0.7}}, 0.3, 0.5)
+    assert said.startswith(
+        "experts carry the layer: at least 0.70 of the output's variance is beyond a constant gain (layer 3), 0.80 "
+    )
+    assert said.endswith("the dense twin rises +0.500 where this rises +0.300: experts are 0.200 better than a constant gain")
+    said = sentence({"0": good, "3": weak}, 0.5, None)
+    assert said == (
+        "experts not shown to matter: but only 0.31 hangs on which experts fire (layer 3); the dense twin was not trained"
+    )
+    assert "0.100 worse than a constant gain" in sentence({"0": good}, 0.5, 0.4)
+    assert sentence({"0": dict.fromkeys(good)}, 0.5, None) == "not applicable: these layers have no experts"

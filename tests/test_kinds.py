@@ -15,6 +15,7 @@ from mxd_convert.layers import Shape, new_layer, normalised_mse
 from mxd_convert.modeling.modeling_mxd import build_layer
 from mxd_convert.surgery import describe
 from mxd_convert.training.optimiser import Optimiser
+from mxd_convert.training.stage import Stage
 
 I, H, O, N, K = 7, 11, 5, 13, 4
 KINDS = ("mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate")
@@ -157,3 +158,50 @@ def test_plan_shows_the_kind(mxd, recipe):
         assert status == 0
         for part in parts:
             assert part in out
+
+
+def test_the_dense_twin_of_a_run_is_the_one_that_is_trained_alone(finished, models, text, tmp_path, monkeypatch):
+    """Also where the run is cut off while the twin is being trained."""
+    settings = {
+        "layers": [0, 2],
+        "layer": {"k": 4, "experts": "auto", "expansion": 8},
+        "train": {"twin": True},
+    }
+    recipe = small_recipe(models["llama"], text, tmp_path / "out", **settings)
+    step = Stage._step
+
+    def interrupted(self, number, interrupt):
+        step(self, number, interrupt)
+        interrupt.told = self.recipe.layer.kind == "dense_twin" and number == 6
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe, quiet=True)
+    report = convert(recipe, quiet=True).report
+    alone = finished["dense_twin"].report["fidelity"]
+    twin = report["reliance"]["dense_twin"]
+    assert twin["ce"] == alone["ce_converted"]
+    assert twin["delta_ce"] == pytest.approx(alone["delta_ce"])
+    assert twin["gap"] == pytest.approx(report["fidelity"]["ce_converted"] - twin["ce"])
+    assert f"the dense twin rises {twin['delta_ce']:+.3f}" in report["reliance"]["sentence"]
+    assert report["reliance"]["sentence"] in (tmp_path / "out" / "README.md").read_text()
+    trained, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", finished["mxd"].output))
+    assert all(torch.equal(trained[name], plain[name]) for name in plain)
+    assert finished["mxd"].report["reliance"]["dense_twin"] is None
+
+
+def test_a_transcoder_has_no_twin(recipe, refused):
+    refused("plan", recipe(layer={"kind": "transcoder"}, train={"twin": True}), words=("train.twin", "layer.kind: mxd"))
+
+
+def test_plan_counts_the_twin_in(planned_with):
+    plain, twin = planned_with({}), planned_with({"twin": True})
+    assert twin["flops_per_token"] > plain["flops_per_token"]
+    assert twin["disk_bytes"] > plain["disk_bytes"]
+    assert twin["memory_bytes"]["evaluation"] > plain["memory_bytes"]["evaluation"]
+
+
+@pytest.fixture
+def planned_with(mxd, recipe):
+    return lambda train: json.loads(mxd("plan", recipe(train=train), "--json")[1])

@@ -158,7 +158,7 @@ def print_figures(report: dict[str, Any]) -> None:
             *("-" if value is None else f"{value:.2f}" for value in figures),
         )
     out.print(table)
-    out.print(f"verdict: {reliance['verdict']}")
+    out.print(f"verdict: {reliance['sentence']}", soft_wrap=True)
 
 
 @app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")

@@ -23,7 +23,7 @@ from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_co
 from mxd_convert.data import Blocks, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
-from mxd_convert.evaluation.verdict import verdict
+from mxd_convert.evaluation.verdict import sentence, verdict
 from mxd_convert.harvest import recording
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 from mxd_convert.recipe import EvalText
@@ -87,10 +87,14 @@ def evaluate_models(
     mask_bos: bool = True,
     device: torch.device | None = None,
     quiet: bool = False,
+    twin: Any = None,
 ) -> dict[str, Any]:
-    """Fidelity and reliance of `converted` (with layers of any kind at `sites`) against `base` on all of `blocks`."""
+    """Fidelity and reliance of `converted` (with layers of any kind at `sites`) against `base` on all of `blocks`.
+
+    twin: the dense twin as a model of its own, where there is one.
+    """
     device = device or torch.device("cpu")
-    base, converted = base.to(device), converted.to(device)
+    base, converted, twin = (model and model.to(device) for model in (base, converted, twin))
     layers: dict[int, FactoredLayer] = converted.mxd_layers()
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
@@ -102,6 +106,8 @@ def evaluate_models(
         totals = _Totals(device)
         for batch in batches:
             ids_BT = blocks.take(batch).to(device)
+            if twin is not None:
+                totals.add_cross_entropy("twin", twin(input_ids=ids_BT, use_cache=False).logits, ids_BT)
             _compare(base, converted, ids_BT, totals, sites, figures, blocks.counted(ids_BT, mask_bos).flatten())
             for name, context in _variants(base, sites, layers, figures):
                 with context:
@@ -226,6 +232,7 @@ def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: _Totals
             necessity = (totals.mean(f"{index}/permuted") / PERMUTATIONS - alone) / (zero - alone)
         reliance_layers[str(index)] = {**figures[index].shares(), "routing_necessity": necessity}
     zero, mean = totals.mean("zero"), totals.mean("mean")
+    twin = totals.mean("twin") if "twin" in totals.sums else None
     alone_sum = sum(rises.values())
     return {
         "fidelity": {
@@ -242,7 +249,12 @@ def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: _Totals
             "compounding": (converted - base) / alone_sum if alone_sum > 0 else None,
             "layers": fidelity_layers,
         },
-        "reliance": {"layers": reliance_layers, "verdict": verdict(reliance_layers)},
+        "reliance": {
+            "layers": reliance_layers,
+            "dense_twin": None if twin is None else {"ce": twin, "delta_ce": twin - base, "gap": converted - twin},
+            "verdict": verdict(reliance_layers),
+            "sentence": sentence(reliance_layers, converted - base, None if twin is None else twin - base),
+        },
     }
 
 

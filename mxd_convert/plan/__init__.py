@@ -13,7 +13,7 @@ from mxd_convert.plan.memory import (
     largest_group,
     shares,
 )
-from mxd_convert.plan.resolve import LayerPlan, Plan, check_processes, check_space, make_plan
+from mxd_convert.plan.resolve import LayerPlan, Plan, check_processes, check_space, make_plan, twin_of
 from mxd_convert.plan.speed import Probe, probe
 from mxd_convert.plan.work import flops_per_token
 
@@ -38,4 +38,5 @@ __all__ = [
     "outlook",
     "probe",
     "shares",
+    "twin_of",
 ]

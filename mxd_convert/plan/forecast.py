@@ -1,11 +1,11 @@
 """What `plan` shows beyond the recipe's own arithmetic: passes, memory and time on this machine."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.plan.memory import Memory, budget, check_memory, estimate, groups, largest_group
-from mxd_convert.plan.resolve import Plan, check_space
+from mxd_convert.plan.resolve import Plan, check_space, twin_of
 from mxd_convert.plan.speed import Probe, probe
 from mxd_convert.plan.work import flops_per_token
 
@@ -40,12 +40,25 @@ def outlook(plan: Plan) -> Outlook:
     memory = estimate(plan, largest_group(plan), room=room)
     found = groups(plan, [layer.index for layer in plan.layers], room)
     work = flops_per_token(plan, found)
+    if plan.recipe.train.twin:
+        twin = twin_of(plan)
+        work += flops_per_token(twin, groups(twin, [layer.index for layer in twin.layers], room))
     try:
         check_memory(plan)
         check_space(plan)
         with memory_guard(
             f"the probe of the machine ran out of memory; lower {plan.recipe.layer.size_key} or train.batch_tokens"
         ):
-            return Outlook(found, work, memory, room, probe(plan), plan.warnings)
+            speed = probe(plan)
+            if plan.recipe.train.twin:
+                speed = _with_twin(speed, probe(twin_of(plan)))
+            return Outlook(found, work, memory, room, speed, plan.warnings)
     except InputError as error:
         return Outlook(found, work, memory, room, None, [*plan.warnings, f"run would refuse: {error}"])
+
+
+def _with_twin(speed: Probe, twin: Probe) -> Probe:
+    """The dense twin is trained after the layers, over the same text."""
+    seconds = speed.training_seconds + twin.training_seconds
+    rate = speed.tokens_per_second * speed.training_seconds / seconds
+    return replace(speed, training_seconds=seconds, tokens_per_second=rate)

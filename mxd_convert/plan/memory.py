@@ -14,7 +14,7 @@ import torch
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.run import rows_a_batch
 from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
-from mxd_convert.plan.resolve import LayerPlan, Plan
+from mxd_convert.plan.resolve import LayerPlan, Plan, twin_of
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import FORWARD_TOKENS, buffer_steps
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
@@ -101,6 +101,8 @@ def _evaluation(plan: Plan) -> int:
     tokens = context * rows_a_batch(context, plan.vocabulary)
     widest = max(plan.layers, key=lambda layer: layer.shape.n_experts)
     models = 4 * plan.base_parameters + 4 * plan.converted_parameters + 4 * sum(layer.parameters for layer in plan.layers)
+    if plan.recipe.train.twin:
+        models += 4 * twin_of(plan).converted_parameters
     a_token = (
         10 * 4 * plan.vocabulary + 2 * 4 * widest.shape.n_experts + 12 * 8 * widest.shape.d_out + 4 * 4 * widest.shape.d_hidden
     )

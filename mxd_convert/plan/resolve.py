@@ -2,7 +2,7 @@
 
 import importlib.util
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,7 @@ def make_plan(recipe: Recipe) -> Plan:
     steps = steps_of(recipe.data.tokens, recipe.train.batch_tokens, recipe.data.context)
     base_parameters = sum(tensor.numel() for tensor in untied_tensors(model).values())
     converted = base_parameters + sum(layer.parameters - layer.mlp_parameters for layer in layers)
-    state = (8 if recipe.train.moments == "bf16" else 12) * sum(layer.parameters for layer in layers)
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         sites=sites,
         layers=layers,
@@ -121,8 +120,7 @@ def make_plan(recipe: Recipe) -> Plan:
         converted_parameters=converted,
         steps=steps,
         tokens=steps * step_tokens,
-        # the checkpoint; two saved states, and a third while it is written; token ids
-        disk_bytes=4 * converted + 3 * state + 4 * (min(recipe.data.tokens, steps * step_tokens) + recipe.data.eval.tokens),
+        disk_bytes=0,
         depth_weights=[
             sum(weight.numel() for weight in model.get_submodule(architecture.layer(depth)).parameters() if weight.ndim > 1)
             for depth in range(config.num_hidden_layers)
@@ -130,6 +128,30 @@ def make_plan(recipe: Recipe) -> Plan:
         vocabulary=config.get_text_config().vocab_size,
         warnings=_warnings(recipe, base_parameters, converted, steps),
     )
+    tokens = min(recipe.data.tokens, plan.tokens) + recipe.data.eval.tokens
+    return replace(plan, disk_bytes=_weights_on_disk(plan) + 4 * tokens)
+
+
+def _weights_on_disk(plan: Plan) -> int:
+    """The checkpoint; two saved states, and a third while it is written; the same for the dense twin."""
+    a_state = (8 if plan.recipe.train.moments == "bf16" else 12) * sum(layer.parameters for layer in plan.layers)
+    twin = _weights_on_disk(twin_of(plan)) if plan.recipe.train.twin else 0
+    return 4 * plan.converted_parameters + 3 * a_state + twin
+
+
+def twin_of(plan: Plan) -> Plan:
+    """The plan of the dense twin: the same layers with constant gain, on the same text with the same settings."""
+    layers = [
+        replace(layer, shape=replace(layer.shape, kind="dense_twin", n_experts=0, k=0, sparsity="topk")) for layer in plan.layers
+    ]
+    recipe = plan.recipe.model_copy(
+        update={
+            "layer": plan.recipe.layer.model_copy(update={"kind": "dense_twin"}),
+            "train": plan.recipe.train.model_copy(update={"twin": False}),
+        }
+    )
+    converted = plan.base_parameters + sum(layer.parameters - layer.mlp_parameters for layer in layers)
+    return replace(plan, recipe=recipe, layers=layers, converted_parameters=converted)
 
 
 def _check_settings(recipe: Recipe) -> None:

@@ -26,13 +26,14 @@ from mxd_convert.training.tracking import track
 
 @dataclass
 class Trained:
-    """The layers by index, on the CPU in float32, and what their training cost. Steps and tokens are those of each layer."""
+    """The layers by index, on the CPU in float32, and what their training cost. Steps and tokens are those of each layer. twin: the dense one."""
 
     layers: dict[int, Trainable]
     steps: int
     tokens: int
     seconds: float
     resumed_at_steps: list[int] = field(default_factory=list)
+    twin: "Trained | None" = None
 
 
 @dataclass(frozen=True)

@@ -38,3 +38,4 @@ def finish_tracker(accelerator: Accelerator) -> None:
     """Ends the tracker's run. accelerate's `end_training` would end the processes' ties too."""
     for tracker in accelerator.trackers:
         tracker.finish()
+    accelerator.trackers = []
