@@ -10,13 +10,17 @@ from mxd_convert._registration import register_where_useful
 
 if TYPE_CHECKING:
     from mxd_convert.checkpoint import load_checkpoint
+    from mxd_convert.editing import edit
     from mxd_convert.errors import InputError
     from mxd_convert.evaluation import decompose, evaluate, expert_rank, logit_effect, steer, steered
-    from mxd_convert.generation import generate, parse_steering
+    from mxd_convert.generation import generate, parse_expert, parse_scale, parse_steering
+    from mxd_convert.inspecting import inspect
+    from mxd_convert.labels import Label, add_labels, read_labels
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
     from mxd_convert.recipe import Recipe
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
+    from mxd_convert.report import compare
     from mxd_convert.reverting import revert
     from mxd_convert.starter import starter_recipe, write_starter
     from mxd_convert.sweeping import Sweep, parse_grid, sweep
@@ -26,23 +30,31 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "InputError": "errors",
+    "Label": "labels",
     "Plan": "plan",
     "Recipe": "recipe",
     "Result": "pipeline",
     "Sweep": "sweeping",
+    "add_labels": "labels",
+    "compare": "report",
     "convert": "pipeline",
     "decompose": "evaluation",
+    "edit": "editing",
     "evaluate": "evaluation",
     "expert_rank": "evaluation",
     "generate": "generation",
+    "inspect": "inspecting",
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe_file",
     "logit_effect": "evaluation",
     "make_plan": "plan",
     "outlook": "plan",
+    "parse_expert": "generation",
     "parse_grid": "sweeping",
     "parse_overrides": "recipe_file",
+    "parse_scale": "generation",
     "parse_steering": "generation",
+    "read_labels": "labels",
     "revert": "reverting",
     "shipped_recipes": "recipe_file",
     "starter_recipe": "starter",
@@ -54,23 +66,31 @@ _HOMES = {
 }
 __all__ = [
     "InputError",
+    "Label",
     "Plan",
     "Recipe",
     "Result",
     "Sweep",
+    "add_labels",
+    "compare",
     "convert",
     "decompose",
+    "edit",
     "evaluate",
     "expert_rank",
     "generate",
+    "inspect",
     "load_checkpoint",
     "load_recipe",
     "logit_effect",
     "make_plan",
     "outlook",
+    "parse_expert",
     "parse_grid",
     "parse_overrides",
+    "parse_scale",
     "parse_steering",
+    "read_labels",
     "revert",
     "shipped_recipes",
     "starter_recipe",

@@ -1,11 +1,13 @@
 """Text from a converted checkpoint, steered if asked."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mxd_convert.base import load_tokenizer, quiet
 from mxd_convert.checkpoint import load_checkpoint
@@ -32,6 +34,26 @@ def parse_steering(text: str, positions: str = "all") -> dict[str, Any]:
     return {**order, _HOW[match[4]]: amount, "positions": positions}
 
 
+def parse_expert(option: str, text: str) -> dict[str, Any]:
+    """`"2:17"` -> {"layer": 2, "expert": 17}. option: where it was given, for the error. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+):(\d+)\s*", text)
+    if match is None:
+        raise InputError(f"{option} {text}: write it as LAYER:EXPERT, for example 2:17")
+    return {"layer": int(match[1]), "expert": int(match[2])}
+
+
+def parse_scale(text: str) -> dict[str, Any]:
+    """`"2:17:0.5"` -> {"layer": 2, "expert": 17, "scale": 0.5}. Raises InputError."""
+    where, _, factor = text.rpartition(":")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MOST or ":" not in where:
+        raise InputError(f"--scale {text}: write it as LAYER:EXPERT:FACTOR, for example --scale 2:17:0.5")
+    return {**parse_expert("--scale", where), "scale": value}
+
+
 def generate(
     checkpoint: str | Path,
     prompt: str,
@@ -51,21 +73,28 @@ def generate(
         raise InputError(f"--temperature {temperature}: give a number from 0 (the most likely token)")
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: give a whole number from 0 to {2**63 - 1}")
-    prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # a shell may pass bytes that are no text
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(str(checkpoint))
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].shape[1] == 0:
-        if tokenizer.bos_token_id is None:
-            raise InputError("--prompt: the prompt is empty and the tokenizer has no BOS token to start from")
-        inputs = {"input_ids": torch.tensor([[tokenizer.bos_token_id]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
-    room = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(room, int) and inputs["input_ids"].shape[1] + max_new_tokens > room:
-        length = inputs["input_ids"].shape[1]
-        raise InputError(
-            f"the prompt's {length} tokens and {max_new_tokens} new ones are more than the model's {room}; shorten one"
-        )
+    inputs = encoded(tokenizer, prompt, model, max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with quiet(), steered(model, steering):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def encoded(tokenizer: Any, prompt: str, model: Any, new_tokens: int = 0) -> dict[str, Tensor]:
+    """A prompt as input_ids and attention_mask, (1, T). Raises InputError where it is empty, or too long with what is to be added."""
+    prompt = prompt.encode("utf-8", "replace").decode("utf-8")  # a shell may pass bytes that are no text
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if ids.shape[1] == 0:
+        if tokenizer.bos_token_id is None:
+            raise InputError("--prompt: the prompt is empty and the tokenizer has no BOS token to start from")
+        ids, mask = torch.tensor([[tokenizer.bos_token_id]]), torch.ones(1, 1, dtype=torch.long)
+    room, length = getattr(model.config, "max_position_embeddings", None), ids.shape[1]
+    if isinstance(room, int) and length + new_tokens > room:
+        added = f" and {new_tokens} new ones" if new_tokens else ""
+        raise InputError(
+            f"the prompt's {length} tokens{added} are more than the model's {room}; shorten {'one' if added else 'it'}"
+        )
+    return {"input_ids": ids, "attention_mask": mask}

@@ -9,6 +9,7 @@ from mxd_convert import surgery
 from mxd_convert.base import load_base, load_tokenizer, quiet
 from mxd_convert.checkpoint import LOCAL, base_of, check_base, load_checkpoint
 from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.labels import read_labels, write_labels
 from mxd_convert.recipe import layer_indices
 
 
@@ -38,6 +39,8 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
         if (Path(checkpoint) / "recipe.yaml").is_file() and hasattr(model, "mxd_layers"):
             shutil.copyfile(Path(checkpoint) / "recipe.yaml", work / "recipe.yaml")  # evaluation takes its block length from it
         load_tokenizer(str(checkpoint)).save_pretrained(work)
+        if hasattr(model, "mxd_layers"):
+            write_labels(work, [label for label in read_labels(checkpoint) if label.layer not in indices])
         if (Path(checkpoint) / LOCAL).is_file() and hasattr(model, "mxd_layers"):
             (work / LOCAL).write_text(json.dumps({"base": settings.model}, indent=2) + "\n")
         if output.exists():

@@ -65,7 +65,10 @@ def revert(converted: Any, base: Any, indices: list[int]) -> Any:
         tensors = _without(tensors, path)
         tensors |= {name: tensor.to(converted.dtype) for name, tensor in originals.items() if name.startswith(f"{path}.")}
     if left:
-        config = type(converted.config)(**_carried(converted), mxd={**mxd, "layers": left})
+        by_hand = {
+            key: [order for order in mxd[key] if order["layer"] not in indices] for key in ("edits", "steering") if key in mxd
+        }
+        config = type(converted.config)(**_carried(converted), mxd={**mxd, **by_hand, "layers": left})
         return _build(type(converted), config, tensors, converted)
     base_config = type(converted.config).__mro__[1]
     return _build(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], base_config(**_carried(converted)), tensors, converted)

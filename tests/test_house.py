@@ -12,10 +12,10 @@ FLOORS = [
     {"errors"},
     {"recipe", "processes"},
     {"recipe_file", "architectures", "base", "data", "modeling"},
-    {"layers", "harvest", "surgery", "checkpoint"},
-    {"training", "evaluation", "plan", "verification", "reverting", "generation", "starter", "workspace"},
+    {"layers", "harvest", "surgery", "checkpoint", "labels"},
+    {"training", "evaluation", "plan", "verification", "reverting", "generation", "inspecting", "starter", "workspace"},
     {"report"},
-    {"pipeline"},
+    {"pipeline", "editing"},
     {"sweeping"},
     {"cli", "_registration", "_probe"},
 ]

@@ -1,12 +1,14 @@
-"""Commands that read and steer checkpoints: generate."""
+"""Commands that read and steer checkpoints: generate, inspect, compare."""
 
 from enum import Enum
-from typing import Annotated, Optional
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
+from rich.text import Text
 
 import mxd_convert
-from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, print_json
+from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, console, human, print_json, table_of
 
 
 class Positions(Enum):
@@ -44,3 +46,66 @@ def generate(
         print_json({"prompt": prompt, "steering": steering, "text": text})
     else:
         print(text)
+
+
+@app.command(epilog='Example: `mxd-convert inspect runs/quickstart --prompt "If the argument is" --layers 2 --top 4`')
+def inspect(
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to look at.")],
+    layers: Annotated[str, typer.Option("--layers", help='Layers to show: "2", "0-2" or all.')] = "all",
+    top: Annotated[int, typer.Option("--top", help="Experts a token and layer, those that add most first.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which experts fire, token by token, with their coefficients and labels."""
+    views = mxd_convert.inspect(checkpoint, prompt, layers, None if as_json else top)
+    if as_json:
+        print_json([view.to_dict() for view in views])
+        return
+    shown = list(views[0].layers)
+    table = table_of("token", *(f"layer {index}" for index in shown))
+    for view in views:
+        cells = (
+            "\n".join(
+                f"{firing.expert} {firing.coefficient:.2f}" + (f" {firing.label}" if firing.label else "")
+                for firing in view.layers[index]
+            )
+            for index in shown
+        )
+        table.add_row(*(Text(cell) for cell in (repr(view.text)[1:-1], *cells)))
+    console().print(table)
+    human.print("expert and coefficient; those that add most to the layer's output first")
+
+
+@app.command(epilog="Example: `mxd-convert compare runs/quickstart runs/mine`")
+def compare(
+    one: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
+    other: Annotated[Path, typer.Argument(help="Folder of another.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Set two checkpoints' reports side by side."""
+    found = mxd_convert.compare(one, other)
+    if as_json:
+        print_json(found)
+        return
+    out = console()
+    for key, same in (("base model", found["same_base"]), ("held-out text", found["same_eval_text"])):
+        if not same:
+            out.print(f"note: not the same {key}; figures can't be compared one to one")
+    table = table_of("", Path(one).name, Path(other).name, "difference")
+    for key, values in found["settings"].items():
+        table.add_row(key, *(Text(str(value)) for value in values), "")
+    table.add_section()
+    for key, values in found["whole"].items():
+        table.add_row(key, *_cells(values))
+    for index, figures in found["layers"].items():
+        table.add_section()
+        for key, values in figures.items():
+            table.add_row(f"layer {index} {key}", *_cells(values))
+    out.print(table)
+    for folder, verdict in zip((one, other), found["verdicts"], strict=True):
+        out.print(f"{Path(folder).name}: {verdict}", soft_wrap=True)
+
+
+def _cells(values: list[Any]) -> list[str]:
+    shown = ["-" if value is None else f"{value:.4f}" for value in values]
+    return [*shown, "" if None in values else f"{values[1] - values[0]:+.4f}"]

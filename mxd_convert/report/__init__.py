@@ -1,8 +1,9 @@
 """What a finished run says of itself: the metrics file, plots and the model card. Every figure comes from the report."""
 
 from mxd_convert.report.card import write_card
+from mxd_convert.report.compare import compare
 from mxd_convert.report.frontier import row_of, write_frontier, write_table
 from mxd_convert.report.metrics import build_report, versions
 from mxd_convert.report.plots import write_plots
 
-__all__ = ["build_report", "row_of", "versions", "write_card", "write_frontier", "write_plots", "write_table"]
+__all__ = ["build_report", "compare", "row_of", "versions", "write_card", "write_frontier", "write_plots", "write_table"]

@@ -1,5 +1,7 @@
 """The model card of a checkpoint: the template filled from the report, nothing typed by hand."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,21 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
         base_model_relation="finetune" if base_on_hub else None,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 (Markdown)
-    environment.filters |= {"figure": _figure, "share": _share}
+    environment.filters |= {"figure": _figure, "share": _share, "how": _how}
     template = environment.from_string((template_folder() / "template.md").read_text(encoding="utf-8"))
-    text = template.render(metadata=data.to_yaml(), report=report, recipe=recipe_yaml.strip(), base_on_hub=base_on_hub)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    full: dict[str, Any] = {"edits": [], "steering": [], "fidelity": None, "data": None, "cost": None, **report}
+    indices = list(config["mxd"]["layers"])
+    kind = config["mxd"]["layers"][indices[0]]["kind"]
+    text = template.render(
+        metadata=data.to_yaml(), report=full, recipe=recipe_yaml.strip(), base_on_hub=base_on_hub, indices=indices, kind=kind
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _how(order: Mapping[str, Any]) -> str:
+    words = {"add": "its coefficient {:+g}", "set": "its coefficient set to {:g}", "scale": "its coefficient times {:g}"}
+    return next(text.format(order[name]) for name, text in words.items() if name in order)
 
 
 def _share(value: float | None) -> str:
