@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from mxd_convert.editing import edit
     from mxd_convert.errors import InputError
     from mxd_convert.evaluation import decompose, evaluate, expert_rank, logit_effect, steer, steered
-    from mxd_convert.generation import generate, parse_expert, parse_scale, parse_steering
+    from mxd_convert.generation import generate, parse_expert, parse_numbers, parse_scale, parse_steering
     from mxd_convert.inspecting import inspect
     from mxd_convert.labels import Label, add_labels, read_labels
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
     from mxd_convert.recipe import Recipe
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
-    from mxd_convert.report import compare
+    from mxd_convert.report import compare, measure_steering
     from mxd_convert.reverting import revert
     from mxd_convert.starter import starter_recipe, write_starter
     from mxd_convert.sweeping import Sweep, parse_grid, sweep
@@ -48,9 +48,11 @@ _HOMES = {
     "load_recipe": "recipe_file",
     "logit_effect": "evaluation",
     "make_plan": "plan",
+    "measure_steering": "report",
     "outlook": "plan",
     "parse_expert": "generation",
     "parse_grid": "sweeping",
+    "parse_numbers": "generation",
     "parse_overrides": "recipe_file",
     "parse_scale": "generation",
     "parse_steering": "generation",
@@ -84,9 +86,11 @@ __all__ = [
     "load_recipe",
     "logit_effect",
     "make_plan",
+    "measure_steering",
     "outlook",
     "parse_expert",
     "parse_grid",
+    "parse_numbers",
     "parse_overrides",
     "parse_scale",
     "parse_steering",

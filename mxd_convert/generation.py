@@ -54,6 +54,14 @@ def parse_scale(text: str) -> dict[str, Any]:
     return {**parse_expert("--scale", where), "scale": value}
 
 
+def parse_numbers(option: str, text: str) -> list[float]:
+    """`"1,2,4"` -> [1.0, 2.0, 4.0]. Raises InputError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text}: write numbers with commas between them, for example 1,2,4") from None
+
+
 def generate(
     checkpoint: str | Path,
     prompt: str,

@@ -48,7 +48,7 @@ def evaluate(
     device: None takes a CUDA device if there is one.
     Returns {"data": ..., "fidelity": ..., "reliance": ...}, keys as in docs/report.md. Raises InputError.
     """
-    context, mask_bos = _settings(Path(checkpoint))
+    context, mask_bos = checkpoint_settings(Path(checkpoint))
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     converted = load_checkpoint(checkpoint, dtype="float32")
@@ -66,7 +66,7 @@ def evaluate(
     return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used}, **figures}
 
 
-def _settings(folder: Path) -> tuple[int, bool]:
+def checkpoint_settings(folder: Path) -> tuple[int, bool]:
     """Block length and masking as in the recipe that travels with the checkpoint, or the defaults."""
     limit = getattr(read_config(folder), "max_position_embeddings", None)
     path = folder / "recipe.yaml"
@@ -98,7 +98,7 @@ def evaluate_models(
     layers: dict[int, FactoredLayer] = converted.mxd_layers()
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
-    with _progress(len(batches) * (3 + sum(3 + _permutations(layer) for layer in layers.values())), quiet) as advance:
+    with progress(len(batches) * (3 + sum(3 + _permutations(layer) for layer in layers.values())), quiet) as advance:
         figures = {index: LayerFigures(layer) for index, layer in layers.items()}
         for batch in batches:
             _activations(base, sites, blocks.take(batch).to(device), blocks, mask_bos, figures)
@@ -264,13 +264,14 @@ def _recovered(value: float, base: float, ablated: float) -> float | None:
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+def progress(total: int, quiet: bool, what: str = "evaluating") -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, a line elsewhere, nothing when asked to be quiet. Yields what to call after every part."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         if not quiet:
-            print("evaluating on held-out text", file=sys.stderr, flush=True)
+            print(f"{what} on held-out text", file=sys.stderr, flush=True)
         yield lambda: None
         return
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("evaluating", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)

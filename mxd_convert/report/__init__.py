@@ -5,5 +5,16 @@ from mxd_convert.report.compare import compare
 from mxd_convert.report.frontier import row_of, write_frontier, write_table
 from mxd_convert.report.metrics import build_report, versions
 from mxd_convert.report.plots import write_plots
+from mxd_convert.report.steering import measure_steering
 
-__all__ = ["build_report", "compare", "row_of", "versions", "write_card", "write_frontier", "write_plots", "write_table"]
+__all__ = [
+    "build_report",
+    "compare",
+    "measure_steering",
+    "row_of",
+    "versions",
+    "write_card",
+    "write_frontier",
+    "write_plots",
+    "write_table",
+]

@@ -1,0 +1,64 @@
+"""The command `measure-steering`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import mxd_convert
+from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, print_json, table_of
+
+
+@app.command(
+    epilog="Example: `mxd-convert measure-steering runs/quickstart --data text.jsonl --expert 2:17 --strengths 1,2,4 --output steering/quickstart`"
+)
+def measure_steering(
+    checkpoint: CheckpointArgument,
+    data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write table, samples and plot to.")],
+    expert: Annotated[
+        Optional[list[str]],
+        typer.Option("--expert", metavar="LAYER:EXPERT", help="Expert to steer; repeatable. Default: drawn at random."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", help="How many to draw from those that fire.")] = 20,
+    strengths: Annotated[
+        str, typer.Option("--strengths", help="In units of the 99th percentile of an expert's active coefficients.")
+    ] = "0.5,1,2,4,8",
+    prompt: Annotated[str, typer.Option("--prompt", help="What samples begin with; default: the BOS token.")] = "",
+    samples: Annotated[int, typer.Option("--samples", help="Samples of each expert and strength.")] = 10,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens of a sample.")] = 32,
+    contexts: Annotated[int, typer.Option("--contexts", help="Held-out contexts whose next token is compared.")] = 32,
+    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the text to take coefficients from, at most.")] = 32_768,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draw and of the samples.")] = 0,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what steering does: effect on the next token, fluency to the base model, and what samples have in common."""
+    pairs = [mxd_convert.parse_expert("--expert", text) for text in expert or []]
+    found = mxd_convert.measure_steering(
+        checkpoint,
+        data,
+        output,
+        [(pair["layer"], pair["expert"]) for pair in pairs],
+        count,
+        mxd_convert.parse_numbers("--strengths", strengths),
+        prompt,
+        samples,
+        new_tokens,
+        contexts,
+        text_field,
+        tokens,
+        seed,
+        base,
+    )
+    if as_json:
+        print_json({"output": str(output), **found})
+        return
+    table = table_of("expert", "strength", "coefficient", "KL", "perplexity", "n-grams shared", "likeness")
+    for row in (found["unsteered"], *found["effects"]):
+        name = "not steered" if row["strength"] == 0 else f"{row['layer']}:{row['expert']}"
+        figures = (f"{row['kl']:.4f}", f"{row['perplexity']:,.1f}", f"{row['ngrams']:.3f}", f"{row['embedding']:+.3f}")
+        table.add_row(name, f"{row['strength']:g}", f"{row['coefficient']:.2f}", *figures)
+    console().print(table)
+    print(output)
