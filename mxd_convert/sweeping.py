@@ -162,7 +162,7 @@ def _train(folder: Path, runs: list[_Run], say: _Say, fresh: bool) -> dict[str, 
     say(f"{len(runs)} runs" + (f", {done} of them done already" if done else ""))
     alike: dict[str, list[_Run]] = {}
     for run in left:
-        if run.plan.recipe.train.order == "parallel" and os.environ.get("WORLD_SIZE", "1") == "1":
+        if _shares_a_pass(run.plan.recipe):
             alike.setdefault(same_activations(run.plan.recipe), []).append(run)
     failed: dict[str, InputError] = {}
     for number, group in enumerate(alike.values()):
@@ -170,6 +170,12 @@ def _train(folder: Path, runs: list[_Run], say: _Say, fresh: bool) -> dict[str, 
             if len(members) > 1:
                 failed |= _train_group(folder / "data" / str(number), [group[index] for index in members], say)
     return failed
+
+
+def _shares_a_pass(recipe: Recipe) -> bool:
+    """Not in sequential order, where inputs come from the run's own layers, nor where it has processes or a tracker to itself."""
+    train = recipe.train
+    return train.order == "parallel" and train.tracker == "none" and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputError]:

@@ -76,6 +76,13 @@ def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch):
             )
             assert done.returncode == 0, (line, done.stderr)
     assert said.getvalue().count("If the argument is") == 2
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"quickstart", "partly", "mine", "edited", "steering", "sweep"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "quickstart",
+        "partly",
+        "mine",
+        "edited",
+        "steering",
+        "sweep",
+    }
     assert names["weight"].shape == (160, 160)
     assert names["values"].shape == (1, names["inputs"]["input_ids"].shape[1], 8) == (1, 4, 8)

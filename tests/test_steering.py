@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from test_kinds import random_layer
 from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import InputError, load_checkpoint, steer
-from mxd_convert.modeling.modeling_mxd import coefficient
+from mxd_convert.modeling.modeling_mxd import build_layer, coefficient
+from mxd_convert.surgery import describe
 
 LAYER = 2
 
@@ -74,6 +76,20 @@ def test_each_way_of_steering_sets_the_coefficient(model):
         expected = plain + (changed(a) - a).unsqueeze(-1) * layer.experts[n]
         assert torch.allclose(watched.gains[-1], expected, atol=1e-5), how
     assert layer.steering == []
+
+
+@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "random_gate"])
+@torch.no_grad()
+def test_every_kind_with_experts_is_steered_also_with_dense_coefficients(kind):
+    layer, x = build_layer(describe(random_layer(kind, sparsity="l1"))).double(), torch.randn(2, 5, 7, dtype=torch.float64)
+    layer.load_state_dict(random_layer(kind, sparsity="l1").state_dict())
+    before = layer(x)
+    for how, change in {"add": lambda a: 2.0, "set": lambda a: 2.0 - a, "scale": lambda a: a, "ablate": lambda a: -a}.items():
+        a = layer.encode(x)[..., 3:4]
+        layer.steering = [{"expert": 3, how: True if how == "ablate" else 2.0}]
+        assert (a > 0).any()
+        assert torch.allclose(layer(x), before + change(a) * layer.experts[3] * layer.linear(x), atol=1e-6)
+        layer.steering = []
 
 
 @torch.no_grad()
