@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mxd_convert.checkpoint import load_checkpoint
     from mxd_convert.errors import InputError
     from mxd_convert.evaluation import decompose, evaluate, expert_rank, logit_effect, steer, steered
+    from mxd_convert.exporting import cache_activations, export_steering, export_transcoder
     from mxd_convert.generation import generate, parse_steering
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
@@ -30,10 +31,13 @@ _HOMES = {
     "Recipe": "recipe",
     "Result": "pipeline",
     "Sweep": "sweeping",
+    "cache_activations": "exporting",
     "convert": "pipeline",
     "decompose": "evaluation",
     "evaluate": "evaluation",
     "expert_rank": "evaluation",
+    "export_steering": "exporting",
+    "export_transcoder": "exporting",
     "generate": "generation",
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe_file",
@@ -58,10 +62,13 @@ __all__ = [
     "Recipe",
     "Result",
     "Sweep",
+    "cache_activations",
     "convert",
     "decompose",
     "evaluate",
     "expert_rank",
+    "export_steering",
+    "export_transcoder",
     "generate",
     "load_checkpoint",
     "load_recipe",

@@ -13,7 +13,7 @@ FLOORS = [
     {"recipe", "processes"},
     {"recipe_file", "architectures", "base", "data", "modeling"},
     {"layers", "harvest", "surgery", "checkpoint"},
-    {"training", "evaluation", "plan", "verification", "reverting", "generation", "starter", "workspace"},
+    {"training", "evaluation", "plan", "verification", "reverting", "generation", "starter", "workspace", "exporting"},
     {"report"},
     {"pipeline"},
     {"sweeping"},
