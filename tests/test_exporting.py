@@ -265,6 +265,7 @@ def test_the_command_prints_the_losses(mxd, converted, text, tmp_path, models):
     assert "FVU of surrogate" in " ".join(out.split())
     assert "over the converted model" in out
     assert out.strip().splitlines()[-1] == str(tmp_path / "out")
+    (tmp_path / "json").mkdir()  # an empty folder will do
     status, out, _ = mxd("export", converted["llama"], tmp_path / "json", *arguments[3:], "--layers", "2", "--json")
     assert status == 0
     assert json.loads(out)["layers"].keys() == {"2"}

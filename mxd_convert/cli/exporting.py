@@ -21,7 +21,7 @@ class Layouts(Enum):
 @app.command(
     epilog="Examples:\n\n"
     "`mxd-convert export runs/quickstart exports/sparsify --to sparsify --data held-out.jsonl`\n\n"
-    "`mxd-convert export runs/quickstart exports/circuits --to circuit-tracer --data held-out.jsonl --base gpt2`\n\n"
+    "`mxd-convert export runs/gpt2-mxd exports/circuits --to circuit-tracer --data held-out.jsonl --base models/gpt2`\n\n"
     "`mxd-convert export runs/quickstart exports/delphi --to delphi --data held-out.jsonl --layers 0-2 --tokens 1000000`"
 )
 def export(
