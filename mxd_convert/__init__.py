@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mxd_convert.editing import edit
     from mxd_convert.errors import InputError
     from mxd_convert.evaluation import decompose, evaluate, expert_rank, logit_effect, steer, steered
+    from mxd_convert.exporting import cache_activations, export_steering, export_transcoder
     from mxd_convert.generation import generate, parse_expert, parse_numbers, parse_scale, parse_steering
     from mxd_convert.inspecting import inspect
     from mxd_convert.labels import Label, add_labels, read_labels
@@ -36,12 +37,15 @@ _HOMES = {
     "Result": "pipeline",
     "Sweep": "sweeping",
     "add_labels": "labels",
+    "cache_activations": "exporting",
     "compare": "report",
     "convert": "pipeline",
     "decompose": "evaluation",
     "edit": "editing",
     "evaluate": "evaluation",
     "expert_rank": "evaluation",
+    "export_steering": "exporting",
+    "export_transcoder": "exporting",
     "generate": "generation",
     "inspect": "inspecting",
     "load_checkpoint": "checkpoint",
@@ -74,12 +78,15 @@ __all__ = [
     "Result",
     "Sweep",
     "add_labels",
+    "cache_activations",
     "compare",
     "convert",
     "decompose",
     "edit",
     "evaluate",
     "expert_rank",
+    "export_steering",
+    "export_transcoder",
     "generate",
     "inspect",
     "load_checkpoint",

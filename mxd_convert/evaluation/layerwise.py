@@ -11,7 +11,7 @@ from torch import Tensor
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 
 
-class _Variance:
+class Variance:
     """Fraction of variance unexplained, streamed."""
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -40,8 +40,8 @@ class LayerFigures:
     def __init__(self, layer: FactoredLayer) -> None:
         self.layer = layer
         device = layer.output_bias.device
-        self.masked, self.all = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
-        self.local, self.teacher = _Variance(layer.d_out, device), _Variance(layer.d_out, device)
+        self.masked, self.all = Variance(layer.d_out, device), Variance(layer.d_out, device)
+        self.local, self.teacher = Variance(layer.d_out, device), Variance(layer.d_out, device)
         self.active = torch.zeros((), dtype=torch.float64, device=device)
         self.fired_N = torch.zeros(layer.n_experts, dtype=torch.bool, device=device)
         # moments over tokens, for each output, of the features (1, u, s u), of y, and of all of the output, skip path included

@@ -4,17 +4,14 @@ All variants see the same blocks, so differences of cross-entropy are paired. Fi
 loads both from disk.
 """
 
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from mxd_convert.architectures import Site, find_sites
@@ -23,6 +20,7 @@ from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_co
 from mxd_convert.data import Blocks, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
+from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.verdict import sentence, verdict
 from mxd_convert.harvest import recording
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
@@ -48,7 +46,7 @@ def evaluate(
     device: None takes a CUDA device if there is one.
     Returns {"data": ..., "fidelity": ..., "reliance": ...}, keys as in docs/report.md. Raises InputError.
     """
-    context, mask_bos = checkpoint_settings(Path(checkpoint))
+    context, mask_bos = block_settings(Path(checkpoint))
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     converted = load_checkpoint(checkpoint, dtype="float32")
@@ -66,7 +64,7 @@ def evaluate(
     return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used}, **figures}
 
 
-def checkpoint_settings(folder: Path) -> tuple[int, bool]:
+def block_settings(folder: Path) -> tuple[int, bool]:
     """Block length and masking as in the recipe that travels with the checkpoint, or the defaults."""
     limit = getattr(read_config(folder), "max_position_embeddings", None)
     path = folder / "recipe.yaml"
@@ -98,12 +96,13 @@ def evaluate_models(
     layers: dict[int, FactoredLayer] = converted.mxd_layers()
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
-    with progress(len(batches) * (3 + sum(3 + _permutations(layer) for layer in layers.values())), quiet) as advance:
+    steps = len(batches) * (3 + sum(3 + _permutations(layer) for layer in layers.values()))
+    with progress("evaluating", "evaluating on held-out text", steps, quiet) as advance:
         figures = {index: LayerFigures(layer) for index, layer in layers.items()}
         for batch in batches:
             _activations(base, sites, blocks.take(batch).to(device), blocks, mask_bos, figures)
             advance()
-        totals = _Totals(device)
+        totals = Totals(device)
         for batch in batches:
             ids_BT = blocks.take(batch).to(device)
             if twin is not None:
@@ -131,7 +130,7 @@ def _activations(
             figures[index].add(activations.inputs.flatten(0, 1), activations.outputs.flatten(0, 1), counted_B)
 
 
-class _Totals:
+class Totals:
     """Sums over predicted tokens."""
 
     def __init__(self, device: torch.device) -> None:
@@ -154,7 +153,7 @@ def _compare(
     base: Any,
     converted: Any,
     ids_BT: Tensor,
-    totals: _Totals,
+    totals: Totals,
     sites: list[Site],
     figures: dict[int, LayerFigures],
     counted_B: Tensor,
@@ -214,7 +213,7 @@ def _permutation(fired_N: Tensor, number: int) -> Tensor:
     return order_N.to(fired_N.device)
 
 
-def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: _Totals) -> dict[str, Any]:
+def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: Totals) -> dict[str, Any]:
     base, converted = totals.mean("base"), totals.mean("converted")
     rises = {site.index: totals.mean(f"{site.index}/alone") - base for site in sites}
     fidelity_layers, reliance_layers = {}, {}
@@ -261,17 +260,3 @@ def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: _Totals
 def _recovered(value: float, base: float, ablated: float) -> float | None:
     """The share of the ablation's rise that is not there: 1 is the base model, 0 the ablation. None where the ablation costs nothing."""
     return 1.0 - (value - base) / (ablated - base) if ablated != base else None
-
-
-@contextmanager
-def progress(total: int, quiet: bool, what: str = "evaluating") -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, a line elsewhere, nothing when asked to be quiet. Yields what to call after every part."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        if not quiet:
-            print(f"{what} on held-out text", file=sys.stderr, flush=True)
-        yield lambda: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

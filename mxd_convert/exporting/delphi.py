@@ -1,0 +1,215 @@
+"""Coefficients on a text in the format of EleutherAI's delphi: <module>/<first>_<last>.safetensors and config.json.
+
+A file holds the experts first to last: `locations` (P, 3), (block, position, expert - first), and `activations` (P), in the order of
+the text; beside them the text's `tokens`. P: pairs of an expert and a token on which it is active.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mxd_convert.checkpoint import load_checkpoint, read_config
+from mxd_convert.data import Blocks
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.progress import progress
+from mxd_convert.exporting.sources import batches, chosen_layers, hookpoint, new_folder, read_text
+from mxd_convert.modeling.modeling_mxd import Codes
+
+SPLITS = 5  # as in delphi
+SUMMARY = "mxd_cache.json"
+_LEAST = 1e-5  # what delphi takes for zero
+_MOST = float(np.finfo(np.float16).max)
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype("<i8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+}
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def cache_activations(
+    checkpoint: str | Path,
+    output: str | Path,
+    data: str | Path,
+    tokens: int = 131_072,
+    text_field: str = "text",
+    layers: str | list[int] = "all",
+    splits: int = SPLITS,
+    mask_first: bool | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes what `encode` returns on a text, in the converted model, for delphi to read from `output`/latents; returns mxd_cache.json.
+
+    data: a local text file, folder or glob, of which at most `tokens` are read. layers: [3, 4], "3,4", "0-2" or "all". splits: files a
+    layer. mask_first: leave out BOS tokens and the first position of each block; None: where training did. device: None takes a CUDA
+    device if there is one. Coefficients up to 1e-5 count as zero, as in delphi. Memory does not grow with the text. Raises InputError.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    config = read_config(checkpoint)
+    entries, notes = chosen_layers(checkpoint, config, layers)
+    fewest = min(entry["n_experts"] for entry in entries.values())
+    if not 1 <= splits <= fewest:
+        raise InputError(f"splits = {splits}: give a whole number from 1 to the number of experts, {fewest}")
+    with new_folder(output, checkpoint) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, config.vocab_size, Path(scratch))
+        mask = mask_bos if mask_first is None else mask_first
+        model = load_checkpoint(checkpoint, dtype="float32")
+        if model.config.mxd.get("steering"):
+            notes.append("the steering that the checkpoint carries acts on the layers above it, as when the model runs")
+        model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        sizes = {index: entry["n_experts"] for index, entry in entries.items()}
+        caches = {i: _Cache(Path(scratch) / str(i), size, splits, blocks) for i, size in sizes.items()}
+        _fill(model, caches, blocks, mask, max(sizes.values()), quiet)
+        settings = {
+            "dataset_repo": blocks.info.path,
+            "dataset_split": "",
+            "dataset_name": "",
+            "dataset_column": text_field,
+            "batch_size": 1,
+            "cache_ctx_len": blocks.context,
+            "n_tokens": len(blocks) * blocks.context,
+            "n_splits": splits,
+            "model_name": str(checkpoint),
+        }
+        found = {}
+        for index, cache in caches.items():
+            place = folder / "latents" / hookpoint(model, index)
+            cache.write(place, blocks)
+            (place / "config.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
+            found[str(index)] = {"module": place.name, "n_experts": sizes[index], **cache.figures()}
+        masked = "BOS tokens and the first position of each block left out" if mask else "nothing left out"
+        content = {
+            "layout": "delphi",
+            "checkpoint": checkpoint.resolve().name,
+            "data": {
+                "path": blocks.info.path,
+                "fingerprint": blocks.info.fingerprint,
+                "tokens": len(blocks) * blocks.context,
+                "context": blocks.context,
+                "masked": masked,
+            },
+            "layers": found,
+            "notes": notes,
+        }
+        (folder / SUMMARY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+@torch.no_grad()
+def _fill(model: Any, caches: Mapping[int, "_Cache"], blocks: Blocks, mask: bool, n_experts: int, quiet: bool) -> None:
+    steps = batches(0, len(blocks), blocks.context, len(blocks), n_experts)
+    with progress("activations", "caching activations", len(steps), quiet) as advance, _codes(model, list(caches)) as seen:
+        for batch in steps:
+            ids_BT = blocks.take(batch).to(model.device)
+            model.base_model(input_ids=ids_BT, use_cache=False)
+            counted_BT = blocks.counted(ids_BT, mask)
+            for index, cache in caches.items():
+                block_P, position_P, expert_P, value_P = active_entries(seen.pop(index), counted_BT)
+                cache.add(block_P + batch.start, position_P, expert_P, value_P)
+            advance()
+
+
+@contextmanager
+def _codes(model: Any, indices: list[int]) -> Iterator[dict[int, Codes]]:
+    """Within it, every forward leaves the layers' coefficients in the yielded dict."""
+    seen: dict[int, Codes] = {}
+
+    def hook(index: int) -> Any:
+        def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Codes) -> None:
+            seen[index] = output
+
+        return note
+
+    layers = model.mxd_layers()
+    handles = [layers[index].expert_acts.register_forward_hook(hook(index)) for index in indices]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def active_entries(codes: Codes, counted_BT: Tensor) -> tuple[Array, Array, Array, Array]:
+    """(blocks, positions, experts, values), (P) each, by block, position and expert: what is above delphi's zero where positions count."""
+    if isinstance(codes, Tensor):
+        active_BTN = (codes > _LEAST) & counted_BT.unsqueeze(-1)
+        place = active_BTN.nonzero(as_tuple=True)
+        found = (*place, codes[active_BTN])
+    else:
+        indices_BTK, order_BTK = codes[1].sort(dim=-1)
+        values_BTK = codes[0].gather(-1, order_BTK)
+        active_BTK = (values_BTK > _LEAST) & counted_BT.unsqueeze(-1)
+        place = active_BTK.nonzero(as_tuple=True)
+        found = (place[0], place[1], indices_BTK[active_BTK], values_BTK[active_BTK])
+    block_P, position_P, expert_P, value_P = (tensor.cpu().numpy() for tensor in found)
+    return block_P, position_P, expert_P, value_P
+
+
+class _Cache:
+    """One layer's coefficients: split by expert into raw files as they come, then each made a safetensors file without reading it in."""
+
+    def __init__(self, folder: Path, n_experts: int, splits: int, blocks: Blocks) -> None:
+        folder.mkdir()
+        self.folder = folder
+        # delphi's own borders; a reader takes them from the names of the files
+        self.starts = torch.linspace(0, n_experts, splits + 1).long().tolist()
+        widest = max(last - first for first, last in zip(self.starts, self.starts[1:], strict=False))
+        self.wide = "U16" if max(len(blocks), blocks.context, widest) <= 2**16 else "U32"
+        self.counts = [0] * splits
+        self.fired_N = np.zeros(n_experts, dtype=bool)
+
+    def add(self, block_P: Array, position_P: Array, expert_P: Array, value_P: Array) -> None:
+        self.fired_N[expert_P] = True
+        split_P = np.searchsorted(self.starts, expert_P, side="right") - 1
+        for split, first in enumerate(self.starts[:-1]):
+            here_P = split_P == split
+            locations = np.stack([block_P[here_P], position_P[here_P], expert_P[here_P] - first], axis=-1)
+            activations = np.minimum(value_P[here_P], _MOST)
+            for name, array, kind in (("locations", locations, self.wide), ("activations", activations, "F16")):
+                with (self.folder / f"{split}.{name}").open("ab") as file:
+                    file.write(np.ascontiguousarray(array.astype(_DTYPES[kind])).tobytes())
+            self.counts[split] += len(locations)
+
+    def write(self, place: Path, blocks: Blocks) -> None:
+        place.mkdir(parents=True)
+        for split, (first, last) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            count = self.counts[split]
+            shapes = {
+                "tokens": ("I64", list(blocks.ids.shape)),
+                "locations": (self.wide, [count, 3]),
+                "activations": ("F16", [count]),
+            }
+            with (place / f"{first}_{last - 1}.safetensors").open("wb") as file:
+                file.write(safetensors_header(shapes))
+                for start in range(0, len(blocks), 1024):
+                    file.write(blocks.ids[start : start + 1024].astype(_DTYPES["I64"]).tobytes())
+                for name in ("locations", "activations"):
+                    with (self.folder / f"{split}.{name}").open("rb") as raw:
+                        shutil.copyfileobj(raw, file)
+                    (self.folder / f"{split}.{name}").unlink()
+
+    def figures(self) -> dict[str, Any]:
+        return {"entries": sum(self.counts), "never_fired": int((~self.fired_N).sum())}
+
+
+def safetensors_header(shapes: Mapping[str, tuple[str, list[int]]]) -> bytes:
+    """The head of a safetensors file whose tensors, (dtype, shape) by name, follow one after the other in this order."""
+    header, offset = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        size = int(np.prod(shape, dtype=np.int64)) * _DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,88 @@
+"""What an export reads and where it writes: the layers asked for, the text, the base model, the new folder."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mxd_convert.base import load_base, load_tokenizer, quiet
+from mxd_convert.checkpoint import base_of, check_base
+from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.run import block_settings
+from mxd_convert.recipe import EvalText, layer_indices
+
+GATE_VALUES = 2**25  # of one batch and layer: a gate is (B, N) before the top-k
+_TOKENS = 4096  # of one batch
+
+
+@contextmanager
+def new_folder(output: Path, checkpoint: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes it at the end, and is gone where something goes wrong. Raises InputError where output is in use."""
+    if checkpoint.resolve() in output.resolve().parents:
+        raise InputError(f"{output}: lies inside the checkpoint; choose another folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists already; choose another folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with quiet(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        work = Path(scratch) / "export"
+        work.mkdir()
+        yield work
+        if output.exists():
+            output.rmdir()
+        work.rename(output)
+
+
+def chosen_layers(checkpoint: Path, config: Any, layers: str | list[int]) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """(config.json's entries of the layers that are asked for and have experts, what to say of the others). Raises InputError."""
+    entries: dict[str, dict[str, Any]] = config.mxd["layers"]
+    try:
+        indices = [int(index) for index in entries] if layers == "all" else sorted(layer_indices(layers, None))
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    for index in indices:
+        if str(index) not in entries:
+            raise InputError(f"--layers: layer {index} is not converted; converted are {', '.join(entries)}")
+    dense = [index for index in indices if not entries[str(index)].get("n_experts")]
+    if dense == indices:
+        raise InputError(f"{checkpoint}: every layer asked for is a dense_twin, which has no experts to export")
+    notes = [f"left out, as a dense_twin has no experts: layer {', '.join(map(str, dense))}"] if dense else []
+    return {index: entries[str(index)] for index in indices if index not in dense}, notes
+
+
+def read_text(
+    checkpoint: Path, data: str | Path, tokens: int, text_field: str, vocabulary: int, folder: Path
+) -> tuple[Blocks, bool]:
+    """(the text in blocks as the checkpoint is evaluated in, whether BOS and first positions are left out). Raises InputError."""
+    context, mask_bos = block_settings(checkpoint)
+    if tokens < context:
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
+    source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
+    blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), folder)
+    check_vocabulary(blocks, vocabulary)
+    return blocks, mask_bos
+
+
+def find_base(checkpoint: Path, converted: Any, base: str | None) -> tuple[Any, list[str]]:
+    """(the base model or None, what to say of it). Raises InputError where the one that was given is not the checkpoint's."""
+    try:
+        settings = base_of(checkpoint, base)
+        original = load_base(settings, dtype="auto")
+        check_base(converted, original, settings.model)
+    except InputError as error:
+        if base is not None:
+            raise
+        return None, [f"without the figures that need the base model; {error}"]
+    return original.float(), []
+
+
+def batches(first: int, last: int, context: int, most_rows: int, n_experts: int) -> list[slice]:
+    """Blocks `first` to `last` - 1 in batches whose gates, of `n_experts` experts a token, fit in a modest memory."""
+    rows = max(1, min(most_rows, _TOKENS // context, GATE_VALUES // (context * n_experts)))
+    return [slice(start, min(start + rows, last)) for start in range(first, last, rows)]
+
+
+def hookpoint(model: Any, index: int) -> str:
+    """The path of a layer as seen from the model without its head, by which sparsify, delphi and lm-eval name modules."""
+    return str(model.config.mxd["mlp"].format(i=index).removeprefix(f"{model.base_model_prefix}."))

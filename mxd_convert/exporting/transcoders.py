@@ -1,0 +1,102 @@
+"""Static transcoders of a checkpoint's layers in another tool's layout, with what each of them loses."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxd_convert.checkpoint import load_checkpoint, read_config, recorded_base
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.progress import progress
+from mxd_convert.exporting.circuit_tracer import CircuitTracer
+from mxd_convert.exporting.job import Job
+from mxd_convert.exporting.layout import Layout
+from mxd_convert.exporting.losses import measure
+from mxd_convert.exporting.sources import chosen_layers, find_base, new_folder, read_text
+from mxd_convert.exporting.sparsify import Sparsify
+from mxd_convert.exporting.surrogate import ConditionalMeans, is_exact, surrogate_of
+from mxd_convert.harvest import harvest
+
+FIGURES = "mxd_surrogate.json"
+LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Sparsify, CircuitTracer)}
+
+
+def export_transcoder(
+    checkpoint: str | Path,
+    output: str | Path,
+    layout: str,
+    data: str | Path,
+    tokens: int = 131_072,
+    text_field: str = "text",
+    layers: str | list[int] = "all",
+    base: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes a checkpoint's layers as static transcoders, in float32, and mxd_surrogate.json with what that loses; returns the latter.
+
+    A (skip) transcoder is written as it is. Of an MxD, row n of the decoder is `c_n * E[u | n active]`, from the first three
+    quarters of the text; the figures are from the last.
+
+    layout: "sparsify" or "circuit-tracer". data: held-out text, a local file, folder or glob, of which at most `tokens` are read.
+    layers: [3, 4], "3,4", "0-2" or "all". base: the base model, where not the recorded one; where it is not to be had, the
+    activations are the converted model's own and figures against the base are None. device: None takes a CUDA device if there is one.
+    Keys as in docs/other-tools.md. Raises InputError where the layers, the text or the folder won't do.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    form, checkpoint, output = LAYOUTS[layout](), Path(checkpoint), Path(output)
+    config = read_config(checkpoint)
+    entries, notes = chosen_layers(checkpoint, config, layers)
+    form.check(config, entries)
+    with new_folder(output, checkpoint) as folder, tempfile.TemporaryDirectory() as scratch:
+        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, config.vocab_size, Path(scratch))
+        converted = load_checkpoint(checkpoint, dtype="float32")
+        if converted.config.mxd.get("steering"):
+            converted.set_steering([])
+            notes.append("the steering that the checkpoint carries is neither in the files nor in the figures")
+        original, missing = find_base(checkpoint, converted, base)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        job = Job(converted.to(place), original if original is None else original.to(place), blocks, mask_bos, list(entries))
+        with progress("surrogates", "making surrogates and measuring what they lose", job.steps, quiet) as advance:
+            never = _write_all(form, folder, job, advance)
+            surrogates = {i: form.read(folder, i, job.hookpoints[i], layer) for i, layer in job.layers.items()}
+            measured = measure(job, surrogates, advance)
+        form.describe(folder, job.layers, job.hookpoints, str(recorded_base(config).get("model") or "unknown"))
+        for index, figures in measured["layers"].items():
+            figures["never_fired"] = never[int(index)]
+        content = {
+            "layout": layout,
+            "checkpoint": checkpoint.resolve().name,
+            "base": recorded_base(config),
+            "data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, **job.text()},
+            "activations": "converted" if original is None else "base",
+            **measured,
+            "notes": notes + missing + form.notes(entries),
+        }
+        (folder / FIGURES).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def _write_all(form: Layout, folder: Path, job: Job, advance: Any) -> dict[int, int | None]:
+    """Writes every layer's surrogate; returns how many experts never fired while the means were taken, None where none are needed."""
+    never: dict[int, int | None] = {}
+    for index, layer in job.layers.items():
+        if is_exact(layer):
+            form.write(folder, index, job.hookpoints[index], surrogate_of(layer, layer.experts))
+            never[index] = None
+    for group in job.groups:
+        means = {index: ConditionalMeans(job.layers[index]) for index in group}
+        for batch in job.estimation:
+            ids_BT = job.take(batch)
+            counted_BT = job.counted(ids_BT)
+            for index, activations in harvest(job.source, [job.sites[i] for i in group], ids_BT).items():
+                means[index].add(activations.inputs[counted_BT])
+            advance()
+        for index in group:
+            layer, estimate = job.layers[index], means.pop(index)
+            never[index] = estimate.never
+            form.write(folder, index, job.hookpoints[index], surrogate_of(layer, estimate.decoder()))
+    return never
