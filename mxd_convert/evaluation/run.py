@@ -4,17 +4,14 @@ All variants see the same blocks, so differences of cross-entropy are paired. Fi
 loads both from disk.
 """
 
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from mxd_convert.architectures import Site, find_sites
@@ -23,6 +20,7 @@ from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_co
 from mxd_convert.data import Blocks, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
+from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.verdict import sentence, verdict
 from mxd_convert.harvest import recording
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
@@ -261,17 +259,3 @@ def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: _Totals
 def _recovered(value: float, base: float, ablated: float) -> float | None:
     """The share of the ablation's rise that is not there: 1 is the base model, 0 the ablation. None where the ablation costs nothing."""
     return 1.0 - (value - base) / (ablated - base) if ablated != base else None
-
-
-@contextmanager
-def progress(total: int, quiet: bool, what: str = "evaluating") -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, a line elsewhere, nothing when asked to be quiet. Yields what to call after every part."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        if not quiet:
-            print(f"{what} on held-out text", file=sys.stderr, flush=True)
-        yield lambda: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

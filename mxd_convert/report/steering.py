@@ -19,7 +19,8 @@ from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.checkpoint import base_of, check_base, load_checkpoint
 from mxd_convert.data import prepare_eval
 from mxd_convert.errors import InputError, disk_guard
-from mxd_convert.evaluation.run import checkpoint_settings, progress
+from mxd_convert.evaluation.progress import progress
+from mxd_convert.evaluation.run import checkpoint_settings
 from mxd_convert.evaluation.steering_effect import Effect, SteeringEffect, find_experts, measure
 from mxd_convert.generation import encoded
 from mxd_convert.recipe import EvalText
