@@ -15,7 +15,7 @@ FLOORS = [
     {"layers", "harvest", "surgery", "checkpoint", "labels"},
     {"training", "evaluation", "plan", "verification", "reverting", "generation", "inspecting", "starter", "workspace"},
     {"report"},
-    {"pipeline", "editing"},
+    {"pipeline", "editing", "probing"},
     {"sweeping"},
     {"cli", "_registration", "_probe"},
 ]
