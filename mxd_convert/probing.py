@@ -25,7 +25,7 @@ from mxd_convert.evaluation.pooling import (
     pool,
     random_coefficients,
 )
-from mxd_convert.evaluation.probe_results import Family, probe_families
+from mxd_convert.evaluation.probe_results import Family, probe_families, whole_vector_of
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.recipe import layer_indices
 from mxd_convert.report import finished_probe, probe_folder, versions, write_probe
@@ -91,13 +91,13 @@ def probe(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     passes = 2 + len(others)
     line = f"probing: {len(encoded):,} documents of {len(classes)} classes, {encoded.tokens:,} tokens, through {passes} models"
-    with memory_guard(_MEMORY), progress("pooling", line, passes * len(encoded), quiet) as advance:
-        families = _pool_all(ours, others, base, encoded, seed, place, advance)
+    with memory_guard(_MEMORY), progress(passes * len(encoded), quiet, "pooling", line) as advance:
+        families, kinds = _pool_all(ours, others, base, encoded, seed, place, advance)
     pooled = time.monotonic()
     split = probing.split_documents(labels_D, seed)
-    steps = len(families) + 1
-    with progress("probing", "choosing units on the training part, scoring on the test part", steps, quiet) as advance:
-        figures = probe_families(families, classes, labels_D, split, ours.units, seed, advance)
+    line = "choosing units on the training part, scoring on the test part"
+    with progress(len(families) + 1, quiet, "probing", line) as advance:
+        figures = probe_families(families, kinds, classes, labels_D, split, ours.units, seed, advance)
     content = {
         "checkpoint": {"name": ours.folder.resolve().name, "kind": ours.kind, "base": recorded_base(ours.config)},
         "compare": [{"name": o.folder.resolve().name, "kind": o.kind, "layers": o.layers} for o in others],
@@ -177,8 +177,8 @@ def _pool_all(
     seed: int,
     device: torch.device,
     advance: Any,
-) -> dict[str, Family]:
-    """Every family's pooled coefficients, one model in memory at a time but for the base, which is checked against the checkpoint."""
+) -> tuple[dict[str, Family], dict[str, str]]:
+    """Every family's pooled coefficients, and its kind. The base is checked against the checkpoint; the others come one at a time."""
     converted = load_checkpoint(ours.folder, dtype="float32").to(device)
     settings = base_of(ours.folder, base)
     original = load_base(settings, dtype="auto")
@@ -194,8 +194,10 @@ def _pool_all(
         sources |= {("random gate", index): source for index, source in control.items()}
     pooled = pool(converted, sources, documents, device, advance) | pooled
     del converted, layers, sources
+    kinds = {ours.units: ours.kind, "neuron": "neuron", "random gate": "random_gate"}
     for other in others:
-        family = _family_of(other, {family for family, _ in pooled})
+        family = _family_of(other, {*kinds, whole_vector_of(ours.units)})
+        kinds[family] = other.kind
         model = load_checkpoint(other.folder, dtype="float32")
         found = {(family, index): coefficients_of(model.mxd_layers()[index]) for index in other.layers}
         pooled |= pool(model, found, documents, device, advance)
@@ -203,7 +205,7 @@ def _pool_all(
     for (family, index), matrix in pooled.items():
         families.setdefault(family, {})[index] = matrix
     order = [ours.units, "neuron", *(family for family in families if family not in (ours.units, "neuron"))]
-    return {family: families[family] for family in order}
+    return {family: families[family] for family in order}, {family: kinds[family] for family in order}
 
 
 def _family_of(other: _Checkpoint, taken: set[str]) -> str:

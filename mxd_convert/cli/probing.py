@@ -54,9 +54,8 @@ def _print_results(found: dict[str, Any]) -> None:
     families, results = list(found["families"]), found["results"]
     units = families[0]
     out = console()
-    table = table_of(
-        "F1", f"layer:{units}", *(name if found["families"][name]["whole_vector"] else f"best {name}" for name in families)
-    )
+    heads = [_short(name if found["families"][name]["whole_vector"] else f"best {name}") for name in families]
+    table = table_of("F1", f"layer:{units}", *heads)
     for label in found["data"]["classes"]:
         rows = {row["family"]: row for row in results if row["class"] == label}
         cells = [f"{row['f1']:.2f}\n{row['f1_low']:.2f}-{row['f1_high']:.2f}" for row in (rows[family] for family in families)]

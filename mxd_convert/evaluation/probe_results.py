@@ -15,6 +15,7 @@ Family = Mapping[int, Matrix]  # pooled coefficients of one kind of units, by la
 
 def probe_families(
     families: Mapping[str, Family],
+    kinds: Mapping[str, str],
     classes: list[str],
     labels_D: Array,
     split: Split,
@@ -24,8 +25,8 @@ def probe_families(
 ) -> dict[str, Any]:
     """Probes of every family for every class: "families", "results", "mean_f1" and "top_experts" of probe.json (docs/probing.md).
 
-    labels_D: numbers of `classes`. units: what the units of the checkpoint itself are called, a key of `families`, all of which are probed
-    together too. advance: called after each family. Raises InputError where none of a family's units is active.
+    families: by name, each of a kind in `kinds`. labels_D: numbers of `classes`. units: the name of the checkpoint's own units, a family that
+    is also probed as a whole. advance: called after each family. Raises InputError where none of a family's units is active.
     """
     results: list[dict[str, Any]] = []
     top: list[dict[str, Any]] = []
@@ -50,7 +51,7 @@ def probe_families(
 
     for family, layers in families.items():
         total, active = sum(matrix.shape[1] for matrix in layers.values()), active_units(layers, split.train)
-        about[family] = {"layers": list(layers), "units": total, "active": active, "whole_vector": False}
+        about[family] = {"kind": kinds[family], "layers": list(layers), "units": total, "active": active, "whole_vector": False}
         try:
             found = probe_units(layers, labels_D, split, len(classes))
         except InputError as error:
@@ -60,7 +61,7 @@ def probe_families(
             if family == units:
                 top += _top(ranked, layers, labels_D, split, label, classes[label])
         advance()
-    whole = f"all {units}s"
+    whole = whole_vector_of(units)
     vector = WholeVector(families[units], split.train)
     about[whole] = {**about[units], "active": vector.units, "whole_vector": True}
     for label in range(len(classes)):
@@ -70,6 +71,11 @@ def probe_families(
     means = {family: float(np.mean([row["f1"] for row in results if row["family"] == family])) for family in about}
     results.sort(key=lambda row: classes.index(row["class"]))  # stable: the families keep their order
     return {"families": about, "results": results, "mean_f1": means, "top_experts": top}
+
+
+def whole_vector_of(units: str) -> str:
+    """What the regression on all units of a family is called."""
+    return f"all {units}s"
 
 
 def _top(ranked: list[Ranked], layers: Family, labels_D: Array, split: Split, label: int, name: str) -> list[dict[str, Any]]:

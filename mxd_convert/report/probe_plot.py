@@ -1,5 +1,6 @@
 """The plot of a probe: F1 of each class by family of units, with its interval."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
-_STYLES = (  # colours that differ for everyone (Okabe and Ito), and shapes that differ in print
-    ("#0072b2", "o"),
-    ("#d55e00", "s"),
-    ("#7f7f7f", "D"),
-    ("#009e73", "^"),
-    ("#cc79a7", "v"),
-    ("#56b4e9", "P"),
-    ("#e69f00", "X"),
-)
-_WHOLE = ("#000000", "|")
+from mxd_convert.report.frontier import COLOURS, MARKS
+
+_NEURON, _WHOLE = ("#b5403a", "v"), ("#000000", "|")
+_MORE = (("#4477aa", "P"), ("#888888", "X"), ("#aa3377", "<"), ("#66ccee", ">"))  # where two families are of one kind
 _CHANCE: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": (0, (2, 2))}
 _ROW = 0.15  # inches a family, of which every class has two more as space
 _MOST = 40  # characters of a class
@@ -29,7 +24,7 @@ def plot_probe(path: Path, content: dict[str, Any]) -> None:
     families, classes = list(content["families"]), content["data"]["classes"]
     rows = {(row["class"], row["family"]): row for row in content["results"]}
     whole = {family for family in families if content["families"][family]["whole_vector"]}
-    styles = {family: _WHOLE if family in whole else _STYLES[n % len(_STYLES)] for n, family in enumerate(families)}
+    styles = _styles(content["families"])
     pitch = len(families) + 2
     figure, axis = plt.subplots(figsize=(7.2, 1.5 + _ROW * pitch * len(classes)), layout="constrained")
     for number, label in enumerate(classes):
@@ -64,6 +59,17 @@ def plot_probe(path: Path, content: dict[str, Any]) -> None:
     axis.set_title(f"{_plain(content['checkpoint']['name'])} on {_plain(content['data']['path'])}", fontsize=10, loc="left")
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+def _styles(families: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each family: its kind's, as in the plots of a sweep, or another where that is taken."""
+    more = itertools.cycle(_MORE)
+    styles: dict[str, tuple[str, str]] = {}
+    for family, about in families.items():
+        kind = about["kind"]
+        style = _WHOLE if about["whole_vector"] else _NEURON if kind == "neuron" else (COLOURS.get(kind, ""), MARKS.get(kind, ""))
+        styles[family] = style if style[1] and style not in styles.values() else next(more)
+    return styles
 
 
 def _marker(marker: str) -> dict[str, Any]:
