@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mxd_convert.labels import Label, add_labels, read_labels
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
+    from mxd_convert.probing import probe
     from mxd_convert.recipe import Recipe
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
     from mxd_convert.report import compare, measure_steering
@@ -60,6 +61,7 @@ _HOMES = {
     "parse_overrides": "recipe_file",
     "parse_scale": "generation",
     "parse_steering": "generation",
+    "probe": "probing",
     "read_labels": "labels",
     "revert": "reverting",
     "shipped_recipes": "recipe_file",
@@ -101,6 +103,7 @@ __all__ = [
     "parse_overrides",
     "parse_scale",
     "parse_steering",
+    "probe",
     "read_labels",
     "revert",
     "shipped_recipes",

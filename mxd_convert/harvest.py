@@ -1,6 +1,6 @@
-"""One forward of the base model -> (input, output) of every chosen MLP."""
+"""One forward of a model -> (input, output) of every chosen MLP, or of whichever modules are watched."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class Activations:
 
 
 class _Enough(Exception):
-    """Raised by the hook of the last MLP needed, to stop the forward there."""
+    """Raised by the hook of the last module needed, to stop the forward there."""
 
 
 @contextmanager
@@ -54,3 +54,26 @@ def harvest(model: nn.Module, sites: list[Site], ids_BT: Tensor) -> dict[int, Ac
     with recording(model, sites, stop_early=True) as seen, suppress(_Enough):
         model(input_ids=ids_BT, use_cache=False)
     return seen
+
+
+@torch.no_grad()
+def observe(model: nn.Module, ids_BT: Tensor, watched: Sequence[tuple[nn.Module, Callable[[Tensor, Any], None]]]) -> None:
+    """One forward in which every watched module's (first input, output) goes to the function beside it; it stops after the last of them."""
+    waiting = set(range(len(watched)))
+
+    def hook(number: int, see: Callable[[Tensor, Any], None]) -> Any:
+        def look(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            see(arguments[0], output)
+            waiting.discard(number)
+            if not waiting:
+                raise _Enough
+
+        return look
+
+    handles = [module.register_forward_hook(hook(number, see)) for number, (module, see) in enumerate(watched)]
+    try:
+        with suppress(_Enough):
+            model(input_ids=ids_BT, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -26,7 +26,7 @@ FLOORS = [
         "exporting",
     },
     {"report"},
-    {"pipeline", "editing"},
+    {"pipeline", "editing", "probing"},
     {"sweeping"},
     {"cli", "_registration", "_probe"},
 ]

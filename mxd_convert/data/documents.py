@@ -6,7 +6,9 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 from mxd_convert.errors import InputError
 from mxd_convert.recipe import EvalText, Text, is_local
@@ -50,31 +52,35 @@ def read_documents(source: Text | EvalText) -> Iterator[str]:
     assert source.path is not None
     if is_local(source.path):
         for file in local_files(source.path):
-            try:
-                yield from filter(str.strip, map(_clean, _read_file(file, source.text)))
-            except InputError:
-                raise
-            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-                raise InputError(f"data: {file}: can't be read ({error})") from None
+            with readable(file):
+                yield from filter(str.strip, map(clean, _read_file(file, source.text)))
     else:
-        yield from filter(str.strip, map(_clean, _read_dataset(source)))
+        yield from filter(str.strip, map(clean, _read_dataset(source)))
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """The text without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turns the ways in which a text file can't be read into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise InputError(f"data: {file}: can't be read ({error})") from None
+
+
 def _read_file(file: Path, field: str) -> Iterator[str]:
     if file.suffix == ".parquet":
-        yield from _read_parquet(file, field)
-        return
-    with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as lines:
-        if ".jsonl" in file.suffixes:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _text_of(line, field, f"{file}, line {number}")
-        else:
+        yield from (row[field] for row in parquet_rows(file, [field]) if isinstance(row[field], str))
+    elif ".jsonl" in file.suffixes:
+        yield from (text_of(row, field, where) for where, row in json_rows(file))
+    else:
+        with opened(file) as lines:
             paragraph: list[str] = []
             for line in lines:
                 if line.strip():
@@ -85,11 +91,25 @@ def _read_file(file: Path, field: str) -> Iterator[str]:
             yield "".join(paragraph).strip("\n")
 
 
-def _text_of(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"data: {where}: not valid JSON ({error.msg})") from None
+def opened(file: Path) -> TextIO:
+    """A text file, gzipped or not, with or without a byte-order mark."""
+    return gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig")
+
+
+def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what it holds) of every line of a .jsonl file. Raises InputError."""
+    with opened(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"data: {where}: not valid JSON ({error.msg})") from None
+
+
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text of a row. Raises InputError where the field holds none."""
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         known = f"; its fields are {', '.join(row)}" if isinstance(row, dict) else ""
         raise InputError(
@@ -98,16 +118,18 @@ def _text_of(line: str, field: str, where: str) -> str:
     return str(row[field])
 
 
-def _read_parquet(file: Path, field: str) -> Iterator[str]:
+def parquet_rows(file: Path, fields: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, of some of its columns. Raises InputError."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if field not in table.schema_arrow.names:
-            raise InputError(f"data: {file}: no column {field!r}; its columns are {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(columns=[field]):
-            yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
+        for field in fields:
+            if field not in table.schema_arrow.names:
+                raise InputError(f"data: {file}: no column {field!r}; its columns are {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(columns=fields):
+            yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"data: {file}: not a readable parquet file ({error})") from None
 

@@ -1,4 +1,4 @@
-"""Progress of a measurement, on stderr: a bar in a terminal, a line elsewhere, nothing when asked to be quiet."""
+"""Progress of a measurement, on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ from rich.progress import Progress
 
 
 @contextmanager
-def progress(doing: str, line: str, total: int, quiet: bool) -> Iterator[Callable[..., None]]:
-    """Yields a function that moves the bar on, by one step or as many as it is given. doing: beside the bar. line: what stands in its place."""
+def progress(total: int, quiet: bool, what: str = "evaluating", line: str | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, a line elsewhere, nothing when asked to be quiet. Yields what to call after every part, or after several."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         if not quiet:
-            print(line, file=sys.stderr, flush=True)
-        yield lambda steps=1: None
+            print(line or f"{what} on held-out text", file=sys.stderr, flush=True)
+        yield lambda parts=1: None
         return
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(doing, total=total)
-        yield lambda steps=1: bar.advance(task, steps)
+        task = bar.add_task(what, total=total)
+        yield lambda parts=1: bar.advance(task, parts)

@@ -46,7 +46,7 @@ def evaluate(
     device: None takes a CUDA device if there is one.
     Returns {"data": ..., "fidelity": ..., "reliance": ...}, keys as in docs/report.md. Raises InputError.
     """
-    context, mask_bos = block_settings(Path(checkpoint))
+    context, mask_bos = checkpoint_settings(Path(checkpoint))
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     converted = load_checkpoint(checkpoint, dtype="float32")
@@ -64,7 +64,7 @@ def evaluate(
     return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used}, **figures}
 
 
-def block_settings(folder: Path) -> tuple[int, bool]:
+def checkpoint_settings(folder: Path) -> tuple[int, bool]:
     """Block length and masking as in the recipe that travels with the checkpoint, or the defaults."""
     limit = getattr(read_config(folder), "max_position_embeddings", None)
     path = folder / "recipe.yaml"
@@ -97,7 +97,7 @@ def evaluate_models(
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
     steps = len(batches) * (3 + sum(3 + _permutations(layer) for layer in layers.values()))
-    with progress("evaluating", "evaluating on held-out text", steps, quiet) as advance:
+    with progress(steps, quiet) as advance:
         figures = {index: LayerFigures(layer) for index, layer in layers.items()}
         for batch in batches:
             _activations(base, sites, blocks.take(batch).to(device), blocks, mask_bos, figures)

@@ -109,7 +109,7 @@ def cache_activations(
 @torch.no_grad()
 def _fill(model: Any, caches: Mapping[int, "_Cache"], blocks: Blocks, mask: bool, n_experts: int, quiet: bool) -> None:
     steps = batches(0, len(blocks), blocks.context, len(blocks), n_experts)
-    with progress("activations", "caching activations", len(steps), quiet) as advance, _codes(model, list(caches)) as seen:
+    with progress(len(steps), quiet, "activations", "caching activations") as advance, _codes(model, list(caches)) as seen:
         for batch in steps:
             ids_BT = blocks.take(batch).to(model.device)
             model.base_model(input_ids=ids_BT, use_cache=False)

@@ -10,7 +10,7 @@ from mxd_convert.base import load_base, load_tokenizer, quiet
 from mxd_convert.checkpoint import base_of, check_base
 from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
-from mxd_convert.evaluation.run import block_settings
+from mxd_convert.evaluation.run import checkpoint_settings
 from mxd_convert.recipe import EvalText, layer_indices
 
 GATE_VALUES = 2**25  # of one batch and layer: a gate is (B, N) before the top-k
@@ -55,7 +55,7 @@ def read_text(
     checkpoint: Path, data: str | Path, tokens: int, text_field: str, vocabulary: int, folder: Path
 ) -> tuple[Blocks, bool]:
     """(the text in blocks as the checkpoint is evaluated in, whether BOS and first positions are left out). Raises InputError."""
-    context, mask_bos = block_settings(checkpoint)
+    context, mask_bos = checkpoint_settings(checkpoint)
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)

@@ -60,7 +60,7 @@ def export_transcoder(
         original, missing = find_base(checkpoint, converted, base)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         job = Job(converted.to(place), original if original is None else original.to(place), blocks, mask_bos, list(entries))
-        with progress("surrogates", "making surrogates and measuring what they lose", job.steps, quiet) as advance:
+        with progress(job.steps, quiet, "surrogates", "making surrogates and measuring what they lose") as advance:
             never = _write_all(form, folder, job, advance)
             surrogates = {i: form.read(folder, i, job.hookpoints[i], layer) for i, layer in job.layers.items()}
             measured = measure(job, surrogates, advance)

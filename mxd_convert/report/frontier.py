@@ -25,14 +25,14 @@ _NAMES = {
     "random_gate": "MxD, random gate",
     "dense_twin": "dense twin (constant gain)",
 }
-_COLOURS = {
+COLOURS = {
     "mxd": "#7b2d8b",
     "transcoder": "#2a788e",
     "skip_transcoder": "#5aa64b",
     "random_gate": "#c9952b",
     "dense_twin": "#555555",
 }
-_MARKS = {"mxd": "o", "transcoder": "s", "skip_transcoder": "D", "random_gate": "^"}
+MARKS = {"mxd": "o", "transcoder": "s", "skip_transcoder": "D", "random_gate": "^"}
 
 
 def row_of(report: Mapping[str, Any], recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         rises = [[row["delta_ce"] for row in line[k]] for k in at]
         style = ("-", "--", ":", "-.")[list(dict.fromkeys(o for k, o in _lines(rows) if k == kind)).index(others) % 4]
         label = _label(kind, others)
-        colour = _COLOURS[kind]
+        colour = COLOURS[kind]
         axis.plot(
             at,
             [_middle(values) for values in rises],
             style,
-            marker=_MARKS[kind],
+            marker=MARKS[kind],
             color=colour,
             label=label,
             ms=5,
@@ -129,9 +129,9 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     base = _middle([row["ce_base"] for row in rows])
     twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
     if twins:
-        axis.axhline(_middle(twins), color=_COLOURS["dense_twin"], ls="--", lw=1.2, label=_NAMES["dense_twin"])
+        axis.axhline(_middle(twins), color=COLOURS["dense_twin"], ls="--", lw=1.2, label=_NAMES["dense_twin"])
         if len(twins) > 1:
-            axis.axhspan(min(twins), max(twins), color=_COLOURS["dense_twin"], alpha=0.15, lw=0)
+            axis.axhspan(min(twins), max(twins), color=COLOURS["dense_twin"], alpha=0.15, lw=0)
     axis.axhline(0, color="black", lw=1.0, label=f"base model ({base:.3f})")
     above.axhline(zero, color="#b22222", lw=1.2, label=f"all zeroed (+{zero:.2f})")
     above.set_ylim(zero * 0.97, zero * 1.03)
@@ -153,14 +153,14 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for (kind, others), line in _lines(rows).items():
         points = [row for k in sorted(line) for row in line[k]]
         shares, rises = ([row[name] for row in points] for name in ("gate_share", "delta_ce"))
-        style: dict[str, Any] = {"marker": _MARKS[kind], "color": _COLOURS[kind], "label": _label(kind, others)}
+        style: dict[str, Any] = {"marker": MARKS[kind], "color": COLOURS[kind], "label": _label(kind, others)}
         axis.scatter(shares, rises, s=34, zorder=3, **style)
         for row in points:
             at = row["gate_share"], row["delta_ce"]
             axis.annotate(str(row["k"]), at, xytext=(5, 3), textcoords="offset points", fontsize=7, color="#555555")
     twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
     if twins:
-        style = {"marker": "*", "color": _COLOURS["dense_twin"], "label": _NAMES["dense_twin"]}
+        style = {"marker": "*", "color": COLOURS["dense_twin"], "label": _NAMES["dense_twin"]}
         axis.scatter([0.0] * len(twins), twins, s=80, zorder=3, **style)
     axis.axhline(0, color="black", lw=1.0)
     axis.set_xlim(-0.04, 1.06)

@@ -25,10 +25,10 @@ _PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that the figures may depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of everything that the figures may depend on. more: packages that only some figures do."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

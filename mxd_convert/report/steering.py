@@ -20,7 +20,7 @@ from mxd_convert.checkpoint import base_of, check_base, load_checkpoint
 from mxd_convert.data import prepare_eval
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.evaluation.progress import progress
-from mxd_convert.evaluation.run import block_settings
+from mxd_convert.evaluation.run import checkpoint_settings
 from mxd_convert.evaluation.steering_effect import Effect, SteeringEffect, find_experts, measure
 from mxd_convert.generation import encoded
 from mxd_convert.recipe import EvalText
@@ -65,7 +65,7 @@ def measure_steering(
     ):
         if number < least:
             raise InputError(f"{name} {number}: give at least {least}")
-    context, mask_bos = block_settings(Path(checkpoint))
+    context, mask_bos = checkpoint_settings(Path(checkpoint))
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     model, tokenizer = load_checkpoint(checkpoint, dtype="float32"), load_tokenizer(str(checkpoint))
@@ -80,7 +80,7 @@ def measure_steering(
         ids = blocks.take(slice(0, contexts))
         start = encoded(tokenizer, prompt, model, new_tokens)["input_ids"][0]
         effect = SteeringEffect(model, original, ids, start, samples, new_tokens, seed)
-        with progress("steering", "steering on held-out text", len(chosen) * len(strengths), quiet) as advance:
+        with progress(len(chosen) * len(strengths), quiet, "steering") as advance:
             found = measure(effect, chosen, strengths, advance)
         text = {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": len(blocks) * context}
     result = {
