@@ -20,7 +20,7 @@ from mxd_convert.data import Blocks
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.decomposition import Unembedding
 from mxd_convert.evaluation.firings import Array, Firings, by_expert, mixed, rank_within
-from mxd_convert.evaluation.progress import progress
+from mxd_convert.evaluation.run import progress
 from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
 
 SAMPLES = 8  # firings of an expert from which the spread of its effect is told
@@ -129,7 +129,7 @@ def collect(
     unembedding = Unembedding(model)
     rows = max(1, min(64, _GATES // (blocks.context * max(layer.n_experts for layer in chosen.values()))))
     starts = range(0, len(blocks), rows)
-    with progress("looking at experts", "looking at what the experts do", len(starts), quiet) as advance:
+    with progress(len(starts), quiet, "looking at experts") as advance:
         for start in starts:
             ids_BT = blocks.take(slice(start, start + rows)).to(device)
             with _watched(chosen) as (codes, linear), unembedding.scales() as scales:
