@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mxd_convert.recipe import Recipe
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
     from mxd_convert.report import compare, measure_steering
+    from mxd_convert.report.dashboard import dashboard
     from mxd_convert.reverting import revert
     from mxd_convert.starter import starter_recipe, write_starter
     from mxd_convert.sweeping import Sweep, parse_grid, sweep
@@ -41,6 +42,7 @@ _HOMES = {
     "cache_activations": "exporting",
     "compare": "report",
     "convert": "pipeline",
+    "dashboard": "report.dashboard",
     "decompose": "evaluation",
     "edit": "editing",
     "evaluate": "evaluation",
@@ -83,6 +85,7 @@ __all__ = [
     "cache_activations",
     "compare",
     "convert",
+    "dashboard",
     "decompose",
     "edit",
     "evaluate",

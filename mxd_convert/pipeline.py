@@ -40,6 +40,7 @@ from mxd_convert.processes import agreed, lost_guard, once_a_machine
 from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
+from mxd_convert.report.dashboard import FOLDER, write_dashboard
 from mxd_convert.surgery import convert as put_layers
 from mxd_convert.training import Job, Trained, finish_tracker, start_tracker, train_layers
 from mxd_convert.workspace import Workspace
@@ -88,6 +89,7 @@ def convert(
         if report is not None:
             if run.main:
                 run.place.tidy()
+                run.say_if_without_dashboard()
             return Result(plan.output, report, True, run.main)
         with run.agreed():
             if run.main:
@@ -110,6 +112,12 @@ class _Conversion:
     def say(self, line: str) -> None:
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
+
+    def say_if_without_dashboard(self) -> None:
+        if self.recipe.output.dashboard and not (self.output / FOLDER).is_dir():
+            self.say(
+                f"it has no dashboard; `mxd-convert dashboard {self.output} --data TEXT --output {self.output / FOLDER}` writes one"
+            )
 
     def agreed(self) -> AbstractContextManager[None]:
         return agreed(self.accelerator.num_processes, self.accelerator.process_index)
@@ -206,6 +214,8 @@ class _Conversion:
             twin = self._assemble(original, trained.twin.layers, origin, self.work / TWIN / "checkpoint")
         del original
         figures = self._evaluate(folder, held_out, twin)
+        if self.recipe.output.dashboard:
+            self._write_dashboard(folder, held_out, tokenizer)
         report = build_report(self.plan, origin, train, held_out, trained, figures)
         self._write_report(folder, report, origin)
         self.place.publish(folder)
@@ -273,12 +283,18 @@ class _Conversion:
         converted = load_checkpoint(folder, dtype="float32")
         constant = None if twin is None else load_checkpoint(twin, dtype="float32")
         base = load_base(self.recipe.base, dtype="float32")
+        device, mask_bos = self._device_to_evaluate(), self.recipe.train.mask_bos
+        return evaluate_models(base, converted, self.plan.sites, held_out, mask_bos, device, self.quiet, constant)
+
+    def _write_dashboard(self, folder: Path, held_out: Blocks, tokenizer: Any) -> None:
+        converted, mask_bos = load_checkpoint(folder, dtype="float32"), self.recipe.train.mask_bos
+        place = self._device_to_evaluate()
+        name = self.output.name
+        write_dashboard(folder / FOLDER, converted, tokenizer, held_out, name, mask_bos=mask_bos, device=place, quiet=self.quiet)
+
+    def _device_to_evaluate(self) -> torch.device:
         device = self.accelerator.device
-        if not fits_for_evaluation(self.plan, device.type):
-            device = torch.device("cpu")
-        return evaluate_models(
-            base, converted, self.plan.sites, held_out, self.recipe.train.mask_bos, device, self.quiet, constant
-        )
+        return device if fits_for_evaluation(self.plan, device.type) else torch.device("cpu")
 
     def _write_report(self, folder: Path, report: dict[str, Any], origin: dict[str, Any]) -> None:
         recipe_yaml = self.recipe.to_yaml()

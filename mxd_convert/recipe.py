@@ -161,7 +161,7 @@ class Output(Section):
     onnx: bool = False
     """Also export to ONNX."""
     dashboard: bool = False
-    """Also write the dashboard."""
+    """Also write the dashboard, in <dir>/dashboard, on the held-out text."""
     push_to: str | None = None
     """Repository on the Hub to publish to when the run has finished."""
 
@@ -207,6 +207,8 @@ class Recipe(Section):
                 'train.distribute: "layers" can\'t be had with train.order: sequential, where each layer waits for those below it;'
                 ' set one of them to its default ("data", "parallel")'
             )
+        if self.output.dashboard and self.layer.kind == "dense_twin":
+            raise ValueError("output.dashboard: a dense_twin has no experts to show; set it to false")
         if self.data.eval.tokens < self.data.context:
             raise ValueError(
                 f"data.eval.tokens: {self.data.eval.tokens} is less than one block of data.context = {self.data.context} tokens"
@@ -253,7 +255,6 @@ def _sha256(content: dict[str, Any]) -> str:
 # Keys of the contract whose other values belong to parts that are still to come: refused in one line, never ignored.
 _AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "output.onnx": ((False,), "ONNX export"),
-    "output.dashboard": ((False,), "dashboard"),
     "output.push_to": ((None,), "publishing"),
 }
 

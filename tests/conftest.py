@@ -124,6 +124,25 @@ def converted(models, text, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(scope="session")
+def stories(shared, tmp_path_factory):
+    """The real 260K story model, all five layers on a tenth of the recipe's tokens."""
+    from mxd_convert import convert
+
+    overrides = {
+        "base.model": str(shared / "models" / "stories260K"),
+        "data.train.path": str(shared / "data" / "stories.jsonl.gz"),
+    }
+    overrides |= {
+        "data.tokens": 61_440,
+        "data.eval.tokens": 8192,
+        "train.batch_tokens": 1024,
+        "train.lr": 5e-3,
+        "train.log_every": 20,
+    }
+    return convert("stories260k", tmp_path_factory.mktemp("stories") / "out", overrides, quiet=True)
+
+
 @pytest.fixture
 def mxd(monkeypatch, capsys):
     """Runs the program in this process: mxd("plan", "r.yaml") -> (exit status, stdout, stderr)."""

@@ -185,7 +185,8 @@ def test_the_wheel_holds_recipes_and_the_quickstart(tmp_path):
         f"assert mxd_convert.__file__.startswith({str(place)!r}), mxd_convert.__file__;"
         "r = load_recipe('quickstart'); print(len(shipped_recipes())); assert Path(r.base.model, 'model.safetensors').is_file();"
         "assert Path(r.data.train.path).is_file(); from mxd_convert.report.card import template_folder;"
-        "assert (template_folder() / 'template.md').is_file()"
+        "assert (template_folder() / 'template.md').is_file(); from mxd_convert.report.dashboard import STATIC;"
+        "assert {p.name for p in STATIC.rglob('*.*')} == {'index.html', 'expert.html', 'style.css', 'common.js', 'index.js', 'expert.js'}"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r}); {code}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

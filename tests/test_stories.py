@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mxd_convert import convert, load_checkpoint
+from mxd_convert import load_checkpoint
 from mxd_convert.base import load_tokenizer
 
 WITHOUT_THE_PACKAGE = """
@@ -37,23 +37,6 @@ with torch.no_grad():
 answer = {"text": text, "logits": logits[0].tolist(), "module": type(model).__module__}
 print(json.dumps({**answer, "experts": sorted(model.mxd_layers()), "refusal": refusal}))
 """
-
-
-@pytest.fixture(scope="module")
-def stories(shared, tmp_path_factory):
-    """All five layers on a tenth of the recipe's tokens."""
-    overrides = {
-        "base.model": str(shared / "models" / "stories260K"),
-        "data.train.path": str(shared / "data" / "stories.jsonl.gz"),
-    }
-    overrides |= {
-        "data.tokens": 61_440,
-        "data.eval.tokens": 8192,
-        "train.batch_tokens": 1024,
-        "train.lr": 5e-3,
-        "train.log_every": 20,
-    }
-    return convert("stories260k", tmp_path_factory.mktemp("stories") / "out", overrides, quiet=True)
 
 
 def test_it_is_faithful_after_a_minute_and_its_experts_matter(stories):

@@ -7,11 +7,11 @@ import traceback
 
 import typer
 
-from mxd_convert.cli import converting, editing, exporting, probing, reading, steering, sweeping
+from mxd_convert.cli import converting, dashboard, editing, exporting, probing, reading, steering, sweeping
 from mxd_convert.cli.app import app, settings
 from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, InputError, is_disk_full
 
-__all__ = ["converting", "editing", "exporting", "main", "probing", "reading", "steering", "sweeping"]
+__all__ = ["converting", "dashboard", "editing", "exporting", "main", "probing", "reading", "steering", "sweeping"]
 
 OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
 
