@@ -170,6 +170,19 @@ def test_a_unit_probe_is_sklearns_in_every_fold():
     assert ranked.cv_f1 == pytest.approx(f1_score(positive, theirs))
 
 
+def test_the_cheap_score_keeps_what_cross_validation_would_choose():
+    """Also a unit that fires on few documents, as strongly as it likes, of a rare class; and where less of a unit marks the class."""
+    labels = np.repeat([0, 1, 2], [150, 15, 75])
+    values = noise(240, 60, 0).toarray()
+    values[:, 50] = np.where(labels == 1, np.random.default_rng(1).exponential(size=240) ** 3, 0)
+    values[:, 30] = np.where(labels == 2, 0.2, 0.7) + 0.3 * values[:, 30]
+    layers = {1: scipy.sparse.csr_array(values[:, :40]), 5: values[:, 40:]}
+    fold = np.arange(240) % 5
+    few, every = (probing.rank_units(layers, labels, fold, 3, most) for most in (10, 60))
+    assert [ranked[0] for ranked in few] == [ranked[0] for ranked in every]
+    assert [(ranked[0].layer, ranked[0].unit) for ranked in few[1:]] == [(5, 10), (1, 30)]
+
+
 @pytest.mark.parametrize("units", [60, 200])
 def test_the_whole_vector_is_sklearns_on_all_standardised_units(units):
     """With fewer units than documents as well as with more."""
