@@ -113,7 +113,7 @@ def _bands(pairs: Pairs, falling: Array, seed: int) -> tuple[Array, Array]:
     group = expert * BANDS + band
     bounds = np.zeros((len(count) * BANDS, 2))
     begins = np.flatnonzero(np.diff(group, prepend=-1))  # values fall within an expert, so that bands lie together
-    ends = np.append(begins[1:], len(group)) - 1
+    ends = np.flatnonzero(np.diff(group, append=-1))
     bounds[group[begins]] = np.stack([value[ends], value[begins]], -1)
     chance = mixed(mixed(position, seed=seed + 3) + (pairs.first + expert).astype(np.uint64), seed=4)
     order = np.lexsort((chance, group))

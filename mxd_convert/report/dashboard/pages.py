@@ -24,6 +24,7 @@ RARE, ALWAYS = 1e-4, 0.5  # firing rates: rarer is rare, more often is always on
 _SNIPPET = (10, 3)  # tokens before and after the top one on the index
 _STEPS = 4  # bins of a decade of the density histogram
 _PAIRS = 2**21  # pairs that are held in memory at a time
+_TOGETHER = 256  # experts whose effects on all of the vocabulary are made at a time
 _OF_SIMILAR = 3  # tokens shown beside a similar expert
 
 
@@ -77,8 +78,8 @@ class LayerPages:
         """The tokens that every expert promotes and suppresses, as [number, mean, spread]; None for those that never fire."""
         effects = EffectsOfLayer(self.record, self.source.unembedding, self.source.vocabulary)
         self.effects: list[tuple[list[Any], list[Any]] | None] = []
-        for first in range(0, len(self.count_N), SHARD):
-            last = min(first + SHARD, len(self.count_N))
+        for first in range(0, len(self.count_N), _TOGETHER):
+            last = min(first + _TOGETHER, len(self.count_N))
             up, down = (self._listed(found) for found in effects.of(first, last))
             fires = (self.count_N[first:last] > 0).tolist()
             self.effects += [pair if there else None for pair, there in zip(zip(up, down, strict=True), fires, strict=True)]

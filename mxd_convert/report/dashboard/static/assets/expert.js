@@ -22,7 +22,7 @@
     $("up").href = `index.html#layer=${layer}`;
     beside($("previous"), layer, expert.beside[0], "‹");
     beside($("next"), layer, expert.beside[1], "›");
-    const parts = expert.count ? [figures, effects, histogram, similar, contexts, bands, steering] : [figures, silence, similar];
+    const parts = expert.count ? [figures, effects, contexts, histogram, bands, similar, steering] : [figures, silence, similar];
     $("content").replaceChildren(...parts.map((part) => part(place)).filter(Boolean));
     $("problem").hidden = true;
     scrollTo(0, 0);
@@ -191,7 +191,7 @@
   }
 
   function steering({layer, n, expert}) {
-    const amount = MXD.number(expert.p99);
+    const amount = Number(expert.p99.toPrecision(3));
     const command = `mxd-convert generate ${summary.checkpoint} --prompt "..." --steer ${layer}:${n}:+${amount}`;
     return section("Steer it", "Adds the 99th percentile of its coefficients, at every position.", make("pre", {tabindex: "0"}, command));
   }
