@@ -24,6 +24,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train_step.py --shape stories260k
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/convert.py --recipe quickstart --tokens 100000
+	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/kill.py
 
 format: $(VENV)/installed

@@ -7,6 +7,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import dashboard
 import kill
 import steps
 import torch
@@ -49,3 +50,12 @@ def test_a_killed_run_ends_as_one_left_alone(tmp_path):
     found = list(kill.kill(2, seed=3, folder=tmp_path, tokens=60_000))
     assert [differing for _, _, differing in found] == [[], []], found
     assert any("step" in stage or "state" in stage or "while" in stage for _, stage, _ in found), found
+
+
+def test_the_dashboards_benchmark(tmp_path):
+    """A small layer: written in a process of its own, whose memory is told."""
+    folder = dashboard.checkpoint(tmp_path / "model", width=48, experts=200, k=4, vocabulary=2048)
+    written = dashboard.write(folder, tmp_path / "board", 1024)
+    assert written.files == 6 + 4 + 4  # pages and assets; summary, tokens, text and index; experts by 64
+    assert written.disk_bytes == sum(path.stat().st_size for path in (tmp_path / "board").rglob("*") if path.is_file())
+    assert 2**27 < written.peak_bytes < 2**32

@@ -77,6 +77,7 @@ def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch):
             assert done.returncode == 0, (line, done.stderr)
     assert said.getvalue().count("If the argument is") == 2
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "dashboard",
         "quickstart",
         "partly",
         "mine",
