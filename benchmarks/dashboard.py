@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from runs import ROOT, environment
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mxd_convert.layers import Shape, new_layer
 from mxd_convert.surgery import convert
+from runs import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "tests"))
 import browser
