@@ -143,7 +143,7 @@ class LayerPages:
         layer, tokens = self.layer, self.record.tokens
         rate_N = self.count_N / tokens
         alive = rate_N[rate_N > 0]
-        lowest = math.floor(math.log10(1 / tokens))
+        lowest = min(-1, math.floor(math.log10(1 / tokens)))
         bins = np.minimum(((np.log10(alive) - lowest) * _STEPS + 1e-9).astype(np.int64), -lowest * _STEPS - 1)
         return {
             **about_layer(self.index, layer),
