@@ -72,8 +72,10 @@ def sweep(
     say = _Say(quiet)
     with disk_guard(folder):
         failed = _train(folder, runs, say, fresh)
-        rows = [_finish(run, failed, say) for run in runs]
-        _write(folder, runs, rows)
+        rows: list[dict[str, Any]] = []
+        for run in runs:
+            rows.append(_finish(run, failed, say))
+            _write(folder, runs, rows)  # what is there is worth having, should the rest be cut off
         if any("ce_base" in row for row in rows):
             write_frontier(folder / "plots", rows)
         shutil.rmtree(folder / "data", ignore_errors=True)
