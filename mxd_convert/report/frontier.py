@@ -157,14 +157,15 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.scatter(shares, rises, s=34, zorder=3, **style)
         for row in points:
             at = row["gate_share"], row["delta_ce"]
-            axis.annotate(str(row["k"]), at, xytext=(5, 3), textcoords="offset points", fontsize=7, color="#555555")
+            beside = (-13, 3) if kind == "skip_transcoder" else (5, 3)  # a plain one's are close to the right of it
+            axis.annotate(str(row["k"]), at, xytext=beside, textcoords="offset points", fontsize=7, color="#555555")
     twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
     if twins:
         style = {"marker": "*", "color": COLOURS["dense_twin"], "label": _NAMES["dense_twin"]}
         axis.scatter([0.0] * len(twins), twins, s=80, zorder=3, **style)
     axis.axhline(0, color="black", lw=1.0)
     axis.set_xlim(-0.04, 1.06)
-    axis.set_xlabel("gate share, mean over layers (0: the gain is constant; a plain transcoder: 1 by definition)")
+    axis.set_xlabel("gate share, mean over layers (constant gain: 0; plain transcoder: 1 by definition)")
     axis.set_ylabel("rise of cross-entropy (nats a token)")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
