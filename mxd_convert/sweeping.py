@@ -71,7 +71,7 @@ def sweep(
     _claim(folder, runs, fresh)
     say = _Say(quiet)
     with disk_guard(folder):
-        failed = _train(folder, runs, say, fresh)
+        failed = _train(folder, runs, say)
         rows: list[dict[str, Any]] = []
         for run in runs:
             rows.append(_finish(run, failed, say))
@@ -157,7 +157,7 @@ def _claim(folder: Path, runs: list[_Run], fresh: bool) -> None:
 # --- training, evaluation, table -------------------------------------------------------------------------------------------------
 
 
-def _train(folder: Path, runs: list[_Run], say: _Say, fresh: bool) -> dict[str, InputError]:
+def _train(folder: Path, runs: list[_Run], say: _Say) -> dict[str, InputError]:
     """Trains what is not finished, as much as possible from one harvest. Returns what went wrong, by run."""
     left = [run for run in runs if not (run.plan.output / REPORT).is_file()]
     done = len(runs) - len(left)
@@ -246,14 +246,13 @@ def _finish(run: _Run, failed: Mapping[str, InputError], say: _Say) -> dict[str,
 
 
 def _write(folder: Path, runs: list[_Run], rows: list[dict[str, Any]]) -> None:
+    """The table; beside the rows the recipe that they share, without what differs among them."""
     recipe = runs[0].plan.recipe.published()
-    for section, keys in {"layer": run_keys(rows, "layer."), "train": run_keys(rows, "train.")}.items():
-        for key in keys:
-            recipe[section].pop(key, None)
     recipe.pop("output")
+    for key in {key for run in runs for key in run.settings} | {"layer.kind", "layer.k"}:
+        *sections, last = key.split(".")
+        content: Any = recipe
+        for section in sections:
+            content = content.get(section) or {}
+        content.pop(last, None)
     write_table(folder, {"recipe": recipe, "runs": rows})
-
-
-def run_keys(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[str]:
-    """The keys of a section in which the runs differ."""
-    return sorted({key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix)})

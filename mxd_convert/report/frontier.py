@@ -94,7 +94,9 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int,
     known = ("layer.kind", "layer.k", "train.seed")
     for row in rows:
         if row["k"] is not None:
-            others = ", ".join(f"{key.rpartition('.')[2]} {row[key]}" for key in row if "." in key and key not in known)
+            others = ", ".join(
+                f"{key.rpartition('.')[2]} {row[key]}" for key in row if ("." in key or key == "layers") and key not in known
+            )
             found[row["kind"], others][row["k"]].append(row)
     return found
 
