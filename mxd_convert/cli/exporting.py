@@ -40,6 +40,8 @@ def export(
     An MxD is no static transcoder: its surrogate has, for each expert, the mean of what it writes where it is active. The table
     says what that loses. A transcoder is exported as it is. For lm-eval and nnsight no export is needed: docs/other-tools.md.
     """
+    if to is Layouts.delphi and base is not None:
+        raise mxd_convert.InputError(f"--base {base}: an export --to delphi has no use for the base model; leave --base out")
     if to is Layouts.delphi:
         found = mxd_convert.cache_activations(checkpoint, output, data, tokens, text_field, layers)
     else:
