@@ -133,10 +133,18 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _weights_on_disk(plan: Plan) -> int:
-    """The checkpoint; two saved states, and a third while it is written; the same for the dense twin."""
+    """The checkpoint; two saved states, and a third while it is written; the same for the dense twin; and the dashboard."""
     a_state = (8 if plan.recipe.train.moments == "bf16" else 12) * sum(layer.parameters for layer in plan.layers)
     twin = _weights_on_disk(twin_of(plan)) if plan.recipe.train.twin else 0
-    return 4 * plan.converted_parameters + 3 * a_state + twin
+    return 4 * plan.converted_parameters + 3 * a_state + twin + _dashboard_on_disk(plan)
+
+
+def _dashboard_on_disk(plan: Plan) -> int:
+    """While it is made: 20 bytes a pair of a token and an active expert, and 16 an expert and output."""
+    if not plan.recipe.output.dashboard:
+        return 0
+    shapes = [layer.shape for layer in plan.layers]
+    return sum(20 * plan.recipe.data.eval.tokens * shape.active + 16 * shape.n_experts * shape.d_out for shape in shapes)
 
 
 def twin_of(plan: Plan) -> Plan:
