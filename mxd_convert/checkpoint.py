@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mxd_convert.base import WEIGHTS_HELP, explained, model_sha256, quiet, untied_tensors
+from mxd_convert.base import WEIGHTS_HELP, explained, load_base, model_sha256, quiet, untied_tensors
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.recipe import Base
@@ -141,6 +141,14 @@ def check_base(converted: Any, original: Any, name: str) -> None:
         raise InputError(
             f"{name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one with --base"
         )
+
+
+def original_of(folder: str | Path, converted: Any, override: str | None = None) -> Any:
+    """The very base model that a loaded checkpoint came from, in its own dtype. override: as in `base_of`. Raises InputError."""
+    settings = base_of(folder, override)
+    original = load_base(settings, dtype="auto")
+    check_base(converted, original, settings.model)
+    return original
 
 
 def read_local(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One forward of a model -> (input, output) of every chosen MLP, or of whichever modules are watched."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,18 +29,25 @@ def recording(model: nn.Module, sites: list[Site], stop_early: bool = False) -> 
 
     With `stop_early` the forward ends (by an exception that `harvest` catches) once all sites have been seen.
     """
+    with watching({site.index: model.get_submodule(site.path) for site in sites}, stop_early) as seen:
+        yield seen
+
+
+@contextmanager
+def watching(modules: Mapping[int, nn.Module], stop_early: bool = False) -> Iterator[dict[int, Activations]]:
+    """The same for modules by a number of their own, such as a converted model's layers."""
     seen: dict[int, Activations] = {}
 
     def hook(index: int) -> Any:
         def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
             inputs = arguments[0] if arguments else next(iter(keywords.values()))
             seen[index] = Activations(inputs.detach(), output.detach())
-            if stop_early and len(seen) == len(sites):
+            if stop_early and len(seen) == len(modules):
                 raise _Enough
 
         return record
 
-    handles = [model.get_submodule(site.path).register_forward_hook(hook(site.index), with_kwargs=True) for site in sites]
+    handles = [module.register_forward_hook(hook(index), with_kwargs=True) for index, module in modules.items()]
     try:
         yield seen
     finally:

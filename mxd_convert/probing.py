@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from mxd_convert.architectures import find_sites
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_config, recorded_base
+from mxd_convert.base import load_tokenizer
+from mxd_convert.checkpoint import load_checkpoint, original_of, read_config, recorded_base
 from mxd_convert.data import FEWEST_DOCUMENTS, Labelled, check_classes, read_labelled
 from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.evaluation import probing
@@ -180,9 +180,7 @@ def _pool_all(
 ) -> tuple[dict[str, Family], dict[str, str]]:
     """Every family's pooled coefficients, and its kind. The base is checked against the checkpoint; the others come one at a time."""
     converted = load_checkpoint(ours.folder, dtype="float32").to(device)
-    settings = base_of(ours.folder, base)
-    original = load_base(settings, dtype="auto")
-    check_base(converted, original, settings.model)
+    original = original_of(ours.folder, converted, base)
     sites = find_sites(original, original.config, ours.layers)
     neurons = {("neuron", site.index): hidden_units(original, original.config, site) for site in sites}
     pooled = pool(original.float(), neurons, documents, device, advance)

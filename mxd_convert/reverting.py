@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from mxd_convert import surgery
-from mxd_convert.base import load_base, load_tokenizer, quiet
-from mxd_convert.checkpoint import LOCAL, base_of, check_base, load_checkpoint
+from mxd_convert.base import load_tokenizer, quiet
+from mxd_convert.checkpoint import LOCAL, base_of, load_checkpoint, original_of
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.labels import read_labels, write_labels
 from mxd_convert.recipe import layer_indices
@@ -28,9 +28,7 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
         indices = list(converted.mxd_layers()) if layers == "all" else layer_indices(layers, None)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    settings = base_of(checkpoint, base)
-    original = load_base(settings, dtype="auto")
-    check_base(converted, original, settings.model)
+    original = original_of(checkpoint, converted, base)
     model = surgery.revert(converted, original, indices)
     output.parent.mkdir(parents=True, exist_ok=True)
     with disk_guard(output), quiet(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
@@ -42,7 +40,7 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
         if hasattr(model, "mxd_layers"):
             write_labels(work, [label for label in read_labels(checkpoint) if label.layer not in indices])
         if (Path(checkpoint) / LOCAL).is_file() and hasattr(model, "mxd_layers"):
-            (work / LOCAL).write_text(json.dumps({"base": settings.model}, indent=2) + "\n")
+            (work / LOCAL).write_text(json.dumps({"base": base_of(checkpoint, base).model}, indent=2) + "\n")
         if output.exists():
             output.rmdir()
         work.rename(output)

@@ -13,8 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from mxd_convert import surgery
-from mxd_convert.base import load_base
-from mxd_convert.checkpoint import base_of, check_base, is_converted, load_checkpoint, read_config, same_outside_layers
+from mxd_convert.checkpoint import (
+    is_converted,
+    load_checkpoint,
+    original_of,
+    read_config,
+    same_outside_layers,
+)
 from mxd_convert.errors import InputError
 
 TOLERANCE = 1e-5
@@ -111,9 +116,7 @@ def _in_fresh_processes(folder: Path, ids: list[list[int]]) -> list[Check]:
 def _against_base(folder: Path, converted: Any, base: str | None, ids: list[list[int]]) -> list[Check]:
     names = ("tensors outside the layers are the base's, bit for bit", "reverting every layer gives the base's logits exactly")
     try:
-        settings = base_of(folder, base)
-        original = load_base(settings, dtype="auto")
-        check_base(converted, original, settings.model)
+        original = original_of(folder, converted, base)
     except InputError as error:
         if base is not None:
             raise

@@ -6,7 +6,8 @@ from test_kinds import KINDS, random_layer
 from test_steering import active_expert, ids_of
 
 from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
-from mxd_convert.evaluation.decomposition import Unembedding, layer_inputs, take_apart
+from mxd_convert.evaluation.decomposition import Unembedding, take_apart
+from mxd_convert.harvest import watching
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense_twin"])
@@ -46,9 +47,9 @@ def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, famil
     n = active_expert(model, ids)
     residual = []
     norm.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
-    with layer_inputs(model, [2]) as seen:
+    with watching(model.mxd_layers()) as seen:
         model(input_ids=ids)
-    parts = take_apart(model.mxd_layers()[2], seen[2])
+    parts = take_apart(model.mxd_layers()[2], seen[2].inputs)
     x, part = residual[-1].double(), torch.zeros_like(residual[-1]).double()
     fires = (parts.experts == n) & (parts.values > 0)
     part = (parts.contributions * fires.unsqueeze(-1)).sum(-2).double()

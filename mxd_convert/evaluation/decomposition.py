@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mxd_convert.architectures import ARCHITECTURES
 from mxd_convert.errors import InputError
+from mxd_convert.harvest import watching
 from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer, MxD
 
 _CHUNK = 256  # tokens whose logits are made at a time
@@ -68,33 +69,13 @@ def sparse(codes: Codes) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-@contextmanager
-def layer_inputs(model: Any, layers: list[int] | None = None) -> Iterator[dict[int, Tensor]]:
-    """Within it, every forward of a converted model leaves the inputs of its layers, (B, T, I), in the yielded dict."""
-    modules = model.mxd_layers()
-    seen: dict[int, Tensor] = {}
-
-    def hook(index: int) -> Any:
-        def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            seen[index] = (arguments[0] if arguments else next(iter(keywords.values()))).detach()
-
-        return note
-
-    handles = [modules[i].register_forward_pre_hook(hook(i), with_kwargs=True) for i in (modules if layers is None else layers)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int, Parts]:
     """For given tokens (B, T), the parts of every layer that has experts, by layer index: (B, T, K) and (B, T, K, O)."""
     layers = {index: layer for index, layer in model.mxd_layers().items() if layer.n_experts}
-    with layer_inputs(model, list(layers)) as seen:
+    with watching(layers) as seen:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return {index: take_apart(layer, seen[index]) for index, layer in layers.items()}
+        return {index: take_apart(layer, seen[index].inputs) for index, layer in layers.items()}
 
 
 class Unembedding:
@@ -166,9 +147,9 @@ def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: i
     unembedding = Unembedding(model)
     tokens, sums, squares = 0, torch.zeros(()), torch.zeros(())
     for ids_BT in input_ids.split(rows):
-        with layer_inputs(model, [layer]) as seen, unembedding.scales() as scales:
+        with watching({layer: layers[layer]}) as seen, unembedding.scales() as scales:
             model(input_ids=ids_BT, use_cache=False)
-        parts = take_apart(layers[layer], seen[layer])
+        parts = take_apart(layers[layer], seen[layer].inputs)
         fires = (parts.experts == expert) & (parts.values > 0)
         written = (parts.contributions.float() * scales[-1][..., None, None])[fires]
         for chunk in written.split(_CHUNK):

@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor, nn
 
 from mxd_convert.architectures import Site, find_sites
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import base_of, check_base, load_checkpoint, read_config
+from mxd_convert.base import load_tokenizer
+from mxd_convert.checkpoint import load_checkpoint, original_of, read_config
 from mxd_convert.data import Blocks, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
@@ -50,9 +50,7 @@ def evaluate(
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     converted = load_checkpoint(checkpoint, dtype="float32")
-    settings = base_of(checkpoint, base)
-    original = load_base(settings, dtype="auto")
-    check_base(converted, original, settings.model)
+    original = original_of(checkpoint, converted, base)
     original = original.float()
     sites = find_sites(original, original.config, sorted(converted.mxd_layers()))
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +90,7 @@ def evaluate_models(
     twin: the dense twin as a model of its own, where there is one.
     """
     device = device or torch.device("cpu")
-    base, converted, twin = (model and model.to(device) for model in (base, converted, twin))
+    base, converted, twin = base.to(device), converted.to(device), None if twin is None else twin.to(device)
     layers: dict[int, FactoredLayer] = converted.mxd_layers()
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]

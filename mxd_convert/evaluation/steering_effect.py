@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mxd_convert.data import Blocks
 from mxd_convert.errors import InputError
-from mxd_convert.evaluation.decomposition import layer_inputs, sparse
+from mxd_convert.evaluation.decomposition import sparse
 from mxd_convert.evaluation.steering import steer
+from mxd_convert.harvest import watching
 
 PERCENTILE = 0.99
 _ROWS = 16  # blocks at a time
@@ -72,10 +73,10 @@ def find_experts(
     for start in range(0, len(blocks), _ROWS):
         ids_BT = blocks.take(slice(start, start + _ROWS))
         counted = blocks.counted(ids_BT, mask_bos).flatten()
-        with layer_inputs(model, list(layers)) as seen:
+        with watching(layers) as seen:
             model(input_ids=ids_BT, use_cache=False)
         for index, layer in layers.items():
-            values, experts = (codes.flatten(0, 1)[counted] for codes in sparse(layer.encode(seen[index])))
+            values, experts = (codes.flatten(0, 1)[counted] for codes in sparse(layer.encode(seen[index].inputs)))
             active = values > 0
             found[index].append((values[active].float(), experts[active].int()))
     codes = {index: tuple(map(torch.cat, zip(*parts, strict=True))) for index, parts in found.items()}

@@ -7,20 +7,21 @@ the text; beside them the text's `tokens`. P: pairs of an expert and a token on 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxd_convert.checkpoint import load_checkpoint, read_config
 from mxd_convert.data import Blocks
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.exporting.sources import batches, chosen_layers, hookpoint, new_folder, read_text
+from mxd_convert.harvest import observe
 from mxd_convert.modeling.modeling_mxd import Codes
 
 SPLITS = 5  # as in delphi
@@ -106,38 +107,21 @@ def cache_activations(
     return content
 
 
-@torch.no_grad()
 def _fill(model: Any, caches: Mapping[int, "_Cache"], blocks: Blocks, mask: bool, n_experts: int, quiet: bool) -> None:
+    layers = model.mxd_layers()
     steps = batches(0, len(blocks), blocks.context, len(blocks), n_experts)
-    with progress(len(steps), quiet, "activations", "caching activations") as advance, _codes(model, list(caches)) as seen:
+    with progress(len(steps), quiet, "activations", "caching activations") as advance:
         for batch in steps:
             ids_BT = blocks.take(batch).to(model.device)
-            model.base_model(input_ids=ids_BT, use_cache=False)
             counted_BT = blocks.counted(ids_BT, mask)
-            for index, cache in caches.items():
-                block_P, position_P, expert_P, value_P = active_entries(seen.pop(index), counted_BT)
-                cache.add(block_P + batch.start, position_P, expert_P, value_P)
+            see = {index: partial(_add, cache, batch.start, counted_BT) for index, cache in caches.items()}
+            observe(model, ids_BT, [(layers[index].expert_acts, see[index]) for index in caches])
             advance()
 
 
-@contextmanager
-def _codes(model: Any, indices: list[int]) -> Iterator[dict[int, Codes]]:
-    """Within it, every forward leaves the layers' coefficients in the yielded dict."""
-    seen: dict[int, Codes] = {}
-
-    def hook(index: int) -> Any:
-        def note(module: nn.Module, arguments: tuple[Tensor, ...], output: Codes) -> None:
-            seen[index] = output
-
-        return note
-
-    layers = model.mxd_layers()
-    handles = [layers[index].expert_acts.register_forward_hook(hook(index)) for index in indices]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _add(cache: "_Cache", first: int, counted_BT: Tensor, _: Tensor, codes: Codes) -> None:
+    block_P, position_P, expert_P, value_P = active_entries(codes, counted_BT)
+    cache.add(block_P + first, position_P, expert_P, value_P)
 
 
 def active_entries(codes: Codes, counted_BT: Tensor) -> tuple[Array, Array, Array, Array]:

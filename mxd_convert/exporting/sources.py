@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mxd_convert.base import load_base, load_tokenizer, quiet
-from mxd_convert.checkpoint import base_of, check_base
+from mxd_convert.base import load_tokenizer, quiet
+from mxd_convert.checkpoint import original_of
 from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.run import checkpoint_settings
@@ -67,9 +67,7 @@ def read_text(
 def find_base(checkpoint: Path, converted: Any, base: str | None) -> tuple[Any, list[str]]:
     """(the base model or None, what to say of it). Raises InputError where the one that was given is not the checkpoint's."""
     try:
-        settings = base_of(checkpoint, base)
-        original = load_base(settings, dtype="auto")
-        check_base(converted, original, settings.model)
+        original = original_of(checkpoint, converted, base)
     except InputError as error:
         if base is not None:
             raise

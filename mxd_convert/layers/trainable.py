@@ -1,5 +1,7 @@
 """The layers as they are trained: the checkpoint's own, with their initialisation, the sparse operations, and the experts' unit norm."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -28,8 +30,8 @@ class Trainable(FactoredLayer):
 
     unit_norm = True  # of the experts' rows
 
-    def prepare(self) -> None:
-        """Makes a new layer ready for training."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.sinks: dict[Tensor, RowGradient] = {}  # of the gate's weight and the experts, where an optimiser wants it so
         if self.decoder is not None:
             self.act = ACT2FN[_FUSED.get(self.activation, self.activation)]
@@ -85,22 +87,8 @@ class MxD(Trainable, modeling_mxd.MxD):
     frozen_gate: the gate stays as it was drawn, the control that says how much learning the routing brings.
     """
 
-    def __init__(
-        self,
-        d_in: int,
-        d_hidden: int,
-        d_out: int,
-        n_experts: int,
-        k: int,
-        activation: str = "gelu",
-        glu: bool = False,
-        sparsity: str = "topk",
-        skip: bool = False,
-        dropout: float = 0.0,
-        frozen_gate: bool = False,
-    ) -> None:
-        modeling_mxd.MxD.__init__(self, d_in, d_hidden, d_out, n_experts, k, activation, glu, sparsity, skip, dropout)
-        self.prepare()
+    def __init__(self, *args: Any, frozen_gate: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if frozen_gate:
             self.kind = "random_gate"
             self.gate.requires_grad_(False)
@@ -111,28 +99,9 @@ class Transcoder(Trainable, modeling_mxd.Transcoder):
 
     unit_norm = False
 
-    def __init__(
-        self, d_in: int, d_out: int, n_experts: int, k: int, sparsity: str = "topk", skip: bool = False, dropout: float = 0.0
-    ) -> None:
-        modeling_mxd.Transcoder.__init__(self, d_in, d_out, n_experts, k, sparsity, skip, dropout)
-        self.prepare()
-
 
 class DenseTwin(Trainable, modeling_mxd.DenseTwin):
     """The same as an MxD's linear factor alone, to be trained."""
-
-    def __init__(
-        self,
-        d_in: int,
-        d_hidden: int,
-        d_out: int,
-        activation: str = "gelu",
-        glu: bool = False,
-        skip: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        modeling_mxd.DenseTwin.__init__(self, d_in, d_hidden, d_out, activation, glu, skip, dropout)
-        self.prepare()
 
 
 def new_layer(shape: Shape) -> MxD | Transcoder | DenseTwin:

@@ -15,8 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import base_of, check_base, load_checkpoint
+from mxd_convert.base import load_tokenizer
+from mxd_convert.checkpoint import load_checkpoint, original_of
 from mxd_convert.data import prepare_eval
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.evaluation.progress import progress
@@ -69,9 +69,7 @@ def measure_steering(
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
     model, tokenizer = load_checkpoint(checkpoint, dtype="float32"), load_tokenizer(str(checkpoint))
-    settings = base_of(checkpoint, base)
-    original = load_base(settings, dtype="auto")
-    check_base(model, original, settings.model)
+    original = original_of(checkpoint, model, base)
     original = original.float()
     with tempfile.TemporaryDirectory() as scratch:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
