@@ -63,8 +63,9 @@ def sweep(
     """Runs a recipe for every combination of the grid's values, or goes on with a sweep that was cut off.
 
     grid: {"layer.k": [8, 16], "layer.kind": ["mxd", "transcoder"]}; a key with one value holds for all runs. The dense twin, which has
-    no experts, is run once for all of their settings. fresh: start over. Raises InputError before anything is trained for whatever
-    the user can put right; a run whose loss is not finite is noted in the table, and the others go on.
+    no experts, is a kind among them, run once for all of the experts' settings, and not trained beside the runs (`train.twin`) unless the
+    grid says so. fresh: start over. Raises InputError before anything is trained for whatever the user can put right; a run whose loss is
+    not finite is noted in the table, and the others go on.
     """
     folder = Path(output).expanduser().absolute()
     runs = _runs(recipe, grid, folder)
@@ -101,7 +102,8 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
     source = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
     found: dict[str, _Run] = {}
     for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
+        # a twin beside every run would be the same one each time: here it is a kind
+        settings = {"train.twin": False, **dict(zip(grid, values, strict=True))}
         kind = load_recipe(source, settings).layer.kind
         if kind == "dense_twin":
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}

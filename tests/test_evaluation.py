@@ -209,7 +209,7 @@ def test_the_sentence_gives_the_grounds():
     assert said.endswith("the dense twin rises +0.500 where this rises +0.300: experts are 0.200 better than a constant gain")
     said = sentence({"0": good, "3": weak}, 0.5, None)
     assert said == (
-        "experts not shown to matter: but only 0.31 hangs on which experts fire (layer 3); the dense twin was not trained"
+        "experts not shown to matter: only 0.31 hangs on which experts fire (layer 3); the dense twin was not trained"
     )
     assert "0.100 worse than a constant gain" in sentence({"0": good}, 0.5, 0.4)
     assert sentence({"0": dict.fromkeys(good)}, 0.5, None) == "not applicable: these layers have no experts"

@@ -41,7 +41,7 @@ def sentence(layers: Mapping[str, Mapping[str, Any]], rise: float, twin_rise: fl
         for name, meaning in _MEANING.items()
         if name in failing or not failing
     ]
-    where = "but only" if failing else "at least"
+    where = "only" if failing else "at least"
     against = "the dense twin was not trained"
     if twin_rise is not None:
         gap = rise - twin_rise
