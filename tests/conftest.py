@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
 import pytest
 import torch
 import yaml
+from hub_client import Clients
+from hub_server import Hub
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from mxd_convert import cli
@@ -21,6 +23,7 @@ from mxd_convert.recipe import Base
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart-lm"
+TOKEN, OTHERS = "hf_thetokenthatnothingmayshow", "hf_somebodyelses"
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 
 
@@ -168,6 +171,54 @@ def refused(mxd):
         assert "Traceback" not in err
         # what was being done may be said first; the refusal itself is the last line or two
         message = err[err.index("mxd-convert: ") :]
+        assert len(message.strip().splitlines()) <= 2, message
+        for word in words:
+            assert word in message, message
+        return message
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hub on loopback; alice and bob may write to what is theirs."""
+    with Hub({TOKEN: "alice", OTHERS: "bob"}).running() as running:
+        yield running
+        assert not running.leaks  # the token goes to the Hub and nowhere else
+
+
+@pytest.fixture(scope="session")
+def clients(hub, tmp_path_factory):
+    home = tmp_path_factory.mktemp("clients")
+    yield Clients(hub.url, home)
+    for file in home.rglob("*"):  # caches, output, messages: whatever was written
+        if file.is_file():
+            assert TOKEN.encode() not in file.read_bytes(), file
+
+
+@pytest.fixture
+def program(clients, hub):
+    """Runs the program as alice, in a process that knows the Hub on loopback. Whatever goes wrong, there is no traceback, and no token to be seen."""
+
+    def run(*arguments, token=TOKEN, **options):
+        done = clients.run(*arguments, token=token, **options)
+        assert "Traceback" not in done.err, done.err
+        assert TOKEN not in done.out + done.err
+        return done
+
+    yield run
+    hub.faults.clear()
+    hub.watch = lambda request: None
+
+
+@pytest.fixture
+def program_refused(program):
+    """Runs it on what can't go well: exit status 2 and a line or two with these words."""
+
+    def run(*arguments, words, **options):
+        done = program(*arguments, **options)
+        assert done.status == 2, (done.status, done.err)
+        message = done.err[done.err.index("mxd-convert: ") :]
         assert len(message.strip().splitlines()) <= 2, message
         for word in words:
             assert word in message, message
