@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import resolve_revision
+from huggingface_hub import ModelCard, hf_hub_download, resolve_revision
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -97,6 +97,23 @@ def pinned(base: Base) -> Base:
     except Exception:  # whatever is wrong, loading the model says it better
         return base
     return base.model_copy(update={"revision": revision.resolved})
+
+
+_OF_THE_CARD = ("license", "license_name", "license_link", "language")
+
+
+def card_of(base: Base) -> dict[str, Any]:
+    """What the base's own card says of its licence and language; empty where there is no card, or the Hub can't be reached."""
+    try:
+        if is_local(base.model):
+            path = Path(base.model) / "README.md"
+        else:
+            path = Path(hf_hub_download(base.model, "README.md", revision=base.revision, local_files_only=HF_HUB_OFFLINE))
+        card: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        data = card.data.to_dict()
+    except Exception:  # a card is the base's owner's; whatever is wrong with it is no reason to stop
+        return {}
+    return {key: data[key] for key in _OF_THE_CARD if data.get(key)}
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

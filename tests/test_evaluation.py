@@ -9,7 +9,7 @@ from mxd_convert import surgery
 from mxd_convert.architectures import find_sites
 from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.data import prepare
-from mxd_convert.evaluation import evaluate_models
+from mxd_convert.evaluation import evaluate_models, layerwise
 from mxd_convert.evaluation.layerwise import LayerFigures
 from mxd_convert.evaluation.verdict import CARRY, NOT_APPLICABLE, NOT_SHOWN, sentence, verdict
 from mxd_convert.layers import MxD
@@ -88,7 +88,7 @@ def test_volume_knobs_are_seen_through():
 
 
 @torch.no_grad()
-def test_fvu_l0_and_dead_experts_count_the_tokens_that_count():
+def test_fvu_l0_and_dead_experts_count_the_tokens_that_count(monkeypatch):
     layer, x = random_layer(), torch.randn(300, 6)
     y = layer(x) + 0.3 * torch.randn(300, 5)
     counted = torch.rand(300) < 0.7
@@ -103,6 +103,11 @@ def test_fvu_l0_and_dead_experts_count_the_tokens_that_count():
     values, indices = layer.encode(x[counted])
     assert report["l0"] == pytest.approx((values > 0).sum().item() / counted.sum().item())
     assert report["dead_fraction"] == pytest.approx(1 - len(indices[values > 0].unique()) / 20)
+    rates = torch.stack([((indices == n) & (values > 0)).any(-1).double().mean() for n in range(20)])
+    for threshold in (0.1, 0.3, 0.5):
+        monkeypatch.setattr(layerwise, "ALWAYS_ON", threshold)
+        assert figures_of(layer, x, y, counted).report()["always_on"] == int((rates > threshold).sum())
+    assert 0 < int((rates > 0.1).sum()) < 20
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +183,7 @@ def test_the_contracts_fields_are_there(measured):
         "compounding",
     } <= set(fidelity)
     for layer in fidelity["layers"].values():
-        alone = {"fvu", "fvu_with_bos", "delta_ce", "recovered_zero", "recovered_mean", "l0", "dead_fraction"}
+        alone = {"fvu", "fvu_with_bos", "delta_ce", "recovered_zero", "recovered_mean", "l0", "dead_fraction", "always_on"}
         assert set(layer) == alone | {"fvu_in_place_local", "fvu_in_place_teacher"}
     for layer in reliance["layers"].values():
         assert set(layer) == {"gate_share", "identity_share", "routing_necessity"}

@@ -55,6 +55,7 @@ class _Writer:
         self.dtype = token_dtype(len(tokenizer))
         self.documents = self.tokens = self.characters = 0
         self.digest = hashlib.sha256()
+        self.seen: set[bytes] = set()  # hashes of the documents
         self.pending: list[str] = []
 
     def full(self) -> bool:
@@ -78,6 +79,7 @@ class _Writer:
                 self.documents += 1
                 text = document.encode()
                 self.digest.update(len(text).to_bytes(8, "little") + text)
+                self.seen.add(hashlib.sha256(text).digest()[:16])
         self.pending, self.characters = [], 0
 
     def close(self) -> None:
@@ -91,7 +93,10 @@ def token_dtype(vocabulary: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class TextInfo:
-    """What a report says of a text: `fingerprint` is the SHA-256 of the documents read, each after its length in bytes."""
+    """What a report says of a text: `fingerprint` is the SHA-256 of the documents read, each after its length in bytes.
+
+    disjoint: of a held-out text, whether none of its documents is in the training text; None where that is not known.
+    """
 
     path: str
     fingerprint: str
@@ -99,6 +104,7 @@ class TextInfo:
     documents: int
     held_out_share: float | None = None
     dropped_overlap: int = 0
+    disjoint: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,12 @@ def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notif
     return {
         "train": TextInfo(_shown(data.train.path), train.digest.hexdigest(), train.tokens, train.documents, None, dropped),
         "eval": TextInfo(
-            _shown(data.eval.path or data.train.path), held_out.digest.hexdigest(), held_out.tokens, held_out.documents, share
+            _shown(data.eval.path or data.train.path),
+            held_out.digest.hexdigest(),
+            held_out.tokens,
+            held_out.documents,
+            share,
+            disjoint=train.seen.isdisjoint(held_out.seen),
         ),
     }
 

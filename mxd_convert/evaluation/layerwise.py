@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 
+ALWAYS_ON = 0.5  # firing rate above which an expert is always on
+
 
 class Variance:
     """Fraction of variance unexplained, streamed."""
@@ -43,7 +45,7 @@ class LayerFigures:
         self.masked, self.all = Variance(layer.d_out, device), Variance(layer.d_out, device)
         self.local, self.teacher = Variance(layer.d_out, device), Variance(layer.d_out, device)
         self.active = torch.zeros((), dtype=torch.float64, device=device)
-        self.fired_N = torch.zeros(layer.n_experts, dtype=torch.bool, device=device)
+        self.firings_N = torch.zeros(layer.n_experts, dtype=torch.int64, device=device)
         # moments over tokens, for each output, of the features (1, u, s u), of y, and of all of the output, skip path included
         names = ("u", "v", "y", "uu", "uv", "vv", "uy", "vy", "yy", "t", "tt")
         self.moments = {name: torch.zeros(layer.d_out, dtype=torch.float64, device=device) for name in names}
@@ -64,9 +66,9 @@ class LayerFigures:
         firing = (values > 0) & counted_B.unsqueeze(-1)
         self.active += firing.sum()
         if isinstance(codes, Tensor):
-            self.fired_N |= firing.any(0)
+            self.firings_N += firing.sum(0)
         else:
-            self.fired_N[codes[1][firing]] = True
+            self.firings_N += torch.bincount(codes[1][firing], minlength=layer.n_experts)
         strength_B1 = values.double().sum(-1, keepdim=True)
         u, y = linear_BO[counted_B], product_BO[counted_B]
         v = strength_B1[counted_B] * u
@@ -82,15 +84,16 @@ class LayerFigures:
         self.teacher.add(output_BO.double(), teacher_BO.double())
 
     def report(self) -> dict[str, float | None]:
-        """FVU and, of a layer with experts, how many are active a token and the share that never was."""
-        experts = self.layer.n_experts > 0
+        """FVU and, of a layer with experts, how many are active a token, the share that never was, and how many are for most tokens."""
+        experts, tokens = self.layer.n_experts > 0, max(self.masked.tokens, 1)
         return {
             "fvu": self.masked.fvu(),
             "fvu_with_bos": self.all.fvu(),
             "fvu_in_place_local": self.local.fvu(),
             "fvu_in_place_teacher": self.teacher.fvu(),
-            "l0": (self.active / max(self.masked.tokens, 1)).item() if experts else None,
-            "dead_fraction": 1.0 - self.fired_N.double().mean().item() if experts else None,
+            "l0": (self.active / tokens).item() if experts else None,
+            "dead_fraction": (self.firings_N == 0).double().mean().item() if experts else None,
+            "always_on": int((self.firings_N > ALWAYS_ON * tokens).sum()) if experts else None,
         }
 
     def shares(self) -> dict[str, float | None]:

@@ -59,7 +59,8 @@ def evaluate(
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=place, quiet=quiet)
         used = len(blocks) * blocks.context
-    return {"data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used}, **figures}
+    about = {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used, "documents": blocks.info.documents}
+    return {"data": about, **figures}
 
 
 def checkpoint_settings(folder: Path) -> tuple[int, bool]:
@@ -187,7 +188,7 @@ def _variants(
         yield f"{index}/zero", replaced(base, {site.path: zeros[index]})
         yield f"{index}/mean", replaced(base, {site.path: means[index]})
         for number in range(_permutations(layer)):
-            order_N = _permutation(figures[index].fired_N, number)
+            order_N = _permutation(figures[index].firings_N > 0, number)
             yield f"{index}/permuted", _both(replaced(base, {site.path: layer}), permuted_experts(layer, order_N))
 
 

@@ -39,12 +39,15 @@ def versions(*more: str) -> dict[str, str]:
 def build_report(
     plan: Plan, origin: dict[str, Any], train: Blocks, held_out: Blocks, trained: Trained, figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """The report of a run. origin: the base's id, revision and tensor hash. figures: the evaluation of the checkpoint as loaded from disk."""
+    """The report of a run.
+
+    origin: the base's id, revision and tensor hash, its licence and language. figures: the evaluation of the checkpoint as loaded from disk.
+    """
     available = len(train) * train.context
     masked = "BOS tokens and the first position of each block" if plan.recipe.train.mask_bos else "nothing"
-    where = "the loss, fvu, l0, dead_fraction, gate_share and identity_share; cross-entropies are over every predicted token"
+    where = "the loss, fvu, l0, dead_fraction, always_on, gate_share and identity_share; cross-entropies are over every predicted token"
     return {
-        "base": {key: origin[key] for key in ("model", "revision", "sha256")},
+        "base": {key: value for key, value in origin.items() if key != "local"},
         "recipe_sha256": plan.recipe.published_sha256(),
         "data": {
             "train": {
@@ -53,7 +56,7 @@ def build_report(
                 "available_tokens": available,
                 "repeats": trained.tokens / available,
             },
-            "eval": {**_text(held_out.info), "tokens": len(held_out) * held_out.context},
+            "eval": {**_text(held_out.info), "tokens": len(held_out) * held_out.context, "disjoint": held_out.info.disjoint},
             "masked": f"{masked} left out of {where}",
         },
         **figures,

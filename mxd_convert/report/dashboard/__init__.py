@@ -15,11 +15,11 @@ from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.evaluation.decomposition import Unembedding
 from mxd_convert.evaluation.expert_examples import AFTER, BEFORE
 from mxd_convert.evaluation.expert_statistics import SAMPLES, chosen_layers, collect
+from mxd_convert.evaluation.layerwise import ALWAYS_ON
 from mxd_convert.evaluation.run import checkpoint_settings
 from mxd_convert.labels import Label, read_labels
 from mxd_convert.recipe import EvalText, layer_indices
 from mxd_convert.report.dashboard.pages import (
-    ALWAYS,
     RARE,
     SHARD,
     TEXT_SHARD,
@@ -133,7 +133,7 @@ def _summary(
         "without": [about_layer(index, layer) for index, layer in layers.items() if layer.n_experts == 0],
         "labels": [label.model_dump() for label in labels],
         "window": [BEFORE, AFTER],
-        "rates": {"rare": RARE, "always": ALWAYS},
+        "rates": {"rare": RARE, "always": ALWAYS_ON},
         "samples": SAMPLES,
         "shard": SHARD,
         "text_shard": TEXT_SHARD,

@@ -16,11 +16,12 @@ from mxd_convert.evaluation.decomposition import Unembedding
 from mxd_convert.evaluation.expert_effects import Effects, EffectsOfLayer, similar, unit_rows, weights
 from mxd_convert.evaluation.expert_examples import BEFORE, Examples, Figures, examples, figures
 from mxd_convert.evaluation.expert_statistics import LayerRecord
+from mxd_convert.evaluation.layerwise import ALWAYS_ON
 from mxd_convert.report.dashboard.tokens import Array, Tokens
 
 SHARD = 64  # experts of a data file
 TEXT_SHARD = 2**16  # tokens of a data file of text
-RARE, ALWAYS = 1e-4, 0.5  # firing rates: rarer is rare, more often is always on
+RARE = 1e-4  # firing rate below which an expert is rare
 _SNIPPET = (10, 3)  # tokens before and after the top one on the index
 _STEPS = 4  # bins of a decade of the density histogram
 _PAIRS = 2**21  # pairs that are held in memory at a time
@@ -164,10 +165,10 @@ def about_layer(index: int, layer: Any) -> dict[str, Any]:
 
 
 def counts(count_N: Array, tokens: int) -> dict[str, int]:
-    """How many experts never fire, fire on less than RARE of the tokens, and on more than ALWAYS of them."""
+    """How many experts never fire, fire on less than RARE of the tokens, and on more than ALWAYS_ON of them."""
     rate_N = count_N / tokens
     rare = (rate_N > 0) & (rate_N < RARE)
-    return {"dead": int((rate_N == 0).sum()), "rare": int(rare.sum()), "always_on": int((rate_N > ALWAYS).sum())}
+    return {"dead": int((rate_N == 0).sum()), "rare": int(rare.sum()), "always_on": int((rate_N > ALWAYS_ON).sum())}
 
 
 def rounded(values: Any) -> Any:
