@@ -1,6 +1,10 @@
 """A finished folder: read with errors that say what to do, and the base model that it came from."""
 
+import hashlib
 import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mxd_convert.base import WEIGHTS_HELP, explained, load_base, model_sha256, quiet, untied_tensors
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.recipe import Base
 
 LOCAL = "mxd_local.json"
 REPORT = "mxd_report.json"
+DELTA = "mxd_delta.json"  # marks a folder as what a conversion changed, without the base's weights
 
 
 def read_config(folder: str | Path) -> Any:
@@ -23,6 +28,8 @@ def read_config(folder: str | Path) -> Any:
         raise InputError(f"{folder}: no such folder")
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / DELTA).is_file():
+            raise InputError(f"{folder}: a delta; `mxd-convert apply {folder} DIR` makes the full checkpoint of it")
         place = folder.resolve()
         unfinished = place.name.endswith(".partial") or place.parent.joinpath(f"{place.name}.partial").is_dir()
         raise InputError(f"{folder}: no config.json, so not a checkpoint" + ("; its run has not finished" if unfinished else ""))
@@ -101,14 +108,15 @@ def check_tensors(folder: Path, expected: dict[str, list[int]]) -> None:
 
 def base_of(folder: str | Path, override: str | None = None) -> Base:
     """The base model that a checkpoint came from: `override`, the local path kept beside it, or the recorded id. Raises InputError."""
-    folder = Path(folder)
+    return chosen_base(Path(folder), recorded_base(read_config(folder)), override)
+
+
+def chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None) -> Base:
+    """The same for whatever keeps beside it what it knows of its base. recorded: the base's id, revision, and whether it was local."""
     if override is not None:
         path = Path(override).expanduser()
         if path.exists():
             return Base(model=str(path.resolve()))
-    config = read_config(folder)
-    recorded = recorded_base(config)
-    if override is not None:
         return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None)
     local = read_local(folder).get("base")
     if isinstance(local, str) and Path(local).is_dir():
@@ -126,6 +134,11 @@ def is_converted(folder: Path) -> bool:
         return '"mxd_' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def recorded_base(config: Any) -> dict[str, Any]:
@@ -149,6 +162,28 @@ def original_of(folder: str | Path, converted: Any, override: str | None = None)
     original = load_base(settings, dtype="auto")
     check_base(converted, original, settings.model)
     return original
+
+
+def check_new(output: Path, checkpoint: Path) -> None:
+    """Raises InputError where something is at `output` already, or it lies inside the checkpoint that it is made of."""
+    if checkpoint.resolve() in output.resolve().parents:
+        raise InputError(f"{output}: lies inside the checkpoint; choose another folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: exists already; choose another folder")
+
+
+@contextmanager
+def new_folder(output: Path, checkpoint: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes it at the end, and is gone where something goes wrong. Raises InputError as `check_new` does."""
+    check_new(output, checkpoint)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with disk_guard(output), quiet(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        work = Path(scratch) / "new"
+        work.mkdir()
+        yield work
+        if output.exists():
+            output.rmdir()
+        work.rename(output)
 
 
 def read_local(folder: Path) -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""`edit`: experts ablated or scaled for good, or steered by a preset, in a new checkpoint that says so."""
+"""`edit`: experts ablated or scaled for good, or steered by a preset, in a new checkpoint that says so; `eval --record`: figures of another text."""
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mxd_convert.base import load_tokenizer, quiet
-from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint, read_local, recorded_base
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.base import load_tokenizer
+from mxd_convert.checkpoint import LOCAL, REPORT, check_new, load_checkpoint, new_folder, read_config, read_local, recorded_base
+from mxd_convert.errors import InputError
 from mxd_convert.evaluation import evaluate
 from mxd_convert.evaluation.steering import checked_orders
 from mxd_convert.labels import LABELS
+from mxd_convert.provenance import file_hashes
 from mxd_convert.report import write_card
 
 _CARRIED = ("recipe.yaml", "training_log.jsonl", LABELS)
@@ -37,10 +37,7 @@ def edit(
     on which the copy is measured; without it the copy has no mxd_report.json, since the old figures are another model's. Raises InputError.
     """
     output = Path(output)
-    if Path(checkpoint).resolve() in output.resolve().parents:
-        raise InputError(f"--output {output}: lies inside the checkpoint; choose another folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {output}: exists already; choose another folder")
+    check_new(output, Path(checkpoint))
     if not edits and not steering:
         raise InputError("edit: nothing to change; give --ablate L:E, --scale L:E:C or --steer L:E:+C")
     model = load_checkpoint(checkpoint)
@@ -52,9 +49,7 @@ def edit(
             )
     preset = checked_orders(model, steering)
     _apply(model, orders, preset)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with disk_guard(output), quiet(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        work = Path(scratch) / "checkpoint"
+    with new_folder(output, Path(checkpoint)) as work:
         model.save_pretrained(work)
         load_tokenizer(str(checkpoint)).save_pretrained(work)
         for name in _CARRIED:
@@ -63,9 +58,6 @@ def edit(
         if local := read_local(Path(checkpoint)).get("base"):  # not whose run it is: it is no longer that run's result
             (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
         _write_report(Path(checkpoint), work, model, data, text_field, tokens, base)
-        if output.exists():
-            output.rmdir()
-        work.rename(output)
     return output
 
 
@@ -97,6 +89,34 @@ def _write_report(
         figures = evaluate(work, data, tokens, text_field, base)
         report["data"] = {**report.get("data", {}), "eval": figures.pop("data")}
         report |= figures
+        report["files"] = file_hashes(work)
         (work / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     recipe = (work / "recipe.yaml").read_text() if (work / "recipe.yaml").is_file() else ""
     write_card(work, report, recipe, base_on_hub=not recorded.get("local", True))
+
+
+_OF_ANOTHER_TEXT = ("tokens", "ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement")
+
+
+def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
+    """Adds an evaluation on another text than the run's to a checkpoint's report (`elsewhere`) and card.
+
+    figures: as `evaluate` returns them; those of the same text from before are replaced. Raises InputError where there is no report to add to, or
+    the text is the one that it was evaluated on.
+    """
+    folder = Path(checkpoint)
+    if not (folder / REPORT).is_file():
+        raise InputError(
+            f"{folder}: has no {REPORT} to record figures in; only checkpoints that were measured when they were made have one"
+        )
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    data = figures["data"]
+    if data["fingerprint"] == report["data"]["eval"]["fingerprint"]:
+        raise InputError(f"{data['path']}: is the text that {folder} was evaluated on; its figures are in the report already")
+    others = [other for other in report.get("elsewhere", []) if other["data"]["fingerprint"] != data["fingerprint"]]
+    report["elsewhere"] = [*others, {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}]
+    recipe = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").is_file() else ""
+    write_card(folder, report, recipe, base_on_hub=not recorded_base(read_config(folder)).get("local", True))
+    temporary = folder / f"{REPORT}.tmp"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(folder / REPORT)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxd_convert.checkpoint import load_checkpoint, read_config
+from mxd_convert.checkpoint import load_checkpoint, new_folder, read_config
 from mxd_convert.data import Blocks
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.progress import progress
-from mxd_convert.exporting.sources import batches, chosen_layers, hookpoint, new_folder, read_text
+from mxd_convert.exporting.sources import batches, chosen_layers, hookpoint, read_text
 from mxd_convert.harvest import observe
 from mxd_convert.modeling.modeling_mxd import Codes
 

@@ -1,12 +1,9 @@
-"""What an export reads and where it writes: the layers asked for, the text, the base model, the new folder."""
+"""What an export reads: the layers asked for, the text, the base model."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mxd_convert.base import load_tokenizer, quiet
+from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import original_of
 from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
@@ -15,23 +12,6 @@ from mxd_convert.recipe import EvalText, layer_indices
 
 GATE_VALUES = 2**25  # of one batch and layer: a gate is (B, N) before the top-k
 _TOKENS = 4096  # of one batch
-
-
-@contextmanager
-def new_folder(output: Path, checkpoint: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, and is gone where something goes wrong. Raises InputError where output is in use."""
-    if checkpoint.resolve() in output.resolve().parents:
-        raise InputError(f"{output}: lies inside the checkpoint; choose another folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: exists already; choose another folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with quiet(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        work = Path(scratch) / "export"
-        work.mkdir()
-        yield work
-        if output.exists():
-            output.rmdir()
-        work.rename(output)
 
 
 def chosen_layers(checkpoint: Path, config: Any, layers: str | list[int]) -> tuple[dict[int, dict[str, Any]], list[str]]:

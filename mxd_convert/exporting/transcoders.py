@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from mxd_convert.checkpoint import load_checkpoint, read_config, recorded_base
+from mxd_convert.checkpoint import load_checkpoint, new_folder, read_config, recorded_base
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.exporting.circuit_tracer import CircuitTracer
 from mxd_convert.exporting.job import Job
 from mxd_convert.exporting.layout import Layout
 from mxd_convert.exporting.losses import measure
-from mxd_convert.exporting.sources import chosen_layers, find_base, new_folder, read_text
+from mxd_convert.exporting.sources import chosen_layers, find_base, read_text
 from mxd_convert.exporting.sparsify import Sparsify
 from mxd_convert.exporting.surrogate import ConditionalMeans, is_exact, surrogate_of
 from mxd_convert.harvest import harvest

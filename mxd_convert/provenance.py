@@ -1,0 +1,145 @@
+"""`verify --provenance`: recomputes what a checkpoint's report says of its files, recipe, base and texts, as far as they are at hand."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mxd_convert.base import load_tokenizer
+from mxd_convert.checkpoint import (
+    LOCAL,
+    REPORT,
+    file_sha256,
+    load_checkpoint,
+    original_of,
+    read_config,
+    read_local,
+    recorded_base,
+)
+from mxd_convert.data import prepare
+from mxd_convert.errors import InputError
+from mxd_convert.labels import LABELS
+from mxd_convert.modeling import configuration_mxd, modeling_mxd
+from mxd_convert.recipe import Data, Recipe
+from mxd_convert.verification import Check, Verification
+
+_WITHOUT_HASH = ("README.md", REPORT, LOCAL, LABELS)  # the report itself, the card, which is made of it, and what people add
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files, by path; without those of its dashboard, and those that are written after the report."""
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in _WITHOUT_HASH and path.relative_to(folder).parts[0] != "dashboard"
+    }
+
+
+def verify_provenance(checkpoint: str | Path, base: str | None = None) -> Verification:
+    """Whether files, recipe, seed, base and texts are those of the report. What is not at hand is reported as not checked.
+
+    base: the base model, where not the recorded one. Texts are read where they were, if that was on this machine. Raises InputError where
+    `checkpoint` is no converted checkpoint, or `base` not its base.
+    """
+    folder = Path(checkpoint)
+    config = read_config(folder)
+    if not (folder / REPORT).is_file():
+        missing = f"no {REPORT}: the checkpoint was changed since it was made, and not measured"
+        return Verification(folder, [Check("the report is there", None, missing)])
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    checks = (_files(folder, report), _recipe(folder, report), _base(folder, config, report, base), _texts(folder, report))
+    return Verification(folder, [check for some in checks for check in some])
+
+
+def _files(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
+    recorded = report.get("files") or {}
+    name = "files are those that were measured, by SHA-256"
+    if not recorded:
+        yield Check(name, None, "the report has no hashes of them")
+        return
+    wrong = [path for path, digest in recorded.items() if not (folder / path).is_file() or file_sha256(folder / path) != digest]
+    yield Check(
+        name,
+        not wrong,
+        f"{wrong[0]} differs or is missing" + (f", and {len(wrong) - 1} more" if wrong[1:] else "") if wrong else "",
+    )
+    other = [
+        file.name
+        for file in (Path(configuration_mxd.__file__), Path(modeling_mxd.__file__))
+        if not (folder / file.name).is_file() or (folder / file.name).read_bytes() != file.read_bytes()
+    ]
+    version = report.get("versions", {}).get("mxd-convert", "unknown")
+    yield Check(
+        "its code is this package's own",
+        None if other else True,
+        f"{other[0]} differs; it was made by version {version}" if other else "",
+    )
+
+
+def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
+    name = "recipe.yaml is the recipe that the report names, by SHA-256"
+    try:
+        recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValidationError, TypeError) as error:
+        yield Check(name, False, f"recipe.yaml can't be read ({str(error).splitlines()[0]})")
+        return
+    same = recipe.published_sha256() == report["recipe_sha256"]
+    yield Check(name, same, "" if same else "it differs")
+    seed = report.get("seeds", {}).get("train")
+    yield Check(
+        "the seed is the recipe's",
+        seed == recipe.train.seed,
+        "" if seed == recipe.train.seed else f"{seed} and {recipe.train.seed}",
+    )
+
+
+def _base(folder: Path, config: Any, report: Mapping[str, Any], base: str | None) -> Iterator[Check]:
+    recorded = report["base"]
+    same = recorded_base(config).get("sha256") == recorded["sha256"]
+    yield Check("config.json and the report name the same base", same, "" if same else "their hashes of it differ")
+    name = "the base's tensors have the recorded SHA-256"
+    try:
+        original_of(folder, load_checkpoint(folder), base)
+    except InputError as error:
+        if base is not None:
+            raise
+        yield Check(name, None, str(error))
+    else:
+        yield Check(name, True)
+
+
+def _texts(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
+    names = (
+        "the training text has the recorded fingerprint",
+        "the held-out text has the recorded fingerprint",
+        "no held-out document is in the training text",
+    )
+    paths = read_local(folder).get("data") or {}
+    try:
+        settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["data"]
+        for part in ("train", "eval"):
+            if settings[part]["path"] is not None:
+                settings[part]["path"] = paths[part]
+        with tempfile.TemporaryDirectory() as scratch:
+            train, held_out = prepare(Data(**settings), load_tokenizer(str(folder)), Path(scratch))
+            infos = (train.info, held_out.info)
+            del train, held_out
+    except KeyError:
+        yield from (
+            Check(name, None, "the text was not on this machine; `mxd-convert run` on it recomputes all") for name in names
+        )
+        return
+    except (InputError, OSError, ValidationError) as error:
+        yield from (Check(name, None, str(error).splitlines()[0]) for name in names)
+        return
+    for name, part, info in zip(names, ("train", "eval"), infos, strict=False):
+        same = report["data"][part]["fingerprint"] == info.fingerprint
+        yield Check(name, same, "" if same else f"it is {info.fingerprint} now")
+    yield Check(names[2], infos[1].disjoint, "" if infos[1].disjoint else "some are")
+
+
+__all__ = ["file_hashes", "verify_provenance"]
