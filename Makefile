@@ -1,10 +1,10 @@
-# make quickstart | make test | make lint | make bench | make schema
+# make quickstart | make test | make lint | make bench | make schema | make cards
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test lint bench format schema clean
+.PHONY: quickstart test lint bench format schema cards clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
@@ -33,6 +33,16 @@ format: $(VENV)/installed
 
 schema: $(VENV)/installed
 	$(BIN)/python -m mxd_convert.recipe > docs/recipe.schema.json
+
+# model_cards/: the cards of two real runs, and what they are made of; OTHER is text of another kind
+OTHER := $(or $(MXD_SHARED),../shared)/data/wikitext2_valid.txt.gz
+cards: $(VENV)/installed
+	for name in quickstart stories260k; do \
+		$(BIN)/mxd-convert run recipes/$$name.yaml && \
+		$(BIN)/mxd-convert eval runs/$$name --data $(OTHER) --tokens 16384 --record && \
+		mkdir -p model_cards/$$name && \
+		(cd runs/$$name && cp -r README.md mxd_report.json recipe.yaml config.json plots ../../model_cards/$$name/) || exit 1; \
+	done
 
 # torch first and by itself, so that no other package draws in another build of it
 $(VENV)/installed: pyproject.toml constraints.txt

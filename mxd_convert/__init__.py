@@ -10,16 +10,19 @@ from mxd_convert._registration import register_where_useful
 
 if TYPE_CHECKING:
     from mxd_convert.checkpoint import load_checkpoint
-    from mxd_convert.editing import edit
+    from mxd_convert.deltas import Delta, apply, delta
+    from mxd_convert.editing import edit, record
     from mxd_convert.errors import InputError
     from mxd_convert.evaluation import decompose, evaluate, expert_rank, logit_effect, steer, steered
     from mxd_convert.exporting import cache_activations, export_steering, export_transcoder
     from mxd_convert.generation import generate, parse_expert, parse_numbers, parse_scale, parse_steering
+    from mxd_convert.hub import Listed, Pull, Push, list_checkpoints, load, pull, push
     from mxd_convert.inspecting import inspect
     from mxd_convert.labels import Label, add_labels, read_labels
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
     from mxd_convert.probing import probe
+    from mxd_convert.provenance import verify_provenance
     from mxd_convert.recipe import Recipe
     from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
     from mxd_convert.report import compare, measure_steering
@@ -32,18 +35,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Delta": "deltas",
     "InputError": "errors",
     "Label": "labels",
+    "Listed": "hub",
     "Plan": "plan",
+    "Pull": "hub",
+    "Push": "hub",
     "Recipe": "recipe",
     "Result": "pipeline",
     "Sweep": "sweeping",
     "add_labels": "labels",
+    "apply": "deltas",
     "cache_activations": "exporting",
     "compare": "report",
     "convert": "pipeline",
     "dashboard": "report.dashboard",
     "decompose": "evaluation",
+    "delta": "deltas",
     "edit": "editing",
     "evaluate": "evaluation",
     "expert_rank": "evaluation",
@@ -51,6 +60,8 @@ _HOMES = {
     "export_transcoder": "exporting",
     "generate": "generation",
     "inspect": "inspecting",
+    "list_checkpoints": "hub",
+    "load": "hub",
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe_file",
     "logit_effect": "evaluation",
@@ -64,7 +75,10 @@ _HOMES = {
     "parse_scale": "generation",
     "parse_steering": "generation",
     "probe": "probing",
+    "pull": "hub",
+    "push": "hub",
     "read_labels": "labels",
+    "record": "editing",
     "revert": "reverting",
     "shipped_recipes": "recipe_file",
     "starter_recipe": "starter",
@@ -72,21 +86,28 @@ _HOMES = {
     "steered": "evaluation",
     "sweep": "sweeping",
     "verify": "verification",
+    "verify_provenance": "provenance",
     "write_starter": "starter",
 }
 __all__ = [
+    "Delta",
     "InputError",
     "Label",
+    "Listed",
     "Plan",
+    "Pull",
+    "Push",
     "Recipe",
     "Result",
     "Sweep",
     "add_labels",
+    "apply",
     "cache_activations",
     "compare",
     "convert",
     "dashboard",
     "decompose",
+    "delta",
     "edit",
     "evaluate",
     "expert_rank",
@@ -94,6 +115,8 @@ __all__ = [
     "export_transcoder",
     "generate",
     "inspect",
+    "list_checkpoints",
+    "load",
     "load_checkpoint",
     "load_recipe",
     "logit_effect",
@@ -107,7 +130,10 @@ __all__ = [
     "parse_scale",
     "parse_steering",
     "probe",
+    "pull",
+    "push",
     "read_labels",
+    "record",
     "revert",
     "shipped_recipes",
     "starter_recipe",
@@ -115,6 +141,7 @@ __all__ = [
     "steered",
     "sweep",
     "verify",
+    "verify_provenance",
     "write_starter",
 ]
 

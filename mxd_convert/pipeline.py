@@ -6,7 +6,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
-from mxd_convert.base import Spread, load_base, load_tokenizer, model_sha256, quiet
+from mxd_convert.base import Spread, card_of, load_base, load_tokenizer, model_sha256, quiet
 from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
 from mxd_convert.data import Blocks, check_vocabulary, prepare
 from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
+from mxd_convert.hub import check_account, push
 from mxd_convert.layers import Shape, Trainable
 from mxd_convert.plan import (
     Plan,
@@ -37,6 +38,7 @@ from mxd_convert.plan import (
 )
 from mxd_convert.plan.memory import BASE_SHARE, available
 from mxd_convert.processes import agreed, lost_guard, once_a_machine
+from mxd_convert.provenance import file_hashes
 from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
@@ -53,13 +55,14 @@ class Result:
     """A finished conversion.
 
     report: the content of mxd_report.json. already_finished: it was there before this call. main_process: whether this process,
-    of several, is the one to speak.
+    of several, is the one to speak. url: where it was published (`output.push_to`).
     """
 
     output: Path
     report: dict[str, Any]
     already_finished: bool
     main_process: bool
+    url: str | None = None
 
 
 def convert(
@@ -90,12 +93,12 @@ def convert(
             if run.main:
                 run.place.tidy()
                 run.say_if_without_dashboard()
-            return Result(plan.output, report, True, run.main)
+            return run.published(Result(plan.output, report, True, run.main))
         with run.agreed():
             if run.main:
                 stack.enter_context(run.place.locked())
         stack.enter_context(disk_guard(plan.output))
-        return run.go()
+        return run.published(run.go())
 
 
 class _Conversion:
@@ -132,6 +135,19 @@ class _Conversion:
                 self.place.forget()
             raise
 
+    def published(self, result: Result) -> Result:
+        """The result, on the Hub where the recipe says so."""
+        name = self.recipe.output.push_to
+        if name is None or not self.main:
+            return result
+        self.say(f"publishing to {name}")
+        try:
+            return replace(result, url=push(self.output, name, base=self.recipe.base.model).url)
+        except InputError as error:
+            raise InputError(
+                f"{error}\nThe checkpoint itself is finished: `mxd-convert push {self.output} {name}` publishes it."
+            ) from error
+
     def _go(self) -> Result:
         settings, layer = self.recipe.base, self.recipe.layer
         with self.agreed():
@@ -156,6 +172,8 @@ class _Conversion:
 
     def _begin(self) -> None:
         """What is found out before any work is done."""
+        if self.recipe.output.push_to is not None:
+            check_account(self.recipe.output.push_to)
         self.place.claim()
         if not self.place.has_state():
             check_space(self.plan)
@@ -216,7 +234,7 @@ class _Conversion:
         figures = self._evaluate(folder, held_out, twin)
         if self.recipe.output.dashboard:
             self._write_dashboard(folder, held_out, tokenizer)
-        report = build_report(self.plan, origin, train, held_out, trained, figures)
+        report = build_report(self.plan, {**origin, **card_of(settings)}, train, held_out, trained, figures)
         self._write_report(folder, report, origin)
         self.place.publish(folder)
 
@@ -300,9 +318,12 @@ class _Conversion:
         recipe_yaml = self.recipe.to_yaml()
         (folder / "recipe.yaml").write_text(recipe_yaml)
         shutil.copyfile(self.work / "training_log.jsonl", folder / "training_log.jsonl")
-        local = {"base": self.recipe.base.model} if origin["local"] else {}
+        local: dict[str, Any] = {"base": self.recipe.base.model} if origin["local"] else {}
+        data = {part: text.path for part, text in (("train", self.recipe.data.train), ("eval", self.recipe.data.eval))}
+        local["data"] = {part: path for part, path in data.items() if path is not None and is_local(path)}
         (folder / LOCAL).write_text(json.dumps({**local, "recipe": self.recipe.fingerprint()}, indent=2) + "\n")
         write_plots(folder, report, folder / "training_log.jsonl")
+        report["files"] = file_hashes(folder)
         write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
 

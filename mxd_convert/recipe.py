@@ -163,7 +163,7 @@ class Output(Section):
     dashboard: bool = False
     """Also write the dashboard, in <dir>/dashboard, on the held-out text."""
     push_to: str | None = None
-    """Repository on the Hub to publish to when the run has finished."""
+    """Repository on the Hub to publish to when the run has finished, as `mxd-convert push` does: owner/name, or a name of your own."""
 
 
 class Recipe(Section):
@@ -255,7 +255,6 @@ def _sha256(content: dict[str, Any]) -> str:
 # Keys of the contract whose other values belong to parts that are still to come: refused in one line, never ignored.
 _AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "output.onnx": ((False,), "ONNX export"),
-    "output.push_to": ((None,), "publishing"),
 }
 
 

@@ -46,7 +46,7 @@ def convert(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], origin:
         parameters = dict(layer.named_parameters())  # these alone are cast: an activation may have buffers of a dtype of its own
         state = layer.state_dict()
         tensors |= {f"{path}.{name}": state[name].to(base.dtype) if name in parameters else state[name] for name in state}
-    return _build(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, base)
+    return assemble(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, base)
 
 
 def revert(converted: Any, base: Any, indices: list[int]) -> Any:
@@ -69,9 +69,9 @@ def revert(converted: Any, base: Any, indices: list[int]) -> Any:
             key: [order for order in mxd[key] if order["layer"] not in indices] for key in ("edits", "steering") if key in mxd
         }
         config = type(converted.config)(**_carried(converted), mxd={**mxd, **by_hand, "layers": left})
-        return _build(type(converted), config, tensors, converted)
+        return assemble(type(converted), config, tensors, converted)
     base_config = type(converted.config).__mro__[1]
-    return _build(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], base_config(**_carried(converted)), tensors, converted)
+    return assemble(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], base_config(**_carried(converted)), tensors, converted)
 
 
 def _carried(model: Any) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _without(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
 
 
-def _build(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
+def assemble(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
     """A model of `model_class` around the given tensors (not copied), with the dtype and generation settings of `like`."""
     with initialization.no_init_weights(), quiet():
         model = model_class._from_config(config, dtype=like.dtype)
@@ -146,4 +146,4 @@ def permuted_experts(layer: modeling_mxd.FactoredLayer, order_N: Tensor) -> Any:
     return context()
 
 
-__all__ = ["Constant", "convert", "describe", "permuted_experts", "replaced", "revert"]
+__all__ = ["Constant", "assemble", "convert", "describe", "permuted_experts", "replaced", "revert"]

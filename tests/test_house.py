@@ -18,6 +18,7 @@ FLOORS = [
         "evaluation",
         "plan",
         "verification",
+        "provenance",
         "reverting",
         "generation",
         "inspecting",
@@ -26,7 +27,7 @@ FLOORS = [
         "exporting",
     },
     {"report"},
-    {"pipeline", "editing", "probing"},
+    {"pipeline", "editing", "probing", "hub", "deltas"},
     {"sweeping"},
     {"cli", "_registration", "_probe"},
 ]

@@ -7,11 +7,11 @@ import traceback
 
 import typer
 
-from mxd_convert.cli import converting, dashboard, editing, exporting, probing, reading, steering, sweeping
+from mxd_convert.cli import converting, dashboard, editing, exporting, hub, probing, reading, steering, sweeping
 from mxd_convert.cli.app import app, settings
 from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, InputError, is_disk_full
 
-__all__ = ["converting", "dashboard", "editing", "exporting", "main", "probing", "reading", "steering", "sweeping"]
+__all__ = ["converting", "dashboard", "editing", "exporting", "hub", "main", "probing", "reading", "steering", "sweeping"]
 
 OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
 
@@ -35,7 +35,11 @@ def main() -> None:
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         without = ", without --fresh," if "--fresh" in sys.argv else ""
-        resumable = f"; the same command{without} goes on where it stopped" if "run" in sys.argv[1:2] else ""
+        resumable = (
+            f"; the same command{without} goes on where it stopped"
+            if sys.argv[1:2] in (["run"], ["push"], ["pull"], ["sweep"])
+            else ""
+        )
         print(f"mxd-convert: interrupted{resumable}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:

@@ -107,11 +107,14 @@ def run(
     if not result.main_process:
         return
     if as_json:
-        print_json({"output": str(result.output), "already_finished": result.already_finished, "report": result.report})
+        content = {"output": str(result.output), "already_finished": result.already_finished, "url": result.url}
+        print_json({**content, "report": result.report})
         return
     if result.already_finished:
         human.print("this recipe has finished before; --fresh runs it again")
     print_figures(result.report)
+    if result.url is not None:
+        human.print(f"published: {result.url}", markup=False)
     print(result.output)
 
 
@@ -168,23 +171,41 @@ def evaluate(
     text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to evaluate on, at most.")] = 262_144,
     base: BaseOption = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the figures to the checkpoint's report and card, as of another text.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a checkpoint on a text: fidelity to the base model and reliance on the experts."""
     figures = mxd_convert.evaluate(checkpoint, data, tokens, text_field, base)
+    if record:
+        mxd_convert.record(checkpoint, figures)
     if as_json:
         print_json(figures)
     else:
         print_figures(figures)
 
 
-@app.command(epilog="Example: `mxd-convert verify runs/quickstart`. Exit status 1 where a check fails.")
-def verify(checkpoint: CheckpointArgument, base: BaseOption = None, as_json: JsonOption = False) -> None:
+@app.command(
+    epilog="Examples: `mxd-convert verify runs/quickstart`, `mxd-convert verify runs/quickstart --provenance`. Exit status 1 where a check fails."
+)
+def verify(
+    checkpoint: CheckpointArgument,
+    base: BaseOption = None,
+    provenance: Annotated[
+        bool,
+        typer.Option(
+            "--provenance",
+            help="Instead: recompute what its report says of files, recipe, base and texts, as far as they are at hand.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Prove in fresh processes, with and without this package, that a checkpoint is whole and behaves as an ordinary one.
 
     Without the package it runs the code in the checkpoint's own folder: read that first where you don't trust its source.
     """
-    found = mxd_convert.verify(checkpoint, base)
+    found = mxd_convert.verify_provenance(checkpoint, base) if provenance else mxd_convert.verify(checkpoint, base)
     if as_json:
         print_json(found.to_dict())
     else:

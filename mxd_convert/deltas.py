@@ -1,0 +1,250 @@
+"""Delta checkpoints: what a conversion changed, without the base's own weights; and the full checkpoint made of it again, to the bit.
+
+`layers.safetensors` holds the tensors that the base does not have, `full/` the other files of the checkpoint, `mxd_delta.json` the base's id
+and hash, the hash of every file, and the headers of the weight files, so that they can be written again whatever wrote them first.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mxd_convert import surgery
+from mxd_convert.base import WEIGHTS_HELP, load_base, model_sha256, quiet, untied_tensors
+from mxd_convert.checkpoint import (
+    DELTA,
+    LOCAL,
+    REPORT,
+    check_new,
+    chosen_base,
+    file_sha256,
+    load_checkpoint,
+    new_folder,
+    original_of,
+    read_config,
+    read_local,
+    recorded_base,
+    weight_files,
+)
+from mxd_convert.errors import InputError
+from mxd_convert.modeling import modeling_mxd
+from mxd_convert.report import write_card
+from mxd_convert.verification import Check, Verification
+
+LAYERS = "layers.safetensors"
+FULL = "full"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta that was written. Sizes in bytes, of its folder and of the full checkpoint's; tensors: those that the base does not have."""
+
+    output: Path
+    size: int
+    full_size: int
+    tensors: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "output": str(self.output)}
+
+
+def is_delta(folder: str | Path) -> bool:
+    return (Path(folder) / DELTA).is_file()
+
+
+def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -> Delta:
+    """Writes what a checkpoint has beyond its base. base: the base model, where not the recorded one. Raises InputError."""
+    folder, output = Path(checkpoint), Path(output)
+    check_new(output, folder)
+    config = read_config(folder)
+    converted = load_checkpoint(folder)
+    theirs = untied_tensors(original_of(folder, converted, base))
+    ours = untied_tensors(converted)
+    own = {name: tensor.contiguous() for name, tensor in ours.items() if not _same(tensor, theirs.get(name))}
+    files = _files(folder)
+    weights = weight_files(folder)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "base": recorded_base(config),
+        "weights": [{"path": file.name, "header": _header(file)} for file in weights],
+        "files": {path: file_sha256(folder / path) for path in files},
+    }
+    with new_folder(output, folder) as work:
+        for path in files:
+            if folder / path not in weights:
+                (work / FULL / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / path, work / FULL / path)
+        save_file(own, work / LAYERS, metadata={"format": "pt"})
+        (work / DELTA).write_text(json.dumps(content, indent=2) + "\n")
+        if local := read_local(folder).get("base"):
+            (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
+        _write_card(folder, work, config)
+    return Delta(output, _size(output), sum((folder / path).stat().st_size for path in files), len(own))
+
+
+def apply(delta: str | Path, output: str | Path, base: str | None = None) -> Path:
+    """The full checkpoint of a delta, its files bit for bit those that the delta was made of. Raises InputError where the base is another."""
+    folder, output = Path(delta), Path(output)
+    check_new(output, folder)
+    content = _read(folder)
+    tensors = _tensors(folder, content, base)
+    with new_folder(output, folder) as work:
+        shutil.copytree(folder / FULL, work, dirs_exist_ok=True)
+        for entry in content["weights"]:
+            _write_weights(work / entry["path"], entry["header"], tensors)
+        for path, digest in content["files"].items():
+            if not (work / path).is_file() or file_sha256(work / path) != digest:
+                raise InputError(f"{folder}: damaged: {path} does not come out with the recorded hash; download it again")
+        if local := read_local(folder).get("base"):
+            (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
+    return output
+
+
+def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto") -> Any:
+    """The converted model of a delta, without writing the full checkpoint anywhere, in evaluation mode. Raises InputError."""
+    folder = Path(folder)
+    content = _read(folder)
+    original = _base_model(folder, content, base)
+    config = read_config(folder / FULL)
+    stem = type(config).__name__.removeprefix("Mxd").removesuffix("Config")
+    names = {name for entry in content["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"}
+    tensors = _merged(folder, names, untied_tensors(original))
+    model = surgery.assemble(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, original)
+    if (folder / FULL / "generation_config.json").is_file():
+        with quiet():
+            model.generation_config = GenerationConfig.from_pretrained(folder / FULL)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+
+
+def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
+    """Whether the full checkpoint comes out of it with the recorded hashes; not checked where its base is not at hand. Raises InputError."""
+    folder = Path(delta)
+    content, name = _read(folder), "the full checkpoint comes out with the recorded hashes"
+    try:
+        _base_model(folder, content, base)
+    except InputError as error:
+        if base is not None:
+            raise
+        return Verification(folder, [Check(name, None, str(error))])
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            apply(folder, Path(scratch) / "full", base)
+        except InputError as error:
+            return Verification(folder, [Check(name, False, str(error))])
+    return Verification(folder, [Check(name, True)])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    if not is_delta(folder):
+        raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` makes those")
+    try:
+        content: dict[str, Any] = json.loads((folder / DELTA).read_text(encoding="utf-8"))
+        version = content["format_version"]
+        assert isinstance(content["weights"], list)
+        assert all(_inside(path) for path in [*content["files"], *(entry["path"] for entry in content["weights"])])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise InputError(f"{folder}: its {DELTA} can't be read; download it again") from None
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: a delta of format {version}, and this mxd-convert knows {FORMAT_VERSION}; upgrade mxd-convert"
+        )
+    return content
+
+
+def _inside(path: str) -> bool:
+    """Whether a path from a file that came from elsewhere stays inside the folder."""
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
+def _base_model(folder: Path, content: Mapping[str, Any], base: str | None) -> Any:
+    recorded = content["base"]
+    settings = chosen_base(folder, recorded, base)
+    original = load_base(settings, dtype="auto")
+    if model_sha256(original) != recorded.get("sha256"):
+        raise InputError(
+            f"{settings.model}: not the model that this delta belongs to (the hash of its tensors differs); give {recorded.get('model')} with --base"
+        )
+    return original
+
+
+def _tensors(folder: Path, content: Mapping[str, Any], base: str | None) -> dict[str, Tensor]:
+    names = {name for entry in content["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"}
+    return _merged(folder, names, untied_tensors(_base_model(folder, content, base)))
+
+
+def _merged(folder: Path, names: set[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        with safe_open(folder / LAYERS, framework="pt") as stored:
+            own = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / LAYERS}: {WEIGHTS_HELP} ({error})") from None
+    merged = {name: own[name] if name in own else theirs.get(name) for name in names}
+    for name, tensor in merged.items():
+        if tensor is None:
+            raise InputError(f"{folder}: damaged: neither {LAYERS} nor the base has {name}; download it again")
+    return merged  # type: ignore[return-value]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------------
+
+
+def _header(file: Path) -> str:
+    """The JSON at the head of a safetensors file, as it stands there."""
+    with file.open("rb") as content:
+        return content.read(int.from_bytes(content.read(8), "little")).decode()
+
+
+def _write_weights(path: Path, header: str, tensors: Mapping[str, Tensor]) -> None:
+    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        text = header.encode()
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, _ in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            file.write(_bytes(tensors[name]))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _same(ours: Tensor, theirs: Tensor | None) -> bool:
+    """Bit for bit: as numbers, 0 and -0 would be the same."""
+    if theirs is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    one, other = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (ours, theirs))
+    return one.equal(other)
+
+
+def _files(folder: Path) -> list[str]:
+    """What belongs to a checkpoint: all but hidden files and what is of this machine only."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in paths if path.name != LOCAL and not any(part.startswith(".") for part in path.parts)]
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _write_card(folder: Path, work: Path, config: Any) -> None:
+    """A card of the delta's own, of the checkpoint's report and recipe, which say what the checkpoint itself was measured to be."""
+    if not (folder / REPORT).is_file():
+        return
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").is_file() else ""
+    write_card(work, report, recipe, base_on_hub=not recorded_base(config).get("local", True), full=work / FULL)

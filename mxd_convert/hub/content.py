@@ -1,0 +1,95 @@
+"""What of a checkpoint's folder is published, and how it compares with what a repository holds."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+from mxd_convert.checkpoint import LOCAL
+from mxd_convert.report import CARD, REPOSITORY
+
+ATTRIBUTES = ".gitattributes"  # the Hub's own
+# weights of another layout, which would be loaded beside the published ones or in their place
+_STALE = ("model*.safetensors", "model.safetensors.index.json", "layers.safetensors")
+
+
+@dataclass(frozen=True)
+class Local:
+    """A file as it goes to the Hub. source: where it is, or its content."""
+
+    path: str
+    source: Path | bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    def is_in(self, remote: RepoFile) -> bool:
+        """Whether the repository's file has the same content, by the hash that the Hub keeps: SHA-256 of large files, git's of others."""
+        if remote.size != self.size:
+            return False
+        return remote.lfs.sha256 == self._sha256() if remote.lfs is not None else remote.blob_id == self._git_sha1()
+
+    def _sha256(self) -> str:
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).hexdigest()
+        with self.source.open("rb") as file:
+            return sha_fileobj(file).hex()
+
+    def _git_sha1(self) -> str:
+        return git_hash(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
+
+
+def to_publish(folder: Path, repo_id: str) -> list[Local]:
+    """The files of a checkpoint's folder that are published, by path: all but hidden ones and what is of this machine only.
+
+    The card is published with the repository's name in its examples; the folder's own is left as it is.
+    """
+    found = []
+    for file in sorted(folder.rglob("*")):
+        path = file.relative_to(folder)
+        if not file.is_file() or path.name == LOCAL or any(part.startswith(".") for part in path.parts):
+            continue
+        source: Path | bytes = file
+        if path.as_posix() == CARD:
+            source = file.read_bytes().replace(REPOSITORY.encode(), repo_id.encode())
+        found.append(Local(path.as_posix(), source))
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a push does to a repository. Each by path, with sizes in bytes."""
+
+    added: dict[str, int]
+    changed: dict[str, int]
+    removed: dict[str, int]
+    left: dict[str, int]  # in the repository only, and not touched
+    same: dict[str, int]
+
+    @property
+    def none(self) -> bool:
+        return not (self.added or self.changed or self.removed)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: dict(getattr(self, name)) for name in ("added", "changed", "removed", "left", "same")}
+
+
+def compare(local: list[Local], remote: Mapping[str, RepoFile], replace: bool) -> Difference:
+    """replace: whether what only the repository has is removed; without it, only weights that would be loaded in place of these are."""
+    ours = {file.path: file for file in local}
+    same = {path: file.size for path, file in ours.items() if path in remote and file.is_in(remote[path])}
+    only_there = {path: file.size for path, file in remote.items() if path not in ours and path != ATTRIBUTES}
+    removed = {path: size for path, size in only_there.items() if replace or any(fnmatch(path, name) for name in _STALE)}
+    return Difference(
+        {path: file.size for path, file in ours.items() if path not in remote},
+        {path: file.size for path, file in ours.items() if path in remote and path not in same},
+        removed,
+        {path: size for path, size in only_there.items() if path not in removed},
+        same,
+    )

@@ -1,0 +1,111 @@
+"""`pull`: a checkpoint from the Hub into a folder, whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
+
+from mxd_convert.checkpoint import DELTA
+from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.hub.client import check_name, client, explained, patiently
+from mxd_convert.hub.content import ATTRIBUTES, Local
+from mxd_convert.hub.repository import files_of
+
+MARK = ".pulling"  # in an unfinished folder: the repository that it comes from
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What was downloaded. files: bytes, by path. already_there: the folder held all of it before."""
+
+    output: Path
+    repo_id: str
+    commit: str
+    files: dict[str, int]
+    already_there: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "output": str(self.output)}
+
+
+def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
+    """Downloads a checkpoint with MxD layers, or goes on with a download that was cut off; each file is held against the Hub's hash of it.
+
+    Everything arrives in `<output>.partial`, which gets its name when it is whole. Nothing that arrives is run. Raises InputError where there is
+    no such repository, it holds no checkpoint with MxD layers, a file is not what the Hub says it is, or `output` holds something else.
+    """
+    check_name(repo_id)
+    folder = Path(output).expanduser().absolute()
+    partial = folder.with_name(f"{folder.name}.partial")
+    api = client()
+    with explained(repo_id, "downloading", revision), disk_guard(folder):
+        commit = str(patiently(lambda: api.model_info(repo_id, revision=revision)).sha)
+        files = {path: file for path, file in files_of(api, repo_id, commit).items() if path != ATTRIBUTES}
+        sizes = {path: file.size for path, file in files.items()}
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            if wrong_files(folder, files):
+                raise InputError(f"{output}: is there and holds something else; choose another folder")
+            return Pull(folder, repo_id, commit, sizes, True)
+        _claim(partial, repo_id)
+        _check_kind(api, repo_id, commit, files, partial)
+        _check_room(partial, files)
+        patiently(
+            lambda: api.snapshot_download(repo_id, revision=commit, local_dir=partial, ignore_patterns=[ATTRIBUTES]),
+        )
+        if wrong := wrong_files(partial, files):
+            for path in wrong:
+                (partial / path).unlink(missing_ok=True)
+            raise InputError(
+                f"{repo_id}: {wrong[0]} arrived with another hash than the Hub has of it, and was thrown away; give the same command again"
+            )
+        shutil.rmtree(partial / ".cache", ignore_errors=True)
+        (partial / MARK).unlink()
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    return Pull(folder, repo_id, commit, sizes, False)
+
+
+def wrong_files(folder: Path, files: Mapping[str, RepoFile]) -> list[str]:
+    """The files that a folder lacks or holds with another content than the repository."""
+    here = {path: Local(path, folder / path) for path in files if (folder / path).is_file()}
+    return sorted(path for path, file in files.items() if path not in here or not here[path].is_in(file))
+
+
+def _claim(partial: Path, repo_id: str) -> None:
+    mark = partial / MARK
+    if partial.exists() and not (mark.is_file() and mark.read_text() == repo_id):
+        raise InputError(
+            f"{partial}: is in the way, and is no unfinished download of {repo_id}; move it away, or choose another folder"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    mark.write_text(repo_id)
+
+
+def _check_kind(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoFile], partial: Path) -> None:
+    """Before gigabytes are downloaded: whether it is a checkpoint of ours."""
+    found: Any = None
+    if DELTA in files:
+        return
+    if "config.json" in files:
+        path = patiently(lambda: api.hf_hub_download(repo_id, "config.json", revision=commit, local_dir=partial))
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError):
+            found = None
+    if not str(found).startswith("mxd_"):
+        shutil.rmtree(partial)
+        what = f"a {found} model" if found else "no readable config.json"
+        raise InputError(f"{repo_id}: holds {what}, not a checkpoint with MxD layers; `mxd-convert list` shows those")
+
+
+def _check_room(partial: Path, files: Mapping[str, RepoFile]) -> None:
+    need = sum(file.size for path, file in files.items() if not (partial / path).is_file())
+    free = shutil.disk_usage(partial).free
+    if need > free:
+        raise InputError(f"{partial}: {need / 2**20:,.0f} MiB are left to download and {free / 2**20:,.0f} are free; free some")

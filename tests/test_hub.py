@@ -1,0 +1,220 @@
+"""Publishing and downloading, by the real client, to and from a real server on loopback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import small_recipe
+from hub_server import Hub
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+LOGITS = """
+import sys
+import torch
+{imports}
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+name, out = sys.argv[1:]
+model = {load}
+ids = torch.arange(1, 13).reshape(1, -1)
+save_file({{"logits": model(input_ids=ids).logits.detach()}}, out)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def published(folder: Path, repo_id: str) -> dict[str, bytes]:
+    """What of a folder should be on the Hub."""
+    files = {path: content for path, content in contents(folder).items() if path != "mxd_local.json"}
+    return {**files, "README.md": files["README.md"].replace(b"THIS_REPOSITORY", repo_id.encode())}
+
+
+def on_hub(hub: Hub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+    return {path: content for path, content in hub.files(repo_id, revision).items() if path != ".gitattributes"}
+
+
+def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, converted, tmp_path):
+    folder = converted["llama"]
+    before = contents(folder)
+    done = program("push", folder, "there-and-back", "--message", "first")
+    assert done.status == 0, done.err
+    assert done.out.strip() == f"{hub.url}/alice/there-and-back"
+    assert "a new repository" in done.err
+    assert "model.safetensors" in done.err
+    assert on_hub(hub, "alice/there-and-back") == published(folder, "alice/there-and-back")
+    assert hub.repos["alice/there-and-back"].refs["main"][-1].title == "first"
+    assert contents(folder) == before
+
+    asked = len(hub.requests)
+    again = program("push", folder, "alice/there-and-back")
+    assert again.status == 0
+    assert "holds all of it already" in again.err
+    assert {request.method for request in hub.requests[asked:]} <= {"GET", "HEAD"}
+
+    pulled = program("pull", "alice/there-and-back", tmp_path / "pulled", token=None)
+    assert pulled.status == 0, pulled.err
+    assert contents(tmp_path / "pulled") == on_hub(hub, "alice/there-and-back")
+    assert "is there already" in program("pull", "alice/there-and-back", tmp_path / "pulled").err
+    assert program("verify", tmp_path / "pulled", environment={"HF_HUB_OFFLINE": "1"}).status == 0
+
+
+def logits_of(clients, name, out, load, imports=""):
+    script = out.with_suffix(".py")
+    script.write_text(LOGITS.format(load=load, imports=imports))
+    done = clients.run("python", script, name, out, token=None)
+    assert done.status == 0, done.err
+    return load_file(out)["logits"]
+
+
+def test_from_pretrained_takes_a_repository(hub, program, clients, converted, tmp_path):
+    folder = converted["gpt2"]
+    assert program("push", folder, "alice/straight").status == 0
+    ours = logits_of(clients, folder, tmp_path / "a", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert")
+    theirs = logits_of(
+        clients, "alice/straight", tmp_path / "b", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert"
+    )
+    assert ours.equal(theirs)
+    loaded = logits_of(clients, "alice/straight", tmp_path / "c", "mxd_convert.load(name)", "import mxd_convert")
+    assert ours.equal(loaded)
+    # without the package: a process that can't import it
+    script = tmp_path / "without.py"
+    blocked = "sys.modules['mxd_convert'] = None"
+    script.write_text(LOGITS.format(load="AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)", imports=blocked))
+    environment = {**os.environ, **clients.environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run(
+        [sys.executable, "-I", script, "alice/straight", tmp_path / "d"], env=environment, check=True, capture_output=True
+    )
+    assert torch.allclose(ours, load_file(tmp_path / "d")["logits"], atol=1e-5)
+
+
+def test_list_shows_what_cards_say(hub, program, converted):
+    for family in ("llama", "gpt2"):
+        assert program("push", converted[family], f"alice/listed-{family}").status == 0
+    hub.put("bob/other", {"README.md": b"---\ntags: [something]\n---\n", "config.json": b"{}"})
+    hub.put("bob/strange", {"README.md": b"---\ntags: [mxd-convert]\nmxd: 3\n---\n"})
+    found = {one["repo_id"]: one for one in json.loads(program("list", "--json", token=None).out)["checkpoints"]}
+    assert "bob/other" not in found
+    assert found["bob/strange"]["rise"] is None
+    report = json.loads((converted["llama"] / "mxd_report.json").read_text())
+    one = found["alice/listed-llama"]
+    assert (one["base"], one["layers"], one["k"], one["verdict"]) == ("tiny-llama", [0, 2], 4, report["reliance"]["verdict"])
+    assert one["rise"] == pytest.approx(report["fidelity"]["delta_ce"], abs=1e-4)
+    only = json.loads(program("list", "--base", "tiny-gpt2", "--json").out)["checkpoints"]
+    assert {one["base"] for one in only} == {"tiny-gpt2"}
+    table = program("list", "--author", "alice").out
+    assert "alice/listed-gpt2" in table
+    assert "bob/" not in table
+
+
+def test_a_dry_run_publishes_nothing(hub, program, converted):
+    asked = len(hub.requests)
+    done = program("push", converted["llama"], "alice/dry", "--dry-run", token=None)
+    assert done.status == 0, done.err
+    assert "--dry-run" in done.err
+    for line in ("added", "model.safetensors", "README.md"):
+        assert line in done.err
+    assert "alice/dry" not in hub.repos
+    assert {request.method for request in hub.requests[asked:]} == {"GET"}
+
+
+def test_what_would_change_is_shown_and_what_is_there_besides_is_left(hub, program, converted, tmp_path):
+    folder, name = shutil.copytree(converted["llama"], tmp_path / "copy"), "alice/changes"
+    assert program("push", folder, name, verified=False).status == 0
+    theirs = {"notes.md": b"mine", "model-00001-of-00002.safetensors": b"stale", "onnx/model.onnx": b"graph"}
+    hub.put(name, {**hub.files(name), **theirs})
+    (folder / "training_log.jsonl").write_text("another\n")
+    (folder / "mxd_labels.json").write_text("[]\n")
+    done = json.loads(program("push", folder, name, "--json", verified=False).out)
+    assert list(done["changed"]) == ["training_log.jsonl"]
+    assert list(done["added"]) == ["mxd_labels.json"]
+    assert list(done["removed"]) == ["model-00001-of-00002.safetensors"]  # would be loaded in place of ours
+    assert sorted(done["left"]) == ["notes.md", "onnx/model.onnx"]
+    assert done["commit"] == hub.repos[name].refs["main"][-1].oid
+    del theirs["model-00001-of-00002.safetensors"]
+    assert on_hub(hub, name) == {**published(folder, name), **theirs}
+
+
+def test_branches_pull_requests_and_private_repositories(hub, program, converted, tmp_path):
+    folder, name = converted["llama"], "alice/more"
+    assert program("push", folder, name, "--private", "--revision", "v2", verified=False).status == 0
+    assert hub.repos[name].private
+    assert on_hub(hub, name) == {}
+    assert on_hub(hub, name, "v2") == published(folder, name)
+    assert program("pull", name, tmp_path / "pulled", "--revision", "v2").status == 0
+    done = program("push", folder, name, "--create-pr", verified=False)
+    assert done.out.strip() == f"{hub.url}/{name}/discussions/1"
+    assert on_hub(hub, name) == {}
+    assert on_hub(hub, name, "refs/pr/1") == published(folder, name)
+    refused = program("push", folder, name, "--create-pr", "--revision", "v2")
+    assert refused.status == 2
+    assert "a pull request goes to main" in refused.err
+    hub.put("bob/open", {**published(folder, "bob/open"), "recipe.yaml": b"older"})
+    assert program("push", folder, "bob/open", "--create-pr", verified=False).status == 0  # to what is another's
+    assert on_hub(hub, "bob/open", "refs/pr/1") == published(folder, "bob/open")
+
+
+def test_a_checkpoint_that_fails_verification_is_not_published(hub, program, converted, tmp_path):
+    folder = shutil.copytree(converted["llama"], tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    done = program("push", folder, "alice/broken")
+    assert done.status == 2
+    assert "nothing was published" in done.err
+    assert "alice/broken" not in hub.repos
+
+
+def test_a_recipe_may_publish_its_result(hub, program, models, text, tmp_path):
+    recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[0])
+    recipe["output"]["push_to"] = "from-a-recipe"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    refused = program("run", path, token="hf_wrong")
+    assert (refused.status, (tmp_path / "out.partial").exists()) == (2, False)  # before any work
+    hub.fail("POST", "/commit/", 403)
+    halfway = program("run", path)
+    assert halfway.status == 2
+    assert f"mxd-convert push {tmp_path / 'out'} from-a-recipe" in halfway.err
+    assert (tmp_path / "out" / "mxd_report.json").is_file()
+    done = json.loads(program("run", path, "--json").out)
+    assert done["already_finished"]
+    assert done["url"] == f"{hub.url}/alice/from-a-recipe"
+    assert on_hub(hub, "alice/from-a-recipe") == published(tmp_path / "out", "alice/from-a-recipe")
+
+
+def test_a_base_on_the_hub_is_named_by_id_commit_and_licence(hub, program, models, text, tmp_path):
+    files = {path.name: path.read_bytes() for path in models["gpt2"].iterdir()}
+    card = b"---\nlicense: mit\nlanguage: en\n---\n# a base\n"
+    commit = hub.put("bob/base", {**files, "README.md": card}).refs["main"][-1].oid
+    recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[0])
+    recipe["base"]["model"] = "bob/base"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert program("run", path).status == 0
+    report = json.loads((tmp_path / "out" / "mxd_report.json").read_text())
+    assert report["base"] | {"sha256": ""} == {
+        "model": "bob/base",
+        "revision": commit,
+        "sha256": "",
+        "license": "mit",
+        "language": "en",
+    }
+    found = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (found.data.base_model, found.data.base_model_relation, found.data.license) == ("bob/base", "finetune", "mit")
+    assert f"commit `{commit}`" in found.text
+    assert program("push", tmp_path / "out", "alice/of-bobs").status == 0  # verified against the base from the Hub
+    assert json.loads(program("list", "--base", "base", "--json").out)["checkpoints"][0]["repo_id"] == "alice/of-bobs"
+    assert program("verify", tmp_path / "out", "--provenance").status == 0
+    delta = program("delta", tmp_path / "out", tmp_path / "delta")
+    assert delta.status == 0, delta.err
+    assert program("apply", tmp_path / "delta", tmp_path / "again").status == 0
+    assert contents(tmp_path / "again").items() >= published(tmp_path / "out", "THIS_REPOSITORY").items()

@@ -1,0 +1,221 @@
+"""Publishing and downloading when something goes wrong: a clear line or a successful retry, and never half a repository."""
+
+import os
+import signal
+
+import pytest
+from conftest import TOKEN
+from hub_client import Work
+from safetensors.torch import load_file
+from test_hub import contents, on_hub, published
+
+from mxd_convert import load_checkpoint
+
+ONCE_AND_FINE = [
+    ("GET", "/api/whoami"),
+    ("GET", "/api/models/"),
+    ("POST", "/api/repos/create"),
+    ("POST", "/api/validate-yaml"),
+    ("POST", "/preupload/"),
+    ("POST", "/objects/batch"),
+    ("PUT", "/[0-9a-f]{64}"),
+    ("POST", "/commit/"),
+    ("GET", "/tree/"),
+]
+
+
+@pytest.fixture
+def folder(converted):
+    return converted["gpt2"]
+
+
+def kill_at(hub, process, number):
+    """The process is killed when it makes its request of that number."""
+    first, pid = len(hub.requests), process.pid
+
+    def watch(request):
+        if request.number - first == number:
+            os.kill(pid, signal.SIGKILL)
+
+    hub.watch = watch
+
+
+def whole_or_nothing(hub, name, folder):
+    """Whether the repository holds everything; fails where it holds a part."""
+    found = on_hub(hub, name) if name in hub.repos else {}
+    assert not found or found == published(folder, name)
+    return bool(found)
+
+
+@pytest.mark.parametrize("fault", [429, 500, "drop"])
+def test_what_goes_wrong_once_is_tried_again(hub, program, folder, fault):
+    name = f"alice/once-{fault}"
+    for method, path in ONCE_AND_FINE:
+        hub.fail(method, path, fault, **({"Retry_After": "1"} if fault == 429 else {}))
+    done = program("push", folder, name, verified=False)
+    assert not any(one.times for one in hub.faults), "a request that was to fail was never made"
+    assert done.status == 0, done.err
+    assert whole_or_nothing(hub, name, folder)
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path", "words"),
+    [
+        (401, "GET", "/api/whoami", ("does not accept your token", "hf auth login")),
+        (403, "POST", "/api/repos/create", ("your token does not allow publishing",)),
+        (403, "POST", "/commit/", ("your token does not allow publishing",)),
+        (409, "POST", "/commit/", ("changed by someone else at the same time", "same command again")),
+        (429, "POST", "/commit/", ("too many requests", "in 300 s")),
+        (500, "POST", "/commit/", ("the Hub is in trouble (status 500)", "same command again")),
+        ("drop", "POST", "/api/validate-yaml", ("can't be reached", "same command again")),
+    ],
+)
+def test_what_stays_wrong_is_a_line_and_the_next_push_goes_on(hub, program, program_refused, folder, status, method, path, words):
+    name = f"alice/wrong-{status}-{path.strip('/').replace('/', '-')}"
+    hub.fail(method, path, status, times=100, **({"Retry_After": "300"} if status == 429 else {}))
+    program_refused("push", folder, name, words=(name, *words), verified=False)
+    assert not whole_or_nothing(hub, name, folder)
+    hub.faults.clear()
+    asked = len(hub.requests)
+    assert program("push", folder, name, verified=False).status == 0
+    assert whole_or_nothing(hub, name, folder)
+    if path == "/commit/":  # everything had arrived but the commit
+        assert not [request for request in hub.requests[asked:] if request.method == "PUT"]
+
+
+def test_what_a_push_may_not_do(hub, program_refused, folder, converted):
+    program_refused("push", folder, "bob/his", words=("bob/his", "does not allow publishing"), verified=False)
+    assert "bob/his" not in hub.repos
+    program_refused("push", folder, "alice/x", words=("needs a token", "hf auth login"), token=None)
+    program_refused("push", folder, "alice/x", words=("does not accept your token",), token="hf_wrong")
+    program_refused("push", folder, "not a name", words=("not a repository's name",))
+    program_refused("push", folder, "alice/x", words=("HF_HUB_OFFLINE is set",), offline=True)
+    program_refused("push", folder / "nowhere", "alice/x", words=("no such folder",))
+    assert "alice/x" not in hub.repos
+
+
+def test_a_repository_that_holds_something_else_is_left_alone(hub, program, program_refused, folder, converted):
+    hub.put("alice/mine", {"config.json": b'{"model_type": "llama"}', "notes.txt": b"mine"})
+    hub.put("alice/notes", {"thesis.tex": b"mine"})
+    assert program("push", converted["llama"], "alice/other-base", verified=False).status == 0
+    for name, words in (
+        ("alice/mine", "a model of type llama"),
+        ("alice/notes", "thesis.tex"),
+        ("alice/other-base", "a conversion of another base"),
+    ):
+        before = hub.files(name)
+        program_refused("push", folder, name, words=(name, "holds something else", words, "--replace"))
+        assert hub.files(name) == before
+    assert program("push", folder, "alice/mine", "--replace", verified=False).status == 0
+    assert on_hub(hub, "alice/mine") == published(folder, "alice/mine")
+    hub.put("alice/open", {})
+    program_refused("push", folder, "alice/open", "--private", words=("--private", "public"))
+
+
+def test_a_change_by_someone_else_in_between_is_not_overwritten(hub, program, program_refused, folder):
+    assert program("push", folder, "alice/shared", verified=False).status == 0
+    hub.put("alice/shared", {**hub.files("alice/shared"), "recipe.yaml": b"older"})
+    theirs = {**hub.files("alice/shared"), "recipe.yaml": b"changed: by someone else"}
+
+    def interfere(request):
+        if "/preupload/" in request.path:
+            hub.watch = lambda request: None
+            hub.put("alice/shared", theirs)
+
+    hub.watch = interfere
+    program_refused("push", folder, "alice/shared", words=("changed by someone else",), verified=False)
+    assert hub.files("alice/shared") == theirs
+    assert program("push", folder, "alice/shared", verified=False).status == 0
+    assert on_hub(hub, "alice/shared") == published(folder, "alice/shared")
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, program, folder):
+    def lose(request):
+        if request.method == "POST" and "/commit/" in request.path:
+            hub.watch = lambda request: None
+            hub.deaf = True
+
+    hub.watch = lose
+    assert program("push", folder, "alice/lost", verified=False).status == 0
+    assert len(hub.repos["alice/lost"].refs["main"]) == 2  # the Hub's first and ours
+    assert on_hub(hub, "alice/lost") == published(folder, "alice/lost")
+
+
+def test_a_push_killed_at_every_tenth_request_goes_on(hub, clients, program, folder, tmp_path):
+    sharded = tmp_path / "sharded"
+    model = load_checkpoint(folder)
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) >= 10
+    runs, first = 0, len(hub.requests)
+    for _ in range(40):
+        process, place = clients.start(Work(["push", str(sharded), "alice/killed"], verified=False), TOKEN)
+        kill_at(hub, process, 10)
+        done = clients.wait(process, place)
+        runs += 1
+        if done.status == 0:
+            break
+        assert done.status is None, done.err
+        found = on_hub(hub, "alice/killed") if "alice/killed" in hub.repos else {}
+        assert found in ({}, contents(sharded))
+    assert runs >= 3, "it was hardly ever cut off"
+    assert on_hub(hub, "alice/killed") == contents(sharded)
+    sent = [request.path for request in hub.requests[first:] if request.method == "PUT"]
+    assert len(sent) <= len(set(sent)) + 5 * runs  # what has arrived is not sent again; five are under way at a time
+
+
+def test_downloads_that_are_cut_off_go_on(hub, clients, program, folder, tmp_path):
+    assert program("push", folder, "alice/downloads", verified=False).status == 0
+    for at in (4, 12):
+        process, place = clients.start(Work(["pull", "alice/downloads", str(tmp_path / "pulled")]), TOKEN)
+        kill_at(hub, process, at)
+        assert clients.wait(process, place).status is None
+        assert not (tmp_path / "pulled").exists()
+    hub.watch = lambda request: None
+    assert program("pull", "alice/downloads", tmp_path / "pulled").status == 0
+    assert contents(tmp_path / "pulled") == on_hub(hub, "alice/downloads")
+    assert not (tmp_path / "pulled.partial").exists()
+
+
+@pytest.mark.parametrize("fault", [429, 503, "drop"])
+def test_a_download_that_fails_once_is_tried_again(hub, program, folder, tmp_path, fault):
+    name = f"alice/again-{fault}"
+    assert program("push", folder, name, verified=False).status == 0
+    for method, path in (("GET", f"/api/models/{name}"), ("GET", "/tree/"), ("HEAD", "/resolve/"), ("GET", "/[0-9a-f]{64}")):
+        hub.fail(method, path, fault, **({"Retry_After": "1"} if fault == 429 else {}))
+    done = program("pull", name, tmp_path / "pulled")
+    assert done.status == 0, done.err
+    assert contents(tmp_path / "pulled") == on_hub(hub, name)
+
+
+def test_what_a_pull_refuses(hub, program, program_refused, folder, tmp_path):
+    hub.put("bob/llama", {"config.json": b'{"model_type": "llama"}'})
+    hub.put("bob/hidden", {"config.json": b"{}"}, private=True)
+    program_refused("pull", "bob/llama", tmp_path / "a", words=("bob/llama: holds a llama model", "mxd-convert list"))
+    program_refused("pull", "bob/hidden", tmp_path / "a", words=("no such repository", "your token may not read it"))
+    program_refused("pull", "bob/nothing", tmp_path / "a", words=("no such repository", "hf auth login"), token=None)
+    assert program("push", folder, "alice/pulls", verified=False).status == 0
+    program_refused("pull", "alice/pulls", tmp_path / "a", "--revision", "v9", words=("--revision v9", "no such branch"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    program_refused("pull", "alice/pulls", tmp_path / "mine", words=("holds something else",))
+    assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
+    program_refused("pull", "alice/pulls", tmp_path / "b", words=("no space left on the disk",), largest_file=20_000)
+    assert not (tmp_path / "b").exists()
+    assert program("pull", "alice/pulls", tmp_path / "b").status == 0
+    assert load_file(tmp_path / "b" / "model.safetensors").keys()
+
+
+def test_a_file_with_another_hash_is_thrown_away(hub, program, program_refused, folder, tmp_path):
+    assert program("push", folder, "alice/hashes", verified=False).status == 0
+    blob = hub.repos["alice/hashes"].refs["main"][-1].files["model.safetensors"]
+    kept = hub.storage[blob.sha256]
+    hub.storage[blob.sha256] = kept[:-1] + bytes([kept[-1] ^ 1])  # the same length, one bit
+    try:
+        program_refused(
+            "pull", "alice/hashes", tmp_path / "a", words=("model.safetensors arrived with another hash", "same command again")
+        )
+    finally:
+        hub.storage[blob.sha256] = kept
+    assert not (tmp_path / "a").exists()
+    assert program("pull", "alice/hashes", tmp_path / "a").status == 0
+    assert contents(tmp_path / "a") == on_hub(hub, "alice/hashes")
