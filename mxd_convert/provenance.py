@@ -23,9 +23,8 @@ from mxd_convert.checkpoint import (
 from mxd_convert.data import prepare
 from mxd_convert.errors import InputError
 from mxd_convert.labels import LABELS
-from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.recipe import Data, Recipe
-from mxd_convert.verification import Check, Verification
+from mxd_convert.verification import Check, Verification, foreign_code
 
 _WITHOUT_HASH = ("README.md", REPORT, LOCAL, LABELS)  # the report itself, the card, which is made of it, and what people add
 
@@ -67,17 +66,10 @@ def _files(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
         not wrong,
         f"{wrong[0]} differs or is missing" + (f", and {len(wrong) - 1} more" if wrong[1:] else "") if wrong else "",
     )
-    other = [
-        file.name
-        for file in (Path(configuration_mxd.__file__), Path(modeling_mxd.__file__))
-        if not (folder / file.name).is_file() or (folder / file.name).read_bytes() != file.read_bytes()
-    ]
+    other = foreign_code(folder)
     version = report.get("versions", {}).get("mxd-convert", "unknown")
-    yield Check(
-        "its code is this package's own",
-        None if other else True,
-        f"{other[0]} differs; it was made by version {version}" if other else "",
-    )
+    why = f"{other[0]} is another; it was made by version {version}" if other else ""
+    yield Check("its code is this package's own", None if other else True, why)
 
 
 def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:

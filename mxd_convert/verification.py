@@ -21,6 +21,7 @@ from mxd_convert.checkpoint import (
     same_outside_layers,
 )
 from mxd_convert.errors import InputError
+from mxd_convert.modeling import configuration_mxd, modeling_mxd
 
 TOLERANCE = 1e-5
 PLACES = {False: "with the package", True: "without it, trust_remote_code=True"}
@@ -48,11 +49,11 @@ class Verification:
         return {"checkpoint": self.checkpoint.name, "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
-def verify(checkpoint: str | Path, base: str | None = None) -> Verification:
+def verify(checkpoint: str | Path, base: str | None = None, trust_remote_code: bool = False) -> Verification:
     """Checks a converted checkpoint: whole files; loading, generation, saving, sharding, tied weights, bfloat16 and gradient checkpointing
     in fresh processes with and without this package; tensors outside the layers and logits after reverting against the base model.
 
-    Without the package the checkpoint's own code is run (trust_remote_code=True): only for folders that you trust.
+    Without the package the checkpoint's own code is run: where it is this package's own, to the byte, or with trust_remote_code.
     base: the base model, where not the recorded one. What needs a base that is not at hand is reported as not checked.
     Raises InputError where `checkpoint` is no converted checkpoint at all or `base` is not its base.
     """
@@ -67,7 +68,21 @@ def verify(checkpoint: str | Path, base: str | None = None) -> Verification:
         return Verification(folder, [Check(whole, False, str(error))])
     ids = _token_ids(config)
     against_base = _against_base(folder, converted, base, ids)  # first, for a wrong --base should not take long to be told
-    return Verification(folder, [Check(whole, True), *_in_fresh_processes(folder, ids), *against_base])
+    foreign = [] if trust_remote_code else foreign_code(folder)
+    checks = _in_fresh_processes(folder, ids, with_own_code=not foreign)
+    if foreign:
+        why = f"{foreign[0]} is not this package's own, and was not run; read it, and give --trust-remote-code"
+        checks.append(Check(f"runs in a fresh process ({PLACES[True]})", None, why))
+    return Verification(folder, [Check(whole, True), *checks, *against_base])
+
+
+def foreign_code(folder: Path) -> list[str]:
+    """The files of Python in a checkpoint that are not, to the byte, those that this package writes there; and those that are missing."""
+    paths = [Path(str(module.__file__)) for module in (configuration_mxd, modeling_mxd)]
+    ours = {path.name: path for path in paths}
+    theirs = {file.name for file in folder.glob("*.py")}
+    changed = [name for name in ours.keys() & theirs if (folder / name).read_bytes() != ours[name].read_bytes()]
+    return sorted([*changed, *(ours.keys() ^ theirs)])
 
 
 def _token_ids(config: Any) -> list[list[int]]:
@@ -77,9 +92,11 @@ def _token_ids(config: Any) -> list[list[int]]:
     return torch.randint(0, config.get_text_config().vocab_size, (2, length), generator=generator).tolist()
 
 
-def _in_fresh_processes(folder: Path, ids: list[list[int]]) -> list[Check]:
+def _in_fresh_processes(folder: Path, ids: list[list[int]], with_own_code: bool) -> list[Check]:
     checks, logits = [], {}
     for blocked, place in PLACES.items():
+        if blocked and not with_own_code:
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.safetensors"))
             content = {

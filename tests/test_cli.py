@@ -131,6 +131,10 @@ def test_verify_finds_what_is_wrong(mxd, copy, models):
     assert "FAILED      tensors outside the layers are the base's, bit for bit: model.layers.1.mlp.up_proj.weight differs" in out
     (copy / "modeling_mxd.py").write_text("raise RuntimeError('broken')\n")
     status, out, _ = mxd("verify", copy)
+    assert "not checked runs in a fresh process (without it" in out
+    assert "modeling_mxd.py is not this package's own, and was not run" in out
+    assert "FAILED      loads (without" not in out
+    status, out, _ = mxd("verify", copy, "--trust-remote-code")
     assert status == 1
     assert "FAILED      loads (without it, trust_remote_code=True): RuntimeError: broken" in out
 

@@ -219,3 +219,14 @@ def test_a_file_with_another_hash_is_thrown_away(hub, program, program_refused, 
     assert not (tmp_path / "a").exists()
     assert program("pull", "alice/hashes", tmp_path / "a").status == 0
     assert contents(tmp_path / "a") == on_hub(hub, "alice/hashes")
+
+
+def test_the_token_is_in_no_traceback(hub, program, clients, folder):
+    hub.fail("POST", "/api/repos/create", 403)
+    hub.fail("PUT", "/[0-9a-f]{64}", 400)
+    for last in ("HfHubHTTPError", "RuntimeError"):
+        done = clients.run("--debug", "push", folder, "alice/traced", token=TOKEN, verified=False)
+        assert "Traceback" in done.err
+        assert last in done.err
+        assert TOKEN not in done.err + done.out
+        assert done.status == 2

@@ -199,13 +199,17 @@ def verify(
             help="Instead: recompute what its report says of files, recipe, base and texts, as far as they are at hand.",
         ),
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the checkpoint's own code though it is not, to the byte, this package's."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove in fresh processes, with and without this package, that a checkpoint is whole and behaves as an ordinary one.
-
-    Without the package it runs the code in the checkpoint's own folder: read that first where you don't trust its source.
-    """
-    found = mxd_convert.verify_provenance(checkpoint, base) if provenance else mxd_convert.verify(checkpoint, base)
+    """Prove in fresh processes, with and without this package, that a checkpoint is whole and behaves as an ordinary one."""
+    if provenance:
+        found = mxd_convert.verify_provenance(checkpoint, base)
+    else:
+        found = mxd_convert.verify(checkpoint, base, trust_remote_code)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -97,7 +97,7 @@ def explained(repo_id: str, doing: str, revision: str | None = None) -> Iterator
         message = _explanation(error, repo_id, doing, revision)
         if message is None:
             raise
-        raise InputError(_without_token(message)) from None
+        raise InputError(_without_token(message)) from error
 
 
 def _explanation(error: Exception, repo_id: str, doing: str, revision: str | None) -> str | None:

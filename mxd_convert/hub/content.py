@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,16 @@ class Local:
         """Whether the repository's file has the same content, by the hash that the Hub keeps: SHA-256 of large files, git's of others."""
         if remote.size != self.size:
             return False
-        return remote.lfs.sha256 == self._sha256() if remote.lfs is not None else remote.blob_id == self._git_sha1()
+        return remote.lfs.sha256 == self._sha256 if remote.lfs is not None else remote.blob_id == self._git_sha1
 
+    @cached_property
     def _sha256(self) -> str:
         if isinstance(self.source, bytes):
             return hashlib.sha256(self.source).hexdigest()
         with self.source.open("rb") as file:
             return sha_fileobj(file).hex()
 
+    @cached_property
     def _git_sha1(self) -> str:
         return git_hash(self.source if isinstance(self.source, bytes) else self.source.read_bytes())
 
