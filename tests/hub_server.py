@@ -23,6 +23,7 @@ class Request:
     method: str
     path: str
     body: bytes
+    range: str | None = None
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Fault:
     """What goes wrong with the next `times` requests of which `where` is true, once `skip` of them have gone well."""
 
     where: Callable[[Request], bool]
-    status: int | str  # "drop": the connection is closed without an answer
+    status: int | str  # "drop": the connection is closed without an answer; "cut": after half of it
     headers: dict[str, str] = field(default_factory=dict)
     message: str = "a fault that the test asked for"
     times: int = 1
@@ -104,7 +105,7 @@ def _handler(hub: Hub, routes: type[Routes]) -> type[BaseHTTPRequestHandler]:
         def _serve(self) -> None:
             body = self._body()
             with hub.lock:
-                request = Request(len(hub.requests) + 1, self.command, self.path, body)
+                request = Request(len(hub.requests) + 1, self.command, self.path, body, self.headers.get("Range"))
                 hub.requests.append(request)
                 hub.watch(request)
                 fault = self._fault(request)
@@ -112,7 +113,7 @@ def _handler(hub: Hub, routes: type[Routes]) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             try:
-                if fault is not None:
+                if fault is not None and fault.status != "cut":
                     raise Problem(int(fault.status), fault.message, None, **fault.headers)
                 with hub.lock:
                     status, headers, content = routes(hub, self, body).answer()
@@ -127,7 +128,9 @@ def _handler(hub: Hub, routes: type[Routes]) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(content)
+                cut = fault is not None and fault.status == "cut"
+                self.wfile.write(content[: len(content) // 2] if cut else content)
+                self.close_connection = self.close_connection or cut
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

@@ -6,6 +6,7 @@ import signal
 import pytest
 from conftest import TOKEN
 from hub_client import Work
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from test_hub import contents, on_hub, published
 
@@ -185,6 +186,18 @@ def test_a_download_that_fails_once_is_tried_again(hub, program, folder, tmp_pat
     done = program("pull", name, tmp_path / "pulled")
     assert done.status == 0, done.err
     assert contents(tmp_path / "pulled") == on_hub(hub, name)
+
+
+def test_a_file_that_stops_half_way_goes_on_from_there(hub, program, tmp_path):
+    size = constants.DOWNLOAD_CHUNK_SIZE  # what the client has not whole it does not keep
+    made = hub.put("bob/large", {"config.json": b'{"model_type": "mxd_llama"}', "model.safetensors": os.urandom(3 * size)})
+    weights = made.refs["main"][-1].files["model.safetensors"].sha256
+    hub.fail("GET", weights, "cut")
+    first = len(hub.requests)
+    assert program("pull", "bob/large", tmp_path / "pulled").status == 0
+    asked = [request.range for request in hub.requests[first:] if request.method == "GET" and weights in request.path]
+    assert asked == [None, f"bytes={size}-"]
+    assert contents(tmp_path / "pulled") == on_hub(hub, "bob/large")
 
 
 def test_what_a_pull_refuses(hub, program, program_refused, folder, tmp_path):
