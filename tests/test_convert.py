@@ -36,7 +36,7 @@ def test_a_finished_folder_holds_what_the_contract_says(converted, family):
     assert config["mxd"]["format_version"] == 1
     assert set(config["mxd"]["layers"]) == {"0", "2"}
     report = json.loads((folder / "mxd_report.json").read_text())
-    assert set(report) == {"base", "recipe_sha256", "data", "fidelity", "reliance", "cost", "versions", "seeds"}
+    assert set(report) == {"base", "recipe_sha256", "data", "fidelity", "reliance", "cost", "versions", "seeds", "files"}
     assert set(report["base"]) == {"model", "revision", "sha256"}
     assert {"path", "fingerprint", "tokens", "repeats"} <= set(report["data"]["train"])
     assert set(report["cost"]) == {"resumed_at_steps", "train_seconds", "tokens_per_second", "peak_rss_bytes", "peak_gpu_bytes"}
@@ -147,6 +147,8 @@ def comparable(folder: Path) -> tuple[dict, list]:
     """Report and log without times, memory and what says that a run was resumed."""
     report = json.loads((folder / "mxd_report.json").read_text())
     del report["cost"]
+    for name in ("training_log.jsonl", "recipe.yaml"):  # they hold times, and the folder's name
+        assert len(report["files"].pop(name)) == 64
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return report, [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in log]
 
@@ -357,4 +359,4 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(models, text, tmp_path):
     assert report["base"]["revision"] == commit
     assert "base_model: someone/tiny" in (tmp_path / "out" / "README.md").read_text()
     local = json.loads((tmp_path / "out" / "mxd_local.json").read_text())
-    assert set(local) == {"recipe"}
+    assert set(local) == {"recipe", "data"}

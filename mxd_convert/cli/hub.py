@@ -48,6 +48,8 @@ def push(
         human.print("nothing was published: --dry-run", markup=False)
     elif done.commit is None:
         human.print("nothing to publish: the repository holds all of it already", markup=False)
+    else:
+        human.print(f"published, commit {done.commit}; the Hub's hashes are those of the files", markup=False)
     print(done.pull_request or done.url)
 
 
