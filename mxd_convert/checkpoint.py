@@ -18,6 +18,7 @@ from mxd_convert.recipe import Base
 
 LOCAL = "mxd_local.json"
 REPORT = "mxd_report.json"
+DASHBOARD = "dashboard"  # folder of one, where a run has written it
 DELTA = "mxd_delta.json"  # marks a folder as what a conversion changed, without the base's weights
 
 
@@ -134,6 +135,17 @@ def is_converted(folder: Path) -> bool:
         return '"mxd_' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
+
+
+def belonging(folder: Path) -> list[str]:
+    """The files that belong to a checkpoint, by path: all but hidden ones, what is of this machine only, and the dashboard, for people."""
+    paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in paths if belongs(path)]
+
+
+def belongs(path: str) -> bool:
+    parts = path.split("/")
+    return parts[-1] != LOCAL and parts[0] != DASHBOARD and not any(part.startswith(".") for part in parts)
 
 
 def file_sha256(path: Path) -> str:

@@ -4,10 +4,10 @@
 and hash, the hash of every file, and the headers of the weight files, so that they can be written again whatever wrote them first.
 """
 
+import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mxd_convert import surgery
-from mxd_convert.base import WEIGHTS_HELP, load_base, model_sha256, quiet, untied_tensors
+from mxd_convert.base import WEIGHTS_HELP, explained, load_base, model_sha256, quiet, untied_tensors
 from mxd_convert.checkpoint import (
     DELTA,
     LOCAL,
     REPORT,
+    belonging,
     check_new,
     chosen_base,
     file_sha256,
@@ -71,11 +72,12 @@ def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -
     theirs = untied_tensors(original_of(folder, converted, base))
     ours = untied_tensors(converted)
     own = {name: tensor.contiguous() for name, tensor in ours.items() if not _same(tensor, theirs.get(name))}
-    files = _files(folder)
+    files = belonging(folder)
     weights = weight_files(folder)
     content = {
         "format_version": FORMAT_VERSION,
         "base": recorded_base(config),
+        "layers": config.mxd["layers"],
         "weights": [{"path": file.name, "header": _header(file)} for file in weights],
         "files": {path: file_sha256(folder / path) for path in files},
     }
@@ -85,6 +87,7 @@ def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -
                 (work / FULL / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / path, work / FULL / path)
         save_file(own, work / LAYERS, metadata={"format": "pt"})
+        content["layers_sha256"] = file_sha256(work / LAYERS)
         (work / DELTA).write_text(json.dumps(content, indent=2) + "\n")
         if local := read_local(folder).get("base"):
             (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
@@ -97,13 +100,15 @@ def apply(delta: str | Path, output: str | Path, base: str | None = None) -> Pat
     folder, output = Path(delta), Path(output)
     check_new(output, folder)
     content = _read(folder)
-    tensors = _tensors(folder, content, base)
+    tensors = _merged(folder, content, untied_tensors(_base_model(folder, content, base)))
     with new_folder(output, folder) as work:
         shutil.copytree(folder / FULL, work, dirs_exist_ok=True)
         for entry in content["weights"]:
-            _write_weights(work / entry["path"], entry["header"], tensors)
+            (work / entry["path"]).parent.mkdir(parents=True, exist_ok=True)
+            with (work / entry["path"]).open("wb") as file:
+                file.writelines(_pieces(entry["header"], tensors))
         for path, digest in content["files"].items():
-            if not (work / path).is_file() or file_sha256(work / path) != digest:
+            if not _is(work / path, digest):
                 raise InputError(f"{folder}: damaged: {path} does not come out with the recorded hash; download it again")
         if local := read_local(folder).get("base"):
             (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
@@ -117,9 +122,9 @@ def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto")
     original = _base_model(folder, content, base)
     config = read_config(folder / FULL)
     stem = type(config).__name__.removeprefix("Mxd").removesuffix("Config")
-    names = {name for entry in content["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"}
-    tensors = _merged(folder, names, untied_tensors(original))
-    model = surgery.assemble(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, original)
+    tensors = _merged(folder, content, untied_tensors(original))
+    with explained("the delta", str(folder)):
+        model = surgery.assemble(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, original)
     if (folder / FULL / "generation_config.json").is_file():
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(folder / FULL)
@@ -127,21 +132,42 @@ def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto")
 
 
 def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
-    """Whether the full checkpoint comes out of it with the recorded hashes; not checked where its base is not at hand. Raises InputError."""
+    """Whether its files and the weights that come out of it have the recorded hashes; of weights not checked where the base is not at hand.
+
+    Raises InputError where it is no delta, or `base` not its base.
+    """
     folder = Path(delta)
-    content, name = _read(folder), "the full checkpoint comes out with the recorded hashes"
+    content = _read(folder)
+    weights = {entry["path"]: entry["header"] for entry in content["weights"]}
+    others = {path: digest for path, digest in content["files"].items() if path not in weights}
+    wrong = [path for path, digest in others.items() if not _is(folder / FULL / path, digest)]
+    checks = [
+        Check("the checkpoint's files have the recorded hashes", not wrong, f"{wrong[0]} differs or is missing" if wrong else "")
+    ]
+    name = "the checkpoint's weights come out with the recorded hashes"
     try:
-        _base_model(folder, content, base)
+        original = _base_model(folder, content, base)
     except InputError as error:
         if base is not None:
             raise
-        return Verification(folder, [Check(name, None, str(error))])
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            apply(folder, Path(scratch) / "full", base)
-        except InputError as error:
-            return Verification(folder, [Check(name, False, str(error))])
-    return Verification(folder, [Check(name, True)])
+        return Verification(folder, [*checks, Check(name, None, str(error))])
+    tensors = _merged(folder, content, untied_tensors(original))
+    for path, header in weights.items():
+        digest = hashlib.sha256()
+        for piece in _pieces(header, tensors):
+            digest.update(piece)
+        same = digest.hexdigest() == content["files"][path]
+        checks.append(Check(name, same, "" if same else f"{path} does not"))
+    return Verification(folder, checks)
+
+
+def measured_on_others(delta: Path) -> list[str]:
+    """Files of the checkpoint that are not those that its report's figures were measured on."""
+    content = _read(delta)
+    if not (delta / FULL / REPORT).is_file():
+        return []
+    recorded = json.loads((delta / FULL / REPORT).read_text(encoding="utf-8")).get("files") or {}
+    return [path for path, digest in recorded.items() if content["files"].get(path) != digest]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------------------
@@ -154,16 +180,27 @@ def _read(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` makes those")
     try:
         content: dict[str, Any] = json.loads((folder / DELTA).read_text(encoding="utf-8"))
-        version = content["format_version"]
-        assert isinstance(content["weights"], list)
-        assert all(_inside(path) for path in [*content["files"], *(entry["path"] for entry in content["weights"])])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        version = int(content["format_version"])
+        if version <= FORMAT_VERSION:
+            _check_form(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError):
         raise InputError(f"{folder}: its {DELTA} can't be read; download it again") from None
     if version > FORMAT_VERSION:
         raise InputError(
             f"{folder}: a delta of format {version}, and this mxd-convert knows {FORMAT_VERSION}; upgrade mxd-convert"
         )
     return content
+
+
+def _check_form(content: Mapping[str, Any]) -> None:
+    """Raises some error where it is not what `delta` writes: it may come from anywhere."""
+    assert isinstance(content["base"], dict)
+    assert isinstance(content["layers_sha256"], str)
+    for entry in content["weights"]:
+        assert entry["path"] in content["files"]
+        header = json.loads(entry["header"])
+        assert all(isinstance(header[name]["data_offsets"][1], int) for name in header if name != "__metadata__")
+    assert all(path and _inside(path) and isinstance(digest, str) for path, digest in content["files"].items())
 
 
 def _inside(path: str) -> bool:
@@ -182,22 +219,23 @@ def _base_model(folder: Path, content: Mapping[str, Any], base: str | None) -> A
     return original
 
 
-def _tensors(folder: Path, content: Mapping[str, Any], base: str | None) -> dict[str, Tensor]:
-    names = {name for entry in content["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"}
-    return _merged(folder, names, untied_tensors(_base_model(folder, content, base)))
-
-
-def _merged(folder: Path, names: set[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _merged(folder: Path, content: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's tensors, by name: its own, and for the others the base's."""
+    if not _is(folder / LAYERS, content["layers_sha256"]):
+        raise InputError(f"{folder / LAYERS}: missing, or {WEIGHTS_HELP}")
     try:
         with safe_open(folder / LAYERS, framework="pt") as stored:
             own = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder / LAYERS}: {WEIGHTS_HELP} ({error})") from None
-    merged = {name: own[name] if name in own else theirs.get(name) for name in names}
-    for name, tensor in merged.items():
-        if tensor is None:
-            raise InputError(f"{folder}: damaged: neither {LAYERS} nor the base has {name}; download it again")
-    return merged  # type: ignore[return-value]
+    names = {name for entry in content["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"}
+    for name in sorted(names - own.keys() - theirs.keys()):
+        raise InputError(f"{folder}: damaged: neither {LAYERS} nor the base has {name}; download it again")
+    return {name: own[name] if name in own else theirs[name] for name in names}
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and file_sha256(path) == digest
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------------
@@ -209,14 +247,13 @@ def _header(file: Path) -> str:
         return content.read(int.from_bytes(content.read(8), "little")).decode()
 
 
-def _write_weights(path: Path, header: str, tensors: Mapping[str, Tensor]) -> None:
+def _pieces(header: str, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """A weight file, from its head and its tensors in the order that the head gives."""
     entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        text = header.encode()
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, _ in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            file.write(_bytes(tensors[name]))
+    text = header.encode()
+    yield len(text).to_bytes(8, "little") + text
+    for name, _ in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        yield _bytes(tensors[name])
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -229,12 +266,6 @@ def _same(ours: Tensor, theirs: Tensor | None) -> bool:
         return False
     one, other = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (ours, theirs))
     return one.equal(other)
-
-
-def _files(folder: Path) -> list[str]:
-    """What belongs to a checkpoint: all but hidden files and what is of this machine only."""
-    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path.as_posix() for path in paths if path.name != LOCAL and not any(part.startswith(".") for part in path.parts)]
 
 
 def _size(folder: Path) -> int:

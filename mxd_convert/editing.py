@@ -81,7 +81,7 @@ def _write_report(
     recorded = recorded_base(model.config)
     report = {
         "base": before.get("base") or {key: recorded.get(key) for key in ("model", "revision", "sha256")},
-        **{key: before[key] for key in ("recipe_sha256", "data", "cost", "versions", "seeds") if key in before},
+        **{key: before[key] for key in ("recipe_sha256", "data", "cost", "versions", "seeds", "local") if key in before},
         "edits": model.config.mxd.get("edits", []),
         "steering": model.config.mxd.get("steering", []),
     }
@@ -115,8 +115,8 @@ def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
         raise InputError(f"{data['path']}: is the text that {folder} was evaluated on; its figures are in the report already")
     others = [other for other in report.get("elsewhere", []) if other["data"]["fingerprint"] != data["fingerprint"]]
     report["elsewhere"] = [*others, {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}]
-    recipe = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").is_file() else ""
-    write_card(folder, report, recipe, base_on_hub=not recorded_base(read_config(folder)).get("local", True))
     temporary = folder / f"{REPORT}.tmp"
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(folder / REPORT)
+    recipe = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").is_file() else ""
+    write_card(folder, report, recipe, base_on_hub=not recorded_base(read_config(folder)).get("local", True))

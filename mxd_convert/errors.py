@@ -26,10 +26,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that there is no space left, however it was wrapped (safetensors reports it in words)."""
+    """Whether `error` says that there is no space left, however it was wrapped (safetensors and shutil report it in words)."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
-    return any(f"os error {code}" in str(error) for code in _NO_SPACE)
+    return any(f"os error {code}" in str(error) or f"[Errno {code}]" in str(error) for code in _NO_SPACE)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from mxd_convert.base import Spread, card_of, load_base, load_tokenizer, model_sha256, quiet
-from mxd_convert.checkpoint import LOCAL, REPORT, load_checkpoint
+from mxd_convert.checkpoint import DASHBOARD, LOCAL, REPORT, load_checkpoint
 from mxd_convert.data import Blocks, check_vocabulary, prepare
 from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
@@ -42,7 +42,7 @@ from mxd_convert.provenance import file_hashes
 from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.recipe_file import load_recipe
 from mxd_convert.report import build_report, write_card, write_plots
-from mxd_convert.report.dashboard import FOLDER, write_dashboard
+from mxd_convert.report.dashboard import write_dashboard
 from mxd_convert.surgery import convert as put_layers
 from mxd_convert.training import Job, Trained, finish_tracker, start_tracker, train_layers
 from mxd_convert.workspace import Workspace
@@ -117,9 +117,9 @@ class _Conversion:
             print(line, file=sys.stderr, flush=True)
 
     def say_if_without_dashboard(self) -> None:
-        if self.recipe.output.dashboard and not (self.output / FOLDER).is_dir():
+        if self.recipe.output.dashboard and not (self.output / DASHBOARD).is_dir():
             self.say(
-                f"it has no dashboard; `mxd-convert dashboard {self.output} --data TEXT --output {self.output / FOLDER}` writes one"
+                f"it has no dashboard; `mxd-convert dashboard {self.output} --data TEXT --output {self.output / DASHBOARD}` writes one"
             )
 
     def agreed(self) -> AbstractContextManager[None]:
@@ -308,7 +308,9 @@ class _Conversion:
         converted, mask_bos = load_checkpoint(folder, dtype="float32"), self.recipe.train.mask_bos
         place = self._device_to_evaluate()
         name = self.output.name
-        write_dashboard(folder / FOLDER, converted, tokenizer, held_out, name, mask_bos=mask_bos, device=place, quiet=self.quiet)
+        write_dashboard(
+            folder / DASHBOARD, converted, tokenizer, held_out, name, mask_bos=mask_bos, device=place, quiet=self.quiet
+        )
 
     def _device_to_evaluate(self) -> torch.device:
         device = self.accelerator.device

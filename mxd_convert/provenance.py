@@ -9,63 +9,69 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from mxd_convert.base import load_tokenizer
-from mxd_convert.checkpoint import (
-    LOCAL,
-    REPORT,
-    file_sha256,
-    load_checkpoint,
-    original_of,
-    read_config,
-    read_local,
-    recorded_base,
-)
+from mxd_convert.base import load_base, load_tokenizer, model_sha256
+from mxd_convert.checkpoint import REPORT, base_of, belonging, file_sha256, read_config, read_local, recorded_base
 from mxd_convert.data import prepare
 from mxd_convert.errors import InputError
 from mxd_convert.labels import LABELS
 from mxd_convert.recipe import Data, Recipe
 from mxd_convert.verification import Check, Verification, foreign_code
 
-_WITHOUT_HASH = ("README.md", REPORT, LOCAL, LABELS)  # the report itself, the card, which is made of it, and what people add
+_WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the report itself, the card, which is made of it, and what people add
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's files, by path; without those of its dashboard, and those that are written after the report."""
-    return {
-        path.relative_to(folder).as_posix(): file_sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in _WITHOUT_HASH and path.relative_to(folder).parts[0] != "dashboard"
-    }
+    return {path: file_sha256(folder / path) for path in belonging(folder) if path not in _WITHOUT_HASH}
+
+
+def changed_files(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    """Files that are not what the report's figures were measured on: changed, or missing. Empty where it has no hashes."""
+    recorded: dict[str, str] = report.get("files") or {}
+    return [path for path, digest in recorded.items() if not (folder / path).is_file() or file_sha256(folder / path) != digest]
 
 
 def verify_provenance(checkpoint: str | Path, base: str | None = None) -> Verification:
     """Whether files, recipe, seed, base and texts are those of the report. What is not at hand is reported as not checked.
 
     base: the base model, where not the recorded one. Texts are read where they were, if that was on this machine. Raises InputError where
-    `checkpoint` is no converted checkpoint, or `base` not its base.
+    `checkpoint` is no converted checkpoint.
     """
     folder = Path(checkpoint)
     config = read_config(folder)
     if not (folder / REPORT).is_file():
         missing = f"no {REPORT}: the checkpoint was changed since it was made, and not measured"
         return Verification(folder, [Check("the report is there", None, missing)])
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    checks = (_files(folder, report), _recipe(folder, report), _base(folder, config, report, base), _texts(folder, report))
-    return Verification(folder, [check for some in checks for check in some])
+    checks: list[Check] = []
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        for some in (
+            _files(folder, report),
+            _recipe(folder, report),
+            _base(folder, config, report, base),
+            _texts(folder, report),
+        ):
+            checks += some
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        checks.append(Check("the report can be read", False, f"{type(error).__name__}: {error}".splitlines()[0]))
+    return Verification(folder, checks)
 
 
 def _files(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
-    recorded = report.get("files") or {}
     name = "files are those that were measured, by SHA-256"
-    if not recorded:
+    if not report.get("files"):
         yield Check(name, None, "the report has no hashes of them")
         return
-    wrong = [path for path, digest in recorded.items() if not (folder / path).is_file() or file_sha256(folder / path) != digest]
+    wrong = changed_files(folder, report)
     yield Check(
         name,
         not wrong,
         f"{wrong[0]} differs or is missing" + (f", and {len(wrong) - 1} more" if wrong[1:] else "") if wrong else "",
     )
+    if more := [path for path in belonging(folder) if path not in report["files"] and path not in _WITHOUT_HASH]:
+        yield Check(
+            "there are no other files", None, f"the report does not know {', '.join(more[:3])}" + (", ..." if more[3:] else "")
+        )
     other = foreign_code(folder)
     version = report.get("versions", {}).get("mxd-convert", "unknown")
     why = f"{other[0]} is another; it was made by version {version}" if other else ""
@@ -76,7 +82,7 @@ def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
     name = "recipe.yaml is the recipe that the report names, by SHA-256"
     try:
         recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError, TypeError) as error:
+    except (OSError, yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
         yield Check(name, False, f"recipe.yaml can't be read ({str(error).splitlines()[0]})")
         return
     same = recipe.published_sha256() == report["recipe_sha256"]
@@ -95,13 +101,16 @@ def _base(folder: Path, config: Any, report: Mapping[str, Any], base: str | None
     yield Check("config.json and the report name the same base", same, "" if same else "their hashes of it differ")
     name = "the base's tensors have the recorded SHA-256"
     try:
-        original_of(folder, load_checkpoint(folder), base)
+        settings = base_of(folder, base)
+        found = model_sha256(load_base(settings, dtype="auto"))
     except InputError as error:
         if base is not None:
             raise
         yield Check(name, None, str(error))
     else:
-        yield Check(name, True)
+        yield Check(
+            name, found == recorded["sha256"], "" if found == recorded["sha256"] else f"that of {settings.model} is {found}"
+        )
 
 
 def _texts(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
@@ -125,7 +134,7 @@ def _texts(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
             Check(name, None, "the text was not on this machine; `mxd-convert run` on it recomputes all") for name in names
         )
         return
-    except (InputError, OSError, ValidationError) as error:
+    except (InputError, OSError, ValidationError, yaml.YAMLError, TypeError) as error:
         yield from (Check(name, None, str(error).splitlines()[0]) for name in names)
         return
     for name, part, info in zip(names, ("train", "eval"), infos, strict=False):
@@ -134,4 +143,4 @@ def _texts(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
     yield Check(names[2], infos[1].disjoint, "" if infos[1].disjoint else "some are")
 
 
-__all__ = ["file_hashes", "verify_provenance"]
+__all__ = ["changed_files", "file_hashes", "verify_provenance"]

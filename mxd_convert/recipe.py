@@ -225,6 +225,7 @@ class Recipe(Section):
             if section[key] is not None and is_local(section[key]):
                 section[key] = Path(section[key]).name
         content["output"]["dir"] = Path(self.output.dir).name if self.output.dir else None
+        content["output"]["push_to"] = None  # whoever runs it again is somebody else
         return content
 
     def to_yaml(self) -> str:

@@ -115,7 +115,7 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
                     f"--set: two combinations would both be called {name}; give values that differ in letters and figures"
                 )
             continue
-        made = make_plan(load_recipe(source, {**settings, "output.dir": str(folder / "runs" / name)}))
+        made = make_plan(load_recipe(source, {**settings, "output.dir": str(folder / "runs" / name), "output.push_to": None}))
         check_memory(made)
         found[name] = _Run(name, shown, made)
     return list(found.values())

@@ -197,7 +197,7 @@ def clients(hub, tmp_path_factory):
 
 
 @pytest.fixture
-def program(clients, hub):
+def program(clients, hub, tmp_path):
     """Runs the program as alice, in a process that knows the Hub on loopback. Whatever goes wrong, there is no traceback, and no token to be seen."""
 
     def run(*arguments, token=TOKEN, **options):
@@ -209,6 +209,9 @@ def program(clients, hub):
     yield run
     hub.faults.clear()
     hub.watch = lambda request: None
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            assert TOKEN.encode() not in file.read_bytes(), file
 
 
 @pytest.fixture

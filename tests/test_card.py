@@ -41,7 +41,11 @@ def run_blocks(card, clients, folder, replace):
 
 @pytest.mark.parametrize("kind", ["mxd", "skip_transcoder", "dense_twin"])
 def test_every_block_of_a_published_card_runs(hub, program, clients, models, text, tmp_path, kind, recipe):
-    path = recipe(layers=[0, 2], layer={"kind": kind} if kind == "dense_twin" else {"kind": kind, "k": 4, "experts": 24})
+    path = recipe(
+        layers=[0, 2],
+        output={"push_to": None},
+        layer={"kind": kind} if kind == "dense_twin" else {"kind": kind, "k": 4, "experts": 24},
+    )
     result = convert(path, output=tmp_path / "made", quiet=True)
     name = f"alice/card-{kind.replace('_', '-')}"
     assert program("push", result.output, name, verified=False).status == 0
@@ -115,7 +119,7 @@ def test_the_metadata_is_what_the_hub_takes(converted, tmp_path):
     assert data["mxd"]["verdict"] == report["reliance"]["verdict"]
     # of a base on the Hub
     report["base"] |= {"model": "someone/base", "revision": "a" * 40, "license": "apache-2.0", "language": ["en"]}
-    report["data"]["train"]["path"] = "someone/texts"
+    report["data"]["train"]["path"], report["local"] = "someone/texts", []
     write_card(folder, report, (folder / "recipe.yaml").read_text(), base_on_hub=True)
     data = ModelCard.load(folder / "README.md").data
     assert card_errors(data.to_dict()) == []

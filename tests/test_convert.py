@@ -36,7 +36,7 @@ def test_a_finished_folder_holds_what_the_contract_says(converted, family):
     assert config["mxd"]["format_version"] == 1
     assert set(config["mxd"]["layers"]) == {"0", "2"}
     report = json.loads((folder / "mxd_report.json").read_text())
-    assert set(report) == {"base", "recipe_sha256", "data", "fidelity", "reliance", "cost", "versions", "seeds", "files"}
+    assert set(report) == {"base", "recipe_sha256", "data", "fidelity", "reliance", "cost", "versions", "seeds", "files", "local"}
     assert set(report["base"]) == {"model", "revision", "sha256"}
     assert {"path", "fingerprint", "tokens", "repeats"} <= set(report["data"]["train"])
     assert set(report["cost"]) == {"resumed_at_steps", "train_seconds", "tokens_per_second", "peak_rss_bytes", "peak_gpu_bytes"}

@@ -9,7 +9,7 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 from test_hub import contents, logits_of
 
-from mxd_convert import apply, delta, load, load_checkpoint
+from mxd_convert import InputError, apply, delta, load, load_checkpoint
 from mxd_convert.base import untied_tensors
 
 
@@ -111,3 +111,40 @@ def test_the_delta_of_the_story_model(stories, tmp_path):
     made = delta(stories.output, tmp_path / "delta")
     assert made.size < made.full_size
     assert of_the_checkpoint(apply(tmp_path / "delta", tmp_path / "full")) == of_the_checkpoint(stories.output)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base": None},
+        {"files": []},
+        {"format_version": "x"},
+        {"weights": [{"path": "model.safetensors"}]},
+        {"weights": [{"path": "model.safetensors", "header": "no JSON"}]},
+        {"weights": [{"path": "", "header": "{}"}]},
+        {"layers_sha256": None},
+    ],
+)
+def test_a_malformed_delta_is_a_line(refused, converted, tmp_path, change):
+    delta(converted["llama"], tmp_path / "delta")
+    content = json.loads((tmp_path / "delta" / "mxd_delta.json").read_text())
+    (tmp_path / "delta" / "mxd_delta.json").write_text(json.dumps({**content, **change}))
+    refused("apply", tmp_path / "delta", tmp_path / "full", words=("can't be read",))
+
+
+def test_a_flipped_bit_is_found_on_loading(converted, tmp_path):
+    delta(converted["llama"], tmp_path / "delta")
+    file = tmp_path / "delta" / "layers.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="truncated or damaged"):
+        load(str(tmp_path / "delta"))
+
+
+def test_a_full_disk_leaves_nothing(hub, program, converted, tmp_path):
+    delta(converted["llama"], tmp_path / "delta")
+    for command in (("apply", tmp_path / "delta"), ("delta", converted["llama"])):
+        done = program(*command, tmp_path / "out", largest_file=20_000)
+        assert done.status == 2
+        assert "no space left on the disk" in done.err
+        assert not (tmp_path / "out").exists()

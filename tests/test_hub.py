@@ -13,7 +13,9 @@ import yaml
 from conftest import small_recipe
 from hub_server import Hub
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from mxd_convert import convert, delta, edit
 
 LOGITS = """
 import sys
@@ -59,7 +61,7 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, conv
     again = program("push", folder, "alice/there-and-back")
     assert again.status == 0
     assert "holds all of it already" in again.err
-    assert {request.method for request in hub.requests[asked:]} <= {"GET", "HEAD"}
+    assert {request.path for request in hub.requests[asked:] if request.method not in ("GET", "HEAD")} == {"/api/validate-yaml"}
 
     pulled = program("pull", "alice/there-and-back", tmp_path / "pulled", token=None)
     assert pulled.status == 0, pulled.err
@@ -68,10 +70,10 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, conv
     assert program("verify", tmp_path / "pulled", environment={"HF_HUB_OFFLINE": "1"}).status == 0
 
 
-def logits_of(clients, name, out, load, imports=""):
+def logits_of(clients, name, out, load, imports="", **options):
     script = out.with_suffix(".py")
     script.write_text(LOGITS.format(load=load, imports=imports))
-    done = clients.run("python", script, name, out, token=None)
+    done = clients.run("python", script, name, out, token=None, **options)
     assert done.status == 0, done.err
     return load_file(out)["logits"]
 
@@ -124,23 +126,29 @@ def test_a_dry_run_publishes_nothing(hub, program, converted):
     for line in ("added", "model.safetensors", "README.md"):
         assert line in done.err
     assert "alice/dry" not in hub.repos
-    assert {request.method for request in hub.requests[asked:]} == {"GET"}
+    assert {request.path for request in hub.requests[asked:] if request.method != "GET"} == {"/api/validate-yaml"}
 
 
 def test_what_would_change_is_shown_and_what_is_there_besides_is_left(hub, program, converted, tmp_path):
     folder, name = shutil.copytree(converted["llama"], tmp_path / "copy"), "alice/changes"
     assert program("push", folder, name, verified=False).status == 0
-    theirs = {"notes.md": b"mine", "model-00001-of-00002.safetensors": b"stale", "onnx/model.onnx": b"graph"}
-    hub.put(name, {**hub.files(name), **theirs})
-    (folder / "training_log.jsonl").write_text("another\n")
+    theirs = {
+        "notes.md": b"mine",
+        "model_lora.safetensors": b"mine",
+        "models/other.safetensors": b"mine",
+        "onnx/model.onnx": b"graph",
+    }
+    stale = {"model-00001-of-00002.safetensors": b"stale"}
+    hub.put(name, {**hub.files(name), **theirs, **stale})
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nA line of mine.\n")
     (folder / "mxd_labels.json").write_text("[]\n")
     done = json.loads(program("push", folder, name, "--json", verified=False).out)
-    assert list(done["changed"]) == ["training_log.jsonl"]
+    assert list(done["changed"]) == ["README.md"]
     assert list(done["added"]) == ["mxd_labels.json"]
-    assert list(done["removed"]) == ["model-00001-of-00002.safetensors"]  # would be loaded in place of ours
-    assert sorted(done["left"]) == ["notes.md", "onnx/model.onnx"]
+    assert list(done["removed"]) == list(stale)  # would be loaded in place of ours
+    assert done["left"].keys() == theirs.keys()
     assert done["commit"] == hub.repos[name].refs["main"][-1].oid
-    del theirs["model-00001-of-00002.safetensors"]
     assert on_hub(hub, name) == {**published(folder, name), **theirs}
 
 
@@ -218,3 +226,75 @@ def test_a_base_on_the_hub_is_named_by_id_commit_and_licence(hub, program, model
     assert delta.status == 0, delta.err
     assert program("apply", tmp_path / "delta", tmp_path / "again").status == 0
     assert contents(tmp_path / "again").items() >= published(tmp_path / "out", "THIS_REPOSITORY").items()
+
+
+def test_figures_of_another_checkpoint_are_not_published(hub, program, converted, tmp_path):
+    folder = shutil.copytree(converted["llama"], tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.decoder.weight"] *= 1.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = program("push", folder, "alice/trained-on", verified=False)
+    assert done.status == 2
+    assert "model.safetensors is not the one that mxd_report.json was measured on" in done.err
+    assert program("delta", folder, tmp_path / "delta").status == 0
+    assert "is not the one that mxd_report.json was measured on" in program("push", tmp_path / "delta", "alice/trained-on").err
+    assert "alice/trained-on" not in hub.repos
+    for name in ("mxd_report.json", "README.md"):
+        (folder / name).unlink()
+    assert program("push", folder, "alice/trained-on", verified=False).status == 0
+
+
+def test_an_earlier_report_does_not_stay_beside_other_weights(hub, program, converted, tmp_path):
+    name = "alice/edited"
+    assert program("push", converted["llama"], name, verified=False).status == 0
+    edit(converted["llama"], tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
+    assert program("push", tmp_path / "edited", name, verified=False).status == 0
+    assert on_hub(hub, name) == published(tmp_path / "edited", name)
+    assert "mxd_report.json" not in on_hub(hub, name)
+
+
+def test_other_shapes_are_something_else(hub, program, models, text, converted, tmp_path):
+    assert program("push", converted["gpt2"], "alice/shapes", verified=False).status == 0
+    convert(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[0, 2], layer={"k": 2, "experts": 24}), quiet=True)
+    done = program("push", tmp_path / "out", "alice/shapes", verified=False)
+    assert done.status == 2
+    assert "a conversion with other layers or settings" in done.err
+    assert delta(converted["gpt2"], tmp_path / "delta").tensors
+    done = program("push", tmp_path / "delta", "alice/shapes")
+    assert "a model of type mxd_gpt2" in done.err
+
+
+def test_cards_of_strangers_break_nothing(hub, program):
+    odd = [
+        "{layers: 3}",
+        "{rise: x}",
+        "{verdict: 5, kind: 3, base: 5}",
+        '{verdict: "\\e[31m\\e]0;hello\\a"}',
+        "[1]",
+        "{k: [1], layers: [a]}",
+    ]
+    for number, said in enumerate(odd):
+        card = f"---\ntags: [mxd-convert]\nbase_model: [{{a: b}}]\nmxd: {said}\n---\n"
+        hub.put(f"bob/odd-{number}", {"README.md": card.encode()})
+    done = program("list")
+    assert done.status == 0, done.err
+    assert "\x1b" not in done.out
+    assert all(f"bob/odd-{number}" in done.out for number in range(len(odd)))
+
+
+def test_what_the_hub_says_of_a_card_is_told_before_anything_is_made(hub, program, converted, tmp_path):
+    folder = shutil.copytree(converted["llama"], tmp_path / "copy")
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("pipeline_tag:", "base_model: /home/me/model\npipeline_tag:"))
+    done = program("push", folder, "alice/refused-card", verified=False)
+    assert done.status == 2
+    assert '"base_model" with value' in done.err
+    assert "alice/refused-card" not in hub.repos
+
+
+def test_what_is_cached_loads_without_the_network(hub, program, clients, converted, tmp_path):
+    assert program("push", converted["llama"], "alice/cached", verified=False).status == 0
+    load_it = "mxd_convert.load(name)"
+    ours = logits_of(clients, "alice/cached", tmp_path / "a", load_it, "import mxd_convert")
+    theirs = logits_of(clients, "alice/cached", tmp_path / "b", load_it, "import mxd_convert", offline=True)
+    assert ours.equal(theirs)

@@ -1,6 +1,8 @@
 """Publishing and downloading when something goes wrong: a clear line or a successful retry, and never half a repository."""
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -10,7 +12,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from test_hub import contents, on_hub, published
 
-from mxd_convert import load_checkpoint
+from mxd_convert import InputError, load_checkpoint
+from mxd_convert.hub.client import explained, patiently
 
 ONCE_AND_FINE = [
     ("GET", "/api/whoami"),
@@ -102,7 +105,7 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, program, prog
     for name, words in (
         ("alice/mine", "a model of type llama"),
         ("alice/notes", "thesis.tex"),
-        ("alice/other-base", "a conversion of another base"),
+        ("alice/other-base", "a model of type mxd_llama"),
     ):
         before = hub.files(name)
         program_refused("push", folder, name, words=(name, "holds something else", words, "--replace"))
@@ -243,3 +246,53 @@ def test_the_token_is_in_no_traceback(hub, program, clients, folder):
         assert last in done.err
         assert TOKEN not in done.err + done.out
         assert done.status == 2
+
+
+def test_a_pull_does_not_mix_revisions(hub, clients, program, folder, tmp_path):
+    assert program("push", folder, "alice/mixed", "--revision", "v1", verified=False).status == 0
+    sharded = shutil.copytree(folder, tmp_path / "sharded")
+    for name in ("model.safetensors", "mxd_report.json", "README.md"):
+        (sharded / name).unlink()
+    load_checkpoint(folder).save_pretrained(sharded, max_shard_size="100KB")
+    assert program("push", sharded, "alice/mixed", verified=False).status == 0
+    whole = program("pull", "alice/mixed", tmp_path / "other", "--revision", "v1")
+    assert whole.status == 0
+    (tmp_path / "other").rename(tmp_path / "pulled.partial")  # as if it had been cut off at the end
+    (tmp_path / "pulled.partial" / ".pulling").write_text("alice/mixed")
+    assert program("pull", "alice/mixed", tmp_path / "pulled").status == 0
+    assert contents(tmp_path / "pulled") == on_hub(hub, "alice/mixed")
+    assert "model.safetensors" not in contents(tmp_path / "pulled")
+
+
+def test_files_that_have_arrived_are_not_asked_for_again(hub, clients, program, folder, tmp_path):
+    assert program("push", folder, "alice/arrived", verified=False).status == 0
+    hub.fail("GET", "/[0-9a-f]{64}", 403, times=1, skip=3)  # not tried again
+    assert program("pull", "alice/arrived", tmp_path / "pulled").status == 2
+    first = len(hub.requests)
+    assert program("pull", "alice/arrived", tmp_path / "pulled").status == 0
+    assert contents(tmp_path / "pulled") == on_hub(hub, "alice/arrived")
+    again = [request for request in hub.requests[first:] if request.method == "GET" and request.path.count("/") == 1]
+    assert len(again) < len(contents(tmp_path / "pulled"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Task error: File reconstruction error: 403"),  # Xet's
+        ConnectionError("Network error: unreachable"),
+        json.JSONDecodeError("Expecting value", "<html>", 0),
+        TypeError("got multiple values for argument 'self'"),
+    ],
+)
+def test_whatever_the_client_raises_is_a_line(error, monkeypatch):
+    asked = []
+
+    def ask():
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(InputError, match="alice/x: ") as found, explained("alice/x", "publishing"):
+        patiently(ask)
+    assert len(str(found.value).splitlines()) == 1
+    assert len(asked) == (1 if isinstance(error, TypeError) else 4)

@@ -61,7 +61,7 @@ def test_a_report_of_other_texts_or_of_another_base_is_found(copy):
     report["data"]["train"]["fingerprint"] = "0" * 64
     report["base"]["sha256"] = "0" * 64
     (copy / "mxd_report.json").write_text(json.dumps(report))
-    assert [name for name, ok in outcome(copy).items() if ok is False] == [ALL[4], ALL[6]]
+    assert [name for name, ok in outcome(copy).items() if ok is False] == [ALL[4], ALL[5], ALL[6]]
 
 
 def test_what_is_not_at_hand_is_not_checked(copy, models):
@@ -88,3 +88,29 @@ def test_a_text_that_has_changed_is_found(models, text, tmp_path):
     assert (found[ALL[6]], found[ALL[7]], found[ALL[8]]) == (False, False, True)
     own.unlink()
     assert [name for name, ok in outcome(tmp_path / "out").items() if ok is None] == ALL[6:]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("mxd_report.json", "{"),
+        ("mxd_report.json", "{}"),
+        ("mxd_report.json", '{"files": [], "base": 3}'),
+        ("recipe.yaml", ""),
+        ("recipe.yaml", "a: ["),
+    ],
+)
+def test_damage_is_a_failure_and_no_traceback(mxd, copy, file, content):
+    (copy / file).write_text(content)
+    status, out, err = mxd("verify", copy, "--provenance")
+    assert (status, err) == (1, "")
+    assert "FAILED" in out
+
+
+def test_another_base_and_unknown_files_are_found(copy, models):
+    (copy / "adapter_config.json").write_text("{}")
+    local = json.loads((copy / "mxd_local.json").read_text())
+    (copy / "mxd_local.json").write_text(json.dumps({**local, "base": str(models["gpt2"])}))
+    found = outcome(copy)
+    assert found[ALL[5]] is False
+    assert found["there are no other files"] is None

@@ -44,6 +44,11 @@ def table_of(*headers: str) -> Table:
     return table
 
 
+def plain(text: str) -> str:
+    """Text from elsewhere without what a terminal would take for orders."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
 

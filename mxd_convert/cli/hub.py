@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.markup import escape
 
 import mxd_convert
-from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, human, print_json, table_of
+from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, human, plain, print_json, table_of
 
 RepositoryArgument = Annotated[
     str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub: owner/name, or a name of your own.")
@@ -64,9 +65,9 @@ def _preview(plan: Any) -> None:
         if not files:
             continue
         human.print(f"  {name:<8} {len(files):>4}  {_size(sum(files.values())):>10}", markup=False)
-        if name in ("changed", "removed", "left") or (name == "added" and len(files) <= 40):
+        if name != "same":
             for path, size in files.items():
-                human.print(f"      {path}  {_size(size)}", soft_wrap=True, markup=False)
+                human.print(f"      {plain(path)}  {_size(size)}", soft_wrap=True, markup=False)
 
 
 @app.command(epilog="Example: `mxd-convert pull alice/quickstart-mxd models/quickstart-mxd`")
@@ -108,8 +109,9 @@ def list_(
         layers = "-" if one.layers is None else str(len(one.layers))
         rise = "-" if one.rise is None else f"{one.rise:+.3f}"
         rest = (str(one.k or "-"), rise, one.verdict or "-", one.updated or "-")
-        table.add_row(one.repo_id, one.base or "-", (one.kind or "-").replace("_", " "), layers, *rest)
-    console().print(table, markup=False)
+        cells = (one.repo_id, one.base or "-", (one.kind or "-").replace("_", " "), layers, *rest)
+        table.add_row(*map(escape, map(plain, cells)))
+    console().print(table)
 
 
 @app.command(epilog="Example: `mxd-convert delta runs/gpt2-mxd deltas/gpt2-mxd`")

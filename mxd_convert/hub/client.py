@@ -4,6 +4,7 @@ huggingface_hub retries some requests and not others; here all of them are, as l
 from where huggingface_hub keeps it; it stands in no message.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils._http import parse_ratelimit_headers
 
 import mxd_convert
 from mxd_convert.errors import InputError, is_disk_full
@@ -30,7 +32,8 @@ AGAIN = "give the same command again: it goes on where it stopped"
 LOGIN = "run `hf auth login`, or set HF_TOKEN"
 ATTEMPTS = 4
 MOST_PATIENCE = 120  # seconds that the Hub may ask to wait
-_AGAIN = (429, 500, 502, 503, 504)
+TOO_MANY = 429
+_AGAIN = (TOO_MANY, 500, 502, 503, 504)
 _LOST = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
 
 Found = TypeVar("Found")
@@ -59,26 +62,32 @@ def patiently(ask: Callable[[], Found]) -> Found:
     for attempt in range(ATTEMPTS):
         try:
             return ask()
-        except HfHubHTTPError as error:
-            wait = _asked_to_wait(error)
-            if (
-                error.response is None
-                or error.response.status_code not in _AGAIN
-                or attempt == ATTEMPTS - 1
-                or wait > MOST_PATIENCE
-            ):
+        except Exception as error:
+            if attempt == ATTEMPTS - 1 or not _passes(error):
                 raise
-        except _LOST:
-            wait = 0
-            if attempt == ATTEMPTS - 1:
-                raise
-        time.sleep(wait or 2**attempt / 2)
+            time.sleep(_asked_to_wait(error) or 2**attempt / 2)
     raise AssertionError("unreachable")
 
 
-def _asked_to_wait(error: HfHubHTTPError) -> float:
+def _passes(error: BaseException) -> bool:
+    """Whether it may go well the next time."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code in _AGAIN and _asked_to_wait(error) <= MOST_PATIENCE
+    if isinstance(error, RuntimeError):  # Xet's, or that of a file that was being sent, with its cause
+        return error.__cause__ is None or _passes(error.__cause__)
+    return isinstance(
+        error, (*_LOST, ConnectionError, json.JSONDecodeError)
+    )  # the last: a page of a proxy's in place of an answer
+
+
+def _asked_to_wait(error: BaseException) -> float:
     """Seconds after which the Hub says to come again; 0 where it does not say."""
-    said = "" if error.response is None else error.response.headers.get("Retry-After", "")
+    if not isinstance(error, HfHubHTTPError) or error.response is None:
+        return 0.0
+    limits = parse_ratelimit_headers(error.response.headers) if error.response.status_code == TOO_MANY else None
+    if limits is not None and limits.remaining == 0:
+        return limits.reset_in_seconds + 1.0
+    said = error.response.headers.get("Retry-After", "")
     return float(said) if said.isdigit() else 0.0
 
 
@@ -113,16 +122,21 @@ def _explanation(error: Exception, repo_id: str, doing: str, revision: str | Non
         (GatedRepoError, f"{repo_id}: its owner gives access on request only; ask for it on {place}/{repo_id}"),
         (RevisionNotFoundError, f"--revision {revision}: {repo_id} has no such branch, tag or commit"),
         (RepositoryNotFoundError, f"{repo_id}: no such repository on {place}, {hidden}"),
-        (_LOST, f"{repo_id}: {place} can't be reached ({_first_line(cause)}); {AGAIN}"),
+        ((*_LOST, ConnectionError), f"{repo_id}: {place} can't be reached ({_first_line(cause)}); {AGAIN}"),
+        (json.JSONDecodeError, f"{repo_id}: {place} answers with something else than the Hub does; {AGAIN}"),
     )
     for kinds, message in known:
         if isinstance(cause, kinds):
             return message
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return _of_status(cause, repo_id, doing)
-    if isinstance(cause, httpx2.HTTPError):
+    if isinstance(cause, (httpx2.HTTPError, RuntimeError)):
         return f"{repo_id}: {doing} failed ({_first_line(cause)}); {AGAIN}"
-    return f"{repo_id}: {doing} failed: {_first_line(cause)}" if isinstance(cause, ValueError | OSError) else None
+    if isinstance(
+        cause, ValueError | OSError | TypeError
+    ):  # the client's own, of a card for example, with the reason in the next line
+        return f"{repo_id}: {doing} failed: {' '.join(str(cause).split()) or type(cause).__name__}"[:400]
+    return None
 
 
 def _of_status(error: HfHubHTTPError, repo_id: str, doing: str) -> str:
@@ -135,7 +149,7 @@ def _of_status(error: HfHubHTTPError, repo_id: str, doing: str) -> str:
         return f"{repo_id}: your token does not allow {doing}{reason}; use one with that right, or another owner"
     if status in (409, 412):
         return f"{repo_id}: it was changed by someone else at the same time{reason}; give the same command again to see what it would change now"
-    if status == 429:
+    if status == TOO_MANY:
         wait = _asked_to_wait(error)
         return f"{repo_id}: the Hub says there were too many requests; {AGAIN}" + (
             f", in {wait:.0f} s" if wait else " in a while"

@@ -1,9 +1,9 @@
 """What of a checkpoint's folder is published, and how it compares with what a repository holds."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from mxd_convert.checkpoint import LOCAL
+from mxd_convert.checkpoint import REPORT, belonging
 from mxd_convert.report import CARD, REPOSITORY
 
 ATTRIBUTES = ".gitattributes"  # the Hub's own
-# weights of another layout, which would be loaded beside the published ones or in their place
-_STALE = ("model*.safetensors", "model.safetensors.index.json", "layers.safetensors")
+# what goes where the folder has not got it: weights of another layout, which would be loaded in place of these, and what is said of others
+_STALE = re.compile(
+    rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|layers\.safetensors|{re.escape(REPORT)}|(full/)?plots/\w+\.png"
+)
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,16 @@ class Local:
 
 
 def to_publish(folder: Path, repo_id: str) -> list[Local]:
-    """The files of a checkpoint's folder that are published, by path: all but hidden ones and what is of this machine only.
+    """The files of a checkpoint's folder that are published, by path.
 
     The card is published with the repository's name in its examples; the folder's own is left as it is.
     """
     found = []
-    for file in sorted(folder.rglob("*")):
-        path = file.relative_to(folder)
-        if not file.is_file() or path.name == LOCAL or any(part.startswith(".") for part in path.parts):
-            continue
-        source: Path | bytes = file
-        if path.as_posix() == CARD:
-            source = file.read_bytes().replace(REPOSITORY.encode(), repo_id.encode())
-        found.append(Local(path.as_posix(), source))
+    for path in belonging(folder):
+        source: Path | bytes = folder / path
+        if path == CARD:
+            source = (folder / path).read_bytes().replace(REPOSITORY.encode(), repo_id.encode())
+        found.append(Local(path, source))
     return found
 
 
@@ -84,11 +83,11 @@ class Difference:
 
 
 def compare(local: list[Local], remote: Mapping[str, RepoFile], replace: bool) -> Difference:
-    """replace: whether what only the repository has is removed; without it, only weights that would be loaded in place of these are."""
+    """replace: whether what only the repository has is removed; without it, only weights of another layout and an earlier report are."""
     ours = {file.path: file for file in local}
     same = {path: file.size for path, file in ours.items() if path in remote and file.is_in(remote[path])}
     only_there = {path: file.size for path, file in remote.items() if path not in ours and path != ATTRIBUTES}
-    removed = {path: size for path, size in only_there.items() if replace or any(fnmatch(path, name) for name in _STALE)}
+    removed = {path: size for path, size in only_there.items() if replace or _STALE.fullmatch(path)}
     return Difference(
         {path: file.size for path, file in ours.items() if path not in remote},
         {path: file.size for path, file in ours.items() if path in remote and path not in same},

@@ -45,18 +45,24 @@ def list_checkpoints(base: str | None = None, author: str | None = None, limit: 
 
 
 def _read(info: Any) -> Listed:
+    """What a card says, where it says it in the form that ours do: it may come from anyone."""
     card = info.card_data.to_dict() if info.card_data is not None else {}
     said = card.get("mxd")
     told: dict[str, Any] = said if isinstance(said, dict) else {}
     base = card.get("base_model")
+    layers = _of(told.get("layers"), list)
     return Listed(
         info.id,
-        base[0] if isinstance(base, list) and base else base if isinstance(base, str) else told.get("base"),
-        told.get("kind"),
-        told.get("layers"),
-        told.get("k"),
-        told.get("rise"),
-        told.get("verdict"),
+        _of(base[0] if isinstance(base, list) and base else base, str) or _of(told.get("base"), str),
+        _of(told.get("kind"), str),
+        layers if layers is not None and all(type(index) is int for index in layers) else None,
+        _of(told.get("k"), int),
+        _of(told.get("rise"), float, int),
+        _of(told.get("verdict"), str),
         info.downloads or 0,
         info.last_modified.date().isoformat() if info.last_modified else None,
     )
+
+
+def _of(value: Any, *types: type) -> Any:
+    return value if type(value) in types else None

@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from mxd_convert.checkpoint import load_checkpoint
+from huggingface_hub import constants, snapshot_download
+
+from mxd_convert.checkpoint import LOCAL, load_checkpoint
 from mxd_convert.deltas import is_delta, load_delta
 from mxd_convert.errors import InputError
 from mxd_convert.hub.client import check_name, client, explained, patiently
+from mxd_convert.hub.pulling import wrong_files
+from mxd_convert.hub.repository import files_of
 
-_NOT_TO_RUN = ["dashboard/*", "plots/*", "full/dashboard/*", "full/plots/*", "onnx/*", "full/onnx/*"]
+_NOT_TO_RUN = ["dashboard/*", "plots/*", "full/dashboard/*", "full/plots/*", "onnx/*", "full/onnx/*", LOCAL, ".*"]
 
 
 def load(name: str | Path, base: str | None = None, revision: str | None = None, dtype: str = "auto") -> Any:
@@ -28,6 +32,16 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise InputError(f"{name}: no such folder")
     check_name(name)
+    options: dict[str, Any] = {"revision": revision, "ignore_patterns": _NOT_TO_RUN}
+    if constants.HF_HUB_OFFLINE:
+        with explained(name, "loading", revision):
+            return Path(snapshot_download(name, local_files_only=True, **options))
     api = client()
     with explained(name, "downloading", revision):
-        return Path(patiently(lambda: api.snapshot_download(name, revision=revision, ignore_patterns=_NOT_TO_RUN)))
+        folder = Path(patiently(lambda: api.snapshot_download(name, **options)))
+        files = {path: file for path, file in files_of(api, name, folder.name).items() if (folder / path).is_file()}
+        if wrong_files(folder, files):  # of the client's copies: what it has once, it does not look at again
+            folder = Path(patiently(lambda: api.snapshot_download(name, force_download=True, **options)))
+            if wrong := wrong_files(folder, files):
+                raise InputError(f"{name}: {wrong[0]} arrives with another hash than the Hub has of it")
+    return folder

@@ -4,16 +4,17 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from mxd_convert.checkpoint import DELTA
+from mxd_convert.checkpoint import DELTA, belongs
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.hub.client import check_name, client, explained, patiently
-from mxd_convert.hub.content import ATTRIBUTES, Local
+from mxd_convert.hub.content import Local
 from mxd_convert.hub.repository import files_of
 
 MARK = ".pulling"  # in an unfinished folder: the repository that it comes from
@@ -45,30 +46,49 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
     api = client()
     with explained(repo_id, "downloading", revision), disk_guard(folder):
         commit = str(patiently(lambda: api.model_info(repo_id, revision=revision)).sha)
-        files = {path: file for path, file in files_of(api, repo_id, commit).items() if path != ATTRIBUTES}
+        # what is hidden, and what is of one machine only, is no part of a checkpoint, whoever put it there
+        files = {path: file for path, file in files_of(api, repo_id, commit).items() if belongs(path)}
         sizes = {path: file.size for path, file in files.items()}
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if folder.exists() and any(folder.iterdir()):
             if wrong_files(folder, files):
                 raise InputError(f"{output}: is there and holds something else; choose another folder")
+            (folder / MARK).unlink(missing_ok=True)
             return Pull(folder, repo_id, commit, sizes, True)
         _claim(partial, repo_id)
         _check_kind(api, repo_id, commit, files, partial)
         _check_room(partial, files)
         patiently(
-            lambda: api.snapshot_download(repo_id, revision=commit, local_dir=partial, ignore_patterns=[ATTRIBUTES]),
+            lambda: api.snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=list(map(escape, files)))
         )
-        if wrong := wrong_files(partial, files):
-            for path in wrong:
-                (partial / path).unlink(missing_ok=True)
-            raise InputError(
-                f"{repo_id}: {wrong[0]} arrived with another hash than the Hub has of it, and was thrown away; give the same command again"
-            )
-        shutil.rmtree(partial / ".cache", ignore_errors=True)
-        (partial / MARK).unlink()
+        _check(partial, files, repo_id)
+        _clear(partial, files)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+        (folder / MARK).unlink()
     return Pull(folder, repo_id, commit, sizes, False)
+
+
+def _check(partial: Path, files: Mapping[str, RepoFile], repo_id: str) -> None:
+    """Raises InputError where a file is not there, or not what the Hub says it is; then it is thrown away."""
+    for path in wrong_files(partial, files):
+        if not (partial / path).is_file():
+            raise InputError(f"{repo_id}: {path} has not arrived; give the same command again: it goes on where it stopped")
+        (partial / path).unlink()
+        raise InputError(
+            f"{repo_id}: {path} arrived with another hash than the Hub has of it, and was thrown away; give the same command again"
+        )
+
+
+def _clear(partial: Path, files: Mapping[str, RepoFile]) -> None:
+    """Takes away what is not the revision's: the client's notes, and files of another revision that was begun before."""
+    shutil.rmtree(partial / ".cache", ignore_errors=True)
+    for path in sorted(partial.rglob("*"), reverse=True):
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.relative_to(partial).as_posix() not in files and path.name != MARK:
+            path.unlink()
 
 
 def wrong_files(folder: Path, files: Mapping[str, RepoFile]) -> list[str]:
@@ -78,13 +98,16 @@ def wrong_files(folder: Path, files: Mapping[str, RepoFile]) -> list[str]:
 
 
 def _claim(partial: Path, repo_id: str) -> None:
+    """Makes the unfinished folder this download's, without what an earlier one that was killed can't use any more."""
     mark = partial / MARK
-    if partial.exists() and not (mark.is_file() and mark.read_text() == repo_id):
+    if partial.exists() and any(partial.iterdir()) and not (mark.is_file() and mark.read_text() == repo_id):
         raise InputError(
             f"{partial}: is in the way, and is no unfinished download of {repo_id}; move it away, or choose another folder"
         )
     partial.mkdir(parents=True, exist_ok=True)
     mark.write_text(repo_id)
+    for file in (partial / ".cache").rglob("*.incomplete"):
+        file.unlink()
 
 
 def _check_kind(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoFile], partial: Path) -> None:

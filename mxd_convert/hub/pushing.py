@@ -5,6 +5,7 @@ hundred files (a dashboard) over several commits, hence `create_commit`, which s
 sent again when the command is given again.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as with_
@@ -12,15 +13,17 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from mxd_convert.checkpoint import read_config
-from mxd_convert.deltas import is_delta, verify_delta
+from mxd_convert.checkpoint import REPORT, read_config
+from mxd_convert.deltas import is_delta, measured_on_others, verify_delta
 from mxd_convert.errors import InputError
 from mxd_convert.hub.client import check_name, client, explained, patiently
 from mxd_convert.hub.content import Difference, Local, compare, to_publish
 from mxd_convert.hub.repository import MAIN, Repository, files_of
+from mxd_convert.provenance import changed_files
+from mxd_convert.report import CARD
 from mxd_convert.verification import Verification, verify
 
 
@@ -85,6 +88,7 @@ def push(
         planned = Push(
             repo_id, f"{api.endpoint}/{repo_id}", there.head is None, verification, compare(local, there.files, replace)
         )
+        _check_card(local)
         if preview is not None:
             preview(planned)
         if dry_run or (planned.difference.none and there.has_revision):
@@ -111,6 +115,7 @@ def _full_name(api: HfApi, repo_id: str) -> str:
 
 
 def _verified(folder: Path, base: str | None) -> Verification:
+    """Raises InputError where a check fails, or the figures that would go with the checkpoint are of another."""
     verification = verify_delta(folder, base) if is_delta(folder) else verify(folder, base)
     for check in verification.checks:
         if check.ok is False:
@@ -118,7 +123,36 @@ def _verified(folder: Path, base: str | None) -> Verification:
             raise InputError(
                 f"{folder}: nothing was published, since it fails a check: {check.check}{detail}; `mxd-convert verify {folder}` shows all"
             )
+    if changed := measured_on_others(folder) if is_delta(folder) else _changed(folder):
+        raise InputError(
+            f"{folder}: nothing was published, since {changed[0]} is not the one that {REPORT} was measured on; take report and card"
+            " (README.md) away, or measure it again with `mxd-convert edit --data`"
+        )
     return verification
+
+
+def _changed(folder: Path) -> list[str]:
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8")) if (folder / REPORT).is_file() else {}
+        return changed_files(folder, report)
+    except (ValueError, AttributeError):
+        return [REPORT]
+
+
+def _check_card(local: list[Local]) -> None:
+    """Whether the Hub takes the card's metadata, asked before anything is made there. Raises InputError with its reason."""
+    content = next((file.source for file in local if file.path == CARD), None)
+    if not isinstance(content, bytes):
+        return
+    card = ModelCard(content.decode(), ignore_metadata_errors=True)
+    try:
+        patiently(card.validate)
+    except ValueError as error:
+        try:
+            reasons = "; ".join(entry["message"] for entry in json.loads(str(error))["errors"])
+        except (ValueError, KeyError, TypeError):
+            reasons = " ".join(str(error).split())
+        raise InputError(f"{CARD}: the Hub does not take it: {reasons[:300]}") from None
 
 
 def _make(api: HfApi, there: Repository, repo_id: str, private: bool, revision: str | None) -> str:
@@ -168,5 +202,5 @@ def _compare_again(api: HfApi, done: Push, local: list[Local]) -> None:
         raise InputError(
             f"{done.repo_id}: {wrong[0]}"
             + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
-            + " on the Hub is not what was sent; push again"
+            + " on the Hub is not what was sent; push again, or look whether a .gitignore there keeps it out"
         )

@@ -42,7 +42,7 @@ class Repository:
         return cls(repo_id, found.sha, has_revision, bool(found.private), files_of(api, repo_id, str(found.sha)))
 
     def check(self, api: HfApi, folder: Path, private: bool, replace: bool) -> None:
-        """Raises InputError where it holds something else than `folder`, a conversion of the same base, or is public where it should not be."""
+        """Raises InputError where it holds something else than a version of `folder`, or is public where it should not be."""
         if self.head is not None and private and not self.private:
             raise InputError(
                 f"--private: {self.repo_id} is there already, and public; change that in its settings on the Hub, or leave --private out"
@@ -51,9 +51,14 @@ class Repository:
         if not content or replace:
             return
         theirs = next((self._identity(api, name) for name in _MARKS if name in content), None)
-        if theirs is not None and theirs == identity(folder):
+        ours = identity(folder)
+        if theirs is not None and theirs.same(ours):
             return
-        what = theirs.words if theirs is not None else f"{content[0]}" + (f" and {len(content) - 1} more" if content[1:] else "")
+        what = (
+            theirs.words(ours)
+            if theirs is not None
+            else f"{content[0]}" + (f" and {len(content) - 1} more" if content[1:] else "")
+        )
         raise InputError(
             f"{self.repo_id}: holds something else ({what}); choose another name, or --replace to let it hold this checkpoint and nothing"
             " else (what was there stays in its history)"
@@ -75,16 +80,24 @@ def files_of(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a folder or repository is a version of: a conversion of one base, whole or as a delta."""
+    """What a folder or repository is a version of: a conversion of one base into layers of certain shapes, whole or as a delta."""
 
     kind: str  # config.json's model_type, or "delta"
     base: str | None  # hash of the base's tensors
+    layers: str  # kinds and shapes
 
-    @property
-    def words(self) -> str:
-        if self.kind == "delta":
-            return "a delta"
-        return "a conversion of another base" if self.kind.startswith("mxd_") else f"a model of type {self.kind}"
+    def same(self, other: "Identity") -> bool:
+        return self == other and self.base is not None
+
+    def words(self, ours: "Identity") -> str:
+        """What it is, to one who would publish `ours`."""
+        if self.kind != ours.kind:
+            return "a delta" if self.kind == "delta" else f"a model of type {self.kind}"
+        return (
+            "a conversion of another base"
+            if self.base != ours.base or self.base is None
+            else "a conversion with other layers or settings"
+        )
 
 
 def identity(folder: Path) -> Identity:
@@ -96,6 +109,6 @@ def _read(file: Path) -> Identity:
         content = json.loads(file.read_text(encoding="utf-8"))
         holder = content if file.name == DELTA else content.get("mxd") or {}
         kind = "delta" if file.name == DELTA else str(content.get("model_type"))
-        return Identity(kind, (holder.get("base") or {}).get("sha256"))
+        return Identity(kind, (holder.get("base") or {}).get("sha256"), json.dumps(holder.get("layers"), sort_keys=True))
     except (ValueError, AttributeError):
-        return Identity("unreadable", None)
+        return Identity("unreadable", None, "")

@@ -41,7 +41,7 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
     files = full or folder
     config = json.loads((files / "config.json").read_text(encoding="utf-8"))["mxd"]
     optional = dict.fromkeys(("fidelity", "reliance", "data", "cost", "seeds", "versions"))
-    report = {**optional, "edits": [], "steering": [], "elsewhere": [], **report}
+    report = {**optional, "edits": [], "steering": [], "elsewhere": [], "local": [], **report}
     recipe = yaml.safe_load(recipe_yaml) or {}
     indices = list(config["layers"])
     entry = config["layers"][indices[0]]
@@ -53,7 +53,7 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
         title=title,
         report=report,
         recipe=recipe_yaml.strip(),
-        local=_local_keys(recipe, base_on_hub),
+        local=report["local"],
         order=recipe.get("train", {}).get("order"),
         base_on_hub=base_on_hub,
         licence=_licence(report["base"]),
@@ -82,7 +82,7 @@ def _metadata(report: Mapping[str, Any], config: Mapping[str, Any], title: str, 
     entry = config["layers"][indices[0]]
     kinds = ["mxd", "mixture-of-decoders"] if entry["kind"] in ("mxd", "random_gate") else [entry["kind"].replace("_", "-")]
     text = report["data"]["train"]["path"] if report["data"] and report["data"].get("train") else None
-    on_hub = text is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not Path(text).suffix
+    on_hub = text is not None and "data.train.path" not in report["local"]
     told = {
         "format": config["format_version"],
         "base": base["model"],
@@ -138,18 +138,6 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
         for name, (metric, value) in figures.items()
         if value is not None
     ]
-
-
-def _local_keys(recipe: Mapping[str, Any], base_on_hub: bool) -> list[str]:
-    """The recipe's keys that name something of the machine on which it was run, and that whoever runs it again has to set."""
-    if not recipe:
-        return []
-    found = [] if base_on_hub else ["base.model"]
-    for section in ("train", "eval"):
-        path = recipe["data"][section]["path"]
-        if path is not None and (Path(path).suffix or "*" in path):
-            found.append(f"data.{section}.path")
-    return found
 
 
 def _licence(base: Mapping[str, Any]) -> str:

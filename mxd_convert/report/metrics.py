@@ -10,6 +10,7 @@ import torch
 
 from mxd_convert.data import Blocks, TextInfo
 from mxd_convert.plan import Plan
+from mxd_convert.recipe import Recipe, is_local
 from mxd_convert.training import Trained
 
 _PACKAGES = (
@@ -69,7 +70,14 @@ def build_report(
         },
         "versions": versions(),
         "seeds": {"train": plan.recipe.train.seed},
+        "local": _local_keys(plan.recipe),
     }
+
+
+def _local_keys(recipe: Recipe) -> list[str]:
+    """The recipe's keys that named something of this machine: who runs it again has to set them."""
+    named = {"base.model": recipe.base.model, "data.train.path": recipe.data.train.path, "data.eval.path": recipe.data.eval.path}
+    return [key for key, value in named.items() if value is not None and is_local(value)]
 
 
 def peak_rss_bytes() -> int:

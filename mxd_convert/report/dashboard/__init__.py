@@ -31,7 +31,6 @@ from mxd_convert.report.dashboard.pages import (
 )
 from mxd_convert.report.dashboard.tokens import Tokens
 
-FOLDER = "dashboard"  # inside a checkpoint
 STATIC = Path(__file__).parent / "static"
 _MARK = '<meta name="generator" content="mxd-convert dashboard">'
 _OURS = {"index.html", "expert.html", "assets", "data"}
