@@ -8,13 +8,12 @@ import multiprocessing
 import os
 import resource
 import runpy
+import subprocess
 import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
-
-from huggingface_hub import constants
 
 PRELOADED = ["mxd_convert.cli", "mxd_convert.hub", "mxd_convert.pipeline", "mxd_convert.modeling.modeling_mxd", "datasets"]
 SECONDS = 180
@@ -34,7 +33,6 @@ class Work:
     arguments: list[str]
     cwd: str | None = None
     verified: bool = True  # whether a push verifies first, which takes longer than all the rest
-    offline: bool = False  # as HF_HUB_OFFLINE has it, which is read on import
     largest_file: int | None = None  # bytes that a file may grow to, as if the disk were full then
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -69,6 +67,14 @@ class Clients:
         """A command in a process of its own; options: those of Work."""
         return self.wait(*self.start(Work([str(argument) for argument in arguments], **options), token))
 
+    def run_anew(self, *arguments: object, **environment: str) -> Done:
+        """The same in a process that imports everything anew, with settings that are read on import."""
+        words = [str(argument) for argument in arguments]
+        command = [sys.executable, *words[1:]] if words[0] == "python" else [sys.executable, "-m", "mxd_convert.cli", *words]
+        environment = {**os.environ, **self.environment, **environment}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+
     @staticmethod
     def wait(process: multiprocessing.Process, place: Path) -> Done:
         process.join(SECONDS)
@@ -93,8 +99,6 @@ def _run(work: Work, place: str) -> None:
         from mxd_convert.verification import Verification
 
         pushing.verify = lambda folder, base=None: Verification(folder, [])
-    if work.offline:
-        constants.HF_HUB_OFFLINE = True
     if work.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (work.largest_file, work.largest_file))
     try:

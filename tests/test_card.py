@@ -39,7 +39,7 @@ def run_blocks(card, clients, folder, replace):
     return len(parts), done
 
 
-@pytest.mark.parametrize("kind", ["mxd", "skip_transcoder", "dense_twin"])
+@pytest.mark.parametrize("kind", ["mxd", "random_gate", "transcoder", "skip_transcoder", "dense_twin"])
 def test_every_block_of_a_published_card_runs(hub, program, clients, models, text, tmp_path, kind, recipe):
     path = recipe(
         layers=[0, 2],

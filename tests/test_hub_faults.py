@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 from conftest import TOKEN
@@ -51,6 +52,27 @@ def whole_or_nothing(hub, name, folder):
     return bool(found)
 
 
+def test_the_token_that_was_logged_in_with_is_taken(hub, clients, program, folder):
+    kept = clients.home / "hf" / "token"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(TOKEN)
+    try:
+        assert program("push", folder, "logged-in", token=None, verified=False).status == 0
+    finally:
+        kept.unlink()
+    assert whole_or_nothing(hub, "alice/logged-in", folder)
+
+
+def test_the_hubs_own_rate_limits_are_kept(hub, program, folder):
+    hub.fail("GET", "/api/whoami", 429, RateLimit='"api";r=0;t=2')
+    started = time.monotonic()
+    assert program("push", folder, "alice/limits", "--dry-run", verified=False).status == 0
+    assert program("push", folder, "alice/limits", verified=False).status == 0
+    assert time.monotonic() - started > 3
+    hub.fail("GET", "/api/whoami", 429, times=9, RateLimit='"api";r=0;t=250')
+    assert "in 251 s" in program("push", folder, "alice/limits-2", verified=False).err
+
+
 @pytest.mark.parametrize("fault", [429, 500, "drop"])
 def test_what_goes_wrong_once_is_tried_again(hub, program, folder, fault):
     name = f"alice/once-{fault}"
@@ -87,13 +109,14 @@ def test_what_stays_wrong_is_a_line_and_the_next_push_goes_on(hub, program, prog
         assert not [request for request in hub.requests[asked:] if request.method == "PUT"]
 
 
-def test_what_a_push_may_not_do(hub, program_refused, folder, converted):
+def test_what_a_push_may_not_do(hub, clients, program_refused, folder):
     program_refused("push", folder, "bob/his", words=("bob/his", "does not allow publishing"), verified=False)
     assert "bob/his" not in hub.repos
     program_refused("push", folder, "alice/x", words=("needs a token", "hf auth login"), token=None)
     program_refused("push", folder, "alice/x", words=("does not accept your token",), token="hf_wrong")
     program_refused("push", folder, "not a name", words=("not a repository's name",))
-    program_refused("push", folder, "alice/x", words=("HF_HUB_OFFLINE is set",), offline=True)
+    offline = clients.run_anew("push", folder, "alice/x", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    assert (offline.status, offline.err) == (2, "mxd-convert: HF_HUB_OFFLINE is set, so the Hub can't be reached; unset it\n")
     program_refused("push", folder / "nowhere", "alice/x", words=("no such folder",))
     assert "alice/x" not in hub.repos
 
