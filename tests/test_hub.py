@@ -66,6 +66,9 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, conv
     assert pulled.status == 0, pulled.err
     assert contents(tmp_path / "pulled") == on_hub(hub, "alice/there-and-back")
     assert "is there already" in program("pull", "alice/there-and-back", tmp_path / "pulled").err
+    pulled_card = (tmp_path / "pulled" / "README.md").read_text()
+    assert program("push", tmp_path / "pulled", "alice/elsewhere", verified=False).status == 0
+    assert on_hub(hub, "alice/elsewhere")["README.md"].decode() == pulled_card.replace("alice/there-and-back", "alice/elsewhere")
     assert program("verify", tmp_path / "pulled", environment={"HF_HUB_OFFLINE": "1"}).status == 0
 
 

@@ -53,15 +53,22 @@ class Local:
 def to_publish(folder: Path, repo_id: str) -> list[Local]:
     """The files of a checkpoint's folder that are published, by path.
 
-    The card is published with the repository's name in its examples; the folder's own is left as it is.
+    The card is published with the repository's name in its examples, also where it was pulled from another; the folder's own is left as it is.
     """
     found = []
     for path in belonging(folder):
         source: Path | bytes = folder / path
         if path == CARD:
-            source = (folder / path).read_bytes().replace(REPOSITORY.encode(), repo_id.encode())
+            source = _named((folder / path).read_text(encoding="utf-8"), repo_id).encode()
         found.append(Local(path, source))
     return found
+
+
+def _named(card: str, repo_id: str) -> str:
+    earlier = re.search(r'^name = "([\w.-]+/[\w.-]+)"$', card, re.MULTILINE)
+    if earlier is not None:
+        card = re.sub(r"```.*?```", lambda block: block[0].replace(earlier[1], repo_id), card, flags=re.DOTALL)
+    return card.replace(REPOSITORY, repo_id)
 
 
 @dataclass(frozen=True)
