@@ -132,6 +132,8 @@ def test_what_was_not_measured_is_called_so(converted, tmp_path):
     folder = edit(converted["gpt2"], tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
     card = (folder / "README.md").read_text()
     assert "Not measured since it was changed" in card
+    assert "mxd_report.json" not in card  # there is none
+    assert "as it was before the changes by hand" in card
     assert ModelCard(card).data.eval_results is None
     full = (converted["gpt2"] / "README.md").read_text()
     assert "Rise of cross-entropy on other text: not measured." in full

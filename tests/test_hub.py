@@ -199,6 +199,9 @@ def test_a_recipe_may_publish_its_result(hub, program, models, text, tmp_path):
     assert done["already_finished"]
     assert done["url"] == f"{hub.url}/alice/from-a-recipe"
     assert on_hub(hub, "alice/from-a-recipe") == published(tmp_path / "out", "alice/from-a-recipe")
+    # who runs it again is somebody else
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["output"]["push_to"] is None
+    assert "from-a-recipe" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_base_on_the_hub_is_named_by_id_commit_and_licence(hub, program, models, text, tmp_path):

@@ -39,7 +39,11 @@ def test_every_run_of_a_sweep_is_what_it_is_alone(base_recipe, tmp_path, monkeyp
         return whole(*arguments)
 
     monkeypatch.setattr("mxd_convert.training.activations.harvest", counting)
-    done = sweep({**base_recipe, "train": {**base_recipe["train"], "twin": True}}, GRID, tmp_path / "sweep", quiet=True)
+    beside = {
+        "train": {**base_recipe["train"], "twin": True},
+        "output": {"push_to": "nobody/nothing"},
+    }  # neither is done in a sweep
+    done = sweep({**base_recipe, **beside}, GRID, tmp_path / "sweep", quiet=True)
     together = len(forwards)
     names = [row["name"] for row in done.rows]
     # the twin has no k: one run for both

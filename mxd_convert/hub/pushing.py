@@ -83,7 +83,8 @@ def push(
             repo_id = _full_name(api, repo_id)
         there = Repository.find(api, repo_id, revision)
         there.check(api, folder, private, replace)
-        verification = _verified(folder, base)
+    verification = _verified(folder, base)
+    with explained(repo_id, "publishing", revision):
         local = to_publish(folder, repo_id)
         planned = Push(
             repo_id, f"{api.endpoint}/{repo_id}", there.head is None, verification, compare(local, there.files, replace)
@@ -125,8 +126,8 @@ def _verified(folder: Path, base: str | None) -> Verification:
             )
     if changed := measured_on_others(folder) if is_delta(folder) else _changed(folder):
         raise InputError(
-            f"{folder}: nothing was published, since {changed[0]} is not the one that {REPORT} was measured on; take report and card"
-            " (README.md) away, or measure it again with `mxd-convert edit --data`"
+            f"{folder}: nothing was published, since {changed[0]} is not the one that {REPORT} was measured on; put it back, or take"
+            " report and card (README.md) away, whose figures are another checkpoint's"
         )
     return verification
 
