@@ -43,7 +43,6 @@ def run_blocks(card, clients, folder, replace):
 def test_every_block_of_a_published_card_runs(hub, program, clients, models, text, tmp_path, kind, recipe):
     path = recipe(
         layers=[0, 2],
-        output={"push_to": None},
         layer={"kind": kind} if kind == "dense_twin" else {"kind": kind, "k": 4, "experts": 24},
     )
     result = convert(path, output=tmp_path / "made", quiet=True)
