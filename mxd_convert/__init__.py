@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mxd_convert.hub import Listed, Pull, Push, list_checkpoints, load, pull, push
     from mxd_convert.inspecting import inspect
     from mxd_convert.labels import Label, add_labels, read_labels
+    from mxd_convert.onnx import OnnxModel, export_onnx
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
     from mxd_convert.probing import probe
@@ -39,6 +40,7 @@ _HOMES = {
     "InputError": "errors",
     "Label": "labels",
     "Listed": "hub",
+    "OnnxModel": "onnx",
     "Plan": "plan",
     "Pull": "hub",
     "Push": "hub",
@@ -56,6 +58,7 @@ _HOMES = {
     "edit": "editing",
     "evaluate": "evaluation",
     "expert_rank": "evaluation",
+    "export_onnx": "onnx",
     "export_steering": "exporting",
     "export_transcoder": "exporting",
     "generate": "generation",
@@ -94,6 +97,7 @@ __all__ = [
     "InputError",
     "Label",
     "Listed",
+    "OnnxModel",
     "Plan",
     "Pull",
     "Push",
@@ -111,6 +115,7 @@ __all__ = [
     "edit",
     "evaluate",
     "expert_rank",
+    "export_onnx",
     "export_steering",
     "export_transcoder",
     "generate",

@@ -19,6 +19,7 @@ from mxd_convert.recipe import Base
 LOCAL = "mxd_local.json"
 REPORT = "mxd_report.json"
 DASHBOARD = "dashboard"  # folder of one, where a run has written it
+ONNX = "onnx"  # the same of an export
 DELTA = "mxd_delta.json"  # marks a folder as what a conversion changed, without the base's weights
 
 
@@ -138,14 +139,15 @@ def is_converted(folder: Path) -> bool:
 
 
 def belonging(folder: Path) -> list[str]:
-    """The files that belong to a checkpoint, by path: all but hidden ones, what is of this machine only, and the dashboard, for people."""
+    """The files that belong to a checkpoint, by path: all but hidden ones, what is of this machine only, the
+    dashboard, for people, and the ONNX export, which is a model of its own."""
     paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in paths if belongs(path)]
 
 
 def belongs(path: str) -> bool:
     parts = path.split("/")
-    return parts[-1] != LOCAL and parts[0] != DASHBOARD and not any(part.startswith(".") for part in parts)
+    return parts[-1] != LOCAL and parts[0] not in (DASHBOARD, ONNX) and not any(part.startswith(".") for part in parts)
 
 
 def file_sha256(path: Path) -> str:

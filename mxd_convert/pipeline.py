@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,12 +18,13 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from mxd_convert.base import Spread, card_of, load_base, load_tokenizer, model_sha256, quiet
-from mxd_convert.checkpoint import DASHBOARD, LOCAL, REPORT, load_checkpoint
+from mxd_convert.checkpoint import DASHBOARD, LOCAL, ONNX, REPORT, load_checkpoint
 from mxd_convert.data import Blocks, check_vocabulary, prepare
 from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.evaluation import evaluate_models
 from mxd_convert.hub import check_account, push
 from mxd_convert.layers import Shape, Trainable
+from mxd_convert.onnx import export_onnx
 from mxd_convert.plan import (
     Plan,
     base_room,
@@ -55,7 +57,8 @@ class Result:
     """A finished conversion.
 
     report: the content of mxd_report.json. already_finished: it was there before this call. main_process: whether this process,
-    of several, is the one to speak. url: where it was published (`output.push_to`).
+    of several, is the one to speak. url: where it was published (`output.push_to`). onnx_failures: what of its ONNX export is out of
+    tolerance, which is then not there.
     """
 
     output: Path
@@ -63,6 +66,7 @@ class Result:
     already_finished: bool
     main_process: bool
     url: str | None = None
+    onnx_failures: tuple[str, ...] = ()
 
 
 def convert(
@@ -93,12 +97,12 @@ def convert(
             if run.main:
                 run.place.tidy()
                 run.say_if_without_dashboard()
-            return run.published(Result(plan.output, report, True, run.main))
+            return run.published(run.exported(Result(plan.output, report, True, run.main)))
         with run.agreed():
             if run.main:
                 stack.enter_context(run.place.locked())
         stack.enter_context(disk_guard(plan.output))
-        return run.published(run.go())
+        return run.published(run.exported(run.go()))
 
 
 class _Conversion:
@@ -134,6 +138,22 @@ class _Conversion:
             if self.main and (not self.training or self.accelerator.num_processes == 1):  # else others may be writing there
                 self.place.forget()
             raise
+
+    def exported(self, result: Result) -> Result:
+        """The result, with its ONNX export where the recipe says so."""
+        place = self.output / ONNX
+        if not self.recipe.output.onnx or not self.main or place.exists():
+            return result
+        try:
+            with tempfile.TemporaryDirectory(dir=self.output.parent, prefix=f".{self.output.name}-") as scratch:
+                export = export_onnx(self.output, Path(scratch) / ONNX, quiet=self.quiet)
+                if export.output is not None:
+                    export.output.rename(place)
+        except InputError as error:
+            raise InputError(
+                f"{error}\nThe checkpoint itself is finished: `mxd-convert export-onnx {self.output} DIR` exports it."
+            ) from error
+        return replace(result, onnx_failures=tuple(export.failures))
 
     def published(self, result: Result) -> Result:
         """The result, on the Hub where the recipe says so."""

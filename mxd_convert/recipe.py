@@ -159,7 +159,7 @@ class Output(Section):
     dir: str | None = None
     """Folder of the finished checkpoint; null: runs/<name of the base>-mxd in the working directory."""
     onnx: bool = False
-    """Also export to ONNX."""
+    """Also export to ONNX in float32, in <dir>/onnx, as `mxd-convert export-onnx` does."""
     dashboard: bool = False
     """Also write the dashboard, in <dir>/dashboard, on the held-out text."""
     push_to: str | None = None
@@ -185,13 +185,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         layer_indices(self.layers, None)
-        for key, (allowed, meaning) in _AVAILABLE.items():
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
-            if value not in allowed:
-                raise ValueError(
-                    f"{key}: {json.dumps(value)} is not part of this version ({meaning}); set it to {json.dumps(allowed[0])}"
-                )
         train = self.train
         if train.target == "teacher" and train.order == "parallel":
             raise ValueError(
@@ -251,12 +244,6 @@ def _deciding(content: dict[str, Any]) -> dict[str, Any]:
 
 def _sha256(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# Keys of the contract whose other values belong to parts that are still to come: refused in one line, never ignored.
-_AVAILABLE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "output.onnx": ((False,), "ONNX export"),
-}
 
 
 MOST_LAYERS = 100_000

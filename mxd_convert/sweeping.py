@@ -115,7 +115,11 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
                     f"--set: two combinations would both be called {name}; give values that differ in letters and figures"
                 )
             continue
-        made = make_plan(load_recipe(source, {**settings, "output.dir": str(folder / "runs" / name), "output.push_to": None}))
+        made = make_plan(
+            load_recipe(
+                source, {**settings, "output.dir": str(folder / "runs" / name), "output.push_to": None, "output.onnx": False}
+            )
+        )
         check_memory(made)
         found[name] = _Run(name, shown, made)
     return list(found.values())

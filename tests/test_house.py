@@ -25,6 +25,7 @@ FLOORS = [
         "starter",
         "workspace",
         "exporting",
+        "onnx",
     },
     {"report"},
     {"pipeline", "editing", "probing", "hub", "deltas"},

@@ -57,10 +57,6 @@ def test_a_kind_has_one_name():
     refused({"layer": {"kind": "transcoder", "skip": True}}, "layer.skip", "skip_transcoder")
 
 
-def test_what_is_still_to_come_is_refused_not_ignored():
-    refused({"output": {"onnx": True}}, "output.onnx", "set it to false")
-
-
 def test_numbers_are_those_of_yaml_1_2(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("base: {model: a/b, revision: no}\ntrain: {lr: 2e-3}\ndata: {tokens: 1_000_000}\n")

@@ -7,11 +7,23 @@ import traceback
 
 import typer
 
-from mxd_convert.cli import converting, dashboard, editing, exporting, hub, probing, reading, steering, sweeping
+from mxd_convert.cli import converting, dashboard, deploying, editing, exporting, hub, probing, reading, steering, sweeping
 from mxd_convert.cli.app import app, settings
 from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, InputError, is_disk_full
 
-__all__ = ["converting", "dashboard", "editing", "exporting", "hub", "main", "probing", "reading", "steering", "sweeping"]
+__all__ = [
+    "converting",
+    "dashboard",
+    "deploying",
+    "editing",
+    "exporting",
+    "hub",
+    "main",
+    "probing",
+    "reading",
+    "steering",
+    "sweeping",
+]
 
 OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
 

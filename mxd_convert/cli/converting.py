@@ -108,7 +108,9 @@ def run(
         return
     if as_json:
         content = {"output": str(result.output), "already_finished": result.already_finished, "url": result.url}
-        print_json({**content, "report": result.report})
+        print_json({**content, "onnx_failures": list(result.onnx_failures), "report": result.report})
+        if result.onnx_failures:
+            raise typer.Exit(1)
         return
     if result.already_finished:
         human.print("this recipe has finished before; --fresh runs it again")
@@ -116,6 +118,10 @@ def run(
     if result.url is not None:
         human.print(f"published: {result.url}", markup=False)
     print(result.output)
+    if result.onnx_failures:
+        for line in result.onnx_failures:
+            human.print(f"ONNX export, out of tolerance and not written: {line}", soft_wrap=True, markup=False)
+        raise typer.Exit(1)
 
 
 def print_figures(report: dict[str, Any]) -> None:

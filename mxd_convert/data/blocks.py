@@ -191,11 +191,14 @@ def check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
         )
 
 
-def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path) -> Blocks:
-    """The blocks of one text, all of it up to `source.tokens`. Raises InputError where it makes no block."""
+def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, held_out: bool = False) -> Blocks:
+    """The blocks of one text up to `source.tokens`: of all of it, or of the documents that a run holds out of it. Raises InputError
+    where it makes no block."""
     marks = separators(tokenizer)
     writer = _Writer(folder / "eval.tokens", tokenizer, marks, source.tokens)
     for document in read_documents(source):
+        if held_out and not is_held_out(document):
+            continue
         writer.add(document)
         if writer.full():
             break

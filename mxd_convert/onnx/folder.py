@@ -1,0 +1,105 @@
+"""What lies beside the graphs: config, generation settings, tokenizer, and what onnxruntime-genai wants to know."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mxd_convert.base import load_tokenizer, quiet
+from mxd_convert.onnx.runtime import FOLDER, GRAPHS
+
+_OF_OURS = ("model_type", "architectures", "auto_map", "mxd")
+_PLAIN_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 and other readers know it by
+_JS_TYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}
+
+
+def base_type(config: Any) -> Any:
+    """The class of the base's config, of which a converted model's is made."""
+    return type(config).__mro__[1]
+
+
+def write_config(model: Any, folder: Path, dtypes: list[str], with_data: list[str]) -> None:
+    """config.json with the base's model type, by which clients choose how to run a graph; the layers themselves are in the graph.
+
+    with_data: the dtypes whose weights are in a file of their own.
+    """
+    base = base_type(model.config)
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _OF_OURS}
+    config = base(**settings)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+    config.architectures = [model_class.__name__]
+    content = json.loads(config.to_json_string())  # what a checkpoint has of it, without where it was read
+    content["transformers.js_config"] = {
+        "dtype": _JS_TYPES[dtypes[0]],
+        "kv_cache_dtype": {"fp16": "float16"},
+        **({"use_external_data_format": {GRAPHS[dtype]: 1 for dtype in with_data}} if with_data else {}),
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Tokenizer with its chat template, and generation settings."""
+    with quiet():
+        load_tokenizer(str(checkpoint)).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    name = content.get("tokenizer_class")
+    content["tokenizer_class"] = _PLAIN_TOKENIZER.get(name, name)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (checkpoint / "generation_config.json").is_file():
+        shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")
+
+
+def write_genai_config(model: Any, graph: ir.Graph, folder: Path, dtype: str) -> None:
+    """genai_config.json, for the graph of `dtype`."""
+    config, generation = model.config.get_text_config(), model.generation_config
+    keys = [
+        value for value in graph.inputs if str(value.name).startswith("past_key_values.") and str(value.name).endswith(".key")
+    ]
+    heads, width = (int(str(keys[0].shape[at])) for at in (1, 3)) if keys[0].shape is not None else (0, 0)
+    names = {str(value.name) for value in graph.inputs}
+    end = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    begin = next(token for token in (generation.bos_token_id, config.bos_token_id, 0) if token is not None)
+    ends = end if isinstance(end, list) else [end] if end is not None else []
+    pad = next(token for token in (generation.pad_token_id, config.pad_token_id, *ends, 0) if token is not None)
+    room = int(getattr(config, "max_position_embeddings", 2048))
+    content = {
+        "model": {
+            "type": "decoder",  # onnxruntime-genai's general one
+            "vocab_size": config.vocab_size,
+            "context_length": room,
+            "bos_token_id": begin,
+            "eos_token_id": ends or [pad],
+            "pad_token_id": pad,
+            "decoder": {
+                "filename": f"{FOLDER}/{GRAPHS[dtype]}",
+                "head_size": width,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": heads,
+                "num_hidden_layers": len(keys),
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    **({"position_ids": "position_ids"} if "position_ids" in names else {}),
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": room,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+    (folder / "genai_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
