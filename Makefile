@@ -1,10 +1,10 @@
-# make quickstart | make test | make lint | make bench | make schema | make cards
+# make quickstart | make test | make lint | make bench | make schema | make cards | make clients
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test lint bench format schema cards clean
+.PHONY: quickstart test lint bench format schema cards clients clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
@@ -44,6 +44,20 @@ cards: $(VENV)/installed
 		(cd runs/$$name && cp -r README.md mxd_report.json recipe.yaml config.json plots ../../model_cards/$$name/) || exit 1; \
 	done
 
+# other programs that run exported models, each in a place of its own, for tests/test_onnx_clients.py: a minute, and 2 GB of disk
+CLIENTS := .clients
+clients: $(CLIENTS)/node/installed $(CLIENTS)/optimum/installed $(CLIENTS)/genai/installed
+
+$(CLIENTS)/node/installed: examples/onnx/package.json
+	mkdir -p $(@D) && cp $< $(@D)/
+	npm install --ignore-scripts --no-audit --no-fund --silent --prefix $(@D)
+	touch $@
+
+$(CLIENTS)/%/installed: examples/onnx/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
+
 # torch first and by itself, so that no other package draws in another build of it
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -52,4 +66,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) build dist runs .pytest_cache .mypy_cache .ruff_cache

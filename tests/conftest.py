@@ -146,6 +146,15 @@ def stories(shared, tmp_path_factory):
     return convert("stories260k", tmp_path_factory.mktemp("stories") / "out", overrides, quiet=True)
 
 
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """The quickstart on a third of its tokens, without its twin."""
+    from mxd_convert import convert
+
+    overrides = {"data.tokens": 61_440, "data.eval.tokens": 4096, "train.twin": False}
+    return convert("quickstart", tmp_path_factory.mktemp("quick") / "out", overrides, quiet=True)
+
+
 @pytest.fixture
 def mxd(monkeypatch, capsys):
     """Runs the program in this process: mxd("plan", "r.yaml") -> (exit status, stdout, stderr)."""

@@ -43,11 +43,14 @@ def write_config(model: Any, folder: Path, dtypes: list[str], with_data: list[st
 def write_tokenizer(checkpoint: Path, folder: Path) -> None:
     """Tokenizer with its chat template, and generation settings."""
     with quiet():
-        load_tokenizer(str(checkpoint)).save_pretrained(folder)
+        tokenizer = load_tokenizer(str(checkpoint))
+        tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     name = content.get("tokenizer_class")
     content["tokenizer_class"] = _PLAIN_TOKENIZER.get(name, name)
+    if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        content["add_bos_token"] = True  # without it transformers.js' pipeline leaves out what the tokenizer itself puts there
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if (checkpoint / "generation_config.json").is_file():
         shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")

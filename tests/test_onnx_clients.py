@@ -1,0 +1,104 @@
+"""Exported models of real ones, in the programs that people run them with: each continues prompts as PyTorch does.
+
+`make clients` installs these programs, each in a place of its own. Where one is not there its test is skipped.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.onnx import OnnxModel, export_onnx
+
+CLIENTS = ROOT / ".clients"
+PROMPTS = {
+    "quickstart": ["If the argument is", "The file", "Return a new"],
+    "stories260k": ["Once upon a time", "The dog was", "Lily and Ben"],
+}
+
+
+@pytest.fixture(scope="module", params=PROMPTS)
+def ready(request, tmp_path_factory):
+    """(exported folder, prompts, PyTorch's continuations of them, the export's report)."""
+    name = request.param
+    checkpoint = request.getfixturevalue("quick" if name == "quickstart" else "stories").output
+    folder = tmp_path_factory.mktemp("ready") / name
+    done = export_onnx(checkpoint, folder, quantized="int8", expert_outputs=True, steering=True, tokens=4096, quiet=True)
+    assert done.failures == []
+    model, tokenizer = load_checkpoint(checkpoint, dtype="float32"), AutoTokenizer.from_pretrained(checkpoint)
+    texts = []
+    for prompt in PROMPTS[name]:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+    return folder, PROMPTS[name], texts, done.report
+
+
+def client(name: str) -> Path:
+    place = CLIENTS / name
+    if not (place / "installed").is_file():
+        pytest.skip(f"`make clients` installs {name}; it is not there")
+    return place
+
+
+def said(command, **environment) -> list[str]:
+    """What a program prints, a JSON string a line."""
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
+
+
+def test_figures_of_real_models(ready):
+    """What is promised of them: greedy text, logits, experts."""
+    _, _, _, report = ready
+    parity = report["graphs"]["fp32"]["parity"]
+    assert parity["greedy"]["equal"] == parity["greedy"]["prompts"] == 20
+    assert parity["greedy"]["new_tokens"] == 64
+    assert parity["largest_difference"] <= 1e-4
+    assert parity["expert_agreement"] >= 0.999
+    assert parity["lengths"][-1] == 200
+    assert report["graphs"]["int8"]["parity"]["delta_ce"] <= 0.02
+
+
+def test_onnxruntime_in_an_environment_without_torch(ready):
+    folder, prompts, texts, _ = ready
+    python = client("genai") / "bin" / "python"
+    absent = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
+    assert absent.returncode != 0
+    assert said([python, ROOT / "examples" / "onnx" / "without_torch.py", folder, *prompts]) == texts
+
+
+def test_onnxruntime_genai(ready):
+    folder, prompts, texts, _ = ready
+    python = client("genai") / "bin" / "python"
+    assert said([python, ROOT / "examples" / "onnx" / "genai.py", folder, *prompts]) == texts
+
+
+def test_optimum_onnx(ready):
+    folder, prompts, texts, _ = ready
+    python = client("optimum") / "bin" / "python"
+    assert said([python, ROOT / "examples" / "onnx" / "optimum_onnx.py", folder, *prompts]) == texts
+
+
+def test_transformers_js(ready, tmp_path):
+    folder, prompts, texts, _ = ready
+    if shutil.which("node") is None:
+        pytest.skip("there is no node")
+    (tmp_path / "node_modules").symlink_to(client("node") / "node_modules")
+    script = shutil.copy(ROOT / "examples" / "onnx" / "transformers_js.mjs", tmp_path)
+    assert said(["node", script, folder, *prompts]) == texts
+    eight = OnnxModel.from_pretrained(folder, dtype="int8")
+    ours = [eight.generate(prompt, 40) for prompt in prompts]
+    assert sum(a == b for a, b in zip(said(["node", script, folder, *prompts], DTYPE="q8"), ours, strict=True)) >= 2
