@@ -57,7 +57,7 @@ def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     tour = (ROOT / "README.md").read_text().split("## Five minutes")[1].split("## Recipes")[0]
     blocks = re.findall(r"```(bash|python)\n(.*?)```", tour, flags=re.DOTALL)
-    assert [kind for kind, _ in blocks].count("python") == 2
+    assert [kind for kind, _ in blocks].count("python") == 3
     program = str(Path(sys.executable).with_name("mxd-convert"))
     names: dict = {}
     said = io.StringIO()
