@@ -8,6 +8,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import dashboard
+import inference
 import kill
 import steps
 import torch
@@ -59,3 +60,24 @@ def test_the_dashboards_benchmark(tmp_path):
     assert written.files == 6 + 4 + 4  # pages and assets; summary, tokens, text and index; experts by 64
     assert written.disk_bytes == sum(path.stat().st_size for path in (tmp_path / "board").rglob("*") if path.is_file())
     assert 2**27 < written.peak_bytes < 2**32
+
+
+def test_the_benchmark_of_inference(tmp_path, capsys):
+    """A tiny model: every variant runs in its process; what a token reads is counted by hand."""
+    found = inference.measure("tiny", tmp_path, rounds=1, threads=1)
+    inference.show("tiny", found)
+    table = capsys.readouterr().out
+    for title in inference.VARIANTS.values():
+        assert f"| {title} |" in table
+    width, layers, hidden, vocabulary, experts, k = 32, 2, 128, 300, 64, 4
+    attention = 4 * width * width + 4 * width
+    norms = 2 * 2 * width
+    mlp = 2 * width * hidden + hidden + width
+    shared = layers * (attention + norms) + 2 * width + width * vocabulary + width  # the last is one row of positions
+    gate_and_linear = width * experts + experts + 2 * width * hidden + hidden + width
+    assert found["bytes"]["base"] == 4 * (shared + layers * mlp)
+    assert found["bytes"]["dense"] == 4 * (shared + layers * (gate_and_linear + experts * width))
+    assert found["bytes"]["mxd"] == found["bytes"]["fp32"] == 4 * (shared + layers * (gate_and_linear + k * width))
+    assert found["bytes"]["fp16"] * 2 == found["bytes"]["fp32"]
+    assert all(peak > 2**20 for peak in found["peak"].values())
+    assert found["peak"]["fp32"] < found["peak"]["mxd"]

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
 from mxd_convert.layers import MxD, Shape, new_layer, normalised_mse
 from mxd_convert.layers.trainable import normalise, project
+from mxd_convert.modeling import modeling_mxd
 
 I, H, O, N, K = 7, 11, 5, 13, 4
 
@@ -211,3 +213,32 @@ def test_a_token_for_which_the_mlp_returns_nothing_does_not_outweigh_the_others(
     error = torch.full_like(y, 0.01)
     others = torch.arange(8) != 3
     assert normalised_mse(y + error, y) < 200 * normalised_mse((y + error)[others], y[others])
+
+
+class ByExperts(TorchDispatchMode):
+    """Notes every operation that makes a tensor as wide as there are experts."""
+
+    def __init__(self, n_experts):
+        super().__init__()
+        self.n_experts, self.found = n_experts, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.n_experts,) and tensor.ndim > 1:
+                self.found.append(function._schema.name)
+        return made
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_forward_makes_nothing_of_tokens_by_experts_but_the_gates_own_product(tokens):
+    """In what ships with a checkpoint: neither a scatter to all experts nor another pass over them, for one token as for many."""
+    layer = modeling_mxd.MxD(12, 20, 12, 977, 5).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+        with ByExperts(977) as watched:
+            layer(torch.randn(1, tokens, 12))
+    kinds = {name.removeprefix("aten::") for name in watched.found}
+    assert kinds <= {"addmm", "view", "_unsafe_view", "linear", "t"}, watched.found
+    assert sum(name in ("aten::addmm", "aten::linear") for name in watched.found) == 1

@@ -75,7 +75,7 @@ def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch):
                 command, shell=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": "150"}, check=False
             )
             assert done.returncode == 0, (line, done.stderr)
-    assert said.getvalue().count("If the argument is") == 2
+    assert said.getvalue().count("If the argument is") == 3
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         "dashboard",
         "quickstart",
