@@ -11,20 +11,21 @@ quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert verify runs/quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a quarter of an hour on two cores; on a machine with a GPU, benchmarks/gpu.py does the same there
+# half an hour on two cores; on a machine with a GPU, benchmarks/gpu.py does the same there
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_step.py --shape stories260k
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/convert.py --recipe quickstart --tokens 100000
 	$(BIN)/python benchmarks/dashboard.py
+	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/kill.py
 
 format: $(VENV)/installed

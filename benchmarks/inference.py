@@ -35,8 +35,9 @@ VARIANTS = {
 RATIOS = (
     ("dense", "mxd", "MxD in PyTorch over the published dense branch"),
     ("mxd", "fp32", "onnxruntime fp32 over our PyTorch"),
+    ("fp32", "int8", "int8 over fp32 in onnxruntime"),
+    ("base", "mxd", "our PyTorch over the base model"),
 )
-RATIOS += (("fp32", "int8", "int8 over fp32 in onnxruntime"), ("base", "mxd", "our PyTorch over the base model"))
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ SHAPES = {"gpt2": Shape(21_490, 32, LONG_PREFILL - STEPS), "stories260k": Shape(
 def make(name: str, folder: Path) -> dict[str, int]:
     """Writes base model, converted checkpoint and its graphs into `folder`; returns the bytes that decoding a token has to read."""
     import onnx_ir as ir
-    import torch
     import transformers
 
     from mxd_convert.checkpoint import load_checkpoint
@@ -83,7 +83,6 @@ def make(name: str, folder: Path) -> dict[str, int]:
     quantize(folder / "products.onnx", folder / "onnx" / "int8.onnx", "int8.onnx_data")
     for file in folder.glob("products.onnx*"):
         file.unlink()
-    torch.manual_seed(0)
     return sizes
 
 
@@ -227,18 +226,18 @@ class Process:
     def __init__(self, kind: str, folder: Path, shape: Shape, threads: int) -> None:
         command = [sys.executable, __file__, "--worker", kind, "--folder", str(folder), "--prompt", str(shape.prompt)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+        self.words = folder / f"{kind}.txt"
         self.process = subprocess.Popen(
             [*command, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.words.open("w"),
             text=True,
             env=environment,
         )
-        self.answers: dict[str, list[float]] = {}
         assert self.process.stdout is not None
         if self.process.stdout.readline().strip() != "ready":
-            raise SystemExit(f"{kind}: its process did not start")
+            raise SystemExit(f"{kind}: its process did not start\n{self.words.read_text()}")
 
     def ask(self, what: str) -> dict[str, float]:
         assert self.process.stdin is not None
@@ -272,7 +271,18 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, Any
     """{"bytes", "bandwidth": [...], "decode" / "prefill" / "long": {variant: [ms a round]}, "peak": {variant: bytes}}."""
     sizes = make(name, folder)
     found: dict[str, Any] = {"bytes": sizes, "bandwidth": [], "peak": {}}
-    running = {kind: Process(kind, folder, SHAPES[name], threads) for kind in VARIANTS}
+    running = {}
+    try:
+        for kind in VARIANTS:
+            running[kind] = Process(kind, folder, SHAPES[name], threads)
+        _rounds(found, running, rounds, threads)
+    finally:
+        for process in running.values():
+            process.end()
+    return found
+
+
+def _rounds(found: dict[str, Any], running: dict[str, Process], rounds: int, threads: int) -> None:
     for what in ("decode", "prefill", "long"):
         found[what] = {kind: [] for kind in VARIANTS}
         for number in range(rounds + 1 if what == "decode" else max(rounds // 2, 1) + 1):
@@ -286,9 +296,6 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, Any
         if what == "decode":
             found["peak"] = {kind: process.ask("peak")["peak"] for kind, process in running.items()}
     found["peak_long"] = {kind: process.ask("peak")["peak"] for kind, process in running.items()}
-    for process in running.values():
-        process.end()
-    return found
 
 
 def show(name: str, found: dict[str, Any]) -> None:

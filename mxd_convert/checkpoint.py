@@ -40,6 +40,8 @@ def read_config(folder: str | Path) -> Any:
         if not isinstance(content, dict) or not str(content.get("model_type")).startswith("mxd_"):
             kind = f"a {content.get('model_type')!r} model" if isinstance(content, dict) else "no mapping"
             raise InputError(f"{folder}: config.json is of {kind}, not of one with MxD layers; `mxd-convert run` makes those")
+        if not isinstance(content.get("mxd"), dict):
+            raise InputError(f"{folder}: config.json: mxd is {content.get('mxd')!r}; expected format_version, mlp and layers")
         architecture = str((content.get("architectures") or [""])[0])
         if not (architecture.startswith("Mxd") and architecture.endswith("ForCausalLM")):
             raise InputError(

@@ -97,12 +97,12 @@ def convert(
             if run.main:
                 run.place.tidy()
                 run.say_if_without_dashboard()
-            return run.published(run.exported(Result(plan.output, report, True, run.main)))
+            return run.exported(run.published(Result(plan.output, report, True, run.main)))
         with run.agreed():
             if run.main:
                 stack.enter_context(run.place.locked())
         stack.enter_context(disk_guard(plan.output))
-        return run.published(run.exported(run.go()))
+        return run.exported(run.published(run.go()))
 
 
 class _Conversion:

@@ -155,6 +155,50 @@ def quick(tmp_path_factory):
     return convert("quickstart", tmp_path_factory.mktemp("quick") / "out", overrides, quiet=True)
 
 
+TEXT = "Document 3. The value 41 is returned when index 7 is given."
+
+
+@pytest.fixture(scope="session")
+def exported(converted, text, tmp_path_factory) -> dict[str, Path]:
+    """Every family exported in float32, with experts and steering."""
+    from mxd_convert.onnx import export_onnx
+
+    folders = {}
+    for family in FAMILIES:
+        output = tmp_path_factory.mktemp("exported") / family
+        done = export_onnx(converted[family], output, expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
+        assert done.failures == []
+        folders[family] = output
+    return folders
+
+
+def nothing_left(folder: Path) -> bool:
+    """Whether nothing is at `folder`, and nothing half-written beside it."""
+    return not folder.exists() and not [file for file in folder.parent.iterdir() if file.name.startswith(f".{folder.name}")]
+
+
+def spoilt(monkeypatch, change) -> None:
+    """Every ONNX graph that is built from now on has something wrong with it."""
+    from mxd_convert.onnx import export
+
+    build = export.build_graph
+
+    def build_and_spoil(*arguments):
+        built = build(*arguments)
+        change(built)
+        return built
+
+    monkeypatch.setattr(export, "build_graph", build_and_spoil)
+
+
+def other_rows(graph) -> None:
+    """Experts that write a hundredth more."""
+    import onnx_ir
+
+    value = next(value for name, value in graph.graph.initializers.items() if name.endswith("mlp.experts"))
+    value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.01, name=value.name)
+
+
 @pytest.fixture
 def mxd(monkeypatch, capsys):
     """Runs the program in this process: mxd("plan", "r.yaml") -> (exit status, stdout, stderr)."""

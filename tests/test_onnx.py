@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, small_recipe
+from conftest import FAMILIES, ROOT, TEXT, small_recipe
 from transformers import AutoTokenizer
 
 import mxd_convert
@@ -20,19 +20,7 @@ from mxd_convert.evaluation.steering import steered
 from mxd_convert.onnx import OnnxModel, export, export_onnx, graph, parity, runtime
 from mxd_convert.onnx.sparse_gain import CHUNK
 
-TEXT = "Document 3. The value 41 is returned when index 7 is given."
-
-
-@pytest.fixture(scope="session")
-def exported(converted, text, tmp_path_factory):
-    """Every family exported in float32, with experts and steering."""
-    folders = {}
-    for family in FAMILIES:
-        output = tmp_path_factory.mktemp("exported") / family
-        done = export_onnx(converted[family], output, expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
-        assert done.failures == []
-        folders[family] = output
-    return folders
+pytestmark = pytest.mark.xdist_group("onnx")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -87,13 +75,18 @@ def test_names_and_dimensions_are_those_that_clients_expect(exported, converted)
         onnx.checker.check_model(model, full_check=True)
 
 
-def test_nothing_in_the_folder_tells_of_the_machine(exported, converted):
-    words = (str(ROOT), str(converted["gpt2"].parent), "site-packages", "/home/", "/root/", "/tmp/")
-    for file in exported["gpt2"].rglob("*"):
+def no_word_of_the_machine(folder, checkpoint):
+    words = (str(ROOT), str(checkpoint.parent), "site-packages", "/home/", "/root/", "/tmp/")
+    for file in folder.rglob("*"):
         if file.is_file():
             content = file.read_bytes()
             for word in words:
                 assert word.encode() not in content, (file.name, word)
+
+
+def test_nothing_in_the_folder_tells_of_the_machine(exported, converted):
+    for family in FAMILIES:
+        no_word_of_the_machine(exported[family], converted[family])
 
 
 @pytest.mark.parametrize(("rows", "length", "past"), [(1, 1, 0), (3, 9, 0), (1, 1, 17), (2, 30, 5), (3, 100, 20)])
@@ -294,6 +287,7 @@ def test_half_precision_and_eight_bits(converted, text, tmp_path, monkeypatch):
     done = export_onnx(converted["gpt2"], tmp_path / "out", ["fp32", "fp16"], "int8", data=text, tokens=512, quiet=True)
     assert done.failures == []
     assert {file.name for file in (tmp_path / "out" / "onnx").iterdir()} == set(runtime.GRAPHS.values())
+    no_word_of_the_machine(tmp_path / "out", converted["gpt2"])
     sizes = {dtype: graph["bytes"] for dtype, graph in done.report["graphs"].items()}
     assert sizes["fp16"] < 0.7 * sizes["fp32"]
     half = onnx.load(tmp_path / "out" / "onnx" / "model_fp16.onnx")

@@ -65,11 +65,10 @@ def _print_parity(report: dict[str, Any]) -> None:
         table.add_row(
             dtype,
             f"{graph['bytes'] / 1e6:,.1f}",
-            f"{parity['largest_difference']:.1e}",
-            f"{parity['kl']:.1e}",
+            *(_figure(parity[name], ".1e") for name in ("largest_difference", "kl")),
             *(f"{parity[name]:.2%}" for name in ("argmax_agreement", "expert_agreement", "expert_overlap")),
             f"{parity['greedy']['equal']}/{parity['greedy']['prompts']}",
-            f"{parity['delta_ce']:+.4f}",
+            _figure(parity["delta_ce"], "+.4f"),
         )
     out = console()
     out.print(table)
@@ -80,3 +79,8 @@ def _print_parity(report: dict[str, Any]) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def _figure(value: float | None, form: str) -> str:
+    """A figure rounded, so that there is no minus before a zero; none is what is no number."""
+    return "-" if value is None else format(round(value, 4) + 0.0 if form.endswith("f") else value, form)

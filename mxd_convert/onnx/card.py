@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what it is, what was measured, how to run it. Every figure is from onnx_report.json."""
+"""README.md of an exported folder: what it is, what was measured, how to run it. Figures are from onnx_report.json and the checkpoint's report."""
 
 import json
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from mxd_convert.checkpoint import REPORT
+from mxd_convert.onnx.runtime import JS_TYPES
 
 _CLIENTS = """## Running it
 
-Python, onnxruntime alone (`pip install onnxruntime tokenizers`, and mxd-convert; torch is not needed):
+Python, onnxruntime alone (`pip install onnxruntime tokenizers && pip install --no-deps mxd-convert`; torch is not needed):
 
 ```python
 from mxd_convert.onnx import OnnxModel
@@ -37,7 +38,6 @@ model = ORTModelForCausalLM.from_pretrained("{folder}", subfolder="onnx", file_n
 onnxruntime-genai reads the folder as it is; where the model's texts begin with a special token, ask its tokenizer for that with
 `tokenizer.update_options(add_special_tokens="true")`.
 """
-_JS = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}
 
 
 def write_card(checkpoint: Path, folder: Path, report: Mapping[str, Any]) -> None:
@@ -45,6 +45,7 @@ def write_card(checkpoint: Path, folder: Path, report: Mapping[str, Any]) -> Non
     base = report["base"]["model"] or "a local model"
     data = ModelCardData(
         base_model=report["base"]["model"] if not report["base"]["local"] else None,
+        **_licence(checkpoint),
         pipeline_tag="text-generation",
         tags=["onnx", "mxd", "mxd-convert", "interpretability"],
     )
@@ -61,7 +62,7 @@ def write_card(checkpoint: Path, folder: Path, report: Mapping[str, Any]) -> Non
             folder=".",
             prompt="Once upon a time",
             more=_more(report),
-            js=_JS[first],
+            js=JS_TYPES[first],
             file=Path(report["graphs"][first]["file"]).name,
         ),
     ]
@@ -81,7 +82,7 @@ def _measured(report: Mapping[str, Any]) -> str:
         rows.append(
             f"| {dtype} | {graph['bytes'] / 1e6:,.1f} | {p['largest_difference']:.1e} | {p['kl']:.1e} | {p['argmax_agreement']:.2%}"
             f" | {p['expert_agreement']:.2%} | {p['expert_overlap']:.2%} | {p['greedy']['equal']} of {p['greedy']['prompts']}"
-            f" | {p['delta_ce']:+.4f} |"
+            f" | {round(p['delta_ce'], 4) + 0.0:+.4f} |"
         )
     first = next(iter(report["graphs"].values()))["parity"]
     rows += [
@@ -95,25 +96,39 @@ def _measured(report: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _report_of(checkpoint: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _licence(checkpoint: Path) -> dict[str, Any]:
+    """The base's licence, as the checkpoint's report has it."""
+    base = _report_of(checkpoint).get("base") or {}
+    return {key: base[key] for key in ("license", "license_name", "license_link", "language") if base.get(key)}
+
+
 def _conversion(checkpoint: Path) -> str:
     """What the checkpoint's own report says of the conversion, in a sentence."""
+    report = _report_of(checkpoint)
     try:
-        report = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))
         fidelity, reliance = report["fidelity"], report["reliance"]
         return (
             f"The conversion itself: cross-entropy {fidelity['ce_converted']:.4f} where the base has {fidelity['ce_base']:.4f}, on"
             f" {fidelity['tokens']:,} held-out tokens; {reliance['sentence']}."
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return ""
 
 
 def _more(report: Mapping[str, Any]) -> str:
     lines = []
-    if report["expert_outputs"]:
+    if any(name.startswith("experts.") for name in report["outputs"]):
         lines.append(
             'values, indices = model.encode("some text")[LAYER]  # the active experts of each token, and their coefficients'
         )
-    if report["steering"]:
+    if "steering" in next(iter(report["graphs"].values()))["parity"]:
         lines.append('model.generate("some text", steering=[{"layer": LAYER, "expert": EXPERT, "add": 5.0}])')
     return "\n```python\n" + "\n".join(lines) + "\n```\n" if lines else ""

@@ -2,17 +2,20 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from safetensors import safe_open
 
 from mxd_convert.base import quiet as without_noise
 from mxd_convert.checkpoint import check_new, file_sha256, load_checkpoint, new_folder, read_config, recorded_base, weight_files
@@ -26,7 +29,7 @@ from mxd_convert.onnx.folder import base_type, write_config, write_genai_config,
 from mxd_convert.onnx.graph import build_graph, without_experts
 from mxd_convert.onnx.quantize import BLOCK, as_products, quantize
 from mxd_convert.onnx.runtime import FOLDER, GRAPHS, METADATA, OnnxModel
-from mxd_convert.onnx.text import opened, source_of
+from mxd_convert.onnx.text import opened
 
 REPORT = "onnx_report.json"
 OPSET, OLDEST, NEWEST = 20, 18, 23  # 18: what PyTorch's exporter is written in
@@ -72,9 +75,9 @@ def export_onnx(
     job = _Job(checkpoint, wanted, opset, expert_outputs, steering, quiet)
     try:
         with (
-            opened(checkpoint, source := source_of(checkpoint, data, text_field), tokens, config.vocab_size) as blocks,
-            memory_guard("out of memory while exporting; free some, or export fewer kinds of graph at a time"),
-            _explained_disk(output),
+            opened(checkpoint, data, tokens, text_field, config.vocab_size) as (blocks, held_out),
+            memory_guard("out of memory while exporting; free some, or export one kind of graph at a time, without --quantize"),
+            _own_words(output),
             new_folder(output, checkpoint) as folder,
         ):
             job.write(folder)
@@ -83,7 +86,7 @@ def export_onnx(
                 "path": blocks.info.path,
                 "fingerprint": blocks.info.fingerprint,
                 "tokens": len(blocks) * blocks.context,
-                "held_out": True if source.held_out else None,
+                "held_out": held_out,
             }
             report = job.report(folder, about)
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -146,11 +149,14 @@ class _Job:
         try:
             built = build_graph(model, self.opset, self.steering)
         except Exception as error:  # PyTorch's exporter has many; what users can do about any of them is the same
-            if is_out_of_memory(error) or is_disk_full(error):
-                raise
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if is_out_of_memory(cause) or is_disk_full(cause):
+                raise cause from None
             kind = base_type(model.config).model_type
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise InputError(f"{self.checkpoint}: a {kind} model can't be exported to ONNX: {reason.strip()[:200]}") from error
+            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+            raise InputError(f"{self.checkpoint}: PyTorch can't export this {kind} model to ONNX: {reason[:200]}") from error
         built.metadata_props[METADATA] = json.dumps(layers)
         return built
 
@@ -181,31 +187,45 @@ class _Job:
         onnx.checker.check_model(place / GRAPHS[dtype])
 
     def compare(self, folder: Path, blocks: Blocks) -> None:
-        place = folder / FOLDER
+        """One graph after the other, so that no more than one is in memory beside the checkpoint."""
         model = load_checkpoint(self.checkpoint, dtype="float32")
         reference = parity.Reference(model)
-        room = min(int(getattr(model.config, "max_position_embeddings", 4096)), max(parity.LENGTHS) + max(parity.PASTS))
-        stream = blocks.ids.reshape(-1)
-        full = {dtype: OnnxModel.from_graph(place / _full(dtype), folder) for dtype in self.dtypes}
+        most = max(parity.LENGTHS) + max(parity.PASTS)
+        room = min(getattr(model.config, "max_position_embeddings", None) or most, most)
+        vocabulary = model.config.get_text_config().vocab_size
         parts = len(self.dtypes) * (len(parity.cases(room)) + parity.PROMPTS)
         with progress(parts, self.quiet, "comparing", "comparing with PyTorch on real text") as advance:
-            entropies = parity.cross_entropies(reference, full, blocks)
+            expected = parity.cross_entropy(lambda ids: reference.run(ids, np.ones_like(ids))[0], blocks, vocabulary)
             for dtype in self.dtypes:
-                found = parity.compare(reference, full[dtype], stream, room, advance)
-                found |= {"ce": entropies[dtype], "ce_checkpoint": entropies[""], "delta_ce": entropies[dtype] - entropies[""]}
-                bound = max(parity.TOLERANCES["fp32"]["largest_difference"], parity.RELATIVE * found["largest_logit"])
-                published = OnnxModel.from_graph(place / GRAPHS[dtype], folder)
-                found["greedy"] = parity.compare_greedy(reference, published, full[dtype], blocks, room, bound, advance)
-                if self.steering and reference.layers:
-                    found["steering"] = parity.compare_steering(reference, full[dtype], stream, room)
-                del published
-                self.figures[dtype] = found
-                self.failures += parity.failures(dtype, found)
-        del full
-        for dtype in self.dtypes:
-            (place / _full(dtype)).unlink()
-            if dtype not in self.with_data:
-                (place / f"{GRAPHS[dtype]}_data").unlink()
+                self.figures[dtype] = self._compare(folder, dtype, reference, blocks, room, expected, advance)
+                self.failures += parity.failures(dtype, self.figures[dtype])
+
+    def _compare(
+        self,
+        folder: Path,
+        dtype: str,
+        reference: parity.Reference,
+        blocks: Blocks,
+        room: int,
+        expected: float,
+        advance: Callable[..., None],
+    ) -> dict[str, Any]:
+        """Figures of one graph; what is there for the comparison alone is gone afterwards. expected: PyTorch's cross-entropy."""
+        place, stream = folder / FOLDER, blocks.ids.reshape(-1)
+        full = OnnxModel.from_graph(place / _full(dtype), folder)
+        found = parity.compare(reference, full, stream, room, advance)
+        vocabulary = reference.model.config.get_text_config().vocab_size
+        entropy = parity.cross_entropy(lambda ids: full.step(ids, full.start(len(ids))).logits, blocks, vocabulary)
+        found |= {"ce": entropy, "ce_checkpoint": expected, "delta_ce": entropy - expected}
+        if self.steering and reference.layers:
+            found["steering"] = parity.compare_steering(reference, full, stream, room)
+        bound = parity.bounds("fp32", found["largest_logit"])["largest_difference"]
+        published = OnnxModel.from_graph(place / GRAPHS[dtype], folder)
+        found["greedy"] = parity.compare_greedy(reference, published, full, blocks, room, bound, advance)
+        (place / _full(dtype)).unlink()
+        if dtype not in self.with_data:
+            (place / f"{GRAPHS[dtype]}_data").unlink()
+        return found
 
     def report(self, folder: Path, data: dict[str, Any]) -> dict[str, Any]:
         graphs = {}
@@ -216,8 +236,8 @@ class _Job:
                 "bytes": sum(file.stat().st_size for file in files),
                 "sha256": {f"{FOLDER}/{file.name}": file_sha256(file) for file in files},
                 **({"quantised": f"weights of every product, 8 bits, blocks of {BLOCK}"} if dtype == "int8" else {}),
-                "parity": self.figures[dtype],
-                "tolerance": parity.TOLERANCES[dtype],
+                "parity": _json_ready(self.figures[dtype]),
+                "tolerance": parity.bounds(dtype, self.figures[dtype]["largest_logit"]),
                 "passed": not any(line.startswith(f"{dtype}:") for line in self.failures),
             }
         config = read_config(self.checkpoint)
@@ -236,6 +256,18 @@ class _Job:
         }
 
 
+def _json_ready(figures: dict[str, Any]) -> dict[str, Any]:
+    """With null in the place of what is no number, for which JSON has no word."""
+    return {
+        name: _json_ready(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in figures.items()
+    }
+
+
 def _full(dtype: str) -> str:
     return f"full_{dtype}.onnx"
 
@@ -252,6 +284,11 @@ def _check(checkpoint: Path, config: Any, dtypes: Sequence[str], quantized: str 
     if not OLDEST <= opset <= NEWEST:
         problem = "too old" if opset < OLDEST else "newer than what runtimes read"
         raise InputError(f"--opset {opset}: {problem}; give {OLDEST} to {NEWEST}, {OPSET} where in doubt")
+    if (kind := _length_dependent(config)) is not None:
+        raise InputError(
+            f"{checkpoint}: its positions (rope_type {kind!r}) depend on the length of the text, which a graph can't follow;"
+            " there is no ONNX export of such a model"
+        )
     for order in config.mxd.get("steering", []):
         if order["positions"] != "all":
             raise InputError(
@@ -260,9 +297,19 @@ def _check(checkpoint: Path, config: Any, dtypes: Sequence[str], quantized: str 
             )
 
 
+def _length_dependent(config: Any) -> str | None:
+    """The kind of rotary position embedding that changes with the length of the text; None of another."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
+
+
 def _check_space(checkpoint: Path, output: Path, dtypes: Sequence[str], quantized: str | None) -> None:
     """Raises InputError where the disk has not the room for what is written, the intermediate graphs included."""
-    count = sum(file.stat().st_size for file in weight_files(checkpoint)) / _bytes_a_weight(checkpoint)
+    count = 0
+    for file in weight_files(checkpoint):
+        with safe_open(file, framework="np") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (not a dict)
     needed = sum({"fp32": 4, "fp16": 2}[dtype] for dtype in dtypes) * count * (2 if 4 * count <= INLINE else 1)
     needed += 10 * count if quantized else 0
     place = output.absolute().parent
@@ -276,18 +323,16 @@ def _check_space(checkpoint: Path, output: Path, dtypes: Sequence[str], quantize
         )
 
 
-def _bytes_a_weight(checkpoint: Path) -> int:
-    return 4 if str(getattr(read_config(checkpoint), "dtype", "float32")).endswith("float32") else 2
-
-
 @contextmanager
-def _explained_disk(output: Path) -> Iterator[None]:
-    """onnxruntime and protobuf have words of their own for a full disk."""
+def _own_words(output: Path) -> Iterator[None]:
+    """An export has no state to go on from, which is what the general message of a full disk says."""
     try:
         yield
-    except InputError:
+    except InputError as error:
+        if error.__cause__ is not None and is_disk_full(error.__cause__):
+            raise InputError(f"{output}: no space left on the disk; free some, or choose another folder") from error.__cause__
         raise
     except OSError as error:
-        if is_disk_full(error) or error.errno is None:
+        if error.errno is None:
             raise
-        raise InputError(f"{output}: can't be written ({os.strerror(error.errno)}); choose another folder") from None
+        raise InputError(f"{error.filename or output}: {os.strerror(error.errno)}; choose another folder") from None

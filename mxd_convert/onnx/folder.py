@@ -9,11 +9,10 @@ import onnx_ir as ir
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mxd_convert.base import load_tokenizer, quiet
-from mxd_convert.onnx.runtime import FOLDER, GRAPHS
+from mxd_convert.onnx.runtime import FOLDER, GRAPHS, JS_TYPES
 
 _OF_OURS = ("model_type", "architectures", "auto_map", "mxd")
 _PLAIN_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 and other readers know it by
-_JS_TYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}
 
 
 def base_type(config: Any) -> Any:
@@ -33,7 +32,7 @@ def write_config(model: Any, folder: Path, dtypes: list[str], with_data: list[st
     config.architectures = [model_class.__name__]
     content = json.loads(config.to_json_string())  # what a checkpoint has of it, without where it was read
     content["transformers.js_config"] = {
-        "dtype": _JS_TYPES[dtypes[0]],
+        "dtype": JS_TYPES[dtypes[0]],
         "kv_cache_dtype": {"fp16": "float16"},
         **({"use_external_data_format": {GRAPHS[dtype]: 1 for dtype in with_data}} if with_data else {}),
     }
@@ -75,7 +74,7 @@ def write_genai_config(model: Any, graph: ir.Graph, folder: Path, dtype: str) ->
             "vocab_size": config.vocab_size,
             "context_length": room,
             "bos_token_id": begin,
-            "eos_token_id": ends or [pad],
+            "eos_token_id": ends or [config.vocab_size],  # it wants one: where there is none, one that can't come
             "pad_token_id": pad,
             "decoder": {
                 "filename": f"{FOLDER}/{GRAPHS[dtype]}",

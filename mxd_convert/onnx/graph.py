@@ -8,10 +8,11 @@ Dimensions are called batch_size, sequence_length, past_sequence_length.
 """
 
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -226,12 +227,11 @@ def without_experts(model: ir.Model) -> ir.Model:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keeps the exporter's own words, meant for those who port models, from our users."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)

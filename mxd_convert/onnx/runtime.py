@@ -4,6 +4,8 @@ Text goes through the folder's tokenizer.json (package tokenizers); token ids do
 """
 
 import json
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from mxd_convert.errors import InputError
 
 GRAPHS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}  # names as transformers.js has them
 FOLDER = "onnx"  # of the graphs, in the exported folder
+JS_TYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # what transformers.js calls them
 METADATA = "mxd"  # key of the graph's metadata that describes its layers
 PREFILL = 512  # tokens of a prompt that are run at a time
 
@@ -94,6 +97,7 @@ class OnnxModel:
         try:
             session = ort.InferenceSession(str(file), options, providers=list(providers))
         except Exception as error:  # onnxruntime has no common class for its own
+            _check_memory(error)
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{file}: onnxruntime can't load it; export it again ({reason})") from None
         return cls(folder, session)
@@ -137,21 +141,26 @@ class OnnxModel:
         """Runs tokens (B, T) after those in `cache`, which then holds them too.
 
         mask: (B, T), 0 where a token is padding; None: nowhere. steering: orders {"layer", "expert", "add"} for these tokens.
-        Raises InputError where the graph can't follow them.
+        Raises InputError where the graph can't follow them; the cache is then as it was.
         """
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         new = np.ones_like(ids) if mask is None else mask.astype(np.int64)
-        cache.mask = np.concatenate([cache.mask, new], axis=1)
+        self._check_ids(ids, cache.mask.shape[1])
+        all_of_it = np.concatenate([cache.mask, new], axis=1)
         positions = np.maximum(cache.positions[:, None] + new.cumsum(1) - 1, 0)
-        cache.positions = cache.positions + new.sum(1)
-        given = {"input_ids": ids, "attention_mask": cache.mask, "position_ids": positions, **self._orders(steering)}
+        given = {"input_ids": ids, "attention_mask": all_of_it, "position_ids": positions, **self._orders(steering)}
         feed = {
             name: ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in given.items()
             if name in self._inputs or name.startswith("steering.")
         }
-        outputs = self.session.run_with_ort_values([*self._kept, *self._experts], {**feed, **cache.tensors})
+        try:
+            outputs = self.session.run_with_ort_values([*self._kept, *self._experts], {**feed, **cache.tensors})
+        except Exception as error:
+            _check_memory(error)
+            raise
         found = dict(zip([*self._kept, *self._experts], outputs, strict=True))
+        cache.mask, cache.positions = all_of_it, cache.positions + new.sum(1)
         cache.tensors = {name: found[name.replace("past_key_values", "present")] for name in cache.tensors}
         return Step(found["logits"].numpy(), self._codes({name: found[name].numpy() for name in self._experts}))
 
@@ -165,29 +174,37 @@ class OnnxModel:
         return Step(steps[-1].logits[:, -1:], _joined([step.experts for step in steps]))
 
     def _orders(self, steering: Iterable[Mapping[str, Any]]) -> dict[str, Array]:
-        orders = list(steering)
+        orders = self._checked(steering)
         if not orders:
             return {}
-        if not self._steerable:
-            raise InputError(f"{self.folder}: its graph takes no steering; export it with --steering")
-        for order in orders:
-            self._check(order)
         return {
             "steering.layers": np.array([order["layer"] for order in orders], dtype=np.int64),
             "steering.experts": np.array([order["expert"] for order in orders], dtype=np.int64),
             "steering.amounts": np.array([order["add"] for order in orders], dtype=np.float32),
         }
 
+    def _checked(self, steering: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        orders = list(steering)
+        if orders and not self._steerable:
+            raise InputError(f"{self.folder}: its graph takes no steering; export it with --steering")
+        for order in orders:
+            self._check(order)
+        return orders
+
     def _check(self, order: Mapping[str, Any]) -> None:
-        layer, expert = order.get("layer"), order.get("expert")
+        layer: Any = order.get("layer")
+        expert: Any = order.get("expert")
+        amount: Any = order.get("add")
         if layer not in self.layers:
             raise InputError(f"steering: layer {layer} is not converted; converted are {', '.join(map(str, self.layers))}")
         count = self.layers[layer].get("n_experts", 0)
-        if not isinstance(expert, int) or not 0 <= expert < count:
+        if not _is_number(expert, numbers.Integral) or not 0 <= int(expert) < count:
             experts = f"experts 0 to {count - 1}" if count else "no experts"
             raise InputError(f"steering: layer {layer} has {experts}; there is no expert {expert}")
-        if not isinstance(order.get("add"), int | float):
+        if set(order) - {"layer", "expert", "add", "positions"} or amount is None:
             raise InputError(f"steering of expert {expert} of layer {layer}: a graph can only add; give a number as `add`")
+        if not _is_number(amount, numbers.Real) or not math.isfinite(float(amount)):
+            raise InputError(f"steering of expert {expert} of layer {layer}: add is {amount!r}; expected a number")
         if order.get("positions", "all") not in ("all", "prompt", "generation"):
             raise InputError(f"steering: positions {order['positions']!r}; expected one of all, prompt, generation")
 
@@ -207,6 +224,8 @@ class OnnxModel:
         if not self._experts:
             raise InputError(f"{self.folder}: its graph does not tell which experts are active; export it with --expert-outputs")
         ids = np.array([self.tokens(text) if isinstance(text, str) else list(text)], dtype=np.int64)
+        if not ids.size:
+            raise InputError("the text is empty; give at least one token, such as the model's BOS")
         self._check_length(ids.shape[1], 0)
         experts = self.prefill(ids, self.start(1), np.ones_like(ids)).experts
         return {index: (codes[0][0], codes[1][0]) if isinstance(codes, tuple) else codes[0] for index, codes in experts.items()}
@@ -243,6 +262,7 @@ class OnnxModel:
         ids, mask = (np.zeros((len(prompts), longest), dtype=np.int64) for _ in range(2))
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+        steering = self._checked(steering)  # all of them, before any work
         in_prompt, in_text = (
             [o for o in steering if o.get("positions", "all") in ("all", part)] for part in ("prompt", "generation")
         )
@@ -261,6 +281,14 @@ class OnnxModel:
             logits = self.step(chosen[:, None], cache, steering=in_text).logits[:, -1]
         return written
 
+    def _check_ids(self, ids: Array, past: int) -> None:
+        vocabulary = self.config.get("vocab_size")
+        if ids.size and isinstance(vocabulary, int) and not (ids.min() >= 0 and ids.max() < vocabulary):
+            raise InputError(
+                f"token id {ids.max() if ids.max() >= vocabulary else ids.min()}: the model knows 0 to {vocabulary - 1}"
+            )
+        self._check_length(past + ids.shape[1], 0)
+
     def _check_length(self, length: int, new_tokens: int) -> None:
         room = self.config.get("max_position_embeddings", self.config.get("n_positions"))
         if isinstance(room, int) and length + new_tokens > room:
@@ -276,6 +304,17 @@ def _chosen(logits_BV: Array, temperature: float, random: np.random.Generator) -
         return np.asarray(logits_BV.argmax(-1))
     scaled = logits_BV.astype(np.float64) / temperature
     return np.asarray((scaled + random.gumbel(size=scaled.shape)).argmax(-1))  # a sample of the softmax
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether it is one, of Python or of numpy; a truth value is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_memory(error: Exception) -> None:
+    """Raises MemoryError where an error of onnxruntime says so in words, since its classes don't tell."""
+    if any(word in str(error) for word in ("allocate memory", "bad_alloc", "requested buffer", "BFCArena")):
+        raise MemoryError(f"onnxruntime: {str(error).strip().splitlines()[0]}") from None
 
 
 def _joined(parts: list[dict[int, tuple[Array, Array] | Array]]) -> dict[int, tuple[Array, Array] | Array]:

@@ -24,36 +24,47 @@ SHIPPED = "python-docs.jsonl.gz"
 class Source:
     """A text. held_out: whether only the tenth of its documents is read that a run holds out of it."""
 
-    path: Path
+    path: str
     field: str = "text"
     held_out: bool = False
 
 
-def source_of(checkpoint: Path, data: str | Path | None, text_field: str) -> Source:
-    """The given text, else the checkpoint's evaluation text, else what it held out of its training text, where these are on this
-    machine, else the documentation that ships with this package."""
-    if data is not None:
-        return Source(Path(data).expanduser().absolute(), text_field)
-    recorded = read_local(checkpoint).get("data")
-    paths: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-    for part in ("eval", "train"):
-        path = paths.get(part)
-        if isinstance(path, str) and Path(path).exists():
-            return Source(Path(path), _field(checkpoint, part), held_out=part == "train")
-    return Source(shipped_folder().parent / "examples" / SHIPPED)
-
-
 @contextmanager
-def opened(checkpoint: Path, source: Source, tokens: int, vocabulary: int) -> Iterator[Blocks]:
-    """Its blocks, as the checkpoint is evaluated in. Raises InputError."""
+def opened(
+    checkpoint: Path, data: str | Path | None, tokens: int, text_field: str, vocabulary: int
+) -> Iterator[tuple[Blocks, bool | None]]:
+    """(blocks of a text, as the checkpoint is evaluated in; whether it had no part in the training, None where that is not known).
+
+    The given text; else the checkpoint's evaluation text, or what it held out of its training text, where these are on this machine and
+    long enough; else the documentation that ships with this package. Raises InputError.
+    """
     context, _ = checkpoint_settings(checkpoint)
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
-    wanted = EvalText(path=str(source.path), text=source.field, tokens=tokens)
+    tokenizer = load_tokenizer(str(checkpoint))
+    shipped = Source(str(shipped_folder().parent / "examples" / SHIPPED))
+    sources = [Source(str(Path(data).expanduser().absolute()), text_field)] if data else [*_recorded(checkpoint), shipped]
     with tempfile.TemporaryDirectory() as scratch:
-        blocks = prepare_eval(wanted, context, load_tokenizer(str(checkpoint)), Path(scratch), source.held_out)
-        check_vocabulary(blocks, vocabulary)
-        yield blocks
+        for source in sources:
+            wanted = EvalText(path=source.path, text=source.field, tokens=tokens)
+            try:
+                blocks = prepare_eval(wanted, context, tokenizer, Path(scratch), source.held_out)
+            except InputError:
+                if source is sources[-1]:
+                    raise
+                continue
+            check_vocabulary(blocks, vocabulary)
+            yield blocks, None if data or source is shipped else True
+            return
+
+
+def _recorded(checkpoint: Path) -> Iterator[Source]:
+    """The texts of the checkpoint's run, if it was on this machine."""
+    recorded = read_local(checkpoint).get("data")
+    paths: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    for part in ("eval", "train"):
+        if isinstance(paths.get(part), str):
+            yield Source(paths[part], _field(checkpoint, part), held_out=part == "train")
 
 
 def _field(checkpoint: Path, part: str) -> str:

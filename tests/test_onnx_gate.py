@@ -1,0 +1,127 @@
+"""The gate of `export-onnx`: what it measures, and that a graph which does something else is not written."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import nothing_left, other_rows, spoilt
+
+from mxd_convert.onnx import OnnxModel, export_onnx, graph, parity
+
+pytestmark = pytest.mark.xdist_group("onnx")
+
+
+@pytest.mark.parametrize("spoil", ["ignored", "negated", "another expert"])
+@pytest.mark.parametrize("family", ["llama"])
+def test_steering_that_does_something_else_is_found(converted, text, tmp_path, monkeypatch, family, spoil):
+    right = graph._Wrapper.forward
+
+    def wrong(self, input_ids, attention_mask, position_ids=None, past=(), steering=None):
+        layers, experts, amounts = steering
+        changed = {
+            "ignored": (layers, experts, amounts * 0),
+            "negated": (layers, experts, -amounts),
+            "another expert": (layers, (experts + 1) % 24, amounts),
+        }[spoil]
+        return right(self, input_ids, attention_mask, position_ids, past, changed)
+
+    monkeypatch.setattr(graph._Wrapper, "forward", wrong)
+    done = export_onnx(converted[family], tmp_path / "out", steering=True, data=text, tokens=512, quiet=True)
+    assert done.output is None
+    assert any("steer" in line for line in done.failures), done.failures
+    assert not any("steer" not in line for line in done.failures)  # all else is well
+    assert nothing_left(tmp_path / "out")
+
+
+def other_experts(built: ir.Model) -> None:
+    """Gates that prefer others."""
+    value = next(value for name, value in built.graph.initializers.items() if name.endswith("gate.bias"))
+    value.const_value = ir.tensor(value.const_value.numpy()[::-1].copy(), name=value.name)
+
+
+@pytest.mark.parametrize(("change", "words"), [(other_rows, "largest difference"), (other_experts, "expert overlap")])
+def test_a_graph_that_does_something_else_is_not_written(converted, text, tmp_path, mxd, monkeypatch, change, words):
+    spoilt(monkeypatch, change)
+    status, out, err = mxd("export-onnx", converted["gpt2"], tmp_path / "out", "--data", text, "--tokens", 512)
+    assert status == 1
+    assert "out of tolerance: fp32" in err
+    assert words in err
+    assert "was not written" in err
+    assert "largest difference" in out  # the figures are shown all the same
+    assert nothing_left(tmp_path / "out")
+
+
+def test_figures_of_a_refused_graph_are_in_the_json(converted, text, tmp_path, mxd, monkeypatch):
+    spoilt(monkeypatch, other_rows)
+    status, out, _ = mxd("export-onnx", converted["gpt2"], tmp_path / "out", "--data", text, "--tokens", 512, "--json")
+    found = json.loads(out)
+    assert status == 1
+    assert found["output"] is None
+    assert found["failures"]
+    assert not found["graphs"]["fp32"]["passed"]
+
+
+def test_what_the_gate_measures():
+    """Against figures worked out by hand: padding does not count, and a token with other experts takes those after it along."""
+    sums = parity.Comparison()
+    ours, theirs = np.zeros((1, 4, 3), dtype=np.float32), np.zeros((1, 4, 3), dtype=np.float32)
+    theirs[0, 1, 0], ours[0, 1, 0] = 1.0, 1.5  # agrees
+    theirs[0, 2, 1], ours[0, 2, 2] = 1.0, 1.0  # another expert
+    ours[0, 3, 0] = 4.0  # agrees, after one that does not
+    ours[0, 0, 0] = 99.0  # padding
+    sums.add(ours, theirs, np.array([[1.0, 1.0, 0.5, 1.0]]), np.array([[0, 1, 1, 1]]))
+    found = sums.figures()
+    assert found["tokens"] == 3
+    assert found["largest_difference"] == 0.5
+    assert found["largest_difference_all"] == 4.0
+    assert found["argmax_agreement"] == pytest.approx(2 / 3)
+    assert found["expert_agreement"] == pytest.approx(2 / 3)
+    assert found["expert_overlap"] == pytest.approx(2.5 / 3)
+    p = np.exp(theirs[0, 1:]) / np.exp(theirs[0, 1:]).sum(-1, keepdims=True)
+    q = np.exp(ours[0, 1:]) / np.exp(ours[0, 1:]).sum(-1, keepdims=True)
+    assert found["kl"] == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-6)
+
+
+def test_what_is_no_number_does_not_pass():
+    sums = parity.Comparison()
+    theirs = np.random.default_rng(0).standard_normal((1, 1000, 5)).astype(np.float32)
+    ours = theirs.copy()
+    ours[0, 500] = np.nan
+    sums.add(ours, theirs, np.ones((1, 1000)), np.ones((1, 1000)))
+    for dtype in ("fp32", "fp16", "int8"):
+        found = parity.failures(dtype, {**sums.figures(), "delta_ce": 0.0})
+        assert any("1 of 1000 tokens are no numbers" in line for line in found), found
+    sums = parity.Comparison()
+    sums.add(theirs, theirs, np.ones((1, 1000)), np.ones((1, 1000)))
+    assert parity.failures("fp32", {**sums.figures(), "delta_ce": 0.0}) == []
+    assert parity.failures("fp32", {**sums.figures(), "delta_ce": float("nan")}) != []
+
+
+def test_other_generation_settings_are_no_difference(converted, text, tmp_path):
+    """The graph is compared by its most likely tokens, not by what a checkpoint's settings make of them; nor do they need an end token."""
+    folder = shutil.copytree(converted["llama"], tmp_path / "copy")
+    settings = {"repetition_penalty": 1.5, "num_beams": 2, "min_new_tokens": 5, "eos_token_id": None, "bos_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    done = export_onnx(folder, tmp_path / "out", data=text, tokens=512, quiet=True)
+    assert done.failures == []
+    assert done.report["graphs"]["fp32"]["parity"]["greedy"]["equal"] == 20
+    genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert genai["eos_token_id"] == [2048]  # none that the model could write
+    assert OnnxModel.from_pretrained(tmp_path / "out").eos == set()
+
+
+def test_overlap_of_experts():
+    ours = (np.array([[2.0, 1.0, 0.0]]), np.array([[4, 7, 1]]))
+    for values, indices, share in (
+        ([1.0, 2.0, 0.0], [7, 4, 9], 1.0),  # in any order; what is not positive is not active
+        ([2.0, 1.0, 0.5], [4, 7, 1], 2 / 3),
+        ([1.0, 1.0, 1.0], [1, 2, 3], 0.0),
+    ):
+        assert parity.overlap_of(ours, (torch.tensor([values]), torch.tensor([indices]))) == pytest.approx([share])
+    assert parity.overlap_of(np.array([[1.0, 0.0, 1e-7]]), torch.tensor([[1.0, 0.0, 0.0]])) == [1.0]
+    assert parity.overlap_of(np.array([[1.0, 0.0, 0.1]]), torch.tensor([[1.0, 0.0, 0.0]])) == [0.5]
