@@ -4,17 +4,16 @@ import importlib.util
 import sys
 from pathlib import Path
 
-STEMS = ("GPT2", "GPTNeoX", "Llama")
-
 
 def register() -> None:
-    """Registers config and model classes of every family. Takes the seconds that importing torch and transformers takes."""
+    """Registers config and model classes of every family in the table. Takes the seconds that importing torch and transformers takes."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    from mxd_convert.architectures import ARCHITECTURES, stem_of
     from mxd_convert.modeling import modeling_mxd
     from mxd_convert.modeling.configuration_mxd import config_class
 
-    for stem in STEMS:
+    for stem in map(stem_of, ARCHITECTURES):
         config = config_class(stem)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, getattr(modeling_mxd, f"Mxd{stem}Model"), exist_ok=True)

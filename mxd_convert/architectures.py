@@ -1,53 +1,152 @@
-"""ONE table: model_type -> where the MLP sits, its projections, activation, GLU or not. A new family is a new row."""
+"""ONE table: model_type -> where the MLP sits, its projections, activation, GLU or not. A new family is a new row (docs/add-a-family.md)."""
 
 import difflib
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mxd_convert.errors import InputError
+from mxd_convert.recipe import Mlp
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a family of causal LMs holds its MLPs. `{i}` is the layer's index; projections are attributes of the MLP module; `norm` is the last one."""
+    """How a family of causal LMs holds its MLPs. `{i}` is the layer's index; projections are paths within the module `mlp`.
+
+    Where the MLP is no module of its own, or one that does more (adds the residual), `chain` names the modules within `mlp` that it
+    consists of, in the order in which they run: the layer takes the place of the first, and what it returns passes the others unchanged.
+    """
 
     mlp: str
-    norm: str
     up: str
     down: str
-    activation: str  # key of the config that names the activation
-    gate: str | None = None  # the activated projection of a GLU; None: a plain MLP
-    dropout: str | None = None  # key of the config that names the dropout on the MLP's output, where the MLP itself applies it
+    activation: str  # the config's key that names the activation, or the activation itself where it has none
+    norm: str | None = None  # the last one, before the head
+    gate: str | None = None  # the activated projection of a GLU; None: a plain MLP. The same as `up`: fused, the gate's half first
+    chain: tuple[str, ...] = ()
+    flat: str | None = None  # of a decoder layer that flattens (B, T) to one row of tokens before it: a module of it that sees (B, T)
+    after: str | None = None  # norm, within the decoder layer, between the MLP's output and the residual stream
+    scale: str | None = None  # the config's key of what that output is multiplied by
+    dropout: str | None = None  # the config's key of the dropout on the MLP's output, where the MLP itself applies it
 
-    def layer(self, index: int) -> str:
+    @property
+    def layer(self) -> str:
         """The path of a whole decoder layer."""
-        return self.mlp.format(i=index).rpartition(".")[0]
+        return self.mlp[: self.mlp.index("{i}") + len("{i}")]
+
+    @property
+    def place(self) -> str:
+        """The path of what a converted layer takes the place of."""
+        return f"{self.mlp}.{self.chain[0]}" if self.chain else self.mlp
+
+    @property
+    def then(self) -> tuple[str, ...]:
+        """The paths of what its output passes unchanged."""
+        return tuple(f"{self.mlp}.{name}" for name in self.chain[1:])
+
+
+def _glu(mlp: str = "model.layers.{i}.mlp", norm: str = "model.norm", activation: str = "hidden_act", **more: Any) -> Architecture:
+    """What most families since Llama have."""
+    return Architecture(mlp, "up_proj", "down_proj", activation, norm, gate="gate_proj", **more)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": Architecture(
+        "transformer.h.{i}.mlp",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="gelu_pytorch_tanh",  # its own module, the same function
+        norm="transformer.ln_f",
+        chain=("dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),  # the module itself adds the residual
+    ),
+    "cohere": _glu(),
+    "falcon": Architecture(
+        "transformer.h.{i}.mlp", up="dense_h_to_4h", down="dense_4h_to_h", activation="activation", norm="transformer.ln_f"
+    ),
+    "gemma": _glu(),
+    "gemma2": _glu(activation="hidden_activation", after="post_feedforward_layernorm"),
+    "gemma3_text": _glu(activation="hidden_activation", after="post_feedforward_layernorm"),
     "gpt2": Architecture(
         "transformer.h.{i}.mlp",
-        "transformer.ln_f",
         up="c_fc",
         down="c_proj",
         activation="activation_function",
+        norm="transformer.ln_f",
         dropout="resid_pdrop",
     ),
-    "gpt_neox": Architecture(
-        "gpt_neox.layers.{i}.mlp", "gpt_neox.final_layer_norm", up="dense_h_to_4h", down="dense_4h_to_h", activation="hidden_act"
+    "gpt_neo": Architecture(
+        "transformer.h.{i}.mlp",
+        up="c_fc",
+        down="c_proj",
+        activation="activation_function",
+        norm="transformer.ln_f",
+        dropout="resid_dropout",
     ),
-    "llama": Architecture(
-        "model.layers.{i}.mlp", "model.norm", up="up_proj", down="down_proj", activation="hidden_act", gate="gate_proj"
+    "gpt_neox": Architecture(
+        "gpt_neox.layers.{i}.mlp",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="hidden_act",
+        norm="gpt_neox.final_layer_norm",
+    ),
+    "gptj": Architecture(
+        "transformer.h.{i}.mlp",
+        up="fc_in",
+        down="fc_out",
+        activation="activation_function",
+        norm="transformer.ln_f",
+        dropout="resid_pdrop",
+    ),
+    "granite": _glu(scale="residual_multiplier"),
+    "llama": _glu(),
+    "mistral": _glu(),
+    "olmo2": _glu(after="post_feedforward_layernorm"),
+    "opt": Architecture(
+        "model.decoder.layers.{i}",
+        up="fc1",
+        down="fc2",
+        activation="activation_function",
+        norm="model.decoder.final_layer_norm",
+        chain=("fc1", "activation_fn", "fc2"),
+        flat="self_attn",
+    ),
+    "phi": Architecture("model.layers.{i}.mlp", up="fc1", down="fc2", activation="hidden_act", norm="model.final_layernorm"),
+    "phi3": Architecture(
+        "model.layers.{i}.mlp",
+        up="gate_up_proj",
+        down="down_proj",
+        activation="hidden_act",
+        norm="model.norm",
+        gate="gate_up_proj",
+    ),
+    "qwen2": _glu(),
+    "qwen3": _glu(),
+    "smollm3": _glu(),
+    "stablelm": _glu(),
+    "starcoder2": Architecture(
+        "model.layers.{i}.mlp",
+        up="c_fc",
+        down="c_proj",
+        activation="hidden_act",
+        norm="model.norm",
+        dropout="residual_dropout",
     ),
 }
 
 
 @dataclass(frozen=True)
 class Site:
-    """One MLP of a model: where it is and what it computes. Widths in features."""
+    """One MLP of a model: where it is and what it computes. Widths in features.
+
+    path: the module whose place a layer takes. then: modules that its output passes unchanged, the rest of an MLP that is no module of its
+    own. hidden: the module whose input are the hidden units. layer: the decoder layer.
+    """
 
     index: int
     path: str
@@ -56,48 +155,166 @@ class Site:
     d_out: int
     activation: str
     glu: bool
+    then: tuple[str, ...] = ()
+    hidden: str = ""
+    layer: str = ""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Everything that the MLP consists of, in the order in which it runs."""
+        return (self.path, *self.then)
+
+    def stand_in(self, module: nn.Module) -> dict[str, nn.Module]:
+        """What has to be where, by path, for `module` to stand in for the MLP."""
+        return {self.path: module, **{path: nn.Identity() for path in self.then}}
 
 
-def architecture_of(config: Any) -> Architecture:
-    """The table's row for a model's config. Raises InputError for a family that has none."""
+def architecture_of(config: Any, own: Mlp | None = None) -> Architecture:
+    """The row for the config of a base or of a converted model: what a recipe's `base.mlp` says (`own`, or what a checkpoint keeps of it),
+    else the table's. Raises InputError for a family that has none."""
+    kept = getattr(config, "mxd", None) or {}
+    own = own or kept_mlp(kept.get("base"))
+    if own is not None:
+        return _row(own)
     model_type = str(getattr(config, "model_type", None))
+    if kept:
+        model_type = model_type.removeprefix("mxd_")
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     if model_type.startswith("mxd_"):
         raise InputError(f"model_type {model_type!r}: this model is already converted; give the model that it came from")
-    close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1, cutoff=0.8)
+    close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1, cutoff=0.7)
     raise InputError(
-        f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
+        f"model_type {model_type!r}{_why_not(config)} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         + (f" (nearest: {close[0]})" if close else "")
-        + ". A new family is one row in mxd_convert/architectures.py."
+        + ".\nA family of your own: describe its MLP in the recipe's base.mlp; a new one for all is one row in mxd_convert/architectures.py"
+        " (docs/add-a-family.md)."
     )
 
 
-def find_sites(model: nn.Module, config: Any, indices: list[int]) -> list[Site]:
-    """The MLPs of `model` (its weights may be on the meta device) at the given layers. Raises InputError where one is not as the table says."""
-    row = architecture_of(config)
-    sites = []
-    for index in indices:
-        path = row.mlp.format(i=index)
+def _row(own: Mlp) -> Architecture:
+    parts = {key: getattr(own, key) for key in ("up", "down", "gate", "activation", "norm", "after")}
+    return Architecture(own.module, **parts, chain=tuple(own.chain))
+
+
+def kept_mlp(origin: Any) -> Mlp | None:
+    """What a checkpoint keeps of a recipe's `base.mlp`, in what it says of its base."""
+    kept = origin.get("mlp") if isinstance(origin, dict) else None
+    return Mlp.model_validate(kept) if kept else None
+
+
+def _why_not(config: Any) -> str:
+    """What kind of model it is, where that is why it can't be converted."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if any(re.search(r"num(_local|_routed)?_experts$|n_routed_experts$", key) and value for key, value in vars(text).items()):
+        return ", whose MLPs are mixtures of experts already,"
+    if getattr(config, "is_encoder_decoder", False):
+        return ", an encoder-decoder,"
+    if str(config.model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_decoder", True) is False:
+        return ", no causal language model,"
+    return ""
+
+
+def find_sites(model: nn.Module, config: Any, indices: Sequence[int], own: Mlp | None = None) -> list[Site]:
+    """The MLPs of `model` (its weights may be on the meta device) at the given layers. own: as for `architecture_of`.
+
+    Raises InputError where one is not as the row says.
+    """
+    row = architecture_of(config, own)
+    activation = str(getattr(config, row.activation, row.activation))
+    if activation not in ACT2FN:
+        raise InputError(f"the MLPs' activation {activation!r} is not one that transformers names, such as gelu, relu or silu")
+    return [_site(model, config, row, index, activation) for index in indices]
+
+
+def _site(model: nn.Module, config: Any, row: Architecture, index: int, activation: str) -> Site:
+    path = row.mlp.format(i=index)
+    found: dict[str, nn.Module] = {}
+    for name in dict.fromkeys((row.up, row.gate or row.up, row.down, *row.chain)):
         try:
-            mlp = model.get_submodule(path)
-            d_in, d_hidden = _widths(mlp.get_submodule(row.up))
-            _, d_out = _widths(mlp.get_submodule(row.down))
-            if row.gate is not None:
-                mlp.get_submodule(row.gate)
-        except AttributeError as error:
-            raise InputError(f"layer {index} has no MLP where {config.model_type!r} models keep it ({path}): {error}") from None
-        if getattr(config, row.activation) not in ACT2FN:
+            found[name] = model.get_submodule(f"{path}.{name}")
+        except AttributeError:
+            what = path if _missing(model, path) else f"{path}.{name}"
             raise InputError(
-                f"layer {index}: the activation {getattr(config, row.activation)!r} is not one that transformers names"
-            )
-        sites.append(Site(index, path, d_in, d_hidden, d_out, str(getattr(config, row.activation)), row.gate is not None))
-    return sites
+                f"layer {index} of this {config.model_type!r} model has no {what}, where its MLP should be;{suggestion(model)}"
+            ) from None
+    d_in, d_hidden = _widths(found[row.up], f"{path}.{row.up}")
+    wide, d_out = _widths(found[row.down], f"{path}.{row.down}")
+    if row.gate is not None and row.gate == row.up:
+        d_hidden //= 2
+    if wide != d_hidden:
+        raise InputError(
+            f"layer {index}: {path}.{row.up} makes {d_hidden} hidden units and {path}.{row.down} takes {wide};"
+            + (" a fused projection is named as both gate and up" if d_hidden == 2 * wide else " these are not one MLP")
+        )
+    return Site(
+        index,
+        row.place.format(i=index),
+        d_in,
+        d_hidden,
+        d_out,
+        activation,
+        row.gate is not None,
+        then=tuple(name.format(i=index) for name in row.then),
+        hidden=f"{path}.{row.down}",
+        layer=row.layer.format(i=index),
+    )
 
 
-def _widths(projection: nn.Module) -> tuple[int, int]:
-    """(input, output) width of a Linear or of GPT-2's Conv1D, which holds its weight transposed."""
-    weight = projection.weight
-    assert isinstance(weight, nn.Parameter)
+def _missing(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return True
+    return False
+
+
+def _widths(projection: nn.Module, path: str) -> tuple[int, int]:
+    """(input, output) width of a Linear or of GPT-2's Conv1D, which holds its weight transposed. Raises InputError for what is no matrix."""
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        raise InputError(f"{path} is a {type(projection).__name__}, and no linear projection")
     rows, columns = weight.shape
-    return (columns, rows) if isinstance(projection, nn.Linear) else (rows, columns)
+    return (rows, columns) if type(projection).__name__ == "Conv1D" else (columns, rows)
+
+
+def suggestion(model: nn.Module) -> str:
+    """What looks like an MLP in the model's first decoder layer, in words for an error."""
+    guessed = guess(model)
+    if guessed is None:
+        return " nothing in the model looks like one"
+    names = {"up": guessed.up, "gate": guessed.gate, "down": guessed.down}
+    shown = ", ".join(f"{key}: {name}" for key, name in names.items() if name)
+    return f' what looks like one: base.mlp: {{module: "{guessed.mlp}", {shown}, activation: ...}}'
+
+
+def guess(model: nn.Module) -> Architecture | None:
+    """A row for a model of a family without one, by its projections' widths and names; None where nothing looks like a plain MLP."""
+    for name, module in model.named_modules():
+        children = {child: _in_and_out(part) for child, part in module.named_children()}
+        linear = {child: widths for child, widths in children.items() if widths is not None}
+        if not 2 <= len(linear) <= 3 or not re.search(r"\.0(\.|$)", name):
+            continue
+        for down, (hidden, width) in linear.items():
+            ups = [child for child, widths in linear.items() if child != down and widths[0] == width]
+            fused = [child for child in ups if linear[child][1] == 2 * hidden]
+            if hidden <= width or len(ups) != len(linear) - 1 or not all(linear[c][1] in (hidden, 2 * hidden) for c in ups):
+                continue
+            row = Architecture(re.sub(r"\.0(\.|$)", r".{i}\1", name, count=1), ups[0], down, "...")
+            if len(ups) == 2:
+                gate = next((child for child in ups if re.search(r"gate|w1$", child)), ups[0])
+                return replace(row, gate=gate, up=next(child for child in ups if child != gate))
+            return replace(row, gate=fused[0]) if fused else row
+    return None
+
+
+def _in_and_out(module: nn.Module) -> tuple[int, int] | None:
+    try:
+        return _widths(module, "")
+    except InputError:
+        return None
+
+
+def stem_of(model_type: str) -> str:
+    """The first part of the names of a family's classes in transformers: `gpt_neox` -> `GPTNeoX`."""
+    return str(CONFIG_MAPPING_NAMES[model_type]).removesuffix("Config")

@@ -150,7 +150,7 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{base.model}: the weights lack {missing[0]}{more}; they would be random. Is this the whole model?")
     layers = model.config.num_hidden_layers
-    beyond = architecture_of(model.config).mlp.format(i=layers).removeprefix(f"{model.base_model_prefix}.")
+    beyond = architecture_of(model.config, base.mlp).layer.format(i=layers).removeprefix(f"{model.base_model_prefix}.")
     if any(f"{beyond}." in key for key in info["unexpected_keys"]):
         raise InputError(f"{base.model}: its config.json says {layers} layers and the weights hold more; mend the config")
     return model.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mxd_convert.architectures import kept_mlp
 from mxd_convert.base import WEIGHTS_HELP, explained, load_base, model_sha256, quiet, untied_tensors
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
@@ -117,19 +118,20 @@ def base_of(folder: str | Path, override: str | None = None) -> Base:
 
 def chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None) -> Base:
     """The same for whatever keeps beside it what it knows of its base. recorded: the base's id, revision, and whether it was local."""
+    mlp = kept_mlp(recorded)
     if override is not None:
         path = Path(override).expanduser()
         if path.exists():
-            return Base(model=str(path.resolve()))
-        return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None)
+            return Base(model=str(path.resolve()), mlp=mlp)
+        return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None, mlp=mlp)
     local = read_local(folder).get("base")
     if isinstance(local, str) and Path(local).is_dir():
-        return Base(model=local)
+        return Base(model=local, mlp=mlp)
     if recorded.get("local", False) or not recorded.get("model"):
         raise InputError(
             f"{folder}: its base model {recorded.get('model') or ''} was a local folder that is not here; give it with --base PATH"
         )
-    return Base(model=recorded["model"], revision=recorded.get("revision"))
+    return Base(model=recorded["model"], revision=recorded.get("revision"), mlp=mlp)
 
 
 def is_converted(folder: Path) -> bool:
@@ -213,7 +215,8 @@ def read_local(folder: Path) -> dict[str, Any]:
 
 def same_outside_layers(converted: Any, base: Any) -> str | None:
     """None where every tensor outside the MxD layers is the base's, bit for bit; else the name of the first that is not."""
-    paths = tuple(f"{converted.config.mxd['mlp'].format(i=index)}." for index in converted.config.mxd["layers"])
+    mxd = converted.config.mxd
+    paths = tuple(path for index in mxd["layers"] for path in configuration_mxd.mlp_paths(mxd, index))
     ours = {name: tensor for name, tensor in untied_tensors(converted).items() if not name.startswith(paths)}
     theirs = {name: tensor for name, tensor in untied_tensors(base).items() if not name.startswith(paths)}
     for name in sorted(ours.keys() | theirs.keys()):

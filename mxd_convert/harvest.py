@@ -24,26 +24,75 @@ class _Enough(Exception):
 
 
 @contextmanager
-def recording(model: nn.Module, sites: list[Site], stop_early: bool = False) -> Iterator[dict[int, Activations]]:
+def recording(model: nn.Module, sites: Sequence[Site], stop_early: bool = False) -> Iterator[dict[int, Activations]]:
     """Within it, every forward of `model` leaves the activations of the sites, by layer index, in the yielded dict.
 
-    With `stop_early` the forward ends (by an exception that `harvest` catches) once all sites have been seen.
+    What an MLP saw and returned, whatever its surroundings do to it afterwards (Falcon adds to it in place), and as (B, T, ...) also where
+    they flatten the tokens (OPT). With `stop_early` the forward ends (by an exception that `harvest` catches) once all sites have been seen.
     """
-    with watching({site.index: model.get_submodule(site.path) for site in sites}, stop_early) as seen:
+    seen: dict[int, Activations] = {}
+    inputs: dict[int, Tensor] = {}
+    lead: dict[int, torch.Size] = {}
+
+    def before_layer(index: int) -> Any:
+        def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            lead[index] = _first(arguments, keywords).shape[:-1]
+
+        return note
+
+    def before(index: int) -> Any:
+        def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            inputs[index] = _kept(_first(arguments, keywords), lead[index])
+
+        return note
+
+    def after(index: int) -> Any:
+        def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            seen[index] = Activations(inputs.pop(index), _kept(output, lead[index]))
+            if stop_early and len(seen) == len(sites):
+                raise _Enough
+
+        return record
+
+    handles = []
+    for site in sites:
+        layer, first, last = (model.get_submodule(path) for path in (site.layer, site.modules[0], site.modules[-1]))
+        handles.append(layer.register_forward_pre_hook(before_layer(site.index), with_kwargs=True))
+        handles.append(first.register_forward_pre_hook(before(site.index), with_kwargs=True))
+        handles.append(last.register_forward_hook(after(site.index)))
+    try:
         yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    found: Tensor = arguments[0] if arguments else next(iter(keywords.values()))
+    return found
+
+
+def _kept(tensor: Tensor, lead: torch.Size) -> Tensor:
+    """A copy, (*lead, width)."""
+    return tensor.detach().clone().reshape(*lead, tensor.shape[-1])
+
+
+@torch.no_grad()
+def apply_mlp(model: nn.Module, site: Site, x_BTI: Tensor) -> Tensor:
+    """What the MLP at a site makes of given inputs."""
+    for path in site.modules:
+        x_BTI = model.get_submodule(path)(x_BTI)
+    return x_BTI
 
 
 @contextmanager
-def watching(modules: Mapping[int, nn.Module], stop_early: bool = False) -> Iterator[dict[int, Activations]]:
-    """The same for modules by a number of their own, such as a converted model's layers."""
+def watching(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Activations]]:
+    """Input and output of modules by a number of their own, such as a converted model's layers, after every forward."""
     seen: dict[int, Activations] = {}
 
     def hook(index: int) -> Any:
         def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-            inputs = arguments[0] if arguments else next(iter(keywords.values()))
-            seen[index] = Activations(inputs.detach(), output.detach())
-            if stop_early and len(seen) == len(modules):
-                raise _Enough
+            seen[index] = Activations(_first(arguments, keywords).detach().clone(), output.detach().clone())
 
         return record
 

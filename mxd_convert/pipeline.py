@@ -243,6 +243,7 @@ class _Conversion:
             "revision": settings.revision,
             "sha256": model_sha256(original),
             "local": is_local(settings.model),
+            **({"mlp": settings.mlp.model_dump(exclude_defaults=True)} if settings.mlp is not None else {}),
         }
         folder = self._assemble(original, trained.layers, origin, self.work / "checkpoint")
         with quiet():

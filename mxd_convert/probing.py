@@ -181,8 +181,8 @@ def _pool_all(
     """Every family's pooled coefficients, and its kind. The base is checked against the checkpoint; the others come one at a time."""
     converted = load_checkpoint(ours.folder, dtype="float32").to(device)
     original = original_of(ours.folder, converted, base)
-    sites = find_sites(original, original.config, ours.layers)
-    neurons = {("neuron", site.index): hidden_units(original, original.config, site) for site in sites}
+    sites = find_sites(original, converted.config, ours.layers)
+    neurons = {("neuron", site.index): hidden_units(original, site) for site in sites}
     pooled = pool(original.float(), neurons, documents, device, advance)
     del original, neurons
     layers = converted.mxd_layers()

@@ -23,6 +23,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+class Mlp(Section):
+    """Where a family that this package does not know keeps its MLPs, and what they compute."""
+
+    module: str
+    """Path of a layer's MLP, {i} for the layer: "model.layers.{i}.mlp". Where the MLP is no module of its own: that of what holds its parts."""
+    up: str
+    """Its projection to the hidden units (of a GLU, the one without activation), by its name in that module."""
+    down: str
+    """Its projection back from the hidden units."""
+    gate: str | None = None
+    """The activated projection of a GLU; null: a plain MLP. The same name as `up`: both in one matrix, the gate's half first."""
+    activation: str
+    """Activation of the hidden units, by its name in transformers: gelu, gelu_new, relu, silu."""
+    chain: list[str] = []
+    """Where the MLP is no module of its own, or one that does more: the modules it consists of, as they run: [fc1, activation_fn, fc2]."""
+    norm: str | None = None
+    """Path of the model's last norm; needed only to see what experts do to the logits."""
+    after: str | None = None
+    """Norm between the MLP's output and the residual stream, by its name in the decoder layer; null: none."""
+
+    @model_validator(mode="after")
+    def _of_a_layer(self) -> "Mlp":
+        if self.module.count("{i}") != 1:
+            raise ValueError(f'base.mlp.module: {self.module!r} has to say where the layer goes: "model.layers.{{i}}.mlp"')
+        if len(self.chain) == 1:
+            raise ValueError(f"base.mlp.chain: {self.chain[0]!r} alone is a module; name it in base.mlp.module")
+        return self
+
+
 class Base(Section):
     model: str
     """The pretrained model: a Hub id (openai-community/gpt2) or a local folder."""
@@ -32,6 +61,8 @@ class Base(Section):
     """Precision in which the base model runs while activations are harvested; the checkpoint keeps the base's own."""
     trust_remote_code: bool = False
     """Run code that comes with the base model. Only for repositories you trust."""
+    mlp: Mlp | None = None
+    """Where the MLPs are, for a family that this package does not know; null: one that it knows."""
 
 
 class Text(Section):
@@ -239,7 +270,8 @@ _MEANS = ("distribute", "memory_gib", "checkpoint_every", "tracker")
 
 def _deciding(content: dict[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in content["train"].items() if key not in _MEANS}
-    return {**{key: value for key, value in content.items() if key != "output"}, "train": train}
+    base = {key: value for key, value in content["base"].items() if key != "mlp" or value is not None}  # as before there was one
+    return {**{key: value for key, value in content.items() if key != "output"}, "train": train, "base": base}
 
 
 def _sha256(content: dict[str, Any]) -> str:

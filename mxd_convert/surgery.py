@@ -1,7 +1,7 @@
 """Put layers in, take them out again (revert); and, for measurements, hold another module in an MLP's place for a while."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import initialization
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mxd_convert.architectures import architecture_of
+from mxd_convert.architectures import Site, architecture_of, kept_mlp
 from mxd_convert.base import quiet, untied_tensors
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import modeling_mxd
-from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION, KINDS, config_class
+from mxd_convert.modeling.configuration_mxd import KINDS, config_class, format_version, mlp_paths
 
 _NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "mxd")
 
@@ -30,19 +30,22 @@ def describe(layer: modeling_mxd.FactoredLayer) -> dict[str, Any]:
 def convert(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], origin: dict[str, Any] | None = None) -> Any:
     """The base model with MxD layers (or another kind) in place of MLPs, as a model of its own class; `base` itself is left as it is.
 
-    layers: by layer index. origin: the base's model id, revision and tensor hash, kept in config.json. Everything but the
-    replaced MLPs is the base's own tensors, in the base's dtype; the layers are cast to it.
+    layers: by layer index. origin: the base's model id, revision and tensor hash, and where its MLPs are if the recipe had to say,
+    kept in config.json. Everything but the replaced MLPs is the base's own tensors, in the base's dtype; the layers are cast to it.
     """
-    row = architecture_of(base.config)
+    row = architecture_of(base.config, kept_mlp(origin))
     dropout = float(getattr(base.config, row.dropout)) if row.dropout is not None else 0.0
     entries = {str(index): {**describe(layers[index]), "dropout": dropout} for index in sorted(layers)}
-    mxd = {"format_version": FORMAT_VERSION, "mlp": row.mlp, "layers": entries, **({"base": origin} if origin else {})}
+    mxd: dict[str, Any] = {"format_version": format_version(row.then), "mlp": row.place}
+    mxd |= {"then": list(row.then)} if row.then else {}
+    mxd |= {"flat": row.flat} if row.flat else {}
+    mxd |= {"layers": entries, **({"base": origin} if origin else {})}
     stem = type(base.config).__name__.removesuffix("Config")
     config = config_class(stem)(**{**_carried(base), "mxd": mxd})
     tensors = untied_tensors(base)
     for index, layer in layers.items():
-        path = row.mlp.format(i=index)
-        tensors = _without(tensors, path)
+        path = row.place.format(i=index)
+        tensors = _without(tensors, mlp_paths(mxd, index))
         parameters = dict(layer.named_parameters())  # these alone are cast: an activation may have buffers of a dtype of its own
         state = layer.state_dict()
         tensors |= {f"{path}.{name}": state[name].to(base.dtype) if name in parameters else state[name] for name in state}
@@ -61,9 +64,9 @@ def revert(converted: Any, base: Any, indices: list[int]) -> Any:
     left = {index: layer for index, layer in mxd["layers"].items() if int(index) not in indices}
     tensors, originals = untied_tensors(converted), untied_tensors(base)
     for index in indices:
-        path = mxd["mlp"].format(i=index)
-        tensors = _without(tensors, path)
-        tensors |= {name: tensor.to(converted.dtype) for name, tensor in originals.items() if name.startswith(f"{path}.")}
+        paths = mlp_paths(mxd, index)
+        tensors = _without(tensors, paths)
+        tensors |= {name: tensor.to(converted.dtype) for name, tensor in originals.items() if name.startswith(paths)}
     if left:
         by_hand = {
             key: [order for order in mxd[key] if order["layer"] not in indices] for key in ("edits", "steering") if key in mxd
@@ -82,8 +85,8 @@ def _carried(model: Any) -> dict[str, Any]:
     return settings
 
 
-def _without(tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
+def _without(tensors: dict[str, Tensor], paths: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(paths)}
 
 
 def assemble(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
@@ -120,6 +123,11 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             put(path, module)
 
 
+def standing_in(model: nn.Module, sites: Sequence[Site], modules: Mapping[int, nn.Module]) -> Any:
+    """A context in which other modules, by layer index, stand in for the MLPs at some sites."""
+    return replaced(model, {path: module for site in sites for path, module in site.stand_in(modules[site.index]).items()})
+
+
 class Constant(nn.Module):
     """Stands in for an MLP that returns the same vector, (O), for every token: zero and mean ablation."""
 
@@ -128,7 +136,7 @@ class Constant(nn.Module):
         self.value_O = value_O
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1)
+        return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1).clone()  # some models add to it in place
 
 
 def permuted_experts(layer: modeling_mxd.FactoredLayer, order_N: Tensor) -> Any:
@@ -146,4 +154,4 @@ def permuted_experts(layer: modeling_mxd.FactoredLayer, order_N: Tensor) -> Any:
     return context()
 
 
-__all__ = ["Constant", "assemble", "convert", "describe", "permuted_experts", "replaced", "revert"]
+__all__ = ["Constant", "assemble", "convert", "describe", "permuted_experts", "replaced", "revert", "standing_in"]

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from families import LAYERS, tiny_model
 from test_kinds import KINDS, random_layer
 from test_steering import active_expert, ids_of
 
 from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
+from mxd_convert import surgery
+from mxd_convert.architectures import ARCHITECTURES, find_sites
 from mxd_convert.evaluation.decomposition import Unembedding, take_apart
 from mxd_convert.harvest import watching
+from mxd_convert.layers import MxD
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense_twin"])
@@ -43,7 +47,7 @@ def test_a_models_layers_come_apart_also_while_steered(converted, family):
 def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, family):
     """The last hidden state without the expert's part, the norm's scale held, through the model's own norm and head."""
     model, ids = load_checkpoint(converted[family], dtype="float32"), ids_of(6, 11)
-    norm, head = Unembedding(model).norm, model.get_output_embeddings()
+    norm, head = Unembedding(model).norm.module, model.get_output_embeddings()
     n = active_expert(model, ids)
     residual = []
     norm.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
@@ -73,10 +77,10 @@ def test_with_every_part_taken_apart_the_logits_are_the_models_own(converted):
     model, ids = load_checkpoint(converted["llama"], dtype="float32"), ids_of()
     unembedding = Unembedding(model)
     residual = []
-    unembedding.norm.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
+    unembedding.norm.module.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
     with unembedding.scales() as scales:
         logits = model(input_ids=ids).logits
-    ours = unembedding.logits(residual[-1] * scales[-1].unsqueeze(-1))
+    ours = unembedding.logits(residual[-1] * scales.final.unsqueeze(-1))
     assert torch.allclose(ours, logits - logits.mean(-1, keepdim=True), atol=1e-4)
 
 
@@ -102,3 +106,67 @@ def test_what_is_not_there_is_refused(converted):
     model.mxd_layers()[0].gate.bias.fill_(-1)
     silent = logit_effect(model, 0, 3, ids)
     assert (silent.tokens, silent.mean.any().item()) == (0, False)
+
+
+def random_conversion(family: str):
+    """A tiny model of a family, all three layers with experts of random weights that matter."""
+    torch.manual_seed(1)
+    base = tiny_model(family)
+    layers = {}
+    for site in find_sites(base, base.config, range(LAYERS)):
+        layers[site.index] = MxD(site.d_in, site.d_hidden, site.d_out, 24, 4, site.activation, site.glu)
+        torch.nn.init.normal_(layers[site.index].decoder.weight, std=0.5)
+        torch.nn.init.normal_(layers[site.index].output_bias, std=0.5)
+    return surgery.convert(base, layers)
+
+
+def held(norm, x, part):
+    """What a norm makes of a part of its input, its scale held: by what its class is known to compute."""
+    kind = type(norm).__name__
+    weight = (norm.weight.double() + 1) if kind.startswith("Gemma") else norm.weight.double()
+    centred, x = "LayerNorm" in kind, x.double()
+    spread = x.var(-1, correction=0, keepdim=True) if centred else x.square().mean(-1, keepdim=True)
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return (part - part.mean(-1, keepdim=True) if centred else part) / (spread + epsilon).sqrt() * weight
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@torch.no_grad()
+def test_the_direct_effect_in_every_family(family):
+    """Through whatever the family has between its MLP and the logits: a norm of the output, a multiplier, its own kind of norm, scaled logits."""
+    model, ids, row = random_conversion(family), ids_of(6, 11), ARCHITECTURES[family]
+    seen = {}
+
+    def note(name):
+        return lambda module, arguments: seen.__setitem__(name, arguments[0])
+
+    final = model.get_submodule(row.norm)
+    final.register_forward_pre_hook(note("final"))
+    after = model.get_submodule(f"{row.layer.format(i=1)}.{row.after}") if row.after else None
+    if after is not None:
+        after.register_forward_pre_hook(note("after"))
+    parts = decompose(model, ids)[1]
+    with watching(model.mxd_layers()) as layers:
+        model(input_ids=ids)
+    assert (parts.output - layers[1].outputs).abs().max() < 1e-5 * layers[1].outputs.abs().max()
+    n = int(parts.experts[parts.values > 0].mode().values)
+    fires = (parts.experts == n) & (parts.values > 0)
+    part = (parts.contributions * fires.unsqueeze(-1)).sum(-2).double()
+    if after is not None:
+        part = held(after, seen["after"], part)
+    part = part * getattr(model.config, "residual_multiplier", 1.0)
+    change = held(final, seen["final"], part) @ model.get_output_embeddings().weight.double().T
+    change = change * getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
+    change = (change - change.mean(-1, keepdim=True))[fires.any(-1)]
+    effect = logit_effect(model, 1, n, ids, rows=4)
+    assert effect.tokens == len(change) > 3
+    assert torch.allclose(effect.mean.double(), change.mean(0), atol=1e-4 * change.abs().max().item())
+
+
+@torch.no_grad()
+def test_a_model_without_a_way_to_the_logits_is_refused():
+    base = tiny_model("opt", do_layer_norm_before=False, word_embed_proj_dim=16)
+    [site] = find_sites(base, base.config, [1])
+    model = surgery.convert(base, {1: MxD(site.d_in, site.d_hidden, site.d_out, 24, 4, site.activation, site.glu)})
+    with pytest.raises(InputError, match="no norm and head after its layers"):
+        logit_effect(model, 1, 0, ids_of())

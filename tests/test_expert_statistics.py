@@ -147,7 +147,7 @@ def test_what_it_promotes_is_logit_effect(converted, text, tmp_path, family):
     whole = blocks.take(slice(None))
     exact = 0
     for index, record in records.items():
-        up, down = EffectsOfLayer(record, Unembedding(model), 2048).of(4, 20)
+        up, down = EffectsOfLayer(index, record, Unembedding(model), 2048).of(4, 20)
         for n in range(4, 20):
             effect = logit_effect(model, index, n, whole)
             assert record.firings.count_N[n] == effect.tokens
@@ -181,7 +181,7 @@ def test_samples_are_firings_drawn_whatever_the_batches(models, text, tmp_path, 
     counted = blocks.counted(ids, mask_bos=True)
     parts, scaled = (
         take_apart(layer, seen[1].inputs[counted]),
-        layer.linear(seen[1].inputs[counted]) * scales[0][counted].unsqueeze(-1),
+        layer.linear(seen[1].inputs[counted]) * scales.of(1)[counted].unsqueeze(-1),
     )
     for n in range(40):
         fires = (parts.experts == n) & (parts.values > 0)

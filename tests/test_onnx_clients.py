@@ -24,10 +24,22 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=PROMPTS)
-def ready(request, tmp_path_factory):
+@pytest.fixture(scope="session")
+def readied():
+    """What `ready` has made, since it is asked for again where tests are not run model by model."""
+    return {}
+
+
+@pytest.fixture(params=PROMPTS)
+def ready(request, readied, tmp_path_factory):
     """(exported folder, prompts, PyTorch's continuations of them, the export's report)."""
     name = request.param
+    if name not in readied:
+        readied[name] = make_ready(name, request, tmp_path_factory)
+    return readied[name]
+
+
+def make_ready(name, request, tmp_path_factory):
     checkpoint = request.getfixturevalue("quick" if name == "quickstart" else "stories").output
     folder = tmp_path_factory.mktemp("ready") / name
     done = export_onnx(checkpoint, folder, ["fp32", "fp16"], "int8", expert_outputs=True, steering=True, tokens=4096, quiet=True)
@@ -68,7 +80,8 @@ def test_figures_of_real_models(ready):
     assert parity["greedy"]["equal"] == parity["greedy"]["prompts"] == 20
     assert parity["greedy"]["new_tokens"] == 64
     assert parity["largest_difference"] <= 1e-4
-    assert parity["expert_agreement"] >= 0.999
+    assert parity["expert_flips"] <= 0.001 * parity["tokens"]  # a tie that falls the other way takes what follows it along
+    assert parity["expert_overlap"] >= 0.999
     assert parity["lengths"][-1] == 200
     assert report["graphs"]["int8"]["parity"]["delta_ce"] <= 0.02
 

@@ -79,6 +79,7 @@ def test_what_the_gate_measures():
     assert found["largest_difference_all"] == 4.0
     assert found["argmax_agreement"] == pytest.approx(2 / 3)
     assert found["expert_agreement"] == pytest.approx(2 / 3)
+    assert found["expert_flips"] == 1
     assert found["expert_overlap"] == pytest.approx(2.5 / 3)
     p = np.exp(theirs[0, 1:]) / np.exp(theirs[0, 1:]).sum(-1, keepdims=True)
     q = np.exp(ours[0, 1:]) / np.exp(ours[0, 1:]).sum(-1, keepdims=True)

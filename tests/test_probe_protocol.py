@@ -76,7 +76,7 @@ def test_features_are_means_over_the_documents_own_tokens(family, converted, mod
     pooled = pool(
         model, sources | {("random", index): control for index, control in controls.items()}, encoded, torch.device("cpu")
     )
-    neurons = pool(base, {i.index: hidden_units(base, base.config, i) for i in sites}, encoded, torch.device("cpu"))
+    neurons = pool(base, {i.index: hidden_units(base, i) for i in sites}, encoded, torch.device("cpu"))
     expected = pooled_by_loop(model, sites, encoded, lambda index, x: dense_code(layers[index], x))
     units = pooled_by_loop(base, sites, encoded, lambda index, x: mlp_hidden(base.get_submodule(sites[index // 2].path), x))
 

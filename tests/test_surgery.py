@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conformance import constant_gain_layer
 from conftest import FAMILIES, make_model
 
 from mxd_convert import surgery
@@ -20,31 +21,6 @@ IDS = torch.randint(0, 2048, (3, 40), generator=torch.Generator().manual_seed(1)
 
 def sites_of(base, indices=None):
     return find_sites(base, base.config, indices or list(range(base.config.num_hidden_layers)))
-
-
-def linear_weights(projection):
-    weight = projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
-    bias = projection.bias if projection.bias is not None else torch.zeros(weight.shape[0])
-    return weight, bias
-
-
-@torch.no_grad()
-def constant_gain_layer(base, site, k=4, n_experts=12) -> MxD:
-    """An MxD whose gain is one whatever fires, with the MLP's own weights in encoder and decoder."""
-    row, mlp = architecture_of(base.config), base.get_submodule(site.path)
-    layer = MxD(site.d_in, site.d_hidden, site.d_out, n_experts, k, activation=site.activation, glu=site.glu)
-    layer.gate.weight.zero_()
-    layer.gate.bias.fill_(1.0)
-    layer.experts.fill_(1.0 / k)
-    for mine, theirs in ((layer.encoder, row.up), (layer.encoder_gate, row.gate)):
-        if mine is not None:
-            weight, bias = linear_weights(mlp.get_submodule(theirs))
-            mine.weight.copy_(weight)
-            mine.bias.copy_(bias)
-    weight, bias = linear_weights(mlp.get_submodule(row.down))
-    layer.decoder.weight.copy_(weight)
-    layer.output_bias.copy_(bias)
-    return layer
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ add up to the output. Its direct effect on the logits is that part, through the 
 unembedding: what it writes for the next token past all layers above.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxd_convert.architectures import ARCHITECTURES
+from mxd_convert.architectures import architecture_of
 from mxd_convert.errors import InputError
 from mxd_convert.harvest import watching
 from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer, MxD
@@ -78,42 +79,102 @@ def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = Non
         return {index: take_apart(layer, seen[index].inputs) for index, layer in layers.items()}
 
 
+class Norm:
+    """A norm with its scale held: a linear map, `weight * x`, for centred norms of x less its mean. Measured on the module, whose own idea of
+    its weight (Gemma's is one less) need not be known. Raises InputError where it is none."""
+
+    def __init__(self, module: nn.Module, width: int, name: str) -> None:
+        epsilon = next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), None)
+        if epsilon is None:
+            raise InputError(f"{name} is a {type(module).__name__}, which is no norm that this package can hold the scale of")
+        self.module, self.epsilon = module, float(epsilon)
+        x_O = torch.ones(width)  # of mean 0, and nowhere 0
+        x_O[1::2] = -1
+        if width % 2:
+            x_O[:3] = torch.tensor([1.0, 1.0, -2.0])
+        plain = copy.deepcopy(module).cpu().float()
+        ahead, back, moved = (plain(x).detach() for x in (x_O, -x_O, x_O + 1))
+        self.centred = torch.allclose(moved, ahead, atol=1e-5 * ahead.abs().max().item())
+        weight_O = (ahead - back) / 2 / x_O * (x_O.square().mean() + self.epsilon).sqrt()
+        self.weight_O = weight_O.to(next(iter(module.parameters())).device if list(module.parameters()) else "cpu")
+
+    def scale(self, x_BTO: Tensor) -> Tensor:
+        """What the norm multiplies by at each token, (B, T), beside its weight."""
+        x_BTO = x_BTO.detach().float()
+        spread = x_BTO.var(-1, correction=0) if self.centred else x_BTO.square().mean(-1)
+        return (spread + self.epsilon).rsqrt()
+
+
+class Scales:
+    """Of the latest forward: by what the norms multiply what a layer writes at each token, (B, T)."""
+
+    def __init__(self) -> None:
+        self.final = torch.zeros(0)
+        self.after: dict[int, Tensor] = {}
+
+    def of(self, index: int) -> Tensor:
+        return self.final * self.after[index] if index in self.after else self.final
+
+
 class Unembedding:
-    """From what is added to the residual stream to logits: the final norm, its scale as it is at the token, and the unembedding."""
+    """From what a layer writes to logits: what the family does to it before the residual stream, the final norm, its scale as it is at the
+    token, and the unembedding. Before logits are capped, where the family caps them. Raises InputError where there is no such way.
+
+    matrix: unembedding and final norm, (V, O). outlet_O: by layer index, what an output is multiplied by on its way to the stream.
+    """
 
     def __init__(self, model: Any) -> None:
-        row = ARCHITECTURES[model.config.model_type.removeprefix("mxd_")]
-        self.norm = model.get_submodule(row.norm)
-        self.centred = isinstance(self.norm, nn.LayerNorm)
-        weight: Tensor = self.norm.weight.detach().float()
-        self.matrix_VO = model.get_output_embeddings().weight.detach().float() * weight
-        if self.centred:  # the norm takes the mean out of what is written, whatever the token
+        config, row = model.config, architecture_of(model.config)
+        head_VO: Tensor = model.get_output_embeddings().weight.detach().float()
+        last = _found(model, row.norm)
+        if last is None or head_VO.shape[1] != config.hidden_size:
+            named = " (base.mlp.norm names it, for a family of your own)" if row.norm is None else ""
+            raise InputError(f"what experts do to the logits is not known: this model has no norm and head after its layers{named}")
+        self.norm = Norm(last, config.hidden_size, str(row.norm))
+        factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.matrix_VO = head_VO * self.norm.weight_O.to(head_VO.device) * factor
+        if self.norm.centred:  # the norm takes the mean out of what is written, whatever the token
             self.matrix_VO = self.matrix_VO - self.matrix_VO.mean(-1, keepdim=True)
+        multiplier = float(getattr(config, row.scale)) if row.scale is not None else 1.0
+        self.after: dict[int, Norm] = {}
+        self.outlet_O: dict[int, Tensor] = {}
+        for index, layer in model.mxd_layers().items():
+            self.outlet_O[index] = torch.full((layer.d_out,), multiplier, device=head_VO.device)
+            if row.after is not None:
+                path = f"{row.layer.format(i=index)}.{row.after}"
+                self.after[index] = Norm(model.get_submodule(path), layer.d_out, path)
+                self.outlet_O[index] = multiplier * self.after[index].weight_O.to(head_VO.device)
 
     @contextmanager
-    def scales(self) -> Iterator[list[Tensor]]:
-        """Within it, every forward leaves the norm's scale at each token, (B, T), in the yielded list."""
-        seen: list[Tensor] = []
+    def scales(self) -> Iterator[Scales]:
+        """Within it, every forward leaves the norms' scales in what is yielded."""
+        seen = Scales()
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach().float()
-            spread = x.var(-1, correction=0) if self.centred else x.square().mean(-1)
-            seen.append((spread + _epsilon(self.norm)).rsqrt())
+            seen.final = self.norm.scale(arguments[0])
 
-        handle = self.norm.register_forward_pre_hook(note)
+        def note_after(index: int) -> Any:
+            return lambda module, arguments: seen.after.__setitem__(index, self.after[index].scale(arguments[0]))
+
+        handles = [self.norm.module.register_forward_pre_hook(note)]
+        handles += [norm.module.register_forward_pre_hook(note_after(index)) for index, norm in self.after.items()]
         try:
             yield seen
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def logits(self, scaled_BO: Tensor) -> Tensor:
-        """(..., V), centred over the vocabulary (a constant changes no probability). scaled: what is written, times the norm's scale."""
+        """(..., V), centred over the vocabulary (a constant changes no probability). scaled: what reaches the stream, times the norm's scale."""
         logits_BV = scaled_BO.float() @ self.matrix_VO.T
         return logits_BV - logits_BV.mean(-1, keepdim=True)
 
 
-def _epsilon(norm: nn.Module) -> float:
-    return float(next(getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)))
+def _found(model: nn.Module, path: str | None) -> nn.Module | None:
+    try:
+        return model.get_submodule(path) if path else None
+    except AttributeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -151,7 +212,7 @@ def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: i
             model(input_ids=ids_BT, use_cache=False)
         parts = take_apart(layers[layer], seen[layer].inputs)
         fires = (parts.experts == expert) & (parts.values > 0)
-        written = (parts.contributions.float() * scales[-1][..., None, None])[fires]
+        written = (parts.contributions.float() * unembedding.outlet_O[layer] * scales.of(layer)[..., None, None])[fires]
         for chunk in written.split(_CHUNK):
             logits = unembedding.logits(chunk).double()
             tokens, sums, squares = tokens + len(chunk), sums + logits.sum(0), squares + logits.square().sum(0)

@@ -33,17 +33,19 @@ class Effects:
 
 
 class EffectsOfLayer:
-    """The mean direct effect of a layer's experts, as `logit_effect` has it, for ranges of them. vocabulary: ids that the tokenizer knows."""
+    """The mean direct effect of a layer's experts, as `logit_effect` has it, for ranges of them. index: the layer's. vocabulary: ids that the
+    tokenizer knows."""
 
-    def __init__(self, record: LayerRecord, unembedding: Unembedding, vocabulary: int) -> None:
+    def __init__(self, index: int, record: LayerRecord, unembedding: Unembedding, vocabulary: int) -> None:
         self.record, self.unembedding, self.vocabulary = record, unembedding, vocabulary
+        self.outlet_O = unembedding.outlet_O[index]
         self.mean_O = unembedding.matrix_VO.mean(0)
 
     @torch.no_grad()
     def of(self, first: int, last: int) -> tuple[Effects, Effects]:
         """(promoted, suppressed) of experts `first` to `last` - 1."""
         record = self.record
-        rows_nO = record.layer.experts[first:last].float()
+        rows_nO = record.layer.experts[first:last].float() * self.outlet_O
         count_n = torch.from_numpy(record.firings.count_N[first:last]).clamp_min(1).to(rows_nO.device)
         logits_nV = self.unembedding.logits(record.written_NO[first:last] / count_n.unsqueeze(-1) * rows_nO)
         logits_nV = logits_nV[:, : self.vocabulary]

@@ -137,7 +137,7 @@ def collect(
             counted_B = blocks.counted(ids_BT, mask_bos).flatten()
             positions = start * blocks.context + counted_B.nonzero().squeeze(-1).cpu().numpy()
             for index, record in records.items():
-                record.add(codes[index], linear.get(index), scales[-1].flatten(), counted_B, positions)
+                record.add(codes[index], linear.get(index), scales.of(index).flatten(), counted_B, positions)
             advance()
     if not next(iter(records.values())).tokens:
         raise InputError(f"data: {blocks.info.path}: nothing in it but BOS tokens, on which experts are not looked at")

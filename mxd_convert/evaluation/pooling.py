@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
-from mxd_convert.architectures import Site, architecture_of
+from mxd_convert.architectures import Site
 from mxd_convert.data import separators
 from mxd_convert.errors import InputError
 from mxd_convert.harvest import observe
@@ -141,10 +141,9 @@ def random_coefficients(layer: FactoredLayer, seed: int) -> Source:
     return Source(layer, layer.n_experts, RandomGate(layer, seed))
 
 
-def hidden_units(base: nn.Module, config: Any, site: Site) -> Source:
+def hidden_units(base: nn.Module, site: Site) -> Source:
     """The activated hidden units of an MLP of the base model: what goes into its down projection."""
-    down = base.get_submodule(f"{site.path}.{architecture_of(config).down}")
-    return Source(down, site.d_hidden, lambda hidden, output: hidden)
+    return Source(base.get_submodule(site.hidden), site.d_hidden, lambda hidden, output: hidden)
 
 
 @torch.no_grad()
@@ -175,7 +174,8 @@ def pool(
 def _add(rows: list[Matrix], source: Source, weight_BT: Tensor, inputs: Tensor, output: Any) -> None:
     codes = source.codes(inputs, output)
     if isinstance(codes, Tensor):
-        rows.append(torch.einsum("btn,bt->bn", codes.float(), weight_BT).cpu().numpy())
+        codes_BTN = codes.float().reshape(*weight_BT.shape, -1)  # some models flatten their tokens before the MLP
+        rows.append(torch.einsum("btn,bt->bn", codes_BTN, weight_BT).cpu().numpy())
         return
     values_BTK, indices_BTK = codes
     weighted_BTK = values_BTK.float() * weight_BT.unsqueeze(-1)

@@ -22,10 +22,10 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.verdict import sentence, verdict
-from mxd_convert.harvest import recording
+from mxd_convert.harvest import apply_mlp, recording
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 from mxd_convert.recipe import EvalText
-from mxd_convert.surgery import Constant, permuted_experts, replaced
+from mxd_convert.surgery import Constant, permuted_experts, standing_in
 
 PERMUTATIONS = 3
 _LOGITS = 2**22  # of one batch
@@ -52,7 +52,7 @@ def evaluate(
     converted = load_checkpoint(checkpoint, dtype="float32")
     original = original_of(checkpoint, converted, base)
     original = original.float()
-    sites = find_sites(original, original.config, sorted(converted.mxd_layers()))
+    sites = find_sites(original, converted.config, sorted(converted.mxd_layers()))
     with tempfile.TemporaryDirectory() as folder:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
@@ -163,7 +163,7 @@ def _compare(
         ours = converted(input_ids=ids_BT, use_cache=False).logits
     for site in sites:
         inputs, outputs = seen[site.index].inputs, seen[site.index].outputs.flatten(0, 1)[counted_B]
-        local = base.get_submodule(site.path)(inputs).flatten(0, 1)[counted_B]
+        local = apply_mlp(base, site, inputs).flatten(0, 1)[counted_B]
         figures[site.index].add_in_place(outputs, local, originals[site.index].outputs.flatten(0, 1)[counted_B])
     totals.tokens += ids_BT[:, 1:].numel()
     totals.add_cross_entropy("base", theirs, ids_BT)
@@ -180,16 +180,16 @@ def _variants(
     zeros = {site.index: Constant(torch.zeros(site.d_out, device=layers[site.index].output_bias.device)) for site in sites}
     # the base's own mean output; of the tokens that count, so that a sink does not set it
     means = {site.index: Constant(figures[site.index].masked.mean_O().float()) for site in sites}
-    yield "zero", replaced(base, {site.path: zeros[site.index] for site in sites})
-    yield "mean", replaced(base, {site.path: means[site.index] for site in sites})
+    yield "zero", standing_in(base, sites, zeros)
+    yield "mean", standing_in(base, sites, means)
     for site in sites:
         index, layer = site.index, layers[site.index]
-        yield f"{index}/alone", replaced(base, {site.path: layer})
-        yield f"{index}/zero", replaced(base, {site.path: zeros[index]})
-        yield f"{index}/mean", replaced(base, {site.path: means[index]})
+        yield f"{index}/alone", standing_in(base, [site], layers)
+        yield f"{index}/zero", standing_in(base, [site], zeros)
+        yield f"{index}/mean", standing_in(base, [site], means)
         for number in range(_permutations(layer)):
             order_N = _permutation(figures[index].firings_N > 0, number)
-            yield f"{index}/permuted", _both(replaced(base, {site.path: layer}), permuted_experts(layer, order_N))
+            yield f"{index}/permuted", _both(standing_in(base, [site], layers), permuted_experts(layer, order_N))
 
 
 def _permutations(layer: FactoredLayer) -> int:

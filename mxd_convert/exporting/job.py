@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mxd_convert.architectures import Site
+from mxd_convert.architectures import Site, architecture_of
 from mxd_convert.data import Blocks
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.run import rows_a_batch
@@ -38,8 +38,10 @@ class Job:
         self.first = first
 
     def _site(self, index: int) -> Site:
-        layer = self.layers[index]
-        return Site(index, self.converted.config.mxd["mlp"].format(i=index), layer.d_in, layer.d_hidden, layer.d_out, "", False)
+        layer, row = self.layers[index], architecture_of(self.converted.config)
+        widths = (layer.d_in, layer.d_hidden, layer.d_out)
+        then = tuple(path.format(i=index) for path in row.then)
+        return Site(index, row.place.format(i=index), *widths, "", False, then=then, layer=row.layer.format(i=index))
 
     def _groups(self) -> list[list[int]]:
         groups: list[list[int]] = []

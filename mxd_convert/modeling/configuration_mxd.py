@@ -4,6 +4,9 @@
 One file serves every architecture: `MxdLlamaConfig` is made, on demand, from transformers' own `LlamaConfig`. It adds one key:
 
     "mxd": {"format_version": 1, "mlp": "model.layers.{i}.mlp", "layers": {"0": {"kind": "mxd", "d_in": 64, "d_hidden": 172, ...}, ...}}
+
+`mlp` says where the layers are; `then`, in families whose MLP is no module of its own, what their output passes unchanged after that;
+`flat`, where these flatten their tokens to one row, a module of the decoder layer that sees them as (B, T) before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: `then` in the `mxd` entry, which a reader of 1 would pass over
 _LINEAR = {"activation": "gelu", "glu": False}  # defaults of the linear factor's settings, and of the gain's
 _GAIN = {"sparsity": "topk"}
 KINDS = {
@@ -39,6 +42,9 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
         )
     if not isinstance(mxd.get("mlp"), str) or "{i}" not in mxd["mlp"]:
         raise ValueError(f"config.json: mxd.mlp is {mxd.get('mlp')!r}; expected a module path such as model.layers.{{i}}.mlp")
+    then = mxd.get("then", [])
+    if not isinstance(then, list) or not all(isinstance(path, str) and "{i}" in path for path in then):
+        raise ValueError(f"config.json: mxd.then is {then!r}; expected module paths such as model.layers.{{i}}.fc2")
     layers = mxd.get("layers")
     if not isinstance(layers, dict) or not layers or not all(str(index).isdigit() for index in layers):
         raise ValueError('config.json: mxd.layers must map layer indices to layers, as in {"0": {...}}')
@@ -60,6 +66,16 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
         complete[str(index)] = layer
     steering = {"steering": read_steering(mxd["steering"], complete)} if "steering" in mxd else {}
     return {**mxd, "layers": complete, **steering}
+
+
+def format_version(then: Sequence[str]) -> int:
+    """The oldest version whose readers understand an entry with such a `then`."""
+    return 2 if then else 1
+
+
+def mlp_paths(mxd: Mapping[str, Any], index: int | str) -> tuple[str, ...]:
+    """How the names of a layer's tensors begin, those of what stood in its place before included."""
+    return tuple(f"{path.format(i=index)}." for path in (mxd["mlp"], *mxd.get("then", [])))
 
 
 def read_steering(orders: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -51,11 +51,15 @@ class Gain(nn.Module):
 
 
 class Place:
-    """Where in its text a forward is: the position of its first token, and the length of the prompt while `generate` writes on."""
+    """Where in its text a forward is: the position of its first token, and the length of the prompt while `generate` writes on.
+
+    lead: (B, T) of a decoder layer that flattens its tokens before the MLP, until that has taken them.
+    """
 
     def __init__(self) -> None:
         self.first = 0
         self.prompt: int | None = None
+        self.lead: torch.Size | None = None
 
     def steered(self, positions: str, tokens: int, device: torch.device) -> Tensor:
         """Which of the forward's tokens are steered, (T) bool. What `generate` did not write is prompt."""
@@ -284,12 +288,16 @@ class MxdModelMixin:
         super().__init__(config, *args, **kwargs)
         if config.mxd is None:
             raise ValueError(f"{type(self).__name__} needs a config with an `mxd` entry")
-        for index, layer in config.mxd["layers"].items():
-            parent, _, name = self._mxd_path(int(index)).rpartition(".")
-            setattr(self.get_submodule(parent), name, build_layer(layer))
         self._mxd_place = Place()
-        for layer in self.mxd_layers().values():
+        for index, entry in config.mxd["layers"].items():
+            layer = build_layer(entry)
             layer.place = self._mxd_place
+            self._mxd_put(config.mxd["mlp"], index, layer)
+            for path in config.mxd.get("then", []):
+                self._mxd_put(path, index, nn.Identity())
+            if config.mxd.get("flat"):
+                self._mxd_put(config.mxd["then"][-1], index, nn.Flatten(0, -2))
+                self._unflatten(index, layer)
         self.register_forward_pre_hook(self._note_place, with_kwargs=True)
         self.set_steering(config.mxd.get("steering", []))
         self.post_init()
@@ -313,8 +321,29 @@ class MxdModelMixin:
         if orders:
             self.config.mxd["steering"] = orders
 
-    def _mxd_path(self, index: int) -> str:
+    def _mxd_path(self, index: int | str) -> str:
         return self.config.mxd["mlp"].format(i=index).removeprefix(self._mxd_prefix)
+
+    def _mxd_put(self, path: str, index: str, module: nn.Module) -> None:
+        parent, _, name = path.format(i=index).removeprefix(self._mxd_prefix).rpartition(".")
+        setattr(self.get_submodule(parent), name, module)
+
+    def _unflatten(self, index: str, layer: FactoredLayer) -> None:
+        """Lets a layer whose decoder layer flattens its tokens see them as (B, T, I); standing elsewhere, it takes them as they come.
+        By hooks within the decoder layer's forward, which gradient checkpointing repeats as it does not the decoder layer's own."""
+        place, template = self._mxd_place, self.config.mxd["mlp"]
+        before = f"{template[: template.index('{i}') + 3]}.{self.config.mxd['flat']}"
+
+        def note(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            place.lead = (arguments[0] if arguments else keywords["hidden_states"]).shape[:-1]
+
+        def unflatten(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            [x_BI], lead = arguments, place.lead
+            place.lead = None
+            return arguments if lead is None else (x_BI.reshape(*lead, x_BI.shape[-1]),)
+
+        self.get_submodule(before.format(i=index).removeprefix(self._mxd_prefix)).register_forward_pre_hook(note, with_kwargs=True)
+        layer.register_forward_pre_hook(unflatten)
 
     def mxd_layers(self) -> dict[int, FactoredLayer]:
         """The layers that stand in MLPs' places, by layer index, ascending."""

@@ -187,7 +187,7 @@ class _Job:
         onnx.checker.check_model(place / GRAPHS[dtype])
 
     def compare(self, folder: Path, blocks: Blocks) -> None:
-        """One graph after the other, so that no more than one is in memory beside the checkpoint."""
+        """One kind of graph after the other, so that the checkpoint has no more than one beside it in memory, as compared and as published."""
         model = load_checkpoint(self.checkpoint, dtype="float32")
         reference = parity.Reference(model)
         most = max(parity.LENGTHS) + max(parity.PASTS)

@@ -109,7 +109,7 @@ class _Wrapper(nn.Module):
         steering: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         self.steering.inputs = steering
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache()  # of no config: a sliding window is the mask's business, and clients keep all of the past
         for index in range(len(past) // 2):
             cache.update(past[2 * index], past[2 * index + 1], index)
         at = {"position_ids": position_ids} if self.positions else {}
@@ -117,7 +117,7 @@ class _Wrapper(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, return_dict=True, **at
         )
         present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-        experts = [tensor for traced in self.traced.values() for tensor in traced.seen]
+        experts = [seen.reshape(*input_ids.shape, -1) for traced in self.traced.values() for seen in traced.seen]  # some see one row
         return (output.logits.float(), *present, *experts)
 
 
@@ -132,7 +132,8 @@ def build_graph(model: Any, opset: int, steering: bool) -> ir.Model:
     dtype = model.dtype
     past_BHPD = _example_past(model)
     wrapper = _Wrapper(model, _Steering(), positions).eval()
-    batch, tokens, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length")
+    room = getattr(model.config, "max_position_embeddings", None)
+    batch, tokens, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length", max=room)  # a mask may be as large
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
     mask[0, :2] = 0  # on the left, or the graph would do without it
     inputs: dict[str, Any] = {"input_ids": torch.ones(_BATCH, _TOKENS, dtype=torch.int64), "attention_mask": mask}
@@ -162,7 +163,8 @@ def build_graph(model: Any, opset: int, steering: bool) -> ir.Model:
             verbose=False,
         )
     assert program is not None
-    return _tidied(spell_out(program.model, opset, dtype), steering)
+    paths = [model._mxd_path(index) for index in wrapper.traced]
+    return _tidied(spell_out(program.model, opset, dtype), paths, steering)
 
 
 def expert_parts(layer: FactoredLayer) -> tuple[str, ...]:
@@ -179,8 +181,8 @@ def _example_past(model: Any) -> list[Tensor]:
     return [torch.randn_like(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-def _tidied(model: ir.Model, steering: bool) -> ir.Model:
-    """Without what tells of the machine that made it, with the weights' own names, and steering that may be left out."""
+def _tidied(model: ir.Model, paths: list[str], steering: bool) -> ir.Model:
+    """Without what tells of the machine that made it, with the weights' own names, and steering that may be left out. paths: of the layers."""
     for graph in (model.graph, *model.graph.subgraphs()):
         graph.metadata_props.clear()
         graph.doc_string = None
@@ -196,7 +198,9 @@ def _tidied(model: ir.Model, steering: bool) -> ir.Model:
     model.producer_name, model.producer_version = "mxd-convert", None
     for value in list(model.graph.initializers.values()):
         if value.name is not None and value.name.startswith("model."):
-            value.name = value.name.removeprefix("model.").replace(".mlp.layer.", ".mlp.")
+            value.name = value.name.removeprefix("model.")
+            for path in paths:
+                value.name = value.name.replace(f"{path}.layer.", f"{path}.")
     unnamed = model.graph.inputs[1].shape
     assert unnamed is not None
     unnamed[1] = ir.SymbolicDim(TOTAL)

@@ -41,6 +41,7 @@ class Comparison:
     tokens: int = 0
     finite: int = 0  # tokens whose logits are numbers
     agreeing: int = 0  # tokens with the same experts in every layer
+    flips: int = 0  # tokens that are the first of their row to have others; what follows has them in its context
     overlap: float = 0.0  # sum over tokens of the mean over layers
     argmax: int = 0
     kl: float = 0.0
@@ -61,6 +62,7 @@ class Comparison:
         self.finite += int((finite_BT & text_BT).sum())
         self.in_agreement += int(before_BT.sum())
         self.agreeing += int((agree_BT & text_BT).sum())
+        self.flips += int((text_BT & ~agree_BT).any(1).sum())
         self.overlap += float(overlap_BT[text_BT].sum())
         self.argmax += int(((ours_BTV.argmax(-1) == theirs_BTV.argmax(-1)) & text_BT).sum())
         self.largest = max(self.largest, float(difference_BT[text_BT].max()))
@@ -80,6 +82,7 @@ class Comparison:
             "kl": self.kl / self.tokens,
             "argmax_agreement": self.argmax / self.tokens,
             "expert_agreement": self.agreeing / self.tokens,
+            "expert_flips": self.flips,
             "expert_overlap": self.overlap / self.tokens,
         }
 

@@ -94,7 +94,7 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_settings(recipe)
     recipe = recipe.model_copy(update={"base": pinned(recipe.base)})
     config = load_config(recipe.base)
-    architecture = architecture_of(config)
+    architecture = architecture_of(config, recipe.base.mlp)
     try:
         indices = layer_indices(recipe.layers, config.num_hidden_layers)
     except ValueError as error:
@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe) -> Plan:
         raise InputError(f"data.context: {recipe.data.context} tokens are more than the base model's {limit}; lower data.context")
     with explained("its config", recipe.base.model):
         model = empty_model(config)
-        sites = find_sites(model, config, indices)
+        sites = find_sites(model, config, indices, recipe.base.mlp)
     layers = [_plan_layer(recipe, site, model) for site in sites]
     recipe = _complete(recipe, layers)
     assert recipe.train.batch_tokens is not None
@@ -122,7 +122,7 @@ def make_plan(recipe: Recipe) -> Plan:
         tokens=steps * step_tokens,
         disk_bytes=0,
         depth_weights=[
-            sum(weight.numel() for weight in model.get_submodule(architecture.layer(depth)).parameters() if weight.ndim > 1)
+            sum(weight.numel() for weight in model.get_submodule(architecture.layer.format(i=depth)).parameters() if weight.ndim > 1)
             for depth in range(config.num_hidden_layers)
         ],
         vocabulary=config.get_text_config().vocab_size,
@@ -193,7 +193,7 @@ def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan
         raise InputError(
             f"layer.k: {shape.k} active experts of only {shape.n_experts} in layer {site.index}; lower layer.k or raise {recipe.layer.size_key}"
         )
-    mlp = sum(parameter.numel() for parameter in model.get_submodule(site.path).parameters())
+    mlp = sum(parameter.numel() for path in site.modules for parameter in model.get_submodule(path).parameters())
     return LayerPlan(site.index, shape, mlp)
 
 

@@ -198,7 +198,7 @@ class Training:
         spread = hasattr(self.job.base, "hf_device_map")  # then the layer before may be elsewhere
         for index, layer in layers.items():
             layer.to(device, dtype).requires_grad_(False)
-            self.below[self.sites[index].path] = _Elsewhere(layer, device) if spread else layer
+            self.below |= self.sites[index].stand_in(_Elsewhere(layer, device) if spread else layer)
 
     def _load(self, group: list[int]) -> dict[int, Trainable]:
         """The layers of a finished group, out of its last state."""

@@ -77,7 +77,7 @@ class LayerPages:
 
     def _find_effects(self) -> None:
         """The tokens that every expert promotes and suppresses, as [number, mean, spread]; None for those that never fire."""
-        effects = EffectsOfLayer(self.record, self.source.unembedding, self.source.vocabulary)
+        effects = EffectsOfLayer(self.index, self.record, self.source.unembedding, self.source.vocabulary)
         self.effects: list[tuple[list[Any], list[Any]] | None] = []
         for first in range(0, len(self.count_N), _TOGETHER):
             last = min(first + _TOGETHER, len(self.count_N))

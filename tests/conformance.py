@@ -1,0 +1,377 @@
+"""What every converted model has to do as its base does, check by check, for every family of the table.
+
+Each check takes a folder, of the base or of the converted model, and returns what is wrong, or None. What the base passes, the converted
+model has to pass. `tests/test_families.py` runs them; `python tests/conformance.py` writes docs/families.md.
+"""
+
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from families import VOCABULARY, save_tiny
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mxd_convert import surgery
+from mxd_convert.architectures import ARCHITECTURES, architecture_of, find_sites
+from mxd_convert.base import load_base, load_tokenizer
+from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.layers import MxD
+from mxd_convert.onnx import export_onnx, parity
+from mxd_convert.recipe import Base
+
+ROOT = Path(__file__).resolve().parent.parent
+IDS = torch.randint(1, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
+NEW = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+Check = Callable[[Path], str | None]
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS, **more: Any) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False, **more).logits
+
+
+def differs(ours: torch.Tensor, theirs: torch.Tensor, limit: float = 1e-5) -> str | None:
+    """The bound is on the logits, or on the share of the largest of them where that is above one."""
+    if ours.shape != theirs.shape:
+        return f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    worst = ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1)).item()
+    return None if worst <= limit else f"differs by {worst:.1e}"
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------------------
+
+
+def saves(folder: Path) -> str | None:
+    """Saved, loaded and saved again: the same bytes."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        load(folder).save_pretrained(first)
+        load(Path(first)).save_pretrained(second)
+        names = {path.name for path in Path(first).iterdir()} | {path.name for path in Path(second).iterdir()}
+        for name in sorted(names):
+            if (Path(first) / name).read_bytes() != (Path(second) / name).read_bytes():
+                return f"{name} differs"
+        if (Path(first) / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes():
+            return "the weights are not those that were loaded"
+    return None
+
+
+def shards(folder: Path) -> str | None:
+    model = load(folder)
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place, max_shard_size=60_000)
+        if len(list(Path(place).glob("model-*.safetensors"))) < 3:
+            return "not sharded"
+        return differs(logits(load(Path(place))), logits(model), 0.0)
+
+
+def caches(kind: str) -> Check:
+    def check(folder: Path) -> str | None:
+        model = load(folder)
+        options = {"cache_implementation": "static", "disable_compile": True} if kind == "static" else {}
+        cached = model.generate(IDS[:2, :30], **NEW, **options)
+        plain = model.generate(IDS[:2, :30], **NEW, use_cache=False)
+        if not cached.equal(plain):
+            return "another text than without a cache"
+        whole = logits(model, plain)
+        with torch.no_grad():
+            past = model(input_ids=plain[:, :35], use_cache=True).past_key_values
+            step = model(input_ids=plain[:, 35:], past_key_values=past, use_cache=True).logits
+        return differs(step, whole[:, 35:]) if kind == "dynamic" else None
+
+    return check
+
+
+def pads(folder: Path) -> str | None:
+    """On the left: what comes after is as without."""
+    model, ids = load(folder), IDS[:2, :20].clone()
+    mask = torch.ones_like(ids)
+    ids[0, :7], mask[0, :7] = 0, 0
+    batch = model.generate(ids, attention_mask=mask, **NEW)
+    alone = model.generate(ids[:1, 7:], **NEW)
+    if not batch[0, 7:].equal(alone[0]):
+        return "another text than alone"
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    more = {"position_ids": positions} if "position_ids" in inspect.signature(model.forward).parameters else {}
+    return differs(logits(model, ids, attention_mask=mask, **more)[0, 7:], logits(model, ids[:1, 7:])[0])
+
+
+def beams(folder: Path) -> str | None:
+    model = load(folder)
+    cached = model.generate(IDS[:2, :20], **NEW, num_beams=3)
+    return None if cached.equal(model.generate(IDS[:2, :20], **NEW, num_beams=3, use_cache=False)) else "another text than without a cache"
+
+
+def bfloat16(folder: Path) -> str | None:
+    ours = logits(load(folder, dtype=torch.bfloat16))
+    if ours.dtype != torch.bfloat16 or not torch.isfinite(ours).all():
+        return f"logits of {ours.dtype}, or not finite"
+    return differs(ours, logits(load(folder)), 0.2)
+
+
+def checkpoints(folder: Path) -> str | None:
+    """Gradients with gradient checkpointing are those without, for every parameter."""
+
+    def gradients(use: bool) -> dict[str, torch.Tensor]:
+        model = load(folder).requires_grad_(True)
+        torch.manual_seed(0)  # of dropout
+        model.train()
+        if use:
+            model.gradient_checkpointing_enable()
+            if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                raise AssertionError("not enabled")
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        if missing:
+            raise AssertionError(f"no gradient for {missing[0]}")
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    worst = max(((plain[name] - checkpointed[name]).abs().max() / plain[name].abs().max().clamp_min(1e-3)).item() for name in plain)
+    return None if worst <= 1e-4 else f"gradients differ by {worst:.1e}"
+
+
+def compiles(folder: Path) -> str | None:
+    """torch.compile(fullgraph=True): one graph, without a break."""
+    torch._dynamo.reset()
+    model = load(folder)
+    return differs(logits(torch.compile(model, fullgraph=True, backend="eager")), logits(model))
+
+
+def offloads(folder: Path) -> str | None:
+    """Layers on the CPU and on the disk."""
+    plain = load(folder)
+    layer = next(path for path, module in plain.named_modules() if path.endswith(".1")).rpartition(".")[0]
+    with tempfile.TemporaryDirectory() as place:
+        whole = {name: "cpu" for name, _ in plain.named_modules() if name and not list(plain.get_submodule(name).children())}
+        within = {name: device for name, device in whole.items() if not name.startswith(f"{layer}.")}
+        devices = {**within, f"{layer}.0": "cpu", f"{layer}.1": "disk", f"{layer}.2": "disk"}
+        spread = load(folder, device_map=devices, offload_folder=place)
+        if not any(parameter.device.type == "meta" for parameter in spread.parameters()):
+            return "nothing is on the disk"
+        return differs(logits(spread), logits(plain), 1e-6)
+
+
+def ties(folder: Path) -> str | None:
+    model = load(folder)
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied, asked = inputs.data_ptr() == outputs.data_ptr(), model.config.tie_word_embeddings
+    if tied != asked:
+        return f"embeddings are {'' if tied else 'not '}tied, and config.json says {asked}"
+    stored = [name for name, tensor in load_file(folder / "model.safetensors").items() if tensor.shape == inputs.shape]
+    return None if len(stored) == (1 if tied else 2) else f"its file holds {', '.join(stored)}"
+
+
+CHECKS: dict[str, Check] = {
+    "save, load, save": saves,
+    "sharded": shards,
+    "dynamic cache": caches("dynamic"),
+    "static cache": caches("static"),
+    "left padding": pads,
+    "beam search": beams,
+    "bfloat16": bfloat16,
+    "gradient checkpointing": checkpoints,
+    "compile, fullgraph": compiles,
+    "CPU and disk": offloads,
+    "tied weights": ties,
+}
+"""What base and converted model are both asked."""
+
+
+# --- what only a converted model is asked: (family, folder of the base, folder of the converted model) -> what is wrong ----------------
+
+
+def linear_weights(projection: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    weight = projection.weight.T if type(projection).__name__ == "Conv1D" else projection.weight
+    bias = projection.bias if projection.bias is not None else torch.zeros(weight.shape[0])
+    return weight, bias
+
+
+@torch.no_grad()
+def constant_gain_layer(base: Any, site: Any, k: int = 4, n_experts: int = 12) -> MxD:
+    """An MxD whose gain is one whatever fires, with the MLP's own weights in encoder and decoder."""
+    row = architecture_of(base.config)
+    mlp = base.get_submodule(row.mlp.format(i=site.index))
+    layer = MxD(site.d_in, site.d_hidden, site.d_out, n_experts, k, activation=site.activation, glu=site.glu)
+    layer.gate.weight.zero_()
+    layer.gate.bias.fill_(1.0)
+    layer.experts.fill_(1.0 / k)
+    parts = {name: linear_weights(mlp.get_submodule(name)) for name in (row.up, row.gate, row.down) if name is not None}
+    if row.gate == row.up:  # both in one matrix, the gate's half first
+        (gate, up), (gate_bias, up_bias) = (part.chunk(2) for part in parts[row.up])
+        encoder, encoder_gate = (up, up_bias), (gate, gate_bias)
+    else:
+        encoder, encoder_gate = parts[row.up], parts.get(row.gate)
+    for mine, theirs in ((layer.encoder, encoder), (layer.encoder_gate, encoder_gate)):
+        if mine is not None:
+            mine.weight.copy_(theirs[0])
+            mine.bias.copy_(theirs[1])
+    layer.decoder.weight.copy_(parts[row.down][0])
+    layer.output_bias.copy_(parts[row.down][1])
+    return layer
+
+
+def identity(base_folder: Path, _: Path) -> str | None:
+    """The original weights under a constant gain: the base's logits, after saving and loading. And MLPs matter to them."""
+    base = load_base(Base(model=str(base_folder)))
+    sites = find_sites(base, base.config, range(base.config.num_hidden_layers))
+    with tempfile.TemporaryDirectory() as place:
+        surgery.convert(base, {site.index: constant_gain_layer(base, site) for site in sites}).save_pretrained(place)
+        problem = differs(logits(load_checkpoint(place)), logits(base))
+    with surgery.standing_in(base, sites, {site.index: surgery.Constant(torch.zeros(site.d_out)) for site in sites}):
+        if differs(logits(base), logits(load(base_folder)), 1e-3) is None:
+            return "the MLPs do not matter"
+    return problem
+
+
+def reverts(base_folder: Path, folder: Path) -> str | None:
+    """With its MLPs back it is the base, to the bit, class included."""
+    base = load_base(Base(model=str(base_folder)), dtype="auto")
+    converted = load_checkpoint(folder)
+    reverted = surgery.revert(converted, base, list(converted.mxd_layers()))
+    if type(reverted) is not type(base):
+        return f"a {type(reverted).__name__}"
+    return differs(logits(reverted), logits(base), 0.0)
+
+
+def alone(_: Path, folder: Path) -> str | None:
+    """In a fresh process without this package, by trust_remote_code: the same logits."""
+    with tempfile.TemporaryDirectory() as scratch:
+        request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.pt"))
+        request.write_text(
+            json.dumps({"checkpoint": str(folder), "input_ids": IDS.tolist(), "answer": str(answer), "logits": str(output), "blocked": True})
+        )
+        environment = {"HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+        probe = ROOT / "mxd_convert" / "_probe.py"
+        done = subprocess.run(
+            [sys.executable, "-I", str(probe), str(request)], capture_output=True, text=True, env=environment, cwd=scratch, check=False
+        )
+        if done.returncode != 0:
+            return (done.stderr.strip().splitlines() or ["no message"])[-1]
+        wrong = [check for check in json.loads(answer.read_text()) if not check["ok"]]
+        if wrong:
+            return f"{wrong[0]['check']}: {wrong[0]['detail']}"
+        return differs(load_file(output)["logits"], logits(load(folder)))
+
+
+def exports(_: Path, folder: Path) -> str | None:
+    """onnxruntime does what PyTorch does: the gate of export-onnx, steering included."""
+    with tempfile.TemporaryDirectory() as place, mock.patch.multiple(parity, PROMPTS=4, NEW_TOKENS=16):
+        text = ROOT / "examples" / "python-docs.jsonl.gz"
+        done = export_onnx(folder, Path(place) / "out", expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
+        return done.failures[0] if done.failures else None
+
+
+OWN: dict[str, Callable[[Path, Path], str | None]] = {
+    "identity": identity,
+    "remote code": alone,
+    "revert": reverts,
+    "ONNX": exports,
+}
+
+
+# --- the models and the table -----------------------------------------------------------------------------------------------------
+
+SLOW = ("compile, fullgraph", "remote code", "ONNX")
+NAMES = {
+    "identity": "the original weights under a constant gain give the base's logits, within 1e-5 of the largest, after saving and loading",
+    "remote code": "in a fresh process without this package, `trust_remote_code=True`: loads, generates, saves, trains; the same logits",
+    "save, load, save": "the same bytes, the checkpoint's own code included",
+    "sharded": "saved in shards and loaded again: the same logits",
+    "dynamic cache": "greedy text is the text without a cache, logits within 1e-5",
+    "static cache": "greedy text is the text without a cache",
+    "left padding": "text and logits of a padded row are those of the row alone",
+    "beam search": "with a cache and without: the same text",
+    "bfloat16": "loads and runs in bfloat16",
+    "gradient checkpointing": "the gradient of every parameter is the one without",
+    "compile, fullgraph": "`torch.compile(fullgraph=True)`: one graph, the same logits",
+    "CPU and disk": "`device_map` with layers on the CPU and on the disk: the same logits",
+    "tied weights": "embeddings and head are one matrix where the config says so, stored once",
+    "revert": "with its MLPs back: the base's class, the base's logits to the bit",
+    "ONNX": "`export-onnx` passes its own gate: onnxruntime against PyTorch, experts and steering included",
+}
+"""What each check asks, in the order of the table."""
+
+PASSED, BASE_FAILS = "yes", "the base can't"
+
+
+def make(family: str, place: Path) -> tuple[Path, Path]:
+    """(a tiny base, its conversion by the whole pipeline): layers 0 and 2 of three."""
+    from conftest import documents, small_recipe
+
+    from mxd_convert import convert
+
+    base = save_tiny(family, place / "base", load_tokenizer(str(ROOT / "examples" / "quickstart-lm")))
+    text = place / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
+    convert(small_recipe(base, text, place / "converted", layers=[0, 2]), quiet=True)
+    return base, place / "converted"
+
+
+def tried(run: Callable[[], str | None]) -> str | None:
+    try:
+        return run()
+    except Exception as error:  # whatever goes wrong is what is wrong
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def outcome(check: str, base: Path, converted: Path) -> str:
+    """The table's cell: PASSED, BASE_FAILS, or what is wrong with the converted model."""
+    if check in OWN:
+        return tried(lambda: OWN[check](base, converted)) or PASSED
+    if tried(lambda: CHECKS[check](base)) is not None:
+        return BASE_FAILS
+    return tried(lambda: CHECKS[check](converted)) or PASSED
+
+
+def page(cells: dict[tuple[str, str], str]) -> str:
+    """docs/families.md. cells: by family and check."""
+    lines = [
+        "# Families",
+        "",
+        "What can be converted, and what was tried with it: a tiny random model of each family, two of three layers converted by the whole pipeline. Written by",
+        "`make families`; `tests/test_families.py` makes every cell again and wants the same.",
+        "",
+        f"| model_type | MLP | {' | '.join(NAMES)} |",
+        "|---|---|" + "---|" * len(NAMES),
+    ]
+    for family, row in ARCHITECTURES.items():
+        parts = [row.gate, row.up, row.down] if row.gate not in (None, row.up) else [row.up, row.down]
+        lines.append(f"| `{family}` | `{row.mlp}`: {', '.join(parts)} | {' | '.join(cells[family, check] for check in NAMES)} |")
+    lines += ["", "What each column says:", ""]
+    lines += [f"- **{name}**: {what}" for name, what in NAMES.items()]
+    lines += [
+        "",
+        f"*{BASE_FAILS}*: transformers' own class of the family does not pass that check either. Variants within families, such as Falcon's",
+        "three arrangements of attention and MLP, are in `tests/test_families.py`.",
+        "",
+        "A family that is not here: [how to add one](add-a-family.md).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    cells = {}
+    for family in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as place:
+            base, converted = make(family, Path(place))
+            for check in NAMES:
+                cells[family, check] = outcome(check, base, converted)
+                print(f"{family}: {check}: {cells[family, check]}", file=sys.stderr, flush=True)
+    (ROOT / "docs" / "families.md").write_text(page(cells), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A tiny random model of every family in the table, made from nothing but its config class: a new row needs no line here."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+LAYERS, WIDTH, HIDDEN, VOCABULARY, POSITIONS, WINDOW = 3, 32, 48, 2048, 128, 24
+
+# what configs call their sizes; each is set where the family has a key of that name
+SIZES: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": HIDDEN,
+    "max_position_embeddings": POSITIONS,
+    "vocab_size": VOCABULARY,
+    # by names of their own
+    "ffn_dim": HIDDEN,
+    "word_embed_proj_dim": WIDTH,
+    "ffn_hidden_size": HIDDEN,
+    "num_kv_heads": 2,
+    "rotary_dim": 4,
+    "query_pre_attn_scalar": 8,
+    # so that a window is shorter than the texts of these tests
+    "sliding_window": WINDOW,
+    "window_size": WINDOW,
+    "attention_types": [[["global", "local"], 1], [["global"], 1]],
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "no_rope_layers": [1, 1, 0],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+"""A tiny model's sizes. Keys that a family does not have are left out."""
+
+
+def tiny(model_type: str, **changes: Any) -> Any:
+    """The config of a tiny model of a family."""
+    made: Any = CONFIG_MAPPING[model_type]
+    known = {*vars(made()), *made.attribute_map}
+    sizes = {key: value for key, value in SIZES.items() if key in known}
+    if getattr(made(), "layer_types", None) is None:  # of families whose layers may all be alike
+        sizes.pop("layer_types", None)
+    return made(**{**sizes, **changes})
+
+
+def tiny_model(model_type: str, **changes: Any) -> Any:
+    """Random weights, large enough that MLPs and their biases matter, in evaluation mode."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny(model_type, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save_tiny(model_type: str, folder: Path, tokenizer: Any, **changes: Any) -> Path:
+    tiny_model(model_type, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,145 @@
+"""Every family of the table, by itself: what the base class does, the converted model does. docs/families.md says the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conformance import BASE_FAILS, IDS, NAMES, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
+from conftest import ROOT
+from families import LAYERS, tiny_model
+
+from mxd_convert import surgery
+from mxd_convert.architectures import ARCHITECTURES, find_sites, stem_of
+from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.harvest import apply_mlp, harvest, recording
+from mxd_convert.layers import MxD
+
+DOCS = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def family(request, tmp_path_factory):
+    """(its name, folders of a tiny base and of its conversion)."""
+    name = request.param
+    return name, *make(name, tmp_path_factory.mktemp(name))
+
+
+CASES = [
+    pytest.param(
+        name,
+        check,
+        marks=[pytest.mark.xdist_group(f"family {name}"), *([pytest.mark.slow] if check in SLOW else [])],
+        id=f"{name}-{check}",
+    )
+    for name in ARCHITECTURES
+    for check in NAMES
+]
+
+
+@pytest.mark.parametrize(("family", "check"), CASES, indirect=["family"])
+def test_what_the_base_does_the_converted_model_does(family, check):
+    """And its cell in docs/families.md says so: what the base can't is shown as that, and nothing else is."""
+    name, base, converted = family
+    found = outcome(check, base, converted)
+    assert found in (PASSED, BASE_FAILS), found
+    assert cells_of(name)[check] == found
+
+
+def cells_of(name: str) -> dict[str, str]:
+    """A family's row in docs/families.md."""
+    [row] = [line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |")]
+    return dict(zip(NAMES, [cell.strip() for cell in row.split("|")[3:-1]], strict=True))
+
+
+def test_what_base_classes_can_not_do_is_little():
+    """A check that bases fail proves nothing: those cells are these."""
+    failing = {(name, check) for name in ARCHITECTURES for check, cell in cells_of(name).items() if cell == BASE_FAILS}
+    assert failing == {("gpt_neo", "compile, fullgraph"), ("gpt_neo", "static cache")}
+
+
+def test_the_table_has_every_family_and_check():
+    rows = [line for line in DOCS.splitlines() if re.match(r"\| `\w+` \|", line)]
+    assert [row.split("`")[1] for row in rows] == list(ARCHITECTURES)
+    for name in NAMES:
+        assert f"- **{name}**" in DOCS
+
+
+# --- variants ------------------------------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("cohere", {"use_qk_norm": True}),
+    ("falcon", {"new_decoder_architecture": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}),
+    ("falcon", {"parallel_attn": False, "bias": True, "alibi": True, "multi_query": False}),
+    ("gemma3_text", {"tie_word_embeddings": False}),
+    ("gpt2", {"tie_word_embeddings": False, "n_inner": 40}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("gpt_neox", {"tie_word_embeddings": True}),
+    ("gptj", {"n_inner": 40}),
+    ("granite", {"residual_multiplier": 0.5, "logits_scaling": 4.0, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True}),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}),
+    ("mistral", {"sliding_window": None}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ("opt", {"enable_bias": False, "tie_word_embeddings": False}),
+    ("phi3", {"tie_word_embeddings": True}),
+    ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": False}),
+    ("smollm3", {"mlp_bias": True}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=[f"{name}-{','.join(changes)}" for name, changes in VARIANTS])
+@torch.no_grad()
+def test_variants_of_families(name, changes, tmp_path):
+    """What the MLP sees and returns is what it computes, and surgery changes nothing else, after saving and loading."""
+    base = tiny_model(name, **changes)
+    sites = find_sites(base, base.config, range(LAYERS))
+    for index, activations in harvest(base, sites, IDS).items():
+        assert activations.inputs.shape == (*IDS.shape, sites[index].d_in)
+        assert apply_mlp(base, sites[index], activations.inputs).equal(activations.outputs)
+    converted = surgery.convert(base, {site.index: constant_gain_layer(base, site) for site in sites})
+    assert differs(logits(converted), logits(base)) is None
+    converted.save_pretrained(tmp_path)
+    assert differs(logits(load_checkpoint(tmp_path)), logits(converted), 0.0) is None
+    zeros = {site.index: surgery.Constant(torch.zeros(site.d_out)) for site in sites}
+    before = logits(base)
+    with surgery.standing_in(base, sites, zeros):
+        assert differs(logits(base), before, 1e-3) is not None
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_harvest_is_what_the_mlp_sees_and_returns_whatever_surrounds_it(name):
+    """Of the base and of the converted model, whose layer sees the same shapes."""
+    base = tiny_model(name)
+    sites = find_sites(base, base.config, range(LAYERS))
+    seen = harvest(base, sites, IDS)
+    for site in sites:
+        assert seen[site.index].inputs.shape == seen[site.index].outputs.shape == (*IDS.shape, site.d_in)
+        assert apply_mlp(base, site, seen[site.index].inputs).equal(seen[site.index].outputs)
+    layers = {
+        site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu).eval() for site in sites[::2]
+    }
+    for layer in layers.values():
+        layer.output_bias.normal_()
+    converted = surgery.convert(base, layers)
+    own = {}
+    for index, layer in converted.mxd_layers().items():
+        layer.register_forward_hook(lambda module, arguments, output, index=index: own.__setitem__(index, arguments[0].clone()))
+    with recording(converted, sites[::2]) as seen:
+        logits(converted)
+    for index in layers:
+        assert own[index].equal(seen[index].inputs)
+        assert layers[index](seen[index].inputs).allclose(seen[index].outputs, atol=1e-6)
+
+
+def test_the_names_of_the_classes():
+    assert [stem_of(name) for name in ("gpt2", "gpt_neox", "gemma3_text", "opt", "stablelm")] == [
+        *("GPT2", "GPTNeoX", "Gemma3Text", "OPT", "StableLm"),
+    ]
+    assert Path(ROOT / "docs" / "add-a-family.md").is_file()
