@@ -1,17 +1,21 @@
-# make quickstart | make test | make lint | make bench | make schema | make cards | make clients
+# make quickstart | make test | make slow | make lint | make bench | make schema | make families | make cards | make clients
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test lint bench format schema cards clients clean
+.PHONY: quickstart test slow lint bench format schema families cards clients clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
 	$(BIN)/mxd-convert verify runs/quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests
+
+# what takes longest of every family's checks
+slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -34,6 +38,10 @@ format: $(VENV)/installed
 
 schema: $(VENV)/installed
 	$(BIN)/python -m mxd_convert.recipe > docs/recipe.schema.json
+
+# docs/families.md: every check of every family; five minutes
+families: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance.py
 
 # model_cards/: the cards of two real runs, and what they are made of; OTHER is text of another kind
 OTHER := $(or $(MXD_SHARED),../shared)/data/wikitext2_valid.txt.gz

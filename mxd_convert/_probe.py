@@ -2,7 +2,8 @@
 
     python -I _probe.py REQUEST.json
 
-The request names the checkpoint, where to put the answer, token ids to run, and whether the package is blocked. The answer is a
+The request names the checkpoint, where to put the answer, token ids to run, whether the package is blocked, and whether the checkpoint's code is
+trusted, which it has to be without the package, and for a family that has no row. The answer is a
 list of checks, and the logits beside it as safetensors.
 """
 
@@ -22,7 +23,7 @@ class _Blocked:
 
 
 def main(request):  # noqa: PLR0915 (one script, one function a check)
-    blocked = request["blocked"]
+    blocked, trusted = request["blocked"], request["trusted"]
     if blocked:
         sys.meta_path.insert(0, _Blocked())
     else:
@@ -46,7 +47,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
         checks.append({"check": name, "ok": problem is None, "detail": problem or ""})
 
     def load(path=folder, **options):
-        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=blocked, **options).eval()
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trusted, **options).eval()
 
     def digest(model):
         tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
@@ -70,7 +71,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
         return None if torch.isfinite(logits).all() else "the logits are not finite"
 
     def tokenizes():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=blocked)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         text = "Once upon a time"
         back = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
         return None if tokenizer(text)["input_ids"] and "time" in back else f"its tokenizer makes {back!r} of {text!r}"
@@ -103,7 +104,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
             return None if digest(load(place)) == state["digest"] else "tensors differ after a sharded save"
 
     def headless():
-        model = AutoModel.from_pretrained(folder, trust_remote_code=blocked, dtype=torch.float32).eval()
+        model = AutoModel.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32).eval()
         with torch.no_grad():
             ours = model(input_ids=ids).last_hidden_state
             theirs = state["fp32"](input_ids=ids, output_hidden_states=True).hidden_states[-1]

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -28,9 +28,13 @@ class Architecture:
     down: str
     activation: str  # the config's key that names the activation, or the activation itself where it has none
     norm: str | None = None  # the last one, before the head
-    gate: str | None = None  # the activated projection of a GLU; None: a plain MLP. The same as `up`: fused, the gate's half first
+    gate: str | None = (
+        None  # the activated projection of a GLU; None: a plain MLP. The same as `up`: fused, the gate's half first
+    )
     chain: tuple[str, ...] = ()
-    flat: str | None = None  # of a decoder layer that flattens (B, T) to one row of tokens before it: a module of it that sees (B, T)
+    flat: str | None = (
+        None  # of a decoder layer that flattens (B, T) to one row of tokens before it: a module of it that sees (B, T)
+    )
     after: str | None = None  # norm, within the decoder layer, between the MLP's output and the residual stream
     scale: str | None = None  # the config's key of what that output is multiplied by
     dropout: str | None = None  # the config's key of the dropout on the MLP's output, where the MLP itself applies it
@@ -45,13 +49,22 @@ class Architecture:
         """The path of what a converted layer takes the place of."""
         return f"{self.mlp}.{self.chain[0]}" if self.chain else self.mlp
 
+    def words(self, activation: str) -> str:
+        """What was found, for people: `model.layers.{i}.mlp: up_proj, silu(gate_proj) > down_proj`."""
+        halves = f"{activation} of the first half of {self.up} times the second"
+        up = f"{activation}({self.up})" if self.gate is None else f"{activation}({self.gate}) * {self.up}"
+        chain = f" (of {', '.join(self.chain)})" if self.chain else ""
+        return f"{self.mlp}: {halves if self.gate == self.up else up} > {self.down}{chain}"
+
     @property
     def then(self) -> tuple[str, ...]:
         """The paths of what its output passes unchanged."""
         return tuple(f"{self.mlp}.{name}" for name in self.chain[1:])
 
 
-def _glu(mlp: str = "model.layers.{i}.mlp", norm: str = "model.norm", activation: str = "hidden_act", **more: Any) -> Architecture:
+def _glu(
+    mlp: str = "model.layers.{i}.mlp", norm: str = "model.norm", activation: str = "hidden_act", **more: Any
+) -> Architecture:
     """What most families since Llama have."""
     return Architecture(mlp, "up_proj", "down_proj", activation, norm, gate="gate_proj", **more)
 
@@ -178,7 +191,7 @@ def architecture_of(config: Any, own: Mlp | None = None) -> Architecture:
         return _row(own)
     model_type = str(getattr(config, "model_type", None))
     if kept:
-        model_type = model_type.removeprefix("mxd_")
+        model_type = model_type.removeprefix("mxd_").removeprefix("own_")
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     if model_type.startswith("mxd_"):
@@ -203,10 +216,15 @@ def kept_mlp(origin: Any) -> Mlp | None:
     return Mlp.model_validate(kept) if kept else None
 
 
+def is_mixture(config: Any) -> bool:
+    """Whether a model's MLPs are mixtures of experts already."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return any(re.search(r"num(_local|_routed)?_experts$|n_routed_experts$", key) and value for key, value in vars(text).items())
+
+
 def _why_not(config: Any) -> str:
     """What kind of model it is, where that is why it can't be converted."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if any(re.search(r"num(_local|_routed)?_experts$|n_routed_experts$", key) and value for key, value in vars(text).items()):
+    if is_mixture(config):
         return ", whose MLPs are mixtures of experts already,"
     if getattr(config, "is_encoder_decoder", False):
         return ", an encoder-decoder,"
@@ -236,7 +254,7 @@ def _site(model: nn.Module, config: Any, row: Architecture, index: int, activati
         except AttributeError:
             what = path if _missing(model, path) else f"{path}.{name}"
             raise InputError(
-                f"layer {index} of this {config.model_type!r} model has no {what}, where its MLP should be;{suggestion(model)}"
+                f"layer {index} of this {config.model_type!r} model has no {what}, where its MLP should be.{suggestion(model, config)}"
             ) from None
     d_in, d_hidden = _widths(found[row.up], f"{path}.{row.up}")
     wide, d_out = _widths(found[row.down], f"{path}.{row.down}")
@@ -278,33 +296,60 @@ def _widths(projection: nn.Module, path: str) -> tuple[int, int]:
     return (rows, columns) if type(projection).__name__ == "Conv1D" else (columns, rows)
 
 
-def suggestion(model: nn.Module) -> str:
-    """What looks like an MLP in the model's first decoder layer, in words for an error."""
-    guessed = guess(model)
-    if guessed is None:
-        return " nothing in the model looks like one"
-    names = {"up": guessed.up, "gate": guessed.gate, "down": guessed.down}
-    shown = ", ".join(f"{key}: {name}" for key, name in names.items() if name)
-    return f' what looks like one: base.mlp: {{module: "{guessed.mlp}", {shown}, activation: ...}}'
+def suggestion(model: nn.Module, config: Any) -> str:
+    """What looks like an MLP in a model's first decoder layer, in words for an error."""
+    found = guess(model, config)
+    if found is None:
+        return ""
+    content = {"module": f'"{found.module}"', **found.model_dump(exclude={"module"}, exclude_defaults=True)}
+    return f" This looks like its MLP: base.mlp: {{{', '.join(f'{key}: {value}' for key, value in content.items())}}}".replace(
+        "'", ""
+    )
 
 
-def guess(model: nn.Module) -> Architecture | None:
-    """A row for a model of a family without one, by its projections' widths and names; None where nothing looks like a plain MLP."""
-    for name, module in model.named_modules():
-        children = {child: _in_and_out(part) for child, part in module.named_children()}
-        linear = {child: widths for child, widths in children.items() if widths is not None}
-        if not 2 <= len(linear) <= 3 or not re.search(r"\.0(\.|$)", name):
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # what configs call it
+
+
+def guess(model: nn.Module, config: Any) -> Mlp | None:
+    """A recipe's `base.mlp` for a model of a family without a row, by its projections' widths and names; None where nothing looks like a plain
+    MLP. The model's weights may be on the meta device."""
+    names = (getattr(config, key, None) for key in _ACTIVATIONS)
+    activation = next((name for name in names if isinstance(name, str) and name in ACT2FN), None)
+    for path, module in model.named_modules():
+        parts = _projections(module) if re.search(r"\.0(\.|$)", path) else None
+        if parts is None or activation is None:
             continue
-        for down, (hidden, width) in linear.items():
-            ups = [child for child, widths in linear.items() if child != down and widths[0] == width]
-            fused = [child for child in ups if linear[child][1] == 2 * hidden]
-            if hidden <= width or len(ups) != len(linear) - 1 or not all(linear[c][1] in (hidden, 2 * hidden) for c in ups):
-                continue
-            row = Architecture(re.sub(r"\.0(\.|$)", r".{i}\1", name, count=1), ups[0], down, "...")
-            if len(ups) == 2:
-                gate = next((child for child in ups if re.search(r"gate|w1$", child)), ups[0])
-                return replace(row, gate=gate, up=next(child for child in ups if child != gate))
-            return replace(row, gate=fused[0]) if fused else row
+        up, gate, down = parts
+        template = re.sub(r"\.0(\.|$)", r".{i}\1", path, count=1)
+        chain = []
+        if template.endswith("{i}"):  # the decoder layer itself
+            between = [name for name, child in module.named_children() if isinstance(child, tuple(_activation_classes()))]
+            chain = [up, *between, down]
+        layers = model.get_submodule(template[: template.index(".{i}")].rpartition(".")[0])
+        norms = [name for name, child in layers.named_children() if type(child).__name__.endswith("Norm")]
+        norm = f"{template[: template.index('.{i}')].rpartition('.')[0]}.{norms[-1]}" if norms else None
+        return Mlp(module=template, up=up, gate=gate, down=down, activation=activation, chain=chain, norm=norm)
+    return None
+
+
+def _activation_classes() -> set[type]:
+    return {type(ACT2FN[name]) for name in ACT2FN}
+
+
+def _projections(module: nn.Module) -> tuple[str, str | None, str] | None:
+    """(up, gate, down) of a module that has the projections of an MLP, and no others."""
+    children = {child: _in_and_out(part) for child, part in module.named_children()}
+    linear = {child: widths for child, widths in children.items() if widths is not None}
+    for down, (hidden, width) in linear.items():
+        ups = [child for child in linear if child != down]
+        if hidden <= width or not 1 <= len(ups) <= 2 or any(linear[up][0] != width for up in ups):
+            continue
+        made = {linear[up][1] for up in ups}
+        if len(ups) == 2 and made == {hidden}:
+            gate = next((child for child in ups if re.search(r"gate|w1$", child)), ups[0])
+            return next(child for child in ups if child != gate), gate, down
+        if len(ups) == 1 and made <= {hidden, 2 * hidden}:
+            return ups[0], ups[0] if made == {2 * hidden} else None, down
     return None
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mxd_convert.architectures import architecture_of
 from mxd_convert.errors import InputError, is_disk_full
+from mxd_convert.own_code import is_trusted
 from mxd_convert.recipe import Base, is_local
 
 WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
@@ -82,10 +83,22 @@ def load_config(base: Base) -> Any:
             if str(content.get("model_type")).startswith("mxd_"):
                 raise InputError(f"base.model: {base.model} is already converted; give the model that it came from")
     with explained("its config", base.model), quiet():
-        config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
+        try:
+            config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=_trusted(base))
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise InputError(
+                f"base.model: {base.model} comes with code of its own, which is not run unless you say so: read its .py files, and set"
+                " base.trust_remote_code: true"
+            ) from None
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"base.model: {base.model} is quantised; give the unquantised model, whose activations are exact")
     return config
+
+
+def _trusted(base: Base) -> bool:
+    return base.trust_remote_code or is_trusted()
 
 
 def pinned(base: Base) -> Base:
@@ -118,8 +131,9 @@ def card_of(base: Base) -> dict[str, Any]:
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer that comes with a model or checkpoint. Raises InputError."""
+    trusted = trust_remote_code or is_trusted()
     with explained("its tokenizer", name), quiet():
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.model,
             revision=base.revision,
-            trust_remote_code=base.trust_remote_code,
+            trust_remote_code=_trusted(base),
             dtype=dtype or base.dtype,
             output_loading_info=True,
             **placed,
@@ -159,7 +173,7 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
 def empty_model(config: Any) -> Any:
     """The model of a config without weights (on the meta device)."""
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:

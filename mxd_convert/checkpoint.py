@@ -15,6 +15,7 @@ from mxd_convert.architectures import kept_mlp
 from mxd_convert.base import WEIGHTS_HELP, explained, load_base, model_sha256, quiet, untied_tensors
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
+from mxd_convert.own_code import class_in, is_trusted
 from mxd_convert.recipe import Base
 
 LOCAL = "mxd_local.json"
@@ -50,7 +51,8 @@ def read_config(folder: str | Path) -> Any:
             )
         stem = architecture.removeprefix("Mxd").removesuffix("ForCausalLM")
         try:
-            config_type = configuration_mxd.config_class(stem)
+            own = class_in(folder, content.get("auto_map"), "AutoConfig")
+            config_type = own or configuration_mxd.config_class(stem)
         except AttributeError:
             raise InputError(
                 f"{folder}: this transformers has no {stem}Config, which the checkpoint needs; upgrade transformers"
@@ -62,14 +64,19 @@ def read_config(folder: str | Path) -> Any:
 def load_checkpoint(folder: str | Path, dtype: str = "auto") -> Any:
     """A converted model from its folder, in evaluation mode. Raises InputError for missing, damaged or ill-fitting weights."""
     config = read_config(folder)
-    stem = type(config).__name__.removeprefix("Mxd").removesuffix("Config")
-    model_class = getattr(modeling_mxd, f"Mxd{stem}ForCausalLM")
     with explained("the checkpoint", str(folder)), quiet():
+        model_class = class_of(Path(folder), config)
         with torch.device("meta"):
             expected = {name: list(tensor.shape) for name, tensor in untied_tensors(model_class(config)).items()}
         check_tensors(Path(folder), expected)
         model = model_class.from_pretrained(folder, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def class_of(folder: Path, config: Any) -> Any:
+    """The class of a checkpoint's model. folder: where its code is, if that is not ours."""
+    own = class_in(folder, config.auto_map, "AutoModelForCausalLM")
+    return own or getattr(modeling_mxd, type(config).__name__.removesuffix("Config") + "ForCausalLM")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -118,20 +125,20 @@ def base_of(folder: str | Path, override: str | None = None) -> Base:
 
 def chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None) -> Base:
     """The same for whatever keeps beside it what it knows of its base. recorded: the base's id, revision, and whether it was local."""
-    mlp = kept_mlp(recorded)
+    more: dict[str, Any] = {"mlp": kept_mlp(recorded), "trust_remote_code": is_trusted()}
     if override is not None:
         path = Path(override).expanduser()
         if path.exists():
-            return Base(model=str(path.resolve()), mlp=mlp)
-        return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None, mlp=mlp)
+            return Base(model=str(path.resolve()), **more)
+        return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None, **more)
     local = read_local(folder).get("base")
     if isinstance(local, str) and Path(local).is_dir():
-        return Base(model=local, mlp=mlp)
+        return Base(model=local, **more)
     if recorded.get("local", False) or not recorded.get("model"):
         raise InputError(
             f"{folder}: its base model {recorded.get('model') or ''} was a local folder that is not here; give it with --base PATH"
         )
-    return Base(model=recorded["model"], revision=recorded.get("revision"), mlp=mlp)
+    return Base(model=recorded["model"], revision=recorded.get("revision"), **more)
 
 
 def is_converted(folder: Path) -> bool:

@@ -27,6 +27,7 @@ from mxd_convert.checkpoint import (
     belonging,
     check_new,
     chosen_base,
+    class_of,
     file_sha256,
     load_checkpoint,
     new_folder,
@@ -37,7 +38,6 @@ from mxd_convert.checkpoint import (
     weight_files,
 )
 from mxd_convert.errors import InputError
-from mxd_convert.modeling import modeling_mxd
 from mxd_convert.report import write_card
 from mxd_convert.verification import Check, Verification
 
@@ -121,10 +121,9 @@ def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto")
     content = _read(folder)
     original = _base_model(folder, content, base)
     config = read_config(folder / FULL)
-    stem = type(config).__name__.removeprefix("Mxd").removesuffix("Config")
     tensors = _merged(folder, content, untied_tensors(original))
     with explained("the delta", str(folder)):
-        model = surgery.assemble(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, original)
+        model = surgery.assemble(class_of(folder / FULL, config), config, tensors, original)
     if (folder / FULL / "generation_config.json").is_file():
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(folder / FULL)

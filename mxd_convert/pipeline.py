@@ -25,6 +25,7 @@ from mxd_convert.evaluation import evaluate_models
 from mxd_convert.hub import check_account, push
 from mxd_convert.layers import Shape, Trainable
 from mxd_convert.onnx import export_onnx
+from mxd_convert.own_code import trusting
 from mxd_convert.plan import (
     Plan,
     base_room,
@@ -86,7 +87,13 @@ def convert(
     if output is not None:
         settings["output.dir"] = str(Path(output).expanduser().absolute())
     with once_a_machine():
-        recipe = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
+        loaded = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
+    with trusting(loaded.base.trust_remote_code):
+        return _convert(loaded, fresh, quiet)
+
+
+def _convert(recipe: Recipe, fresh: bool, quiet: bool) -> Result:
+    with once_a_machine():
         plan = make_plan(recipe)
         accelerator = new_accelerator(plan)
     run = _Conversion(plan, accelerator, fresh, quiet or not accelerator.is_main_process)

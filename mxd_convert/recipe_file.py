@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -223,7 +223,10 @@ def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
     section: Any = Recipe
     for part in location:
         field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
-        section = field.annotation if field is not None else None
+        parts = (
+            [] if field is None else [part for part in get_args(field.annotation) or [field.annotation] if part is not type(None)]
+        )
+        section = parts[0] if len(parts) == 1 else None  # a section, or one that may be left out
     return section if isinstance(section, type) and issubclass(section, Section) else None
 
 

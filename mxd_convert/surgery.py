@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mxd_convert.architectures import Site, architecture_of, kept_mlp
 from mxd_convert.base import quiet, untied_tensors
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import modeling_mxd
-from mxd_convert.modeling.configuration_mxd import KINDS, config_class, format_version, mlp_paths
+from mxd_convert.modeling.configuration_mxd import KINDS, format_version, mlp_paths
+from mxd_convert.own_code import has_own_code, joined
 
 _NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "mxd")
 
@@ -40,8 +40,8 @@ def convert(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], origin:
     mxd |= {"then": list(row.then)} if row.then else {}
     mxd |= {"flat": row.flat} if row.flat else {}
     mxd |= {"layers": entries, **({"base": origin} if origin else {})}
-    stem = type(base.config).__name__.removesuffix("Config")
-    config = config_class(stem)(**{**_carried(base), "mxd": mxd})
+    model_class = _counterpart(base)
+    config = model_class.config_class(**{**_carried(base), "mxd": mxd})
     tensors = untied_tensors(base)
     for index, layer in layers.items():
         path = row.place.format(i=index)
@@ -49,7 +49,14 @@ def convert(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], origin:
         parameters = dict(layer.named_parameters())  # these alone are cast: an activation may have buffers of a dtype of its own
         state = layer.state_dict()
         tensors |= {f"{path}.{name}": state[name].to(base.dtype) if name in parameters else state[name] for name in state}
-    return assemble(getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), config, tensors, base)
+    return assemble(model_class, config, tensors, base)
+
+
+def _counterpart(base: Any) -> Any:
+    """The class of a base's converted model."""
+    if has_own_code(base):
+        return joined(base)
+    return getattr(modeling_mxd, f"Mxd{type(base.config).__name__.removesuffix('Config')}ForCausalLM")
 
 
 def revert(converted: Any, base: Any, indices: list[int]) -> Any:
@@ -73,8 +80,12 @@ def revert(converted: Any, base: Any, indices: list[int]) -> Any:
         }
         config = type(converted.config)(**_carried(converted), mxd={**mxd, **by_hand, "layers": left})
         return assemble(type(converted), config, tensors, converted)
-    base_config = type(converted.config).__mro__[1]
-    return assemble(MODEL_FOR_CAUSAL_LM_MAPPING[base_config], base_config(**_carried(converted)), tensors, converted)
+    base_class = converted.base_class
+    config = base_class.config_class(**_carried(converted))
+    for one, auto_class in ((base_class, "AutoModelForCausalLM"), (base_class.config_class, "AutoConfig")):
+        if not one.__module__.startswith("transformers."):
+            one.register_for_auto_class(auto_class)  # its own code then travels with it
+    return assemble(base_class, config, tensors, converted)
 
 
 def _carried(model: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mxd_convert import surgery
+from mxd_convert.architectures import ARCHITECTURES
 from mxd_convert.checkpoint import (
     is_converted,
     load_checkpoint,
@@ -69,10 +70,11 @@ def verify(checkpoint: str | Path, base: str | None = None, trust_remote_code: b
     ids = _token_ids(config)
     against_base = _against_base(folder, converted, base, ids)  # first, for a wrong --base should not take long to be told
     foreign = [] if trust_remote_code else foreign_code(folder)
-    checks = _in_fresh_processes(folder, ids, with_own_code=not foreign)
-    if foreign:
+    needing = [blocked for blocked in PLACES if blocked or not _has_row(config)]  # the checkpoint's own code
+    checks = _in_fresh_processes(folder, ids, [blocked for blocked in PLACES if not (foreign and blocked in needing)], needing)
+    for blocked in needing if foreign else []:
         why = f"{foreign[0]} is not this package's own, and was not run; read it, and give --trust-remote-code"
-        checks.append(Check(f"runs in a fresh process ({PLACES[True]})", None, why))
+        checks.append(Check(f"runs in a fresh process ({PLACES[blocked]})", None, why))
     return Verification(folder, [Check(whole, True), *checks, *against_base])
 
 
@@ -92,16 +94,22 @@ def _token_ids(config: Any) -> list[list[int]]:
     return torch.randint(0, config.get_text_config().vocab_size, (2, length), generator=generator).tolist()
 
 
-def _in_fresh_processes(folder: Path, ids: list[list[int]], with_own_code: bool) -> list[Check]:
+def _has_row(config: Any) -> bool:
+    """Whether importing this package lets transformers know the checkpoint's model type."""
+    return str(config.model_type).removeprefix("mxd_") in ARCHITECTURES
+
+
+def _in_fresh_processes(folder: Path, ids: list[list[int]], places: list[bool], trusting: list[bool]) -> list[Check]:
+    """places: with the package blocked or not. trusting: those of them where the checkpoint's own code is run."""
     checks, logits = [], {}
-    for blocked, place in PLACES.items():
-        if blocked and not with_own_code:
-            continue
+    for blocked in places:
+        place = PLACES[blocked]
         with tempfile.TemporaryDirectory() as scratch:
             request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.safetensors"))
             content = {
                 "checkpoint": str(folder.resolve()),
                 "blocked": blocked,
+                "trusted": blocked in trusting,
                 "package": str(Path(__file__).resolve().parent.parent),
                 "input_ids": ids,
                 "answer": str(answer),

@@ -224,8 +224,10 @@ def test_a_large_index_is_quick(board, tmp_path):
 
 @torch.no_grad()
 def test_steering_promotes_what_the_pages_say(stories, shared, tmp_path):
-    """Of 200 experts that fire (after a tenth of the recipe's training; after all of it at least 94 %, docs/LOG.md), most: the 99th percentile of its coefficients, added at the last position of 32 held-out
-    contexts, raises the mean log-probability of the ten tokens that its page says it promotes. The contexts are not of the dashboard's text."""
+    """Of 200 experts that fire, most: the 99th percentile of its coefficients, added at the last position of 32 held-out contexts, raises the
+    mean log-probability of the ten tokens that its page says it promotes. The contexts are not of the dashboard's text.
+
+    This is after a tenth of the recipe's training; after all of it, it is at least 94 % (docs/LOG.md)."""
     with gzip.open(shared / "data" / "stories.jsonl.gz", "rt", encoding="utf-8") as lines:
         held_out = [row for row in map(json.loads, lines) if is_held_out(row["text"])]
     for name, rows in (("shown", held_out[::2]), ("other", held_out[1::2])):

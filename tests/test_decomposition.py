@@ -6,8 +6,7 @@ from families import LAYERS, tiny_model
 from test_kinds import KINDS, random_layer
 from test_steering import active_expert, ids_of
 
-from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
-from mxd_convert import surgery
+from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer, surgery
 from mxd_convert.architectures import ARCHITECTURES, find_sites
 from mxd_convert.evaluation.decomposition import Unembedding, take_apart
 from mxd_convert.harvest import watching

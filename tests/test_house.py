@@ -10,8 +10,8 @@ PACKAGE = ROOT / "mxd_convert"
 # floors of the house, from the ground up; a room may import from its own floor and from those below
 FLOORS = [
     {"errors"},
-    {"recipe", "processes"},
-    {"recipe_file", "architectures", "base", "data", "modeling"},
+    {"recipe", "processes", "modeling"},
+    {"recipe_file", "architectures", "base", "data", "own_code"},
     {"layers", "harvest", "surgery", "checkpoint", "labels"},
     {
         "training",

@@ -63,8 +63,13 @@ def _version(wanted: bool) -> None:
 def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a base model and its checkpoints.")
+    ] = False,
 ) -> None:
     settings.debug = debug
+    if trust_remote_code:
+        mxd_convert.trust()
 
 
 class Settings:

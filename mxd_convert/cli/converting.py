@@ -56,6 +56,7 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
     train, memory, speed = made.recipe.train, outlook.memory, outlook.speed
     growth = made.converted_parameters / made.base_parameters
     out.print(f"model     {made.base_parameters:,} parameters, {made.converted_parameters:,} converted ({growth:.2f} x)")
+    out.print(f"MLPs      {made.mlp}", markup=False, soft_wrap=True)
     out.print(f"kind      {made.recipe.layer.kind}")
     out.print(f"training  {made.steps:,} steps of {train.batch_tokens:,} tokens; {train.preset} preset: lr {train.lr:g}", end="")
     out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}")

@@ -129,7 +129,9 @@ class Unembedding:
         last = _found(model, row.norm)
         if last is None or head_VO.shape[1] != config.hidden_size:
             named = " (base.mlp.norm names it, for a family of your own)" if row.norm is None else ""
-            raise InputError(f"what experts do to the logits is not known: this model has no norm and head after its layers{named}")
+            raise InputError(
+                f"what experts do to the logits is not known: this model has no norm and head after its layers{named}"
+            )
         self.norm = Norm(last, config.hidden_size, str(row.norm))
         factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self.matrix_VO = head_VO * self.norm.weight_O.to(head_VO.device) * factor

@@ -12,7 +12,7 @@ from torch import Tensor
 from mxd_convert.evaluation.decomposition import Unembedding
 from mxd_convert.evaluation.expert_statistics import LayerRecord
 from mxd_convert.evaluation.firings import Array
-from mxd_convert.modeling.modeling_mxd import FactoredLayer, MxD
+from mxd_convert.modeling.modeling_mxd import FactoredLayer
 
 SHOWN = 10  # tokens promoted, and as many suppressed
 SIMILAR = 8  # experts
@@ -96,7 +96,7 @@ class Weights:
 @torch.no_grad()
 def weights(layer: FactoredLayer) -> Weights | None:
     """As `expert_rank` has it, for all experts; None where they have no weight matrices (transcoders)."""
-    if not isinstance(layer, MxD):
+    if layer.decoder is None:
         return None
     decoder_OH = layer.decoder.weight.double()
     squares_O = decoder_OH.square().sum(-1)

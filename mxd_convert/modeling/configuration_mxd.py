@@ -122,37 +122,44 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
 def config_class(stem: str) -> type[PretrainedConfig]:
     """The MxD counterpart of transformers' `<stem>Config`: model_type `mxd_<base>`. Raises AttributeError if there is no such base."""
     name = f"Mxd{stem}Config"
-    if name in globals():
-        return globals()[name]
-    base = getattr(transformers, f"{stem}Config", None)
-    if base is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: this transformers has no {stem}Config")
+    if name not in globals():
+        base = getattr(transformers, f"{stem}Config", None)
+        if base is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}: this transformers has no {stem}Config")
+        globals()[name] = make_config(stem, base)
+    return globals()[name]
+
+
+def make_config(stem: str, base: Any, module: str = __name__, prefix: str = "mxd_") -> type[PretrainedConfig]:
+    """The MxD counterpart of a config class. module: where it is said to be defined, which travels with the checkpoint; that of the models has
+    the same name with `modeling` for `configuration`. prefix: of the model_type."""
+    name, home = f"Mxd{stem}Config", module.rpartition(".")[2]
 
     def post_init(self: Any, **kwargs: Any) -> None:
         base.__post_init__(self, **kwargs)
         if self.mxd is not None:
             self.mxd = read_mxd(self.mxd)
         if getattr(self, "auto_map", None) is None:
+            models = home.replace("configuration", "modeling")
             self.auto_map = {
-                "AutoConfig": f"configuration_mxd.{name}",
-                "AutoModel": f"modeling_mxd.Mxd{stem}Model",
-                "AutoModelForCausalLM": f"modeling_mxd.Mxd{stem}ForCausalLM",
+                "AutoConfig": f"{home}.{name}",
+                "AutoModel": f"{models}.Mxd{stem}Model",
+                "AutoModelForCausalLM": f"{models}.Mxd{stem}ForCausalLM",
             }
 
     # the tensor-parallel plan of the base names the projections of MLPs that may no longer be there
     plan = {key: value for key, value in (base.base_model_tp_plan or {}).items() if ".mlp." not in key}
     members = {
-        "__module__": __name__,
+        "__module__": module,
         "__doc__": f"{base.__name__} of a model with MxD layers.",
         "__annotations__": {"mxd": dict[str, Any] | None},
         "__post_init__": post_init,
         "mxd": None,
-        "model_type": f"mxd_{base.model_type}",
+        "model_type": f"{prefix}{base.model_type}",
         "base_model_tp_plan": plan,
         "_auto_class": "AutoConfig",  # save_pretrained then copies this file into the checkpoint
     }
-    globals()[name] = type(name, (base,), members)
-    return globals()[name]
+    return type(name, (base,), members)
 
 
 def __getattr__(name: str) -> Any:

@@ -282,6 +282,7 @@ def coefficient(codes: Codes, expert: int) -> Tensor:
 class MxdModelMixin:
     """Goes before a transformers class: builds it, then puts the layers of `config.mxd` where the MLPs were."""
 
+    base_class: Any  # of transformers, or the base's own code
     _mxd_prefix = ""  # of module paths, which are given as seen from the causal LM
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -342,7 +343,9 @@ class MxdModelMixin:
             place.lead = None
             return arguments if lead is None else (x_BI.reshape(*lead, x_BI.shape[-1]),)
 
-        self.get_submodule(before.format(i=index).removeprefix(self._mxd_prefix)).register_forward_pre_hook(note, with_kwargs=True)
+        self.get_submodule(before.format(i=index).removeprefix(self._mxd_prefix)).register_forward_pre_hook(
+            note, with_kwargs=True
+        )
         layer.register_forward_pre_hook(unflatten)
 
     def mxd_layers(self) -> dict[int, FactoredLayer]:
@@ -394,24 +397,29 @@ def _names(keys: Any) -> list[str]:
     return sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
 
 
-def _build(name: str, stem: str, mapping: Mapping[Any, Any], auto_class: str) -> type[PreTrainedModel]:
-    config = config_class(stem)
-    base = mapping[config.__mro__[1]]
+def make_model(config: Any, base: Any, auto_class: str, module: str = __name__) -> type[PreTrainedModel]:
+    """The MxD counterpart of a model class, for the MxD counterpart of its config. module: where it is said to be defined, which travels with
+    the checkpoint."""
+    headless = auto_class == "AutoModel"
     members = {
-        "__module__": __name__,
+        "__module__": module,
         "__doc__": f"{base.__name__} with MxD layers in place of MLPs.",
         "config_class": config,
+        "base_class": base,
         "_auto_class": auto_class,  # save_pretrained then copies this file into the checkpoint
-        "_mxd_prefix": "" if auto_class == "AutoModelForCausalLM" else f"{base.base_model_prefix}.",
+        "_mxd_prefix": f"{base.base_model_prefix}." if headless else "",
     }
-    mixin = MxdModelMixin if auto_class == "AutoModel" else MxdGenerationMixin
-    globals()[name] = type(name, (mixin, base), members)
-    return globals()[name]
+    name = config.__name__.removesuffix("Config") + ("Model" if headless else "ForCausalLM")
+    return type(name, (MxdModelMixin if headless else MxdGenerationMixin, base), members)
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("Mxd") and name.endswith("ForCausalLM"):
-        return _build(name, name[len("Mxd") : -len("ForCausalLM")], MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM")
-    if name.startswith("Mxd") and name.endswith("Model"):
-        return _build(name, name[len("Mxd") : -len("Model")], MODEL_MAPPING, "AutoModel")
+    for suffix, mapping, auto_class in (
+        ("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"),
+        ("Model", MODEL_MAPPING, "AutoModel"),
+    ):
+        if name.startswith("Mxd") and name.endswith(suffix):
+            config = config_class(name[len("Mxd") : -len(suffix)])
+            globals()[name] = make_model(config, mapping[config.__mro__[1]], auto_class)
+            return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

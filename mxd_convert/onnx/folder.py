@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mxd_convert.base import load_tokenizer, quiet
 from mxd_convert.onnx.runtime import FOLDER, GRAPHS, JS_TYPES
@@ -28,8 +27,7 @@ def write_config(model: Any, folder: Path, dtypes: list[str], with_data: list[st
     base = base_type(model.config)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _OF_OURS}
     config = base(**settings)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
-    config.architectures = [model_class.__name__]
+    config.architectures = [model.base_class.__name__]
     content = json.loads(config.to_json_string())  # what a checkpoint has of it, without where it was read
     content["transformers.js_config"] = {
         "dtype": JS_TYPES[dtypes[0]],

@@ -117,7 +117,9 @@ class _Wrapper(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, return_dict=True, **at
         )
         present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-        experts = [seen.reshape(*input_ids.shape, -1) for traced in self.traced.values() for seen in traced.seen]  # some see one row
+        experts = [
+            seen.reshape(*input_ids.shape, -1) for traced in self.traced.values() for seen in traced.seen
+        ]  # some see one row
         return (output.logits.float(), *present, *experts)
 
 
@@ -133,7 +135,11 @@ def build_graph(model: Any, opset: int, steering: bool) -> ir.Model:
     past_BHPD = _example_past(model)
     wrapper = _Wrapper(model, _Steering(), positions).eval()
     room = getattr(model.config, "max_position_embeddings", None)
-    batch, tokens, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length", max=room)  # a mask may be as large
+    batch, tokens, past = (
+        Dim("batch_size"),
+        Dim("sequence_length"),
+        Dim("past_sequence_length", max=room),
+    )  # a mask may be as large
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
     mask[0, :2] = 0  # on the left, or the graph would do without it
     inputs: dict[str, Any] = {"input_ids": torch.ones(_BATCH, _TOKENS, dtype=torch.int64), "attention_mask": mask}

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mxd_convert.errors import InputError, memory_guard
+from mxd_convert.own_code import trusting
 from mxd_convert.plan.memory import Memory, budget, check_memory, estimate, groups, largest_group
 from mxd_convert.plan.resolve import Plan, check_space, twin_of
 from mxd_convert.plan.speed import Probe, probe
@@ -46,8 +47,9 @@ def outlook(plan: Plan) -> Outlook:
     try:
         check_memory(plan)
         check_space(plan)
-        with memory_guard(
-            f"the probe of the machine ran out of memory; lower {plan.recipe.layer.size_key} or train.batch_tokens"
+        with (
+            trusting(plan.recipe.base.trust_remote_code),
+            memory_guard(f"the probe of the machine ran out of memory; lower {plan.recipe.layer.size_key} or train.batch_tokens"),
         ):
             speed = probe(plan)
             if plan.recipe.train.twin:

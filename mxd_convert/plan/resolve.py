@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from mxd_convert.architectures import Site, architecture_of, find_sites
+from mxd_convert.architectures import Architecture, Site, architecture_of, find_sites, is_mixture, suggestion
 from mxd_convert.base import empty_model, explained, load_config, pinned, untied_tensors
 from mxd_convert.data import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.layers import Shape
+from mxd_convert.own_code import trusting
 from mxd_convert.recipe import Recipe, is_local, layer_indices
 from mxd_convert.training.presets import resolve_train, steps_of
 
@@ -46,7 +47,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to. Sizes in bytes. depth_weights: of each of the base's layers, in all its matrices."""
+    """What a recipe comes to. Sizes in bytes. depth_weights: of each of the base's layers, in all its matrices. mlp: where the base's MLPs
+    are and what they compute, in words."""
 
     recipe: Recipe
     sites: list[Site]
@@ -58,6 +60,7 @@ class Plan:
     disk_bytes: int
     depth_weights: list[int]
     vocabulary: int
+    mlp: str
     warnings: list[str]
 
     @property
@@ -81,7 +84,8 @@ class Plan:
         )
         return {
             "recipe": self.recipe.published(),
-            "layers": [layer.to_dict() for layer in self.layers],
+            "mlp": self.mlp,
+            "layers": [{**layer.to_dict(), "path": site.path} for layer, site in zip(self.layers, self.sites, strict=True)],
             **{key: getattr(self, key) for key in keys},
         }
 
@@ -91,10 +95,15 @@ def make_plan(recipe: Recipe) -> Plan:
 
     Reads the base's config only. Raises InputError for whatever in the recipe does not fit the model.
     """
+    with trusting(recipe.base.trust_remote_code):
+        return _make_plan(recipe)
+
+
+def _make_plan(recipe: Recipe) -> Plan:
     _check_settings(recipe)
     recipe = recipe.model_copy(update={"base": pinned(recipe.base)})
     config = load_config(recipe.base)
-    architecture = architecture_of(config, recipe.base.mlp)
+    architecture = _architecture(recipe, config)
     try:
         indices = layer_indices(recipe.layers, config.num_hidden_layers)
     except ValueError as error:
@@ -122,14 +131,33 @@ def make_plan(recipe: Recipe) -> Plan:
         tokens=steps * step_tokens,
         disk_bytes=0,
         depth_weights=[
-            sum(weight.numel() for weight in model.get_submodule(architecture.layer.format(i=depth)).parameters() if weight.ndim > 1)
+            sum(
+                weight.numel()
+                for weight in model.get_submodule(architecture.layer.format(i=depth)).parameters()
+                if weight.ndim > 1
+            )
             for depth in range(config.num_hidden_layers)
         ],
         vocabulary=config.get_text_config().vocab_size,
+        mlp=architecture.words(sites[0].activation),
         warnings=_warnings(recipe, base_parameters, converted, steps),
     )
     tokens = min(recipe.data.tokens, plan.tokens) + recipe.data.eval.tokens
     return replace(plan, disk_bytes=_weights_on_disk(plan) + 4 * tokens)
+
+
+def _architecture(recipe: Recipe, config: Any) -> Architecture:
+    """As `architecture_of`; where a family has no row, the error says what looks like its MLP."""
+    try:
+        return architecture_of(config, recipe.base.mlp)
+    except InputError as error:
+        if is_mixture(config):
+            raise
+        try:
+            found = suggestion(empty_model(config), config)
+        except Exception:  # whatever can't be built can't be described
+            raise error from None
+        raise InputError(f"{error}{found}") from None
 
 
 def _weights_on_disk(plan: Plan) -> int:
