@@ -23,6 +23,10 @@ _HEAD = '"""Joins MxD layers to the base model\'s own code. Written by mxd-conve
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
+class NotTrusted(InputError):
+    """Code would have to run that nobody has said may."""
+
+
 @contextmanager
 def trusting(trusted: bool = True) -> Iterator[None]:
     """Within it, code that comes with checkpoints and base models is run."""
@@ -83,12 +87,12 @@ def _import(one: Any) -> str:
 
 
 def class_in(folder: Path, auto_map: Any, auto_class: str) -> Any | None:
-    """A class that a checkpoint defines by code that is not ours; None where it is. Raises InputError where that is not trusted."""
+    """A class that a checkpoint defines by code that is not ours; None where it is. Raises NotTrusted."""
     reference = auto_map.get(auto_class) if isinstance(auto_map, dict) else None
     if not isinstance(reference, str) or not reference.startswith((f"{CONFIGURATION}.", f"{MODELING}.")):
         return None
     if not is_trusted():
-        raise InputError(
+        raise NotTrusted(
             f"{folder}: made of a base model with code of its own, which is not run unless you say so: read its .py files, and put"
             " --trust-remote-code before the command (in Python: with mxd_convert.trusting(): ...)"
         )

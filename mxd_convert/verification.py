@@ -23,6 +23,7 @@ from mxd_convert.checkpoint import (
 )
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
+from mxd_convert.own_code import NotTrusted, trusting
 
 TOLERANCE = 1e-5
 PLACES = {False: "with the package", True: "without it, trust_remote_code=True"}
@@ -54,15 +55,22 @@ def verify(checkpoint: str | Path, base: str | None = None, trust_remote_code: b
     """Checks a converted checkpoint: whole files; loading, generation, saving, sharding, tied weights, bfloat16 and gradient checkpointing
     in fresh processes with and without this package; tensors outside the layers and logits after reverting against the base model.
 
-    Without the package the checkpoint's own code is run: where it is this package's own, to the byte, or with trust_remote_code.
+    Without the package, and for families that have no row, the checkpoint's own code is run: where it is this package's own, to the byte, or
+    with trust_remote_code.
     base: the base model, where not the recorded one. What needs a base that is not at hand is reported as not checked.
     Raises InputError where `checkpoint` is no converted checkpoint at all or `base` is not its base.
     """
-    folder = Path(checkpoint)
+    with trusting(trust_remote_code):
+        return _verify(Path(checkpoint), base, trust_remote_code)
+
+
+def _verify(folder: Path, base: str | None, trust_remote_code: bool) -> Verification:
     whole = "files are whole and fit the config"
     try:
         config = read_config(folder)
         converted = load_checkpoint(folder)
+    except NotTrusted:
+        raise
     except InputError as error:
         if not is_converted(folder):
             raise

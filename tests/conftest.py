@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
@@ -156,6 +157,19 @@ def quick(tmp_path_factory):
 
 
 TEXT = "Document 3. The value 41 is returned when index 7 is given."
+
+
+PARITY = {"PROMPTS": 20, "NEW_TOKENS": 64}
+"""What the gate of export-onnx takes its greedy texts from and to; tests that are not about real models make do with less."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_parity():
+    from mxd_convert.onnx import parity
+
+    assert {name: getattr(parity, name) for name in PARITY} == PARITY
+    with mock.patch.multiple(parity, PROMPTS=4, NEW_TOKENS=16):
+        yield
 
 
 @pytest.fixture(scope="session")

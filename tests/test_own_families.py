@@ -233,12 +233,12 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     assert content["auto_map"]["AutoModelForCausalLM"] == "modeling_mxd_base.MxdOddForCausalLM"
     status, _, err = mxd("--trust-remote-code", "eval", odd_converted, "--data", text, "--tokens", 512, "--json")
     assert status == 0, err
+    checks = mxd_convert.verify(odd_converted, trust_remote_code=True).checks
+    assert [check for check in checks if not check.ok] == []
     with mxd_convert.trusting():
-        checks = mxd_convert.verify(odd_converted, trust_remote_code=True).checks
-        assert [check for check in checks if not check.ok] == []
         model = load_checkpoint(odd_converted)
         assert sorted(model.mxd_layers()) == [0, 2]
-        edited = mxd_convert.edit(odd_converted, tmp_path / "edited", ablate=[{"layer": 0, "expert": 3}])
+        edited = mxd_convert.edit(odd_converted, tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
         assert not load_checkpoint(edited).mxd_layers()[0].experts[3].any()
         delta = mxd_convert.delta(odd_converted, tmp_path / "delta").output
         again = mxd_convert.apply(delta, tmp_path / "again")

@@ -364,11 +364,8 @@ class MxdModelMixin:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers' own, but a missing or unexpected tensor is an error: a layer made up at random would go unnoticed."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for problem in (
-            "missing_keys",
-            "unexpected_keys",
-            *(() if kwargs.get("ignore_mismatched_sizes") else ("mismatched_keys",)),
-        ):
+        shapes = () if kwargs.get("ignore_mismatched_sizes") else ("mismatched_keys",)
+        for problem in ("missing_keys", "unexpected_keys", *shapes):
             keys = _names(info.get(problem, ()))
             if problem == "unexpected_keys":  # a model without head leaves the heads of its checkpoint aside
                 keys = [key for key in keys if key.startswith(cls._mxd_prefix)]
@@ -414,12 +411,9 @@ def make_model(config: Any, base: Any, auto_class: str, module: str = __name__) 
 
 
 def __getattr__(name: str) -> Any:
-    for suffix, mapping, auto_class in (
-        ("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"),
-        ("Model", MODEL_MAPPING, "AutoModel"),
-    ):
+    for suffix, mapping in (("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING), ("Model", MODEL_MAPPING)):
         if name.startswith("Mxd") and name.endswith(suffix):
             config = config_class(name[len("Mxd") : -len(suffix)])
-            globals()[name] = make_model(config, mapping[config.__mro__[1]], auto_class)
+            globals()[name] = make_model(config, mapping[config.__mro__[1]], f"Auto{suffix.replace('For', 'ModelFor')}")
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
