@@ -71,7 +71,7 @@ def saves(folder: Path) -> str | None:
 def shards(folder: Path) -> str | None:
     model = load(folder)
     with tempfile.TemporaryDirectory() as place:
-        model.save_pretrained(place, max_shard_size=60_000)
+        model.save_pretrained(place, max_shard_size=30_000)
         if len(list(Path(place).glob("model-*.safetensors"))) < 3:
             return "not sharded"
         return differs(logits(load(Path(place))), logits(model), 0.0)
@@ -163,7 +163,7 @@ def offloads(folder: Path) -> str | None:
     with tempfile.TemporaryDirectory() as place:
         whole = {name: "cpu" for name, _ in plain.named_modules() if name and not list(plain.get_submodule(name).children())}
         within = {name: device for name, device in whole.items() if not name.startswith(f"{layer}.")}
-        devices = {**within, f"{layer}.0": "cpu", f"{layer}.1": "disk", f"{layer}.2": "disk"}
+        devices = {**within, f"{layer}.0": "cpu", f"{layer}.1": "disk"}
         spread = load(folder, device_map=devices, offload_folder=place)
         if not any(parameter.device.type == "meta" for parameter in spread.parameters()):
             return "nothing is on the disk"
@@ -323,7 +323,7 @@ PASSED, BASE_FAILS = "yes", "the base can't"
 
 
 def make(family: str, place: Path) -> tuple[Path, Path]:
-    """(a tiny base, its conversion by the whole pipeline): layers 0 and 2 of three."""
+    """(a tiny base, its conversion by the whole pipeline): the second of two layers."""
     from conftest import documents, small_recipe
 
     from mxd_convert import convert
@@ -331,7 +331,7 @@ def make(family: str, place: Path) -> tuple[Path, Path]:
     base = save_tiny(family, place / "base", load_tokenizer(str(ROOT / "examples" / "quickstart-lm")))
     text = place / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
-    convert(small_recipe(base, text, place / "converted", layers=[0, 2]), quiet=True)
+    convert(small_recipe(base, text, place / "converted", layers=[1]), quiet=True)
     return base, place / "converted"
 
 
@@ -357,7 +357,7 @@ def page(cells: dict[tuple[str, str], str]) -> str:
     lines = [
         "# Families",
         "",
-        "What can be converted, and what was tried with it: a tiny random model of each family, two of three layers converted by the whole",
+        "What can be converted, and what was tried with it: a tiny random model of each family, one of two layers converted by the whole",
         "pipeline. Written by `make families`; `tests/test_families.py` makes every cell again and wants the same.",
         "",
         f"| model_type | MLP | {' | '.join(NAMES)} |",

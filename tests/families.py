@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-LAYERS, WIDTH, HIDDEN, VOCABULARY, POSITIONS, WINDOW = 3, 32, 48, 2048, 128, 24
+LAYERS, WIDTH, HIDDEN, VOCABULARY, POSITIONS, WINDOW = 2, 32, 48, 2048, 128, 24
 
 # what configs call their sizes; each is set where the family has a key of that name
 SIZES: dict[str, Any] = {
@@ -29,10 +29,10 @@ SIZES: dict[str, Any] = {
     # so that a window is shorter than the texts of these tests
     "sliding_window": WINDOW,
     "window_size": WINDOW,
-    "attention_types": [[["global", "local"], 1], [["global"], 1]],
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "attention_types": [[["global", "local"], 1]],
+    "layer_types": ["sliding_attention", "full_attention"],
     "use_sliding_window": True,
-    "no_rope_layers": [1, 1, 0],
+    "no_rope_layers": [1, 0],
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": None,

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, documents
 from safetensors.torch import load_file, save_file
 
+from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION
 from mxd_convert.recipe_file import load_recipe
 
 
@@ -60,8 +61,15 @@ def test_bad_text(refused, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("mixtral", ("'mixtral' is not supported", "gpt2, gpt_neox, llama", "architectures.py")),
-        ("bert", ("'bert' is not supported",)),
+        (
+            "mixtral",
+            (
+                "'mixtral', whose MLPs are mixtures of experts already, is not supported",
+                "gpt2, gpt_neo, gpt_neox",
+                "architectures.py",
+            ),
+        ),
+        ("bert", ("'bert', no causal language model, is not supported",)),
         ("mxd_gpt2", ("already converted",)),
     ],
 )
@@ -167,9 +175,9 @@ def test_bad_arguments_of_the_other_commands(refused, converted, models, text, t
 
 def test_a_newer_format_is_refused_in_a_line(refused, copy):
     config = json.loads((copy / "config.json").read_text())
-    config["mxd"]["format_version"] = 2
+    config["mxd"]["format_version"] = FORMAT_VERSION + 1
     (copy / "config.json").write_text(json.dumps(config))
-    refused("generate", copy, "--prompt", "a", words=("format version 2", "upgrade"))
+    refused("generate", copy, "--prompt", "a", words=(f"format version {FORMAT_VERSION + 1}", "upgrade"))
 
 
 def test_an_unwritable_output(refused, recipe, tmp_path):

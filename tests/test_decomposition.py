@@ -108,7 +108,7 @@ def test_what_is_not_there_is_refused(converted):
 
 
 def random_conversion(family: str):
-    """A tiny model of a family, all three layers with experts of random weights that matter."""
+    """A tiny model of a family, all layers with experts of random weights that matter."""
     torch.manual_seed(1)
     base = tiny_model(family)
     layers = {}
@@ -141,13 +141,13 @@ def test_the_direct_effect_in_every_family(family):
 
     final = model.get_submodule(row.norm)
     final.register_forward_pre_hook(note("final"))
-    after = model.get_submodule(f"{row.layer.format(i=1)}.{row.after}") if row.after else None
+    after = model.get_submodule(f"{row.layer.format(i=0)}.{row.after}") if row.after else None
     if after is not None:
         after.register_forward_pre_hook(note("after"))
-    parts = decompose(model, ids)[1]
+    parts = decompose(model, ids)[0]
     with watching(model.mxd_layers()) as layers:
         model(input_ids=ids)
-    assert (parts.output - layers[1].outputs).abs().max() < 1e-5 * layers[1].outputs.abs().max()
+    assert (parts.output - layers[0].outputs).abs().max() < 1e-5 * layers[0].outputs.abs().max()
     n = int(parts.experts[parts.values > 0].mode().values)
     fires = (parts.experts == n) & (parts.values > 0)
     part = (parts.contributions * fires.unsqueeze(-1)).sum(-2).double()
@@ -157,7 +157,7 @@ def test_the_direct_effect_in_every_family(family):
     change = held(final, seen["final"], part) @ model.get_output_embeddings().weight.double().T
     change = change * getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
     change = (change - change.mean(-1, keepdim=True))[fires.any(-1)]
-    effect = logit_effect(model, 1, n, ids, rows=4)
+    effect = logit_effect(model, 0, n, ids, rows=4)
     assert effect.tokens == len(change) > 3
     assert torch.allclose(effect.mean.double(), change.mean(0), atol=1e-4 * change.abs().max().item())
 

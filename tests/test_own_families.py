@@ -50,13 +50,13 @@ def test_a_family_without_a_row(family, mlp, tokenizer, text, tmp_path, mxd):
     """From `base.mlp` alone: converted, verified with and without the package, evaluated, steered, reverted."""
     base = save_tiny(family, tmp_path / "base", tokenizer)
     assert family not in ARCHITECTURES
-    recipe = small_recipe(base, text, tmp_path / "out", layers=[0, 2], base={"model": str(base), "mlp": mlp})
+    recipe = small_recipe(base, text, tmp_path / "out", layers=[1], base={"model": str(base), "mlp": mlp})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     status, out, err = mxd("plan", tmp_path / "recipe.yaml")
     assert status == 0, err
     assert f"MLPs      {mlp['module']}: {mlp['activation']}({mlp.get('gate', mlp['up'])})" in out  # what it found
     status, out, err = mxd("plan", tmp_path / "recipe.yaml", "--json")
-    assert json.loads(out)["layers"][1]["path"] == mlp["module"].format(i=2) + (".fc1" if "chain" in mlp else "")
+    assert json.loads(out)["layers"][0]["path"] == mlp["module"].format(i=1) + (".fc1" if "chain" in mlp else "")
     assert mxd("run", tmp_path / "recipe.yaml")[0] == 0
     checks = mxd_convert.verify(tmp_path / "out").checks
     assert [check for check in checks if not check.ok] == []
@@ -66,7 +66,7 @@ def test_a_family_without_a_row(family, mlp, tokenizer, text, tmp_path, mxd):
     assert Mlp(**kept) == Mlp(**mlp)
     assert load_recipe(tmp_path / "out" / "recipe.yaml").base.mlp == Mlp(**mlp)
     plain = mxd_convert.generate(tmp_path / "out", TEXT, max_new_tokens=8)
-    assert mxd_convert.generate(tmp_path / "out", TEXT, [{"layer": 2, "expert": 3, "add": 50.0}], 8) != plain
+    assert mxd_convert.generate(tmp_path / "out", TEXT, [{"layer": 1, "expert": 3, "add": 50.0}], 8) != plain
     reverted = mxd_convert.revert(tmp_path / "out", "all", tmp_path / "reverted")
     theirs, ours = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (base, reverted))
     assert ours(input_ids=IDS).logits.equal(theirs(input_ids=IDS).logits)
@@ -220,7 +220,7 @@ def odd(tmp_path_factory, tokenizer):
 def odd_converted(odd, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd-converted") / "out"
     base = {"model": str(odd), "trust_remote_code": True, "mlp": ODD}
-    return converted_by(small_recipe(odd, text, folder, layers=[0, 2], base=base), folder)
+    return converted_by(small_recipe(odd, text, folder, layers=[1], base=base), folder)
 
 
 def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
@@ -237,9 +237,9 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     assert [check for check in checks if not check.ok] == []
     with mxd_convert.trusting():
         model = load_checkpoint(odd_converted)
-        assert sorted(model.mxd_layers()) == [0, 2]
-        edited = mxd_convert.edit(odd_converted, tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
-        assert not load_checkpoint(edited).mxd_layers()[0].experts[3].any()
+        assert sorted(model.mxd_layers()) == [1]
+        edited = mxd_convert.edit(odd_converted, tmp_path / "edited", [{"layer": 1, "expert": 3, "ablate": True}])
+        assert not load_checkpoint(edited).mxd_layers()[1].experts[3].any()
         delta = mxd_convert.delta(odd_converted, tmp_path / "delta").output
         again = mxd_convert.apply(delta, tmp_path / "again")
         assert (again / "model.safetensors").read_bytes() == (odd_converted / "model.safetensors").read_bytes()
@@ -303,5 +303,5 @@ def test_the_description_is_read_back_from_a_checkpoint(odd_converted):
     assert (row.mlp, row.up, row.gate, row.down) == ("model.layers.{i}.mlp", "into", "into", "out_of")
     with mxd_convert.trusting():
         base = AutoModelForCausalLM.from_pretrained(odd_converted, trust_remote_code=True)
-    with pytest.raises(InputError, match=r"has no model\.layers\.0\.mlp\.into"):
-        find_sites(base, config, [0])  # of the base, not of what has been converted
+    with pytest.raises(InputError, match=r"has no model\.layers\.1\.mlp\.into"):
+        find_sites(base, config, [1])  # of the base, not of what has been converted
