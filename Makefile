@@ -11,11 +11,11 @@ quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert verify runs/quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
 
 # what takes longest of every family's checks
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
+	$(BIN)/python -m pytest -n 2 -m slow tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from hub_client import Clients
 from hub_server import Hub
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from xdist.scheduler import LoadScopeScheduling
 
 from mxd_convert import cli
 from mxd_convert.base import load_base, load_tokenizer
@@ -26,6 +28,43 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart-lm"
 TOKEN, OTHERS = "hf_thetokenthatnothingmayshow", "hf_somebodyelses"
 FAMILIES = ("gpt2", "gpt_neox", "llama")
+
+
+# Tests that share what takes long to make go to one of the processes. pytest-xdist's own mark for that, xdist_group, does nothing under
+# pytest 9.2 (xdist 3.8 sets an attribute that it no longer reads), and says nothing.
+TOGETHER = {
+    **dict.fromkeys(("test_onnx", "test_onnx_command", "test_onnx_gate", "test_onnx_refusals"), "onnx"),
+    **dict.fromkeys(("test_onnx_clients", "test_stories", "test_deltas", "test_dashboard_pages"), "real models"),
+}
+BY_FILE = {
+    *("test_data", "test_evaluation", "test_kernels", "test_kinds", "test_other_tools", "test_own_families", "test_probing"),
+    *("test_steering_effect", "test_training"),
+}
+
+
+def group_of(nodeid: str) -> str:
+    """What a test is sent to a process with: itself, where it shares nothing that takes long to make."""
+    file = Path(nodeid.split("::", maxsplit=1)[0]).stem
+    if file == "test_families" and (of := re.search(r"converted_model_does\[(\w+)-", nodeid)):
+        return f"family {of[1]}"
+    return TOGETHER.get(file, file if file in BY_FILE else nodeid)
+
+
+class Scheduling(LoadScopeScheduling):
+    """pytest-xdist's, with these groups."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test by itself comes first, lest all others wait for it in the end."""
+    items.sort(key=lambda item: "tour_in_the_readme" not in item.nodeid)
 
 
 def shared_folder() -> Path | None:

@@ -26,12 +26,7 @@ def family(request, tmp_path_factory):
 
 
 CASES = [
-    pytest.param(
-        name,
-        check,
-        marks=[pytest.mark.xdist_group(f"family {name}"), *([pytest.mark.slow] if check in SLOW else [])],
-        id=f"{name}-{check}",
-    )
+    pytest.param(name, check, marks=[pytest.mark.slow] if check in SLOW else [], id=f"{name}-{check}")
     for name in ARCHITECTURES
     for check in NAMES
 ]

@@ -20,8 +20,6 @@ from mxd_convert.evaluation.steering import steered
 from mxd_convert.onnx import OnnxModel, export, export_onnx, graph, parity, runtime
 from mxd_convert.onnx.sparse_gain import CHUNK
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 
 @pytest.fixture(params=FAMILIES)
 def pair(request, converted, exported):

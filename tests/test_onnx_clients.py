@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 from mxd_convert.checkpoint import load_checkpoint
 from mxd_convert.onnx import OnnxModel, export_onnx, parity
 
-pytestmark = pytest.mark.xdist_group("onnx clients")
 CLIENTS = ROOT / ".clients"
 PROMPTS = {
     "quickstart": ["If the argument is", "The file", "Return a new"],

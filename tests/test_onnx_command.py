@@ -13,8 +13,6 @@ import mxd_convert
 from mxd_convert.checkpoint import belonging, load_checkpoint
 from mxd_convert.onnx import OnnxModel, export_onnx
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 
 @pytest.fixture
 def llama(exported):

@@ -11,8 +11,6 @@ from conftest import nothing_left, other_rows, spoilt
 
 from mxd_convert.onnx import OnnxModel, export_onnx, graph, parity
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 
 @pytest.mark.parametrize("spoil", ["ignored", "negated", "another expert"])
 @pytest.mark.parametrize("family", ["llama"])

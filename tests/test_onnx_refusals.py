@@ -10,8 +10,6 @@ from conftest import TEXT, nothing_left
 from mxd_convert.errors import InputError
 from mxd_convert.onnx import OnnxModel, export, export_onnx
 
-pytestmark = pytest.mark.xdist_group("onnx")
-
 
 @pytest.fixture
 def llama(exported):
