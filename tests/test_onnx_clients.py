@@ -3,13 +3,18 @@
 `make clients` installs these programs, each in a place of its own. Where one is not there its test is skipped.
 """
 
+import functools
+import http.server
 import json
 import os
 import shutil
 import subprocess
+import threading
+import urllib.parse
 from pathlib import Path
 from unittest import mock
 
+import browser
 import pytest
 from conftest import PARITY, ROOT
 from transformers import AutoTokenizer
@@ -120,3 +125,31 @@ def test_transformers_js(ready, tmp_path):
         model = OnnxModel.from_pretrained(folder, dtype=dtype)
         ours = [model.generate(prompt, 40) for prompt in prompts]
         assert sum(a == b for a, b in zip(said(["node", script, folder, *prompts], DTYPE=theirs), ours, strict=True)) >= 2
+
+
+def test_transformers_js_in_a_browser(ready, tmp_path):
+    """examples/onnx/browser.html in a real browser, everything from this machine: the same greedy text."""
+    folder, prompts, texts, _ = ready
+    modules = client("node") / "node_modules"
+    if browser.program() is None:
+        pytest.skip(f"needs a browser: none of {', '.join(browser.NAMES)} is installed")
+    shutil.copy(ROOT / "examples" / "onnx" / "browser.html", tmp_path)
+    (tmp_path / "model").symlink_to(folder)
+    (tmp_path / "node_modules").symlink_to(modules)
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, browser.Browser() as page:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            for prompt, text in list(zip(prompts, texts, strict=True))[:2]:
+                given = urllib.parse.urlencode({"model": "model", "models": ".", "prompt": prompt})
+                address = f"http://127.0.0.1:{server.server_port}/"
+                page.open(f"{address}browser.html?{given}", "document.documentElement.dataset.ready === 'yes'")
+                assert page.texts("#text") == [text]
+            assert all(request.startswith((address, "blob:", "data:", "about:")) for request in page.requests), page.requests
+        finally:
+            server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
