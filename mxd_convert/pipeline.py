@@ -25,7 +25,7 @@ from mxd_convert.evaluation import evaluate_models
 from mxd_convert.hub import check_account, push
 from mxd_convert.layers import Shape, Trainable
 from mxd_convert.onnx import export_onnx
-from mxd_convert.own_code import trusting
+from mxd_convert.own_code import has_own_code, trusting
 from mxd_convert.plan import (
     Plan,
     base_room,
@@ -251,6 +251,7 @@ class _Conversion:
             "sha256": model_sha256(original),
             "local": is_local(settings.model),
             **({"mlp": settings.mlp.model_dump(exclude_defaults=True)} if settings.mlp is not None else {}),
+            **({"own_code": True} if has_own_code(original) else {}),
         }
         folder = self._assemble(original, trained.layers, origin, self.work / "checkpoint")
         with quiet():

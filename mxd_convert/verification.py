@@ -23,7 +23,7 @@ from mxd_convert.checkpoint import (
 )
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
-from mxd_convert.own_code import NotTrusted, trusting
+from mxd_convert.own_code import NotTrusted, is_trusted, trusting
 
 TOLERANCE = 1e-5
 PLACES = {False: "with the package", True: "without it, trust_remote_code=True"}
@@ -61,7 +61,7 @@ def verify(checkpoint: str | Path, base: str | None = None, trust_remote_code: b
     Raises InputError where `checkpoint` is no converted checkpoint at all or `base` is not its base.
     """
     with trusting(trust_remote_code):
-        return _verify(Path(checkpoint), base, trust_remote_code)
+        return _verify(Path(checkpoint), base, is_trusted())
 
 
 def _verify(folder: Path, base: str | None, trust_remote_code: bool) -> Verification:

@@ -71,6 +71,8 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
             if (files / path).is_file()
         ],
         delta=full is not None,
+        own_code=bool(report["base"].get("own_code")),
+        described=bool(report["base"].get("mlp")),
         base_argument="" if base_on_hub else ', base="BASE"',
         base_option="" if base_on_hub else " --base BASE",
     )
