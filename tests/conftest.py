@@ -14,9 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
 import pytest
 import torch
 import yaml
+from families import random_model
 from hub_client import Clients
 from hub_server import Hub
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 from xdist.scheduler import LoadScopeScheduling
 
 from mxd_convert import cli
@@ -102,14 +103,7 @@ def tiny_config(family: str, **changes):
 
 def make_model(family: str, folder: Path, dtype=torch.float32, **changes) -> Path:
     """A random model whose MLPs matter, with the quickstart's tokenizer."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4)
-            elif parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    model = random_model(tiny_config(family, **changes))
     model.to(dtype).save_pretrained(folder)
     load_tokenizer(str(QUICKSTART)).save_pretrained(folder)
     return folder

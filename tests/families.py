@@ -51,16 +51,21 @@ def tiny(model_type: str, **changes: Any) -> Any:
 
 
 def tiny_model(model_type: str, **changes: Any) -> Any:
-    """Random weights, large enough that MLPs and their biases matter, in evaluation mode."""
+    """Of a family, in evaluation mode."""
+    return random_model(tiny(model_type, **changes)).eval()
+
+
+def random_model(config: Any) -> Any:
+    """Random weights, large enough that MLPs and their biases matter."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny(model_type, **changes))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(4)
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return model
 
 
 def save_tiny(model_type: str, folder: Path, tokenizer: Any, **changes: Any) -> Path:
