@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mxd_convert.inspecting import inspect
     from mxd_convert.labels import Label, add_labels, read_labels
     from mxd_convert.onnx import OnnxModel, export_onnx
-    from mxd_convert.own_code import trust, trusting
+    from mxd_convert.own_code import trusting
     from mxd_convert.pipeline import Result, convert
     from mxd_convert.plan import Plan, make_plan, outlook
     from mxd_convert.probing import probe
@@ -89,7 +89,6 @@ _HOMES = {
     "steer": "evaluation",
     "steered": "evaluation",
     "sweep": "sweeping",
-    "trust": "own_code",
     "trusting": "own_code",
     "verify": "verification",
     "verify_provenance": "provenance",
@@ -148,7 +147,6 @@ __all__ = [
     "steer",
     "steered",
     "sweep",
-    "trust",
     "trusting",
     "verify",
     "verify_provenance",

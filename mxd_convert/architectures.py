@@ -28,13 +28,9 @@ class Architecture:
     down: str
     activation: str  # the config's key that names the activation, or the activation itself where it has none
     norm: str | None = None  # the last one, before the head
-    gate: str | None = (
-        None  # the activated projection of a GLU; None: a plain MLP. The same as `up`: fused, the gate's half first
-    )
+    gate: str | None = None  # the activated projection of a GLU; the same as `up`: both in one matrix, the gate's half first
     chain: tuple[str, ...] = ()
-    flat: str | None = (
-        None  # of a decoder layer that flattens (B, T) to one row of tokens before it: a module of it that sees (B, T)
-    )
+    flat: str | None = None  # a module that still sees (B, T), in a decoder layer that then flattens its tokens to one row
     after: str | None = None  # norm, within the decoder layer, between the MLP's output and the residual stream
     scale: str | None = None  # the config's key of what that output is multiplied by
     dropout: str | None = None  # the config's key of the dropout on the MLP's output, where the MLP itself applies it
@@ -254,7 +250,7 @@ def _site(model: nn.Module, config: Any, row: Architecture, index: int, activati
         except AttributeError:
             what = path if _missing(model, path) else f"{path}.{name}"
             raise InputError(
-                f"layer {index} of this {config.model_type!r} model has no {what}, where its MLP should be.{suggestion(model, config)}"
+                f"layer {index} of this {config.model_type!r} model has no {what}, where its MLP should be.{suggestion(guess(model, config))}"
             ) from None
     d_in, d_hidden = _widths(found[row.up], f"{path}.{row.up}")
     wide, d_out = _widths(found[row.down], f"{path}.{row.down}")
@@ -296,15 +292,13 @@ def _widths(projection: nn.Module, path: str) -> tuple[int, int]:
     return (rows, columns) if type(projection).__name__ == "Conv1D" else (columns, rows)
 
 
-def suggestion(model: nn.Module, config: Any) -> str:
-    """What looks like an MLP in a model's first decoder layer, in words for an error."""
-    found = guess(model, config)
+def suggestion(found: Mlp | None) -> str:
+    """What `guess` found, in words for an error."""
     if found is None:
         return ""
     content = {"module": f'"{found.module}"', **found.model_dump(exclude={"module"}, exclude_defaults=True)}
-    return f" This looks like its MLP: base.mlp: {{{', '.join(f'{key}: {value}' for key, value in content.items())}}}".replace(
-        "'", ""
-    )
+    listed = ", ".join(f"{key}: {value}" for key, value in content.items()).replace("'", "")
+    return f" This looks like its MLP: base.mlp: {{{listed}}}"
 
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # what configs call it

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mxd_convert.architectures import architecture_of
+from mxd_convert.architectures import architecture_of, guess, is_mixture
 from mxd_convert.errors import InputError, is_disk_full
 from mxd_convert.own_code import is_trusted
-from mxd_convert.recipe import Base, is_local
+from mxd_convert.recipe import Base, Mlp, is_local
 
 WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
 
@@ -174,6 +174,16 @@ def empty_model(config: Any) -> Any:
     """The model of a config without weights (on the meta device)."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
+
+
+def likely_mlp(config: Any) -> Mlp | None:
+    """What looks like the MLP of a family without a row; None where nothing does, or the model can't be built from its config."""
+    if is_mixture(config):
+        return None
+    try:
+        return guess(empty_model(config), config)
+    except Exception:  # whatever can't be built can't be described
+        return None
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:

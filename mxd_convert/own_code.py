@@ -37,11 +37,6 @@ def trusting(trusted: bool = True) -> Iterator[None]:
         _trusted.reset(before)
 
 
-def trust() -> None:
-    """The same from now on."""
-    _trusted.set(True)
-
-
 def is_trusted() -> bool:
     return _trusted.get()
 

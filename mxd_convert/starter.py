@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 import yaml
 
-from mxd_convert.architectures import architecture_of, guess, is_mixture
-from mxd_convert.base import empty_model, load_config
+from mxd_convert.architectures import architecture_of
+from mxd_convert.base import likely_mlp, load_config
 from mxd_convert.errors import InputError
 from mxd_convert.recipe import Base, Mlp, Recipe, Section, is_local
 from mxd_convert.recipe_file import load_recipe
@@ -35,13 +35,9 @@ def _mlp_of(config: Any) -> Mlp | None:
     """None for a family that has a row."""
     try:
         architecture_of(config)
-    except InputError as error:
-        try:
-            found = guess(empty_model(config), config)
-        except Exception:  # whatever can't be built can't be described
-            found = None
-        if found is None or is_mixture(config):
-            raise error from None
+    except InputError:
+        if (found := likely_mlp(config)) is None:
+            raise
         return found
     return None
 

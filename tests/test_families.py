@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import BASE_FAILS, IDS, NAMES, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
+from conformance import BASE_FAILS, IDS, NAMES, NEW, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
 from conftest import ROOT
 from families import LAYERS, tiny_model
 
-from mxd_convert import surgery
+from mxd_convert import steer, surgery
 from mxd_convert.architectures import ARCHITECTURES, find_sites, stem_of
 from mxd_convert.checkpoint import load_checkpoint
 from mxd_convert.harvest import apply_mlp, harvest, recording
@@ -152,6 +152,28 @@ def test_harvest_is_what_the_mlp_sees_and_returns_whatever_surrounds_it(name):
     for index, layer in layers.items():
         assert own[index].equal(seen[index].inputs)
         assert layer(seen[index].inputs).allclose(seen[index].outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "falcon"])
+@torch.no_grad()
+def test_steering_knows_its_place_whatever_the_layer_stands_in(name):
+    """Of the prompt or of what is written: with a cache and without, the same text; another one than unsteered."""
+    base = tiny_model(name)
+    sites = find_sites(base, base.config, range(LAYERS))
+    torch.manual_seed(0)
+    layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites}
+    for layer in layers.values():
+        layer.decoder.weight.normal_()
+    model = surgery.convert(base, layers)
+    plain = model.generate(IDS[:2, :20], **NEW)
+    texts = {}
+    for positions in ("prompt", "generation"):
+        with steer(model, layer=1, expert=4, add=20.0, positions=positions):
+            texts[positions] = model.generate(IDS[:2, :20], **NEW)
+            assert model.generate(IDS[:2, :20], **NEW, use_cache=False).equal(texts[positions])
+        assert not texts[positions].equal(plain)
+    assert texts["generation"][:, 20].equal(plain[:, 20])  # the first token is chosen at the prompt's end
+    assert not texts["prompt"].equal(texts["generation"])
 
 
 def test_the_names_of_the_classes():

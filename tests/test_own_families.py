@@ -18,6 +18,7 @@ from mxd_convert import InputError
 from mxd_convert.architectures import ARCHITECTURES, architecture_of, find_sites, guess
 from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.own_code import is_trusted
 from mxd_convert.recipe import Mlp
 from mxd_convert.recipe_file import load_recipe
 
@@ -239,6 +240,7 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     assert content["auto_map"]["AutoModelForCausalLM"] == "modeling_mxd_base.MxdOddForCausalLM"
     status, _, err = mxd("--trust-remote-code", "eval", odd_converted, "--data", text, "--tokens", 512, "--json")
     assert status == 0, err
+    assert not is_trusted()  # it was for that command
     checks = mxd_convert.verify(odd_converted, trust_remote_code=True).checks
     assert [check for check in checks if not check.ok] == []
     with mxd_convert.trusting():

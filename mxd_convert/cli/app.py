@@ -61,6 +61,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     trust_remote_code: Annotated[
@@ -69,7 +70,7 @@ def _main(
 ) -> None:
     settings.debug = debug
     if trust_remote_code:
-        mxd_convert.trust()
+        context.with_resource(mxd_convert.trusting())  # for this command
 
 
 class Settings:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from mxd_convert.architectures import Architecture, Site, architecture_of, find_sites, is_mixture, suggestion
-from mxd_convert.base import empty_model, explained, load_config, pinned, untied_tensors
+from mxd_convert.architectures import Architecture, Site, architecture_of, find_sites, suggestion
+from mxd_convert.base import empty_model, explained, likely_mlp, load_config, pinned, untied_tensors
 from mxd_convert.data import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.layers import Shape
@@ -151,13 +151,7 @@ def _architecture(recipe: Recipe, config: Any) -> Architecture:
     try:
         return architecture_of(config, recipe.base.mlp)
     except InputError as error:
-        if is_mixture(config):
-            raise
-        try:
-            found = suggestion(empty_model(config), config)
-        except Exception:  # whatever can't be built can't be described
-            raise error from None
-        raise InputError(f"{error}{found}") from None
+        raise InputError(f"{error}{suggestion(likely_mlp(config))}") from None
 
 
 def _weights_on_disk(plan: Plan) -> int:
