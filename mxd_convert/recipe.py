@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0, le=10**13)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PRESET_KEYS = ("lr", "batch_tokens", "warmup_steps", "schedule", "start", "k_start")  # of `train`: what its preset fills in
 
 
 class Section(BaseModel):
@@ -157,6 +158,11 @@ class Train(Section):
     """Steps of linear warm-up; null: the preset's."""
     schedule: Literal["constant", "linear", "trapezoid", "cosine"] | None = None
     """Learning rate after the warm-up; trapezoid: constant, then linear to zero over the last fifth; null: the preset's."""
+    start: Literal["data", "paper"] | None = None
+    """data: every expert begins as a token of the text, its gate looking for that token's input, its row giving that token's output. paper: gate
+    and experts at random, D at 0, experts of unit norm throughout; null: the preset's."""
+    k_start: Positive | None = None
+    """Active experts a token at the first step; they become layer.k, evenly, by half of the steps; null: the preset's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the layers' products in bfloat16, weights and optimiser in fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -217,6 +223,10 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         layer_indices(self.layers, None)
         train = self.train
+        if train.k_start is not None and train.k_start < self.layer.k:
+            raise ValueError(
+                f"train.k_start: {train.k_start} active experts at the start, fewer than layer.k ({self.layer.k}); raise it to at least that"
+            )
         if train.target == "teacher" and train.order == "parallel":
             raise ValueError(
                 'train.target: "teacher" needs train.order: sequential; in parallel order every layer sees the base model\'s own inputs,'

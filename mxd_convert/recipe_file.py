@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import Recipe, Section
+from mxd_convert.recipe import PRESET_KEYS, Recipe, Section
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,7 +89,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     _resolve_paths(changes, Path.cwd())
     # a preset given on the command line outranks the keys that the file sets under its own preset
     if "train.preset" in given and isinstance(content.get("train"), dict):
-        for key in ("lr", "batch_tokens", "warmup_steps", "schedule"):
+        for key in PRESET_KEYS:
             content["train"].pop(key, None)
     content = _merge(content, changes)
     try:

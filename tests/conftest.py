@@ -21,8 +21,11 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 from xdist.scheduler import LoadScopeScheduling
 
 from mxd_convert import cli
+from mxd_convert.architectures import find_sites
 from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.recipe import Base
+from mxd_convert.data import prepare
+from mxd_convert.recipe import Base, Recipe
+from mxd_convert.training.activations import Source
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +41,16 @@ TOGETHER = {
     **dict.fromkeys(("test_onnx_clients", "test_stories", "test_deltas", "test_dashboard_pages"), "real models"),
 }
 BY_FILE = {
-    *("test_data", "test_evaluation", "test_kernels", "test_kinds", "test_other_tools", "test_own_families", "test_probing"),
+    *(
+        "test_data",
+        "test_evaluation",
+        "test_kernels",
+        "test_kinds",
+        "test_other_tools",
+        "test_own_families",
+        "test_probing",
+        "test_start",
+    ),
     *("test_steering_effect", "test_training"),
 }
 
@@ -125,6 +137,31 @@ def documents(count: int = 60) -> list[str]:
         f"Document {i}. " + " ".join(f"The value {j * i % 97} is returned when index {j} is given." for j in range(12))
         for i in range(count)
     ]
+
+
+@pytest.fixture(scope="session")
+def source(models, text, tmp_path_factory):
+    """Where activations come from: two layers of a tiny Llama: 8 steps of 4 blocks, 3 steps a buffer."""
+    recipe = Recipe(**{key: value for key, value in small_recipe(models["llama"], text, text.parent).items() if key != "output"})
+    blocks, _ = prepare(recipe.data, load_tokenizer(recipe.base.model), tmp_path_factory.mktemp("data"))
+    base = load_base(recipe.base)
+
+    def make(**changes):
+        settings = {
+            "base": base,
+            "sites": find_sites(base, base.config, [0, 2]),
+            "blocks": blocks,
+            "rows_a_step": 4,
+            "steps": 8,
+            "buffer_steps": 3,
+            "seed": 5,
+            "mask_bos": True,
+            "below": {},
+            "teacher": False,
+        }
+        return Source(**{**settings, **changes})
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,34 @@ def test_volume_knobs_are_seen_through():
 
 
 @torch.no_grad()
+def test_dimensions_are_the_participation_ratio():
+    layer, x, y = random_layer(), torch.randn(20_000, 6), torch.randn(20_000, 5) * torch.tensor([3.0, 1.0, 1.0, 0.0, 0.0]) + 7
+    figures = LayerFigures(layer)
+    for piece in torch.arange(20_000).split(1000):
+        figures.add(x[piece], y[piece], torch.ones(len(piece), dtype=torch.bool))
+    gain = (layer.gain_of(layer.encode(x)) * layer.linear(x).square().mean(0).sqrt()).double()
+    for rows, value in ((gain, "gain_dimensions"), (y.double(), "output_dimensions")):
+        spectrum = torch.linalg.eigvalsh(torch.cov(rows.T))
+        assert figures.shares()[value] == pytest.approx((spectrum.sum() ** 2 / spectrum.square().sum()).item(), rel=0.05)
+    assert figures.shares()["output_dimensions"] == pytest.approx((9 + 1 + 1) ** 2 / (81 + 1 + 1), rel=0.05)
+
+
+@torch.no_grad()
+def test_a_sign_that_the_linear_factor_turns_back_has_one_dimension():
+    """Experts that say in which half-space x is, and a linear factor that carries the output times that sign: shares say 1, dimensions tell."""
+    layer, x = random_layer(), torch.randn(4000, 6)
+    layer.gate.weight.zero_()
+    layer.gate.weight[:2, 0] = torch.tensor([1.0, -1.0])
+    layer.gate.bias.fill_(-100.0)
+    layer.gate.bias[:2] = 10.0  # both sides' gates are open; which one is stronger is the sign
+    layer.experts[0], layer.experts[1] = 1.0, -1.0
+    shares = figures_of(layer, x, torch.randn(4000, 5)).shares()
+    assert shares["gate_share"] > 0.5
+    assert shares["gain_dimensions"] == pytest.approx(1.0, abs=0.1)
+    assert shares["output_dimensions"] > 4.5
+
+
+@torch.no_grad()
 def test_fvu_l0_and_dead_experts_count_the_tokens_that_count(monkeypatch):
     layer, x = random_layer(), torch.randn(300, 6)
     y = layer(x) + 0.3 * torch.randn(300, 5)
@@ -186,7 +214,7 @@ def test_the_contracts_fields_are_there(measured):
         alone = {"fvu", "fvu_with_bos", "delta_ce", "recovered_zero", "recovered_mean", "l0", "dead_fraction", "always_on"}
         assert set(layer) == alone | {"fvu_in_place_local", "fvu_in_place_teacher"}
     for layer in reliance["layers"].values():
-        assert set(layer) == {"gate_share", "identity_share", "routing_necessity"}
+        assert set(layer) == {"gate_share", "identity_share", "gain_dimensions", "output_dimensions", "routing_necessity"}
     assert set(fidelity["layers"]) == set(reliance["layers"]) == {"0", "2"}
 
 
@@ -202,6 +230,20 @@ def test_verdicts():
     for name in good:
         assert verdict({"0": good, "1": {**good, name: 0.2}}) == NOT_SHOWN == "experts not shown to matter"
     assert verdict({"0": dict.fromkeys(good)}) == NOT_APPLICABLE == "not applicable"
+
+
+def test_a_gain_of_few_directions_is_told():
+    good = {
+        "gate_share": 0.9,
+        "identity_share": 0.8,
+        "routing_necessity": 1.4,
+        "gain_dimensions": 25.0,
+        "output_dimensions": 30.0,
+    }
+    assert "directions" not in sentence({"0": good}, 0.3, None)
+    assert "directions" not in sentence({"0": {**good, "gain_dimensions": None, "output_dimensions": 30.0}}, 0.3, None)
+    said = sentence({"0": good, "4": {**good, "gain_dimensions": 1.2}}, 0.3, None)
+    assert ", but the gain of layer 4 varies in 1.2 directions where the MLP's output varies in 30.0; " in said
 
 
 def test_the_sentence_gives_the_grounds():

@@ -56,7 +56,7 @@ def test_the_products_are_those_that_torch_counts(planned, family, layer):
     plan = planned(family, layers=[0, 1], layer=layer)
     [first, second] = plan.layers
     shape = first.shape
-    module = make_layer(shape, 0, first.index)
+    module = make_layer(shape, 0, first.index, "paper")
 
     def step() -> None:
         x_BI = torch.randn(TOKENS, shape.d_in)

@@ -11,8 +11,9 @@ import yaml
 from conftest import ROOT
 
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import Recipe, json_schema, layer_indices
+from mxd_convert.recipe import PRESET_KEYS, Recipe, json_schema, layer_indices
 from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
+from mxd_convert.training import resolve_train
 
 MINIMAL = {"base": {"model": "openai-community/gpt2"}}
 
@@ -138,6 +139,19 @@ def test_layers():
     assert layer_indices(2, 4) == [2]
     with pytest.raises(ValueError, match="layers 0 to 3"):
         layer_indices([4], 4)
+
+
+def test_the_presets_fill_in_what_is_open():
+    open_recipe = load_recipe({**MINIMAL, "layer": {"k": 32}})
+    paper = resolve_train(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 768, 21_490).train
+    expected = {"lr": 1e-4, "batch_tokens": 4096, "warmup_steps": 5000, "schedule": "constant", "start": "paper", "k_start": 32}
+    assert {key: getattr(paper, key) for key in PRESET_KEYS} == expected
+    fast = resolve_train(open_recipe, 256, 7168).train
+    expected = {"lr": 5e-3, "batch_tokens": 4096, "warmup_steps": 5859, "schedule": "trapezoid", "start": "data", "k_start": 128}
+    assert {key: getattr(fast, key) for key in PRESET_KEYS} == expected
+    assert resolve_train(open_recipe, 64, 50).train.k_start == 50
+    own = load_recipe({**MINIMAL, "train": {"start": "paper", "k_start": 40, "lr": 1e-3}})
+    assert (resolve_train(own, 64, 50).train.start, resolve_train(own, 64, 50).train.k_start) == ("paper", 40)
 
 
 def test_the_papers_recipes_have_the_papers_settings():

@@ -12,46 +12,18 @@ from torch import nn
 import mxd_convert
 import mxd_convert.pipeline
 from mxd_convert import convert
-from mxd_convert.architectures import find_sites
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.data import block_order, prepare
+from mxd_convert.data import block_order
 from mxd_convert.errors import InputError, is_out_of_memory
 from mxd_convert.harvest import harvest
 from mxd_convert.layers import MxD
 from mxd_convert.plan import estimate, groups
-from mxd_convert.recipe import Recipe
 from mxd_convert.surgery import replaced
 from mxd_convert.training import state
-from mxd_convert.training.activations import Activations, Source, buffer_steps
+from mxd_convert.training.activations import Activations, buffer_steps
 from mxd_convert.training.log import merge_logs, split_log
 from mxd_convert.training.window import Window
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def source(models, text, tmp_path_factory):
-    """Activations of two layers of a tiny Llama: 8 steps of 4 blocks, 3 steps a buffer."""
-    recipe = Recipe(**{key: value for key, value in small_recipe(models["llama"], text, text.parent).items() if key != "output"})
-    blocks, _ = prepare(recipe.data, load_tokenizer(recipe.base.model), tmp_path_factory.mktemp("data"))
-    base = load_base(recipe.base)
-
-    def make(**changes):
-        settings = {
-            "base": base,
-            "sites": find_sites(base, base.config, [0, 2]),
-            "blocks": blocks,
-            "rows_a_step": 4,
-            "steps": 8,
-            "buffer_steps": 3,
-            "seed": 5,
-            "mask_bos": True,
-            "below": {},
-            "teacher": False,
-        }
-        return Source(**{**settings, **changes})
-
-    return make
 
 
 def rows(*tensors):
@@ -301,6 +273,9 @@ def test_sequential_training_learns_what_the_layers_below_produce(models, text, 
         ({"order": "sequential", "distribute": "layers"}, ("train.distribute", "layers", "sequential")),
         ({"memory_gib": 0}, ("train.memory_gib", "0")),
         ({"moments": "int4"}, ("train.moments", "int4", "bf16")),
+        ({"start": "base"}, ("train.start", "base", "data", "paper")),
+        ({"k_start": 3}, ("train.k_start", "3", "layer.k (4)")),
+        ({"k_start": 25}, ("train.k_start", "25", "24")),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(refused, recipe, train, words):

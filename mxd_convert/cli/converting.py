@@ -1,6 +1,7 @@
 """Commands that make checkpoints: init, plan, run, eval, verify, revert."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -153,6 +154,7 @@ def print_figures(report: dict[str, Any]) -> None:
         "gate share",
         "identity share",
         "routing necessity",
+        "directions",
     )
     for index, layer in fidelity["layers"].items():
         shares = reliance["layers"][index]
@@ -166,12 +168,19 @@ def print_figures(report: dict[str, Any]) -> None:
             "-" if layer["l0"] is None else f"{layer['l0']:.1f}",
             "-" if layer["dead_fraction"] is None else f"{layer['dead_fraction']:.1%}",
             *("-" if value is None else f"{value:.2f}" for value in figures),
+            _directions(shares),
         )
     out.print(table)
     out.print(f"verdict: {reliance['sentence']}", soft_wrap=True)
 
 
 @app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")
+def _directions(layer: Mapping[str, Any]) -> str:
+    """Of the gain, and of the MLP's output. Reports from before these figures have none."""
+    gain, output = layer.get("gain_dimensions"), layer.get("output_dimensions")
+    return "-" if gain is None or output is None else f"{gain:.0f}/{output:.0f}"
+
+
 def evaluate(
     checkpoint: CheckpointArgument,
     data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],

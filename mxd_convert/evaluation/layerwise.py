@@ -1,4 +1,4 @@
-"""Figures of one layer on the base model's own activations: FVU, L0, dead experts, gate share, identity share.
+"""Figures of one layer on the base model's own activations: FVU, L0, dead experts, gate share, identity share, dimensions of the gain.
 
 Let g = C^T a, u = D^T z, y = g * u and s = sum_n a_n. All sums are float64 and streamed over the evaluation's tokens.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 
 ALWAYS_ON = 0.5  # firing rate above which an expert is always on
+MOST_PAIRS = 1024  # of tokens in a batch, for the dimensions
 
 
 class Variance:
@@ -36,6 +37,35 @@ class Variance:
         return self.sums_O / max(self.tokens, 1)
 
 
+class Dimensions:
+    """In how many directions rows vary: the participation ratio tr(S)^2 / tr(S^2) of their covariance S, streamed.
+
+    r for rows that vary alike in r directions. S (O x O) is never made: differences of two rows have twice its trace without a mean to
+    take out, and the squared inner product of two such differences has 4 tr(S^2) as its mean.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.squares, self.pairs = torch.zeros((), dtype=torch.float64, device=device), 0
+        self.crossed, self.crossings = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    def add(self, rows_BO: Tensor) -> None:
+        """Rows of several texts at once: the pairs are of the first and the second half of them."""
+        pairs = min(len(rows_BO) // 2, MOST_PAIRS)
+        half = len(rows_BO) // 2
+        difference_PO = (rows_BO[:pairs] - rows_BO[half : half + pairs]).double() / 2**0.5
+        inner_PP = difference_PO @ difference_PO.T
+        self.squares += inner_PP.diagonal().sum()
+        self.pairs += pairs
+        self.crossed += inner_PP.square().sum() - inner_PP.diagonal().square().sum()
+        self.crossings += pairs * (pairs - 1)
+
+    def value(self) -> float:
+        """0 where nothing varies."""
+        if self.crossed <= 0:
+            return 0.0
+        return ((self.squares / self.pairs).square() / (self.crossed / self.crossings)).item()
+
+
 class LayerFigures:
     """Streams the figures of one layer. `add` takes the base's activations, `report` gives the numbers."""
 
@@ -46,6 +76,7 @@ class LayerFigures:
         self.local, self.teacher = Variance(layer.d_out, device), Variance(layer.d_out, device)
         self.active = torch.zeros((), dtype=torch.float64, device=device)
         self.firings_N = torch.zeros(layer.n_experts, dtype=torch.int64, device=device)
+        self.gain_dimensions, self.target_dimensions = Dimensions(device), Dimensions(device)
         # moments over tokens, for each output, of the features (1, u, s u), of y, and of all of the output, skip path included
         names = ("u", "v", "y", "uu", "uv", "vv", "uy", "vy", "yy", "t", "tt")
         self.moments = {name: torch.zeros(layer.d_out, dtype=torch.float64, device=device) for name in names}
@@ -72,6 +103,10 @@ class LayerFigures:
         strength_B1 = values.double().sum(-1, keepdim=True)
         u, y = linear_BO[counted_B], product_BO[counted_B]
         v = strength_B1[counted_B] * u
+        if layer.n_experts:
+            # each output's gain counts as much as it moves that output
+            self.gain_dimensions.add(gain_BO[counted_B] * u.square().mean(0).sqrt())
+        self.target_dimensions.add(y_BO[counted_B])
         whole = y if layer.skip is None else output_BO[counted_B]
         features = {"u": u, "v": v, "y": y, "t": whole}
         for name in self.moments:
@@ -102,10 +137,16 @@ class LayerFigures:
         Near 0 the gain is constant, so the experts do nothing; an identity share near 0 beside a gate share above it says that
         the experts only turn the volume, whichever of them fire. Both are shares of the whole output's variance, that of a skip path
         included. A plain transcoder's u is 1: its gate share is 1 by definition, its identity share is not. None without experts.
+
+        gain_dimensions: in how many directions the gain varies, as it moves the output (of g_o times the root mean square of u_o).
+        Shares can be high by one direction alone, a sign that experts turn and the linear factor turns back. output_dimensions: the same
+        of what the MLP returned, the natural measure for it.
         """
+        target = self.target_dimensions.value()
         if self.layer.n_experts == 0:
-            return {"gate_share": None, "identity_share": None}
-        return shares(self.moments, self.masked.tokens)
+            return {"gate_share": None, "identity_share": None, "gain_dimensions": None, "output_dimensions": target}
+        dimensions = {"gain_dimensions": self.gain_dimensions.value(), "output_dimensions": target}
+        return {**shares(self.moments, self.masked.tokens), **dimensions}
 
 
 def shares(moments: dict[str, Tensor], tokens: int) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 THRESHOLD = 0.5
+FEW_DIRECTIONS = 0.25  # of the directions that the MLP's output varies in
 CARRY = "experts carry the layer"
 NOT_SHOWN = "experts not shown to matter"
 NOT_APPLICABLE = "not applicable"
@@ -48,7 +49,21 @@ def sentence(layers: Mapping[str, Mapping[str, Any]], rise: float, twin_rise: fl
         against = f"the dense twin rises {twin_rise:+.3f} where this rises {rise:+.3f}: experts are {abs(gap):.3f} " + (
             "better than a constant gain" if gap < 0 else "worse than a constant gain"
         )
-    return f"{found}: {where} {', '.join(grounds)}; {against}"
+    return f"{found}: {where} {', '.join(grounds)}{_narrow(layers)}; {against}"
+
+
+def _narrow(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """A warning where some layer's gain varies in far fewer directions than its output has: then a knob would do what the experts do."""
+    ratios = {
+        index: layer["gain_dimensions"] / layer["output_dimensions"]
+        for index, layer in layers.items()
+        if layer.get("gain_dimensions") is not None and layer["output_dimensions"]
+    }
+    if not ratios or min(ratios.values()) >= FEW_DIRECTIONS:
+        return ""
+    index = min(ratios, key=lambda index: ratios[index])
+    gain, output = layers[index]["gain_dimensions"], layers[index]["output_dimensions"]
+    return f", but the gain of layer {index} varies in {gain:.1f} directions where the MLP's output varies in {output:.1f}"
 
 
 def _or_zero(value: float | None) -> float:

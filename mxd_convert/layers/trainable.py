@@ -14,10 +14,13 @@ from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
 _FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same function, in one kernel
 
 
+CONSTANT = 2.0  # what the constant hidden unit gives its activation: every one in use is far from 0 there
+
+
 class Trainable(FactoredLayer):
     """Goes before a checkpoint's layer: the same forward pass, with gradients of gate and experts that stay sparse.
 
-    Initialisation (paper, appendix; in `reset_parameters`):
+    Initialisation (in `reset_parameters`; `start: paper`, from the paper's appendix):
 
     | parameter               | shape     | start                                |
     | ----------------------- | --------- | ------------------------------------ |
@@ -26,12 +29,16 @@ class Trainable(FactoredLayer):
     | decoder (D)             | (O,H)     | 0: the layer starts as its bias      |
     | experts (C)             | (N,O)     | uniform, then rows of unit norm; of a transcoder 0 |
     | output bias, skip       | (O) (O,I) | 0                                    |
+
+    With `start: data` an MxD begins as a transcoder: rows of C at 0 and without a norm to keep, and u = 1, by a hidden unit of no weight,
+    a constant, that D starts on. (training/start.py then puts tokens of the text into gate and experts.)
     """
 
     unit_norm = True  # of the experts' rows
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, start: str = "paper", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.unit_norm = self.unit_norm and start == "paper"
         self.sinks: dict[Tensor, RowGradient] = {}  # of the gate's weight and the experts, where an optimiser wants it so
         if self.decoder is not None:
             self.act = ACT2FN[_FUSED.get(self.activation, self.activation)]
@@ -53,6 +60,17 @@ class Trainable(FactoredLayer):
             normalise(self.experts)
         elif self.experts is not None:
             nn.init.zeros_(self.experts)
+            if self.decoder is not None:
+                self._begin_constant()
+
+    def _begin_constant(self) -> None:
+        """u = 1: the first hidden unit has no weight, and D is 0 elsewhere."""
+        for linear in (self.encoder, self.encoder_gate):
+            if linear is not None:
+                nn.init.zeros_(linear.weight[0])
+                nn.init.constant_(linear.bias[0], CONSTANT)
+        unit = self.hidden(self.encoder.weight.new_zeros(self.d_in))[0]
+        nn.init.constant_(self.decoder.weight[:, 0], 1.0 / unit.item())
 
     def encode(self, x_BI: Tensor) -> Codes:
         """As the checkpoint's, chunk by chunk of tokens: no (..., N) tensor is made, and none kept for the backward."""
@@ -104,16 +122,16 @@ class DenseTwin(Trainable, modeling_mxd.DenseTwin):
     """The same as an MxD's linear factor alone, to be trained."""
 
 
-def new_layer(shape: Shape) -> MxD | Transcoder | DenseTwin:
-    """A layer to be trained, its parameters drawn from torch's generator."""
+def new_layer(shape: Shape, start: str = "paper") -> MxD | Transcoder | DenseTwin:
+    """A layer to be trained, its parameters drawn from torch's generator. start: "paper" or "data", see Trainable."""
     if shape.kind in ("transcoder", "skip_transcoder"):
-        return Transcoder(shape.d_in, shape.d_out, shape.n_experts, shape.k, shape.sparsity, shape.skip)
+        return Transcoder(shape.d_in, shape.d_out, shape.n_experts, shape.k, shape.sparsity, shape.skip, start=start)
     hidden = (shape.activation, shape.glu)
     if shape.kind == "dense_twin":
-        return DenseTwin(shape.d_in, shape.d_hidden, shape.d_out, *hidden, skip=shape.skip)
+        return DenseTwin(shape.d_in, shape.d_hidden, shape.d_out, *hidden, skip=shape.skip, start=start)
     gain = (shape.sparsity, shape.skip)
     frozen = shape.kind == "random_gate"
-    return MxD(shape.d_in, shape.d_hidden, shape.d_out, shape.n_experts, shape.k, *hidden, *gain, frozen_gate=frozen)
+    return MxD(shape.d_in, shape.d_hidden, shape.d_out, shape.n_experts, shape.k, *hidden, *gain, frozen_gate=frozen, start=start)
 
 
 def normalise(rows_ND: Tensor, which_N: Tensor | None = None) -> None:

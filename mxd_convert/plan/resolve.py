@@ -236,7 +236,10 @@ def _shape(recipe: Recipe, site: Site) -> Shape:
 
 def _complete(recipe: Recipe, layers: list[LayerPlan]) -> Recipe:
     """The recipe with everything that it left open: the preset's settings and the output folder."""
-    recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers))
+    experts = min(layer.shape.n_experts for layer in layers)
+    recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers), experts)
+    if experts and (recipe.train.k_start or 0) > experts:
+        raise InputError(f"train.k_start: {recipe.train.k_start} active experts of only {experts}; lower it to at most that")
     if recipe.output.dir is None:
         folder = Path.cwd() / "runs" / f"{Path(recipe.base.model).name}-mxd"
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder)})})

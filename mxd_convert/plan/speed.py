@@ -104,7 +104,7 @@ def _shallow(config: Any, depth: int, dtype: str) -> Any:
 def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch.device) -> tuple[float, float]:
     """Seconds of one training step of a layer, and a token of its forward in a checkpoint."""
     recipe = plan.recipe
-    module = make_layer(layer.shape, recipe.train.seed, layer.index).to(device)
+    module = make_layer(layer.shape, recipe.train.seed, layer.index, recipe.train.start).to(device)
     optimiser = Optimiser({layer.index: module}, 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
     window = Window.empty(module, device)
     tokens = max(64, min(step_tokens, int(MOST_FLOPS // (6 * layer.parameters))))

@@ -84,6 +84,20 @@ class Activations:
         activations = {index: (inputs[tokens], outputs[tokens]) for index, (inputs, outputs) in self._buffers.items()}
         return Batch(activations, self._counted[tokens])
 
+    @property
+    def blocks_a_forward(self) -> int:
+        """That the base reads at a time."""
+        source = self.source
+        return max(1, min(-(-source.rows_a_step // source.process[1]), FORWARD_TOKENS // source.blocks.context))
+
+    @torch.no_grad()
+    def read(self, rows: Any) -> Batch:
+        """The activations of some blocks of the text, in its order; in every process all of them."""
+        ids_BT = self.source.blocks.take(rows)
+        counted_B = self.source.blocks.counted(ids_BT, self.source.mask_bos).flatten().to(self.device)
+        seen = self._seen(ids_BT)
+        return Batch({index: (x.to(self.device), y.to(self.device)) for index, (x, y) in seen.items()}, counted_B)
+
     @torch.no_grad()
     def _fill(self, first: int) -> None:
         source = self.source
@@ -93,7 +107,7 @@ class Activations:
         process, processes = source.process
         places, self._bounds = _deal(len(rows), source.blocks.context, steps, first, source.seed, process, processes)
         mine = rows[process::processes]
-        a_forward = max(1, min(-(-source.rows_a_step // processes), FORWARD_TOKENS // source.blocks.context))
+        a_forward = self.blocks_a_forward
         self._counted = torch.zeros(places.size, dtype=torch.bool, device=self.device)
         self.seconds["data"] += time.perf_counter() - start
         for begin in range(0, len(mine), a_forward):
@@ -109,15 +123,9 @@ class Activations:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # so that the layers' step before is not taken for the base's time
         start = time.perf_counter()
-        source = self.source
-        ids_BT = ids_BT.to(self.device)  # accelerate moves it on where the base is spread
-        with ExitStack() as stack:
-            if source.below:
-                stack.enter_context(replaced(source.base, source.below))
-            seen = harvest(source.base, source.sites, ids_BT)
-        targets = harvest(source.base, source.sites, ids_BT) if source.teacher and source.below else seen
+        seen = self._seen(ids_BT)
         for index in list(seen):
-            inputs, outputs = seen[index].inputs.flatten(0, 1), targets[index].outputs.flatten(0, 1)
+            inputs, outputs = seen[index]
             if index not in self._buffers or len(self._buffers[index][0]) != size:
                 self._buffers[index] = (self._empty(size, inputs), self._empty(size, outputs))
             for buffer, tensor in zip(self._buffers[index], (inputs, outputs), strict=True):
@@ -126,6 +134,17 @@ class Activations:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds["base"] += time.perf_counter() - start
+
+    def _seen(self, ids_BT: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Inputs and targets of a forward, (tokens, I) and (tokens, O), where the base left them."""
+        source = self.source
+        ids_BT = ids_BT.to(self.device)  # accelerate moves it on where the base is spread
+        with ExitStack() as stack:
+            if source.below:
+                stack.enter_context(replaced(source.base, source.below))
+            seen = harvest(source.base, source.sites, ids_BT)
+        targets = harvest(source.base, source.sites, ids_BT) if source.teacher and source.below else seen
+        return {index: (seen[index].inputs.flatten(0, 1), targets[index].outputs.flatten(0, 1)) for index in seen}
 
     def _empty(self, size: int, like: Tensor) -> Tensor:
         return torch.empty(size, like.shape[1], dtype=like.dtype, device=self.device)

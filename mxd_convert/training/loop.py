@@ -206,7 +206,7 @@ class Training:
         assert found is not None
         layers = {}
         for index in group:
-            layers[index] = make_layer(self.job.shapes[index], self.recipe.train.seed, index)
+            layers[index] = make_layer(self.job.shapes[index], self.recipe.train.seed, index, self.recipe.train.start)
             own = {name.removeprefix(f"{index}/"): found[1][name] for name in found[1] if name.startswith(f"{index}/")}
             layers[index].load_state_dict(own)
         return layers

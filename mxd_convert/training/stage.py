@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from mxd_convert.errors import InputError
@@ -18,6 +19,7 @@ from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, append_line, cut_log
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.progress import TrainingProgress
+from mxd_convert.training.start import start_on_text
 from mxd_convert.training.state import load_state, save_state
 from mxd_convert.training.tracking import track
 from mxd_convert.training.window import Window
@@ -26,11 +28,16 @@ SAVE_SECONDS = 60.0
 Figures = tuple[float, float, dict[str, float]]  # mean FVU, dead share, shares of the time
 
 
-def make_layer(shape: Shape, seed: int, index: int) -> Trainable:
+def make_layer(shape: Shape, seed: int, index: int, start: str | None) -> Trainable:
     """A new layer. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 1_000_003 + index)
-        return new_layer(shape)
+        return new_layer(shape, start or "paper")
+
+
+def active_experts(step: int, steps: int, first: int, last: int) -> int:
+    """How many experts are active at `step` (from 0): `first` at the start, then evenly fewer, `last` from half of the steps on."""
+    return last + round((first - last) * max(0.0, 1.0 - 2.0 * step / steps))
 
 
 def learn(
@@ -97,7 +104,8 @@ class Stage:
         self.device = accelerator.device
         self.steps, self.step_tokens = source.steps, source.rows_a_step * source.blocks.context
         self.layers = {
-            site.index: make_layer(shapes[site.index], train.seed, site.index).to(self.device) for site in source.sites
+            site.index: make_layer(shapes[site.index], train.seed, site.index, train.start).to(self.device)
+            for site in source.sites
         }
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
         self.losses: dict[int, list[Tensor]] = {index: [] for index in self.layers}  # of the steps since the last log line
@@ -176,6 +184,7 @@ class Stage:
         batch = self.activations.batch(step)
         counted_B = batch.counted_B
         total = self._agree(counted_B.sum(), interrupt)
+        self._choose_k(step)
         for index, layer in self.layers.items():
             x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
             # the loss is a mean over this process's tokens; weighted by its share, the sum over processes is the mean over all
@@ -187,6 +196,11 @@ class Stage:
                 if parameter.grad is not None:
                     parameter.grad = self._sum_over_processes(parameter.grad)
         self.optimiser.step(step)
+
+    def _choose_k(self, step: int) -> None:
+        for layer in self.layers.values():
+            if layer.n_experts:
+                layer.k = active_experts(step, self.steps, self.recipe.train.k_start or self.recipe.layer.k, self.recipe.layer.k)
 
     def _agree(self, counted: Tensor, interrupt: Interrupt) -> Tensor:
         """The tokens that count in all processes. With the same message they agree on saving after this step, and on stopping then."""
@@ -286,6 +300,11 @@ class Stage:
         if found is None or found[2]["layers"] != list(self.layers):
             if self.writes:
                 self.log_path.unlink(missing_ok=True)
+            if self.recipe.train.start == "data":
+                self._choose_k(0)
+                start_on_text(self.layers, self.activations)
+                for parameter in self.names if self.together else ():  # the same to the last bit in all processes
+                    parameter.data.copy_(broadcast(parameter.data))
             return
         self.done, tensors, facts = found
         with torch.no_grad():

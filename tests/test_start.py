@@ -1,0 +1,109 @@
+"""How layers start: on tokens of the text, with more experts active at first."""
+
+import json
+
+import pytest
+import torch
+from conftest import small_recipe
+
+from mxd_convert import convert
+from mxd_convert.data import block_order
+from mxd_convert.harvest import harvest
+from mxd_convert.layers import Shape
+from mxd_convert.training.activations import Activations
+from mxd_convert.training.stage import active_experts, make_layer
+from mxd_convert.training.start import GATE_NORM, start_on_text
+
+CPU = torch.device("cpu")
+
+
+def tokens_of(source, index):
+    """Inputs and outputs of an MLP over all of the text but what does not count, from the base alone."""
+    blocks = source.blocks
+    ids = blocks.take(block_order(len(blocks), 0, len(blocks), source.seed))
+    seen = harvest(source.base, [site for site in source.sites if site.index == index], ids)[index]
+    counted = blocks.counted(ids, True).flatten()
+    return seen.inputs.flatten(0, 1)[counted], seen.outputs.flatten(0, 1)[counted]
+
+
+def started(source, kind="mxd", experts=24):
+    hidden = 0 if "coder" in kind else 48
+    site = source.sites[0]
+    shape = Shape(kind, site.d_in, hidden, site.d_out, experts, 4, "silu", bool(hidden), skip=kind == "skip_transcoder")
+    layer = make_layer(shape, 7, site.index, "data")
+    start_on_text({site.index: layer}, Activations(source, CPU))
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder"])
+def test_every_expert_starts_as_a_token_of_the_text(source, kind):
+    layer = started(source(), kind)
+    x, y = tokens_of(source(), 0)
+    weight, rows = layer.gate.weight.double(), layer.experts.double()
+    assert torch.allclose(weight.norm(dim=-1), torch.tensor(GATE_NORM, dtype=torch.float64), atol=1e-6)
+    # an affine map sends tokens to experts: what its gate is 0 on, and the bias, are the means over the tokens taken
+    mean_y = layer.output_bias.double()
+    scales, found = [], set()
+    for n in range(24):
+        fit = (y.double() - mean_y) @ rows[n] / rows[n].square().sum()
+        residual = (y.double() - mean_y - fit.unsqueeze(1) * rows[n]).norm(dim=1)
+        token = int(residual.argmin())
+        assert residual[token] < 1e-4 * y.norm(dim=1).mean()
+        direction = (
+            x[token].double() - x[token].double() @ weight[n] / GATE_NORM**2 * weight[n]
+        )  # what of the input is not along the gate
+        scales.append(1 / fit[token])
+        found.add(token)
+        offset = layer.gate.bias[n].double() + weight[n] @ (x[token].double() - direction)
+        assert offset > 0  # the token's own gate is open
+    assert len(found) == 24
+    assert torch.stack(scales).std() < 1e-4 * torch.stack(scales).mean()  # one scale for all
+
+
+def test_a_layer_started_on_text_is_a_regression_on_its_neighbours(source):
+    """The scale is the best there is on tokens that did not become experts, so that the start explains part of the output."""
+    layer = started(source(), experts=200)
+    x, y = tokens_of(source(), 0)
+    with torch.no_grad():
+        assert (layer.linear(x) - 1).abs().max() < 1e-5
+        error = (layer(x) - y).square().sum() / (y - y.mean(0)).square().sum()
+    assert 0.02 < error < 0.9
+
+
+def test_a_start_depends_on_the_seed_and_the_text_alone(source):
+    first, again, other = started(source()), started(source(sites=source().sites[:1])), started(source(seed=6))
+    assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
+    assert not torch.equal(first.experts, other.experts)
+
+
+def test_experts_beyond_the_texts_tokens_keep_a_random_gate(source):
+    count = len(tokens_of(source(), 0)[0])
+    layer = started(source(), experts=count)
+    used = layer.experts.abs().amax(-1) > 0
+    assert 0.4 * count < used.sum() < 0.6 * count
+    drawn = make_layer(Shape("mxd", 32, 48, 32, count, 4, "silu", True), 7, 0, "data").gate.weight
+    assert torch.equal(layer.gate.weight[~used], drawn[~used])
+    assert layer(torch.randn(5, 32)).isfinite().all()
+
+
+def test_a_gate_that_is_not_trained_is_not_started_on_text(source):
+    layer = started(source(), "random_gate")
+    drawn = make_layer(Shape("random_gate", 32, 48, 32, 24, 4, "silu", True), 7, 0, "data")
+    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in drawn.state_dict().items())
+
+
+def test_more_experts_are_active_at_first():
+    counts = [active_experts(step, 100, 32, 8) for step in range(100)]
+    assert counts[0] == 32
+    assert counts == sorted(counts, reverse=True)
+    assert counts[25] == 20
+    assert set(counts[50:]) == {8}
+    assert active_experts(0, 1, 8, 8) == 8
+
+
+def test_a_run_has_more_active_at_first_and_k_in_the_end(models, text, tmp_path):
+    result = convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"k_start": 16}), quiet=True)
+    lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
+    assert lines[0]["layers"]["0"]["l0"] > 8
+    assert lines[-1]["layers"]["0"]["l0"] <= 4
+    assert {layer["k"] for layer in json.loads((result.output / "config.json").read_text())["mxd"]["layers"].values()} == {4}
