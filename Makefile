@@ -1,10 +1,10 @@
-# make quickstart | make test | make slow | make lint | make bench | make schema | make families | make cards | make clients
+# make quickstart | make test | make slow | make lint | make bench | make study | make schema | make families | make cards | make clients
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test slow lint bench format schema families cards clients clean
+.PHONY: quickstart test slow lint bench study format schema families cards clients clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
@@ -31,6 +31,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/kill.py
+
+# what the fast preset is worth, against the paper's start and transcoders: most of a day on two cores; goes on where it was cut off
+study: $(VENV)/installed
+	$(BIN)/python benchmarks/study.py --results study.jsonl
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -11,8 +11,12 @@ import dashboard
 import inference
 import kill
 import steps
+import study
 import torch
 import train_step
+
+from mxd_convert.recipe_file import load_recipe
+from mxd_convert.training import resolve_train
 
 SMALL = steps.Shape(24, 40, 24, 200, 4, 64, "gelu_new")
 
@@ -44,6 +48,41 @@ def test_the_dense_step_is_the_same_training(monkeypatch):
 def test_ratios_are_of_the_medians():
     text = train_step.ratio([4.0, 4.0, 8.0], [2.0, 2.0, 1.0])
     assert text.startswith("2.00 (")
+
+
+@pytest.mark.parametrize("arm", study.ARMS)
+@pytest.mark.parametrize("model", study.MODELS)
+def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
+    monkeypatch.setenv("MXD_SHARED", "/nowhere")
+    recipe = load_recipe(model, study.Case(model, arm, 8, 5e-3, 2, 300_000).settings())
+    train = resolve_train(recipe, 64, 1780).train
+    published = "published" in arm or "paper" in arm
+    assert (train.start, train.k_start) == (("paper", 8) if published else ("data", 32))
+    assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, "trapezoid", 1024, 300_000)
+
+
+def test_the_study_chooses_rates_by_the_training_text_and_goes_on(monkeypatch, tmp_path):
+    measured = []
+
+    def measure(case):
+        measured.append(case)
+        layers = {"gate_share": [0.9, 0.8], "identity_share": [0.7, 0.6], "routing_necessity": [1.5, None]}
+        directions = {"gain_dimensions": [20.0, 15.0], "output_dimensions": [20.0, 30.0]}
+        # the rate that is best on held-out text is not the one that is best on the training text
+        return {"rise": case.seed + case.lr, "train_fvu": abs(case.lr - 1e-2), "dead": [0.1, 0.3], **layers, **directions}
+
+    monkeypatch.setattr(study, "measure", measure)
+    path = tmp_path / "study.jsonl"
+    for _ in range(2):
+        results = study.Results(path)
+        cases = [study.Case("prose-neox", "MxD, fast", 8, lr, 0, 1000) for lr in (5e-3, 1e-2, 2e-2)]
+        for case in cases:
+            results.of(case)
+        assert study.best_rate(results, cases) == 1e-2
+        seeds = [study.Case("prose-neox", "MxD, fast", 8, 1e-2, seed, 1000) for seed in (0, 2)]
+        row = study.table(results, [seeds]).splitlines()[-1]
+    assert row == "| MxD, fast | 8 | 0.01 | 1.010 (0.010 to 2.010) | 0.80 | 0.60 | 1.50 | 0.50 | 0.70 |"
+    assert len(measured) == 4  # the second time everything is in the file
 
 
 def test_a_killed_run_ends_as_one_left_alone(tmp_path):

@@ -119,11 +119,14 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
 
         return step
 
+    if module.n_experts:  # as many active as in the mean over the run
+        module.k = layer.shape.k + ((recipe.train.k_start or layer.shape.k) - layer.shape.k) // 4
     seconds = _seconds(step_of(tokens), device)
     if tokens < step_tokens:  # the optimiser's pass takes the same however many tokens there are
         half = _seconds(step_of(tokens // 2), device)
         a_token = max(seconds - half, 0.1 * seconds) / (tokens - tokens // 2)
         seconds += a_token * (step_tokens - tokens)
+    module.k = layer.shape.k
     x_BI = torch.randn(min(tokens, 512), layer.shape.d_in, device=device)
     with torch.no_grad():
         forward = _seconds(lambda: module(x_BI), device) / len(x_BI)

@@ -1,0 +1,153 @@
+"""What `train.preset: fast` is worth: MxDs against their own start in the paper and against transcoders, at equal tokens and parameters.
+
+    python benchmarks/study.py [--models stories260k prose-neox] [--k 4 8 32] [--seeds 0 1 2] [--arms ...] [--results study.jsonl]
+
+Every arm gets the same search over learning rates, on the first seed, judged by what is left unexplained of the training text at the end
+of the training; the held-out text is for the table alone. Each run is a conversion of all layers by the command line, evaluated as
+loaded from disk. Runs that the results file has are not done again, so a study that is cut off goes on.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runs import run
+
+PUBLISHED = {"train.start": "paper"}  # with k_start = k, below
+ARMS: dict[str, dict[str, Any]] = {
+    "MxD, fast": {},
+    "MxD, the paper's start": PUBLISHED,
+    "skip transcoder, fast": {"layer.kind": "skip_transcoder"},
+    "skip transcoder, as published": {"layer.kind": "skip_transcoder", **PUBLISHED},
+    "transcoder, fast": {"layer.kind": "transcoder"},
+    "transcoder, as published": {"layer.kind": "transcoder", **PUBLISHED},
+    "MxD with a skip path, fast": {"layer.skip": True},
+    "dense twin": {"layer.kind": "dense_twin"},
+}
+# transcoders are matched to the parameters of what the recipes ask for: a plain one of width 32 I
+MODELS: dict[str, dict[str, Any]] = {
+    "stories260k": {"layer.experts": "auto", "data.tokens": 600_000, "data.eval.tokens": 65_536},
+    "prose-neox": {"layer.experts": "auto", "data.tokens": 300_000, "data.eval.tokens": 32_768},
+}
+RATES = {"stories260k": (5e-3, 1e-2, 2e-2), "prose-neox": (2.5e-3, 5e-3, 1e-2, 2e-2)}
+LAST = 0.1  # of the training, in which its FVU is what a learning rate is judged by
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    arm: str
+    k: int
+    lr: float
+    seed: int
+    tokens: int
+
+    def settings(self) -> dict[str, Any]:
+        arm = ARMS[self.arm]
+        changes = {**MODELS[self.model], "train.preset": "fast", "layer.k": self.k, **arm, "data.tokens": self.tokens}
+        if "train.start" in arm:
+            changes["train.k_start"] = self.k
+        return {**changes, "train.lr": self.lr, "train.seed": self.seed}
+
+
+class Results:
+    """Figures of finished runs, by case, in a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.figures = {Case(**line["case"]): line["figures"] for line in lines}
+
+    def of(self, case: Case) -> dict[str, Any]:
+        if case not in self.figures:
+            self.figures[case] = measure(case)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"case": vars(case), "figures": self.figures[case]}) + "\n")
+            print(f"{case}: rise {self.figures[case]['rise']:.3f}", flush=True)
+        return self.figures[case]
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One conversion's figures: of each that is a layer's, the layers' list."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out"
+        report = run(case.model, output, **{key.replace(".", "__"): value for key, value in case.settings().items()}).report
+        log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    fidelity, reliance = report["fidelity"], report["reliance"]["layers"].values()
+    late = [line for line in log if line["step"] > (1 - LAST) * log[-1]["step"]]
+    figures = {name: [layer[name] for layer in reliance] for name in next(iter(reliance))}
+    return {
+        "rise": fidelity["delta_ce"],
+        "train_fvu": statistics.mean(layer["fvu"] for line in late for layer in line["layers"].values()),
+        "dead": [layer["dead_fraction"] for layer in fidelity["layers"].values()],
+        **figures,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--k", nargs="+", type=int, default=[4, 8, 32])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, help="in place of 600,000 (stories260k) and 300,000 (prose-neox)")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose from, in place of three or four")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each")
+    parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    results = Results(arguments.results)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for model in arguments.models:
+            tokens = arguments.tokens or MODELS[model]["data.tokens"]
+            rates = arguments.rates or RATES[model]
+            groups = [(arm, k) for arm in arguments.arms for k in (arguments.k if arm != "dense twin" else arguments.k[:1])]
+            first = arguments.seeds[0]
+            searched = [Case(model, arm, k, lr, first, tokens) for arm, k in groups for lr in rates]
+            list(pool.map(results.of, searched))
+            best = {group: best_rate(results, [case for case in searched if (case.arm, case.k) == group]) for group in groups}
+            cases = [[Case(model, arm, k, best[arm, k], seed, tokens) for seed in arguments.seeds] for arm, k in groups]
+            list(pool.map(results.of, [case for group in cases for case in group]))
+            print(f"\n{model}, {tokens:,} tokens, {len(arguments.seeds)} seeds\n")
+            print(table(results, cases), flush=True)
+
+
+def best_rate(results: Results, cases: Iterable[Case]) -> float:
+    """Of cases that differ in the learning rate: the one that leaves least of the training text unexplained."""
+    return min(cases, key=lambda case: results.of(case)["train_fvu"]).lr
+
+
+def table(results: Results, groups: Iterable[list[Case]]) -> str:
+    """A row a group of seeds: the mean rise and its range; of the layers' figures the worst over layers and seeds."""
+    lines = [
+        "| | K | LR | rise (seeds) | gate share | identity share | routing necessity | directions, of the output's | alive |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for cases in groups:
+        runs = [results.of(case) for case in cases]
+        rises = [figures["rise"] for figures in runs]
+        spread = f" ({min(rises):.3f} to {max(rises):.3f})" if len(rises) > 1 else ""
+        cells = [cases[0].arm, str(cases[0].k), f"{cases[0].lr:g}", f"{statistics.mean(rises):.3f}{spread}"]
+        for name in ("gate_share", "identity_share", "routing_necessity"):
+            cells.append(_lowest(value for figures in runs for value in figures[name]))
+        pairs = [pair for figures in runs for pair in zip(figures["gain_dimensions"], figures["output_dimensions"], strict=True)]
+        cells.append(_lowest(None if gain is None else gain / output for gain, output in pairs))
+        cells.append(_lowest(None if dead is None else 1 - dead for figures in runs for dead in figures["dead"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _lowest(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{min(known):.2f}" if known else "-"
+
+
+if __name__ == "__main__":
+    main()
