@@ -174,13 +174,13 @@ def print_figures(report: dict[str, Any]) -> None:
     out.print(f"verdict: {reliance['sentence']}", soft_wrap=True)
 
 
-@app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")
 def _directions(layer: Mapping[str, Any]) -> str:
     """Of the gain, and of the MLP's output. Reports from before these figures have none."""
     gain, output = layer.get("gain_dimensions"), layer.get("output_dimensions")
     return "-" if gain is None or output is None else f"{gain:.0f}/{output:.0f}"
 
 
+@app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")
 def evaluate(
     checkpoint: CheckpointArgument,
     data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],

@@ -142,10 +142,9 @@ class LayerFigures:
         Shares can be high by one direction alone, a sign that experts turn and the linear factor turns back. output_dimensions: the same
         of what the MLP returned, the natural measure for it.
         """
-        target = self.target_dimensions.value()
         if self.layer.n_experts == 0:
-            return {"gate_share": None, "identity_share": None, "gain_dimensions": None, "output_dimensions": target}
-        dimensions = {"gain_dimensions": self.gain_dimensions.value(), "output_dimensions": target}
+            return dict.fromkeys(("gate_share", "identity_share", "gain_dimensions", "output_dimensions"))
+        dimensions = {"gain_dimensions": self.gain_dimensions.value(), "output_dimensions": self.target_dimensions.value()}
         return {**shares(self.moments, self.masked.tokens), **dimensions}
 
 

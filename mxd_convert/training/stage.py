@@ -28,7 +28,7 @@ SAVE_SECONDS = 60.0
 Figures = tuple[float, float, dict[str, float]]  # mean FVU, dead share, shares of the time
 
 
-def make_layer(shape: Shape, seed: int, index: int, start: str | None) -> Trainable:
+def make_layer(shape: Shape, seed: int, index: int, start: str | None = None) -> Trainable:
     """A new layer. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 1_000_003 + index)
