@@ -109,7 +109,7 @@ def test_every_kind_goes_through_the_same_engine(finished, mxd, kind):
     assert layer["fvu"] < 1.5
     assert kind in (result.output / "recipe.yaml").read_text()
     if kind == "dense_twin":
-        assert (layer["l0"], layer["dead_fraction"], *reliance.values()) == (None,) * 5
+        assert (layer["l0"], layer["dead_fraction"], *reliance.values()) == (None,) * 7
         assert report["reliance"]["verdict"] == "not applicable"
         assert "not measured" in (result.output / "README.md").read_text()
     else:

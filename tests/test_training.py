@@ -130,13 +130,13 @@ def test_the_logs_figures_are_those_of_float64():
 
 
 def test_groups_that_fit_the_budget_end_as_one_pass(models, text, tmp_path):
-    settings = {"layers": "all", "data": {"tokens": 8192}}
+    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"start": "data"}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     plan = mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "split", **settings)))
     room = estimate(plan, plan.layers[:2]).training
     assert groups(plan, [0, 1, 2], room) == [[0, 1], [2]]
     assert groups(plan, [0, 1, 2], room - 1) == [[0], [1], [2]]
-    settings["train"] = {"memory_gib": room / 2**30}
+    settings["train"] |= {"memory_gib": room / 2**30}
     split = convert(small_recipe(models["llama"], text, tmp_path / "split", **settings), quiet=True)
     assert_the_same(split, whole)
     assert split.report["recipe_sha256"] == whole.report["recipe_sha256"]  # how the work is done does not make another recipe
@@ -179,7 +179,7 @@ def begin(monkeypatch, recipe: dict) -> tuple[float, float]:
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_path, monkeypatch, capsys, moments):
-    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments}}
+    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments, "start": "data"}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
     _, one = begin(monkeypatch, recipe)

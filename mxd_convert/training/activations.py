@@ -84,12 +84,6 @@ class Activations:
         activations = {index: (inputs[tokens], outputs[tokens]) for index, (inputs, outputs) in self._buffers.items()}
         return Batch(activations, self._counted[tokens])
 
-    @property
-    def blocks_a_forward(self) -> int:
-        """That the base reads at a time."""
-        source = self.source
-        return max(1, min(-(-source.rows_a_step // source.process[1]), FORWARD_TOKENS // source.blocks.context))
-
     @torch.no_grad()
     def read(self, rows: Any) -> Batch:
         """The activations of some blocks of the text, in its order; in every process all of them."""
@@ -107,7 +101,7 @@ class Activations:
         process, processes = source.process
         places, self._bounds = _deal(len(rows), source.blocks.context, steps, first, source.seed, process, processes)
         mine = rows[process::processes]
-        a_forward = self.blocks_a_forward
+        a_forward = max(1, min(-(-source.rows_a_step // processes), FORWARD_TOKENS // source.blocks.context))
         self._counted = torch.zeros(places.size, dtype=torch.bool, device=self.device)
         self.seconds["data"] += time.perf_counter() - start
         for begin in range(0, len(mine), a_forward):

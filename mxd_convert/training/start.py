@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxd_convert.data import block_order
 from mxd_convert.layers import Trainable
-from mxd_convert.training.activations import Activations
+from mxd_convert.training.activations import FORWARD_TOKENS, Activations
 
 GATE_NORM = 3**-0.5  # of a gate's direction: what nn.Linear draws has this norm on average
 
@@ -32,8 +32,9 @@ def start_on_text(layers: Mapping[int, Trainable], activations: Activations) -> 
     rows = block_order(len(source.blocks), 0, len(source.blocks), source.seed)
     random = np.random.default_rng([source.seed, 2])
     other: dict[int, tuple[Tensor, Tensor]] = {}
-    for begin in range(0, len(rows), activations.blocks_a_forward):
-        batch = activations.read(rows[begin : begin + activations.blocks_a_forward])
+    at_once = max(1, FORWARD_TOKENS // source.blocks.context)  # however many processes there are: what becomes an expert hangs on it
+    for begin in range(0, len(rows), at_once):
+        batch = activations.read(rows[begin : begin + at_once])
         counted = batch.counted_B.nonzero().squeeze(1)
         order = counted[torch.from_numpy(random.permutation(len(counted))).to(counted.device)]
         taken, left = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
