@@ -32,7 +32,9 @@ def start_on_text(layers: Mapping[int, Trainable], activations: Activations) -> 
     rows = block_order(len(source.blocks), 0, len(source.blocks), source.seed)
     random = np.random.default_rng([source.seed, 2])
     other: dict[int, tuple[Tensor, Tensor]] = {}
-    at_once = max(1, FORWARD_TOKENS // source.blocks.context)  # however many processes there are: what becomes an expert hangs on it
+    at_once = max(
+        1, FORWARD_TOKENS // source.blocks.context
+    )  # however many processes there are: what becomes an expert hangs on it
     for begin in range(0, len(rows), at_once):
         batch = activations.read(rows[begin : begin + at_once])
         counted = batch.counted_B.nonzero().squeeze(1)
