@@ -10,6 +10,7 @@ from mxd_convert import convert
 from mxd_convert.data import block_order
 from mxd_convert.harvest import harvest
 from mxd_convert.layers import Shape
+from mxd_convert.training import start
 from mxd_convert.training.activations import Activations
 from mxd_convert.training.stage import active_experts, make_layer
 from mxd_convert.training.start import GATE_NORM, start_on_text
@@ -26,12 +27,16 @@ def tokens_of(source, index):
     return seen.inputs.flatten(0, 1)[counted], seen.outputs.flatten(0, 1)[counted]
 
 
-def started(source, kind="mxd", experts=24):
+def fresh(site, kind="mxd", experts=24, sparsity="topk"):
     hidden = 0 if "coder" in kind else 48
-    site = source.sites[0]
-    shape = Shape(kind, site.d_in, hidden, site.d_out, experts, 4, "silu", bool(hidden), skip=kind == "skip_transcoder")
-    layer = make_layer(shape, 7, site.index, "data")
-    start_on_text({site.index: layer}, Activations(source, CPU))
+    skip = kind == "skip_transcoder"
+    shape = Shape(kind, site.d_in, hidden, site.d_out, experts, 4, "silu", bool(hidden), sparsity, skip)
+    return make_layer(shape, 7, site.index, "data")
+
+
+def started(source, *settings):
+    layer = fresh(source.sites[0], *settings)
+    start_on_text({source.sites[0].index: layer}, Activations(source, CPU))
     return layer
 
 
@@ -41,28 +46,28 @@ def test_every_expert_starts_as_a_token_of_the_text(source, kind):
     x, y = tokens_of(source(), 0)
     weight, rows = layer.gate.weight.double(), layer.experts.double()
     assert torch.allclose(weight.norm(dim=-1), torch.tensor(GATE_NORM, dtype=torch.float64), atol=1e-6)
-    # an affine map sends tokens to experts: what its gate is 0 on, and the bias, are the means over the tokens taken
     mean_y = layer.output_bias.double()
-    scales, found = [], set()
+    scales, centres, found = [], [], set()
     for n in range(24):
         fit = (y.double() - mean_y) @ rows[n] / rows[n].square().sum()
         residual = (y.double() - mean_y - fit.unsqueeze(1) * rows[n]).norm(dim=1)
         token = int(residual.argmin())
         assert residual[token] < 1e-4 * y.norm(dim=1).mean()
-        direction = (
-            x[token].double() - x[token].double() @ weight[n] / GATE_NORM**2 * weight[n]
-        )  # what of the input is not along the gate
         scales.append(1 / fit[token])
         found.add(token)
-        offset = layer.gate.bias[n].double() + weight[n] @ (x[token].double() - direction)
-        assert offset > 0  # the token's own gate is open
+        gate = layer.gate.bias[n].double() + weight[n] @ x[token].double()
+        assert gate > 0  # the token's own is open
+        centres.append(x[token].double() - gate / GATE_NORM**2 * weight[n])
     assert len(found) == 24
+    # every gate looks from one and the same point along its token's input
+    assert (torch.stack(centres) - centres[0]).abs().max() < 1e-4 * x.abs().mean()
     assert torch.stack(scales).std() < 1e-4 * torch.stack(scales).mean()  # one scale for all
 
 
-def test_a_layer_started_on_text_is_a_regression_on_its_neighbours(source):
+@pytest.mark.parametrize("sparsity", ["topk", "l1"])
+def test_a_layer_started_on_text_is_a_regression_on_its_neighbours(source, sparsity):
     """The scale is the best there is on tokens that did not become experts, so that the start explains part of the output."""
-    layer = started(source(), experts=200)
+    layer = started(source(), "mxd", 200, sparsity)
     x, y = tokens_of(source(), 0)
     with torch.no_grad():
         assert (layer.linear(x) - 1).abs().max() < 1e-5
@@ -76,19 +81,31 @@ def test_a_start_depends_on_the_seed_and_the_text_alone(source):
     assert not torch.equal(first.experts, other.experts)
 
 
+def test_layers_of_other_sizes_change_nothing_for_each_other(source, monkeypatch):
+    """Trained together or in groups: the same start. A layer of few experts is done after a forward where another takes several."""
+    monkeypatch.setattr(start, "FORWARD_TOKENS", 64)
+    few, many = source().sites
+    together = {few.index: fresh(few), many.index: fresh(many, experts=400)}
+    start_on_text(together, Activations(source(), CPU))
+    for site in (few, many):
+        alone = fresh(site, experts=together[site.index].n_experts)
+        start_on_text({site.index: alone}, Activations(source(), CPU))
+        assert all(torch.equal(together[site.index].state_dict()[name], tensor) for name, tensor in alone.state_dict().items())
+
+
 def test_experts_beyond_the_texts_tokens_keep_a_random_gate(source):
     count = len(tokens_of(source(), 0)[0])
-    layer = started(source(), experts=count)
+    layer = started(source(), "mxd", count)
     used = layer.experts.abs().amax(-1) > 0
     assert 0.4 * count < used.sum() < 0.6 * count
-    drawn = make_layer(Shape("mxd", 32, 48, 32, count, 4, "silu", True), 7, 0, "data").gate.weight
+    drawn = fresh(source().sites[0], "mxd", count).gate.weight
     assert torch.equal(layer.gate.weight[~used], drawn[~used])
     assert layer(torch.randn(5, 32)).isfinite().all()
 
 
 def test_a_gate_that_is_not_trained_is_not_started_on_text(source):
     layer = started(source(), "random_gate")
-    drawn = make_layer(Shape("random_gate", 32, 48, 32, 24, 4, "silu", True), 7, 0, "data")
+    drawn = fresh(source().sites[0], "random_gate")
     assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in drawn.state_dict().items())
 
 

@@ -79,9 +79,14 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
     buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
     step = max(_step(recipe, layer, tokens) for layer in group)
     widest = max(plan.sites, key=lambda site: site.d_hidden)  # the base's own hidden width, not the experts'
-    forward = width * min(tokens, FORWARD_TOKENS) * (6 * widest.d_hidden + 12 * widest.d_in)
+    a_forward = width * (6 * widest.d_hidden + 12 * widest.d_in)  # for a token
+    forward = min(tokens, FORWARD_TOKENS) * a_forward
+    start = 0
+    if recipe.train.start == "data":  # activations of all layers, whole and then half of them in float32
+        read = min(plan.tokens, FORWARD_TOKENS)
+        start = read * (max(a_forward, 2 * sum(layer.shape.d_in + layer.shape.d_out for layer in group)) + a_token)
     base = base_bytes(plan) if room is None else base_room(plan, room) or base_bytes(plan)
-    return _libraries(recipe) + base + int(SPARE * (held + buffer + max(step, forward)))
+    return _libraries(recipe) + base + int(SPARE * (held + max(start, buffer + max(step, forward))))
 
 
 def _libraries(recipe: Recipe) -> int:

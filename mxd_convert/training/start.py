@@ -32,15 +32,16 @@ def start_on_text(layers: Mapping[int, Trainable], activations: Activations) -> 
     rows = block_order(len(source.blocks), 0, len(source.blocks), source.seed)
     random = np.random.default_rng([source.seed, 2])
     other: dict[int, tuple[Tensor, Tensor]] = {}
-    at_once = max(
-        1, FORWARD_TOKENS // source.blocks.context
-    )  # however many processes there are: what becomes an expert hangs on it
+    # the same however many processes there are and whatever a step takes: what becomes an expert hangs on it
+    at_once = max(1, FORWARD_TOKENS // source.blocks.context)
     for begin in range(0, len(rows), at_once):
         batch = activations.read(rows[begin : begin + at_once])
         counted = batch.counted_B.nonzero().squeeze(1)
         order = counted[torch.from_numpy(random.permutation(len(counted))).to(counted.device)]
         taken, left = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
         for index, start in starts.items():
+            if start.full:  # a layer of fewer experts than others: it is done, as it would be alone
+                continue
             x_BI, y_BO = batch.activations[index]
             start.take(x_BI[taken].float(), y_BO[taken].float())
             other[index] = x_BI[left].float(), y_BO[left].float()
