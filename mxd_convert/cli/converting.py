@@ -154,7 +154,7 @@ def print_figures(report: dict[str, Any]) -> None:
         "gate share",
         "identity share",
         "routing necessity",
-        "directions",
+        "dims",
     )
     for index, layer in fidelity["layers"].items():
         shares = reliance["layers"][index]
