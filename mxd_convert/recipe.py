@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0, le=10**13)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PRESET_KEYS = ("lr", "batch_tokens", "warmup_steps", "schedule", "start", "k_start")  # of `train`: what its preset fills in
+# of `train`: what its preset fills in
+PRESET_KEYS = ("lr", "batch_tokens", "warmup_steps", "schedule", "start", "k_start", "finish")
 
 
 class Section(BaseModel):
@@ -163,6 +164,9 @@ class Train(Section):
     and experts at random, D at 0, experts of unit norm throughout; null: the preset's."""
     k_start: Positive | None = None
     """Active experts a token at the first step; they become layer.k, evenly, by half of the steps; null: the preset's."""
+    finish: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the steps, the last of them, in which all layers are trained together, in the model, on the base's next-token distribution; null: the
+    preset's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the layers' products in bfloat16, weights and optimiser in fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -223,6 +227,10 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         layer_indices(self.layers, None)
         train = self.train
+        if train.finish and self.layer.sparsity == "l1":
+            raise ValueError(
+                "train.finish: nothing holds the number of active experts down there with layer.sparsity: l1; set train.finish: 0"
+            )
         if train.k_start is not None and train.k_start < self.layer.k:
             raise ValueError(
                 f"train.k_start: {train.k_start} active experts at the start, fewer than layer.k ({self.layer.k}); raise it to at least that"

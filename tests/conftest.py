@@ -177,7 +177,15 @@ def small_recipe(model: Path, text: Path, folder: Path, **sections) -> dict:
         "base": {"model": str(model)},
         "data": {"train": {"path": str(text)}, "eval": {"tokens": 512}, "context": 32, "tokens": 4096},
         "layer": {"k": 4, "experts": 24},
-        "train": {"lr": 3e-3, "batch_tokens": 256, "log_every": 4, "checkpoint_every": 4, "device": "cpu", "start": "paper"},
+        "train": {
+            "lr": 3e-3,
+            "batch_tokens": 256,
+            "log_every": 4,
+            "checkpoint_every": 4,
+            "device": "cpu",
+            "start": "paper",
+            "finish": 0.0,
+        },
         "output": {"dir": str(folder)},
     }
     for section, content in sections.items():

@@ -12,6 +12,8 @@ from mxd_convert.errors import InputError
 from mxd_convert.harvest import harvest
 from mxd_convert.layers import normalised_mse
 from mxd_convert.plan import check_processes, flops_per_token, shares
+from mxd_convert.surgery import standing_in
+from mxd_convert.training.finish import InPlace
 from mxd_convert.training.stage import make_layer
 
 TOKENS = 64
@@ -71,6 +73,33 @@ def test_the_products_are_those_that_torch_counts(planned, family, layer):
     apart = flops_per_token(plan, [[0], [1]]) - flops_per_token(plan, [[0, 1]])
     assert apart == forward_of(plan, 0)
     assert second.parameters == first.parameters
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize("kind", ["mxd", "skip_transcoder", "dense_twin", "random_gate"])
+def test_the_products_of_a_finish_too(planned, family, kind):
+    settings = {"layers": [1, 2], "layer": {"kind": kind}}
+    plan, without = (planned(family, **settings, train={"finish": share}) for share in (0.5, 0.0))
+    assert (plan.steps, plan.finish_steps) == (16, 8)
+    base = load_base(plan.recipe.base).requires_grad_(False)
+    base.config._attn_implementation = "sdpa"
+    shapes = plan.shapes
+    places = {index: InPlace(make_layer(shape, 0, index, "data"), "fp32") for index, shape in shapes.items()}
+    ids_BT = torch.randint(0, plan.vocabulary, (2, TOKENS // 2))
+
+    def work() -> None:
+        with torch.no_grad():
+            meant = base(input_ids=ids_BT).logits.softmax(-1)
+        with standing_in(base, plan.sites, places):
+            (meant * base(input_ids=ids_BT).logits.log_softmax(-1)).sum().backward()
+
+    # what torch's counter does not know, once more; of the upper layer also the gate's rows in the gradient of its input
+    lower, upper = shapes.values()
+    more = 2 * (upper.d_in + upper.d_out) if kind == "random_gate" else 2 * upper.d_in
+    rows = 4 * lower.d_out if kind == "random_gate" else 2 * lower.d_in + 6 * lower.d_out
+    finish = counted(work) + lower.active * rows + upper.active * (rows + more)
+    passes = [[1, 2]]
+    assert flops_per_token(plan, passes) == (finish + flops_per_token(without, passes)) // 2
 
 
 def test_sequential_order_reads_the_text_again_for_every_layer(planned):

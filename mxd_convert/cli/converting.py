@@ -60,7 +60,8 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
     out.print(f"MLPs      {made.mlp}", markup=False, soft_wrap=True)
     out.print(f"kind      {made.recipe.layer.kind}")
     out.print(f"training  {made.steps:,} steps of {train.batch_tokens:,} tokens; {train.preset} preset: lr {train.lr:g}", end="")
-    out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}")
+    out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}", end="")
+    out.print(f", the last {made.finish_steps:,} steps all together, in the model" if made.finish_steps else "")
     work, total = outlook.flops_per_token / 1e6, outlook.flops_per_token * made.tokens / 1e12
     out.print(f"work      {work:,.1f} MFLOP a token, {total:,.1f} TFLOP in all")
     out.print(f"memory    about {memory.peak / 2**20:,.0f} MiB: training {memory.training / 2**20:,.0f}", end="")

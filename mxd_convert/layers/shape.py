@@ -55,6 +55,14 @@ class Shape:
             gain -= 2 * self.active * self.d_out  # the coefficients need no gradient either
         return linear + gain + (4 * self.d_in * self.d_out if self.skip else 0)
 
+    @property
+    def input_flops(self) -> int:
+        """Floating point operations of the gradient of the layer's input, for one token."""
+        gain = (
+            2 * self.active * (self.d_in + (self.d_out if self.kind == "random_gate" else 0))
+        )  # else the step has the coefficients'
+        return 2 * self.d_in * self.d_hidden * (2 if self.glu else 1) + gain + (2 * self.d_in * self.d_out if self.skip else 0)
+
     def matched(self, expansion: int) -> "Shape":
         """The same with the most experts at which it has no more parameters than a plain transcoder of width `expansion` x `d_in`.
 

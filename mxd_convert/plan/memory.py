@@ -17,6 +17,7 @@ from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.plan.resolve import LayerPlan, Plan, twin_of
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import FORWARD_TOKENS, buffer_steps
+from mxd_convert.training.finish import PIECE_TOKENS
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
 
 LIBRARIES = 520 * 2**20  # of a CPU process: torch, transformers and what they load, resident once a model has run
@@ -40,7 +41,7 @@ class Memory:
 
 def estimate(plan: Plan, group: Sequence[LayerPlan], processes: int = 1, room: int | None = None) -> Memory:
     """The memory of a run that trains the layers of `group` together. processes: that share out every batch. room: to be had."""
-    return Memory(_training(plan, group, processes, room), _evaluation(plan))
+    return Memory(max(_training(plan, group, processes, room), _finish(plan, processes)), _evaluation(plan))
 
 
 def base_bytes(plan: Plan) -> int:
@@ -54,19 +55,43 @@ def base_room(plan: Plan, room: int) -> int | None:
     return most if base_bytes(plan) > most else None
 
 
+def _held(recipe: Recipe, group: Sequence[LayerPlan], whole_gradients: bool) -> int:
+    """Weights, moments and gradients."""
+    held = 0
+    for layer in group:
+        rows = layer.shape.n_experts * (
+            layer.shape.d_in + layer.shape.d_out
+        )  # of the gate and of the experts, whose gradients are not made whole
+        whole = layer.parameters if whole_gradients or recipe.layer.sparsity == "l1" else layer.parameters - rows
+        held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
+    return held
+
+
+def _finish(plan: Plan, processes: int) -> int:
+    """While all layers are trained together in the model; 0 where they are not."""
+    recipe = plan.recipe
+    if not plan.finish_steps:
+        return 0
+    step_tokens = plan.tokens // plan.steps // processes
+    tokens = min(step_tokens, max(PIECE_TOKENS, recipe.data.context))
+    width = _WIDTHS.get(recipe.base.dtype, 4)
+    kept = sum(4 * tokens * ((6 if s.glu else 4) * s.d_hidden + 10 * s.d_out + 2 * s.d_in) for s in plan.shapes.values())
+    widest = max(plan.sites, key=lambda site: site.d_hidden)
+    base = width * tokens * len(plan.depth_weights) * (20 * widest.d_in + 2 * widest.d_hidden)
+    logits = 6 * 4 * tokens * plan.vocabulary
+    # of a whole step, what gradients of gate and experts are made of
+    sources = 4 * step_tokens * sum(shape.d_in + shape.d_out + 6 * shape.active for shape in plan.shapes.values())
+    held = _held(recipe, plan.layers, processes > 1)
+    return _libraries(recipe) + base_bytes(plan) + int(SPARE * (held + sources + kept + base + logits))
+
+
 def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int | None) -> int:
     recipe = plan.recipe
     together = processes > 1 and recipe.train.distribute == "data"
     step_tokens = plan.tokens // plan.steps
     tokens = step_tokens // (processes if together else 1)
     width = _WIDTHS.get(recipe.base.dtype, 4)
-    held = 0
-    for layer in group:
-        rows = layer.shape.n_experts * (
-            layer.shape.d_in + layer.shape.d_out
-        )  # of the gate and of the experts, whose gradients are not made whole
-        whole = layer.parameters if together or recipe.layer.sparsity == "l1" else layer.parameters - rows
-        held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
+    held = _held(recipe, group, together)
     if recipe.train.order == "sequential":  # those below stay, in the base's precision
         held += width * sum(layer.parameters for layer in plan.layers if layer.index < group[0].index)
     if device_of(recipe) == "cuda":
@@ -215,7 +240,7 @@ def check_memory(plan: Plan, processes: int = 1) -> None:
     """Raises InputError where not even one layer at a time fits, naming what to change."""
     worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))  # the last: in sequential order with all below it
     room = budget(plan.recipe)
-    need = estimate(plan, [worst], processes, room)
+    need = Memory(_training(plan, [worst], processes, room), _evaluation(plan))
     gib, layer = plan.recipe.train.memory_gib, plan.recipe.layer
     if need.training > room:
         set_lower = gib is not None and int(gib * 2**30) <= room
@@ -225,6 +250,12 @@ def check_memory(plan: Plan, processes: int = 1) -> None:
             f" ({layer.size}) or train.batch_tokens ({plan.recipe.train.batch_tokens})"
             + (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "")
             + (", or raise train.memory_gib" if set_lower else "")
+        )
+    finish = _finish(plan, processes)
+    if finish and (finish > room or base_room(plan, room) is not None):
+        raise InputError(
+            f"train.finish: {plan.recipe.train.finish:g}: base model and all layers together need about {finish / 2**30:.1f} GiB, and"
+            f" {room / 2**30:.1f} GiB are usable; set train.finish: 0, or lower {layer.size_key} ({layer.size})"
         )
     usable, device = int(USABLE * available("cpu")), device_of(plan.recipe)
     if need.evaluation > usable and (device == "cpu" or not fits_for_evaluation(plan, device)):

@@ -16,7 +16,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.layers import Shape
 from mxd_convert.own_code import trusting
 from mxd_convert.recipe import Recipe, is_local, layer_indices
-from mxd_convert.training.presets import resolve_train, steps_of
+from mxd_convert.training.presets import finish_steps, resolve_train, steps_of
 
 GROWTH_WARNING = 3.0
 
@@ -68,6 +68,11 @@ class Plan:
         return {layer.index: layer.shape for layer in self.layers}
 
     @property
+    def finish_steps(self) -> int:
+        """Of the steps the last, in which all layers are trained together."""
+        return finish_steps(self.steps, self.recipe.train.finish)
+
+    @property
     def output(self) -> Path:
         assert self.recipe.output.dir is not None
         return Path(self.recipe.output.dir)
@@ -78,6 +83,7 @@ class Plan:
             "base_parameters",
             "converted_parameters",
             "steps",
+            "finish_steps",
             "tokens",
             "disk_bytes",
             "warnings",
@@ -155,10 +161,15 @@ def _architecture(recipe: Recipe, config: Any) -> Architecture:
 
 
 def _weights_on_disk(plan: Plan) -> int:
-    """The checkpoint; two saved states, and a third while it is written; the same for the dense twin; and the dashboard."""
-    a_state = (8 if plan.recipe.train.moments == "bf16" else 12) * sum(layer.parameters for layer in plan.layers)
+    """The checkpoint; two saved states, and a third while it is written; the same for the dense twin; and the dashboard.
+
+    With a finish, its states come beside the last two of the layers alone, of which the newest is without moments.
+    """
+    parameters = sum(layer.parameters for layer in plan.layers)
+    a_state = (8 if plan.recipe.train.moments == "bf16" else 12) * parameters
+    alone = a_state + 4 * parameters if plan.finish_steps else 0
     twin = _weights_on_disk(twin_of(plan)) if plan.recipe.train.twin else 0
-    return 4 * plan.converted_parameters + 3 * a_state + twin + _dashboard_on_disk(plan)
+    return 4 * plan.converted_parameters + 3 * a_state + alone + twin + _dashboard_on_disk(plan)
 
 
 def _dashboard_on_disk(plan: Plan) -> int:

@@ -67,7 +67,9 @@ def _probe(plan: Plan) -> Probe:
     # the base, its activations, two ablations of all layers, the converted model, six variants a layer; each layer's own work in
     # the converted model, alone and permuted, and three times as much for its statistics
     forward = (5 + (3 + PERMUTATIONS) * sites) * (a_layer * depth + head) + (5 + PERMUTATIONS) * evaluating
-    seconds = plan.steps * (base + learning)
+    finish = plan.finish_steps
+    whole = 4 * (a_layer * depth + head) * step_tokens  # the base; the converted model there, and twice as much back
+    seconds = (plan.steps - finish) * (base + learning) + finish * (whole + learning)
     return Probe(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
 
 

@@ -1,8 +1,9 @@
 """Training of all layers: in one pass where they fit, in groups where they don't, one after the other in sequential order."""
 
+import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,17 +12,20 @@ from torch import Tensor, nn
 
 from mxd_convert.architectures import Site
 from mxd_convert.data import Blocks
-from mxd_convert.errors import memory_guard
+from mxd_convert.errors import disk_guard, memory_guard
 from mxd_convert.layers import Shape, Trainable
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Activations, Source, buffer_steps
 from mxd_convert.training.allocator import kept_memory
+from mxd_convert.training.finish import Finish
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, lines_of, merge_logs
-from mxd_convert.training.presets import steps_of
+from mxd_convert.training.presets import finish_steps, steps_of
 from mxd_convert.training.stage import Pass, Stage, make_layer
 from mxd_convert.training.state import groups_with_state, load_state, remove_leftovers, remove_state, split_state
 from mxd_convert.training.tracking import track
+
+FINISH = "finish"  # folder of its state, beside those of the groups
 
 
 @dataclass
@@ -86,8 +90,10 @@ class Training:
         assert train.batch_tokens is not None
         self.together = self.accelerator.num_processes > 1 and train.distribute == "data"
         self.rows_a_step = train.batch_tokens // context
-        self.steps = steps_of(job.recipe.data.tokens, train.batch_tokens, context)
-        self.tokens = self.steps * self.rows_a_step * context
+        steps = steps_of(job.recipe.data.tokens, train.batch_tokens, context)
+        self.finish_steps = finish_steps(steps, train.finish)
+        self.steps = steps - self.finish_steps  # of every layer alone
+        self.tokens = steps * self.rows_a_step * context
         self.sites = {site.index: site for site in job.sites}
         self.states = job.folder / "state"
         self.below: dict[str, nn.Module] = {}  # in sequential order, the layers trained so far, by path
@@ -112,17 +118,19 @@ class Training:
         with Interrupt() as interrupt:
             for number, group in enumerate(groups, before + 1):
                 self._train_group(group, number, before + len(groups), interrupt)
-                if self._is_told(interrupt):  # during the last step, which has been saved
+                if self._is_told(interrupt, self.together):  # during the last step, which has been saved
                     raise KeyboardInterrupt
-        if not self.together and self.accelerator.num_processes > 1:
-            if not self.job.quiet:
-                print("waiting for the other processes' layers", file=sys.stderr, flush=True)
-            self.accelerator.wait_for_everyone()
+            if not self.together and self.accelerator.num_processes > 1:
+                if not self.job.quiet:
+                    print("waiting for the other processes' layers", file=sys.stderr, flush=True)
+                self.accelerator.wait_for_everyone()
+            if self.finish_steps:
+                self._finish(interrupt)
         return self._collect() if self.accelerator.is_main_process else None
 
-    def _is_told(self, interrupt: Interrupt) -> bool:
+    def _is_told(self, interrupt: Interrupt, together: bool) -> bool:
         """Whether to stop: this process, or any that share out the batches with it."""
-        if not self.together:
+        if not together:
             return interrupt.told
         told = torch.tensor(int(interrupt.told), device=self.accelerator.device)
         return bool(self.accelerator.reduce(told, "sum"))
@@ -160,25 +168,33 @@ class Training:
         if self.recipe.train.order == "sequential":
             self._put_below(stage.layers)
 
+    def _finish(self, interrupt: Interrupt) -> None:
+        """All layers together, each process with its part of every batch, however the layers were shared out."""
+        finished, _ = self._earlier()
+        self.below = {}
+        stage = Finish(
+            self.recipe,
+            replace(self._source(list(self.sites), self.finish_steps), process=self._process),
+            self.job.shapes,
+            self.states / FINISH,
+            self.accelerator,
+            self.job.quiet,
+            {index: layer for group in finished for index, layer in self._load(group).items()},
+            self.steps,
+        )
+        stage.train(interrupt)
+        if self._is_told(interrupt, self.accelerator.num_processes > 1):
+            raise KeyboardInterrupt
+
+    @property
+    def _process(self) -> tuple[int, int]:
+        return self.accelerator.process_index, self.accelerator.num_processes
+
     def stage(self, group: list[int], number: int = 1, passes: int = 1, activations: Activations | None = None) -> Stage:
         """A pass over the text for a group of layers. activations: of another run that reads the same."""
-        train = self.recipe.train
-        source = Source(
-            base=self.job.base,
-            sites=[self.sites[index] for index in group],
-            blocks=self.job.blocks,
-            rows_a_step=self.rows_a_step,
-            steps=self.steps,
-            buffer_steps=buffer_steps(self.rows_a_step * self.job.blocks.context, self.job.sites),
-            seed=train.seed,
-            mask_bos=train.mask_bos,
-            below=self.below,
-            teacher=train.target == "teacher",
-            process=(self.accelerator.process_index, self.accelerator.num_processes) if self.together else (0, 1),
-        )
         return Stage(
             self.recipe,
-            source,
+            self._source(group, self.steps),
             self.job.shapes,
             self._folder(group),
             self.accelerator,
@@ -186,6 +202,22 @@ class Training:
             self.job.quiet,
             Pass(self._named(group), number, passes),
             activations,
+        )
+
+    def _source(self, group: list[int], steps: int) -> Source:
+        train = self.recipe.train
+        return Source(
+            base=self.job.base,
+            sites=[self.sites[index] for index in group],
+            blocks=self.job.blocks,
+            rows_a_step=self.rows_a_step,
+            steps=steps,
+            buffer_steps=buffer_steps(self.rows_a_step * self.job.blocks.context, self.job.sites),
+            seed=train.seed,
+            mask_bos=train.mask_bos,
+            below=self.below,
+            teacher=train.target == "teacher",
+            process=self._process if self.together else (0, 1),
         )
 
     def _named(self, group: list[int]) -> str:
@@ -207,8 +239,7 @@ class Training:
         layers = {}
         for index in group:
             layers[index] = make_layer(self.job.shapes[index], self.recipe.train.seed, index, self.recipe.train.start)
-            own = {name.removeprefix(f"{index}/"): found[1][name] for name in found[1] if name.startswith(f"{index}/")}
-            layers[index].load_state_dict(own)
+            layers[index].load_state_dict(_of_layer(found[1], index))
         return layers
 
     def _collect(self) -> Trained:
@@ -226,8 +257,19 @@ class Training:
                 if any(first < line["step"] <= last for first, last in facts.get("unsent", [])):
                     track(self.accelerator, line, self._named(facts["layers"]))
         seconds = max(sum(facts["seconds"] for _, facts in mine) for mine in by_process)
-        resumed = sorted({step for _, facts in states for step in facts["resumed_at_steps"]})
-        return Trained({index: layers[index] for index in sorted(layers)}, self.steps, self.tokens, seconds, resumed)
+        resumed = {step for _, facts in states for step in facts["resumed_at_steps"]}
+        if self.finish_steps:
+            found = load_state(self.states / FINISH, self.recipe.fingerprint())
+            assert found is not None
+            _, tensors, facts = found
+            for index, layer in layers.items():
+                layer.load_state_dict(_of_layer(tensors, index))
+            with (self.job.folder / NAME).open("a") as log, disk_guard(self.job.folder):
+                log.writelines(json.dumps(line) + "\n" for line in lines_of(self.states / FINISH / NAME))
+            seconds += facts["seconds"]
+            resumed |= {self.steps + step for step in facts["resumed_at_steps"]}
+        steps = self.steps + self.finish_steps
+        return Trained({index: layers[index] for index in sorted(layers)}, steps, self.tokens, seconds, sorted(resumed))
 
 
 class _Elsewhere(nn.Module):
@@ -239,6 +281,11 @@ class _Elsewhere(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         return self.layer(x_BTI.to(self.device)).to(x_BTI.device)
+
+
+def _of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """A layer's own parameters out of a finished state."""
+    return {name.removeprefix(f"{index}/"): tensors[name] for name in tensors if name.startswith(f"{index}/")}
 
 
 def _span(group: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from mxd_convert.recipe import Recipe
 
+FINISH = 0.3  # of the steps
 K_START = 4  # x layer.k active experts at the first step of `fast`
 
 
@@ -10,25 +11,34 @@ def steps_of(tokens: int, batch_tokens: int, context: int) -> int:
     return max(1, tokens // (batch_tokens // context * context))
 
 
+def finish_steps(steps: int, share: float | None) -> int:
+    """Of a run's steps, those in which all layers are trained together; at least one is left for the layers alone."""
+    return min(steps - 1, round((share or 0.0) * steps))
+
+
 def resolve_train(recipe: Recipe, d_in: int, n_experts: int) -> Recipe:
     """The recipe with the open keys of `train` filled in. d_in: the narrowest input width of the layers to convert; n_experts: the fewest.
 
     paper: the published settings. fast: layers that start on the text, four times as many active experts at first, a batch of 1,024
     tokens that grows with the budget (to 4,096), a learning rate that falls with the square root of the width, warm-up over a twentieth
-    of the steps, and a decay to zero over the last fifth.
+    of the steps, a decay to zero over the last fifth; and a finish of all layers together in the last three tenths of the run.
     """
     train, context = recipe.train, recipe.data.context
     if train.preset == "paper":
         lr, batch, warmup, schedule, start, k_start = 1.0e-4, 4096, 5000, "constant", "paper", recipe.layer.k
+        finish = 0.0
     else:
         batch = 4096 if recipe.data.tokens >= 40_000_000 else 2048 if recipe.data.tokens >= 4_000_000 else 1024
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, start = "trapezoid", "data"
+        finish = 0.0 if recipe.layer.sparsity == "l1" else FINISH
         k_start = max(recipe.layer.k, min(K_START * recipe.layer.k, n_experts))
         warmup = -1
     batch = max(context, train.batch_tokens or batch)
     steps = steps_of(recipe.data.tokens, batch, context)
-    warmup = max(1, steps // 20) if warmup < 0 else warmup
+    share = finish if train.finish is None else train.finish
+    alone = steps - finish_steps(steps, share)
+    warmup = max(1, alone // 20) if warmup < 0 else warmup
     resolved = train.model_copy(
         update={
             "lr": lr if train.lr is None else train.lr,
@@ -37,6 +47,7 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int) -> Recipe:
             "schedule": schedule if train.schedule is None else train.schedule,
             "start": start if train.start is None else train.start,
             "k_start": k_start if train.k_start is None else train.k_start,
+            "finish": finish if train.finish is None else train.finish,
         }
     )
     return recipe.model_copy(update={"train": resolved})

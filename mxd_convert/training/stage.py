@@ -82,6 +82,8 @@ class Stage:
     read the same ones.
     """
 
+    first_step = 0  # steps that the layers have taken before
+
     def __init__(
         self,
         recipe: Recipe,
@@ -95,26 +97,21 @@ class Stage:
         activations: Activations | None = None,
     ) -> None:
         train = recipe.train
-        assert train.lr is not None
-        assert train.warmup_steps is not None
-        assert train.schedule is not None
         self.recipe, self.source, self.folder, self.accelerator = recipe, source, folder, accelerator
         self.together, self.quiet, self.this = together, quiet or not accelerator.is_main_process, this
         self.writes = accelerator.is_main_process or not together
         self.device = accelerator.device
         self.steps, self.step_tokens = source.steps, source.rows_a_step * source.blocks.context
-        self.layers = {
-            site.index: make_layer(shapes[site.index], train.seed, site.index, train.start).to(self.device)
-            for site in source.sites
-        }
+        self.layers = self._make_layers(shapes)
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
         self.losses: dict[int, list[Tensor]] = {index: [] for index in self.layers}  # of the steps since the last log line
+        lr, warmup, schedule = self._rates()
         self.optimiser = Optimiser(
             self.layers,
-            train.lr,
+            lr,
             self.steps,
-            train.warmup_steps,
-            train.schedule,
+            warmup,
+            schedule,
             moments=train.moments,
             seed=train.seed,
             defer=not together,
@@ -133,6 +130,51 @@ class Stage:
         self.stopping = self.saving = False
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self._restore()
+
+    # --- what a stage of another kind does in its own way ------------------------------------------------------------------------
+
+    def _make_layers(self, shapes: dict[int, Shape]) -> dict[int, Trainable]:
+        train = self.recipe.train
+        return {
+            site.index: make_layer(shapes[site.index], train.seed, site.index, train.start).to(self.device)
+            for site in self.source.sites
+        }
+
+    def _rates(self) -> tuple[float, int, str]:
+        """Peak learning rate, steps of warm-up, schedule."""
+        train = self.recipe.train
+        assert train.lr is not None
+        assert train.warmup_steps is not None
+        assert train.schedule is not None
+        return train.lr, train.warmup_steps, train.schedule
+
+    def _begin(self) -> None:
+        """What comes before the first step of all."""
+        if self.recipe.train.start == "data":
+            self._choose_k(0)
+            start_on_text(self.layers, self.activations)
+            for parameter in self.names if self.together else ():  # the same to the last bit in all processes
+                parameter.data.copy_(broadcast(parameter.data))
+
+    def _learn(self, step: int, interrupt: Interrupt) -> None:
+        """Forward and backward of a step, for all layers; their losses."""
+        batch = self.activations.batch(step)
+        counted_B = batch.counted_B
+        total = self._agree(counted_B.sum(), interrupt)
+        self._choose_k(step)
+        for index, layer in self.layers.items():
+            x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
+            # the loss is a mean over this process's tokens; weighted by its share, the sum over processes is the mean over all
+            share = counted_B.sum() / total if self.together else None
+            precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
+            self.losses[index].append(learn(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
+
+    def _facts(self) -> dict[str, Any]:
+        """What a saved state has besides."""
+        return {}
+
+    def _take(self, facts: dict[str, Any]) -> None:
+        """The same, of a state that is gone on from."""
 
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -181,16 +223,7 @@ class Stage:
         return figures
 
     def _step(self, step: int, interrupt: Interrupt) -> None:
-        batch = self.activations.batch(step)
-        counted_B = batch.counted_B
-        total = self._agree(counted_B.sum(), interrupt)
-        self._choose_k(step)
-        for index, layer in self.layers.items():
-            x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
-            # the loss is a mean over this process's tokens; weighted by its share, the sum over processes is the mean over all
-            share = counted_B.sum() / total if self.together else None
-            precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
-            self.losses[index].append(learn(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
+        self._learn(step, interrupt)
         if self.together:
             for parameter in self.names:
                 if parameter.grad is not None:
@@ -233,8 +266,8 @@ class Stage:
             self.losses[index].clear()
         lr = self.optimiser.rate(self.done - 1)
         line: dict[str, Any] = {
-            "step": self.done,
-            "tokens": self.done * self.step_tokens,
+            "step": self.first_step + self.done,
+            "tokens": (self.first_step + self.done) * self.step_tokens,
             "lr": lr,
             "tokens_per_second": round(rate, 1),
             "layers": figures,
@@ -288,6 +321,7 @@ class Stage:
                 "resumed_at_steps": self.resumed_at,
                 "unsent": self.unsent + ([] if self.accelerator.is_main_process else [[self.began, self.done]]),
                 "layers": list(self.layers),
+                **self._facts(),
             }
             save_state(self.folder, self.done, tensors, facts, self.recipe.fingerprint())
         if self.together:
@@ -300,13 +334,10 @@ class Stage:
         if found is None or found[2]["layers"] != list(self.layers):
             if self.writes:
                 self.log_path.unlink(missing_ok=True)
-            if self.recipe.train.start == "data":
-                self._choose_k(0)
-                start_on_text(self.layers, self.activations)
-                for parameter in self.names if self.together else ():  # the same to the last bit in all processes
-                    parameter.data.copy_(broadcast(parameter.data))
+            self._begin()
             return
         self.done, tensors, facts = found
+        self._take(facts)
         with torch.no_grad():
             for parameter, name in self.names.items():
                 parameter.copy_(tensors[name])
@@ -320,4 +351,4 @@ class Stage:
         self.resumed_at, self.began = [*facts["resumed_at_steps"], self.done], self.done
         self.unsent = facts.get("unsent", [])
         if self.writes:
-            cut_log(self.log_path, self.done)
+            cut_log(self.log_path, self.first_step + self.done)

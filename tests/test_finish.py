@@ -1,0 +1,198 @@
+"""The end of a training, all layers together in the model: what it learns, that it goes on after a cut, and that processes share it."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from conftest import small_recipe
+from safetensors.torch import load_file
+from test_processes import two_processes
+
+import mxd_convert
+from mxd_convert import convert
+from mxd_convert.harvest import harvest
+from mxd_convert.layers import Shape, new_layer, normalised_mse
+from mxd_convert.plan import memory
+from mxd_convert.surgery import convert as put_layers
+from mxd_convert.training.finish import Finish
+from mxd_convert.training.interrupt import Interrupt
+from mxd_convert.training.loop import FINISH
+from mxd_convert.training.stage import Stage
+
+SHARE = {"finish": 0.4}
+
+
+def layers_for(source, kind="mxd"):
+    torch.manual_seed(3)
+    made = {}
+    for site in source.sites:
+        hidden = 0 if "coder" in kind else 48
+        gain = (0, 0) if kind == "dense_twin" else (24, 4)
+        shape = Shape(kind, site.d_in, hidden, site.d_out, *gain, "silu", bool(hidden), skip=kind == "skip_transcoder")
+        made[site.index] = new_layer(shape, "data")
+        with torch.no_grad():
+            for parameter in made[site.index].parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.fixture
+def finishing(source, models, text, tmp_path):
+    """A finish of two layers of a tiny Llama."""
+
+    def make(kind="mxd", steps=30, **changes):
+        plain = small_recipe(models["llama"], text, tmp_path / "out", train={"lr": 3e-2, "k_start": 4, "start": "data"})
+        recipe = mxd_convert.load_recipe(plain)
+        here = source(steps=steps, **changes)
+        device = Accelerator(cpu=True)
+        return Finish(recipe, here, {}, tmp_path / "state", device, True, layers_for(here, kind), 8)
+
+    return make
+
+
+@torch.no_grad()
+def test_its_losses_are_those_of_the_checkpoint(finishing):
+    """KL against the logits of a converted model as surgery makes it; the layers' own loss from its hidden states."""
+    stage = finishing()
+    source = stage.source
+    rows = stage._rows(0)[:3]
+    kl, own, counted = stage._forward(rows)
+    ids = source.blocks.take(rows)
+    converted = put_layers(source.base, stage.layers)
+    logs = [model(input_ids=ids).logits.double().log_softmax(-1) for model in (source.base, converted)]
+    assert kl.item() == pytest.approx((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item(), rel=1e-4)
+    assert counted == source.blocks.counted(ids, True).sum()
+    meant = harvest(source.base, source.sites, ids)
+    got = {}
+    for index, layer in converted.mxd_layers().items():
+        layer.register_forward_hook(lambda module, inputs, output, index=index: got.update({index: output}))
+    converted(input_ids=ids)
+    for index in (0, 2):
+        outputs = (outputs.flatten(0, 1) for outputs in (got[index], meant[index].outputs))
+        expected = normalised_mse(*outputs, source.blocks.counted(ids, True).flatten())
+        assert own[index].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_its_gradients_are_those_of_the_whole_step(finishing):
+    """Pieces add up: gradients of a step in pieces of one block are those of the mean over the step, by autograd in one go."""
+    stage = finishing()
+    parameters = [parameter for layer in stage.layers.values() for parameter in layer.parameters()]
+    sinks = {index: layer.sinks for index, layer in stage.layers.items()}
+    for layer in stage.layers.values():
+        layer.sinks = {}  # all gradients whole, by autograd
+    kl, own, _ = stage._forward(stage._rows(0))
+    whole = torch.autograd.grad(kl + stage.weight * torch.stack(list(own.values())).sum(), parameters)
+    for index, layer in stage.layers.items():
+        layer.sinks = sinks[index]
+    stage._blocks_a_piece = lambda: 1
+    stage._learn(0, Interrupt())
+    for parameter, expected in zip(parameters, whole, strict=True):
+        sink = stage.optimiser.sinks.get(parameter)
+        made = parameter.grad if sink is None else sink.rows(0, len(parameter))
+        if sink is not None and parameter.grad is not None:
+            made = made + parameter.grad
+        assert torch.allclose(made, expected, atol=2e-5 * expected.abs().max().item()), expected.shape
+
+
+@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate"])
+def test_it_brings_the_model_closer(finishing, kind):
+    stage = finishing(kind)
+    before, _, _ = stage._forward(stage._rows(0))
+    still = stage.layers[0].gate.weight.clone() if kind == "random_gate" else None
+    stage.train(Interrupt())
+    after, _, _ = stage._forward(stage._rows(0))
+    assert after < 0.7 * before
+    if still is not None:
+        assert stage.layers[0].gate.weight.equal(still)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in stage.source.base.parameters())
+
+
+def test_the_two_losses_weigh_the_same_at_first(finishing):
+    stage = finishing()
+    kl, own, _ = stage._forward(stage._rows(0)[: stage._blocks_a_piece()])
+    assert stage.weight * sum(loss.item() for loss in own.values()) == pytest.approx(kl.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_a_run_with_a_finish(models, text, tmp_path, family):
+    result = convert(small_recipe(models[family], text, tmp_path / "out", train=SHARE), quiet=True)
+    lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 16
+    assert lines[-1]["tokens"] == 4096
+    assert set(lines[-1]["layers"]) == {"0", "1", "2"}
+    assert 0 < lines[-1]["lr"] < lines[0]["lr"]
+    ours, theirs = load_file(result.output / "model.safetensors"), load_file(models[family] / "model.safetensors")
+    shared = ours.keys() & theirs.keys()  # the model that was trained in is left as it was, but for the layers
+    assert len(shared) > 10
+    assert all(torch.equal(ours[name], theirs[name]) for name in shared)
+
+
+def assert_the_same(ours, theirs):
+    tensors, others = (load_file(result.output / "model.safetensors") for result in (ours, theirs))
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+    logs = []
+    for result in (ours, theirs):
+        lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
+        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_finish_that_was_cut_off_goes_on_and_ends_the_same(models, text, tmp_path, monkeypatch, step):
+    settings = {"train": SHARE, "data": {"tokens": 8192}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
+    recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
+    take = Stage._step
+
+    def interrupted(self, number, interrupt):
+        interrupt.told = isinstance(self, Finish) and number == step
+        take(self, number, interrupt)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe, quiet=True)
+    assert (tmp_path / "cut.partial" / "state" / FINISH).is_dir()
+    done = convert(recipe, quiet=True)
+    assert done.report["cost"]["resumed_at_steps"] == [19 + step + 1]  # of 32 steps 13 are the finish's
+    assert_the_same(done, whole)
+
+
+def test_groups_and_order_change_nothing_in_it(models, text, tmp_path, monkeypatch):
+    settings = {"data": {"tokens": 8192}}
+    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings, train=SHARE), quiet=True)
+    plan = mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "split", **settings)))
+    room = memory.estimate(plan, plan.layers[:1]).training
+    monkeypatch.setattr(memory, "_finish", lambda plan, processes: 1)
+    train = {**SHARE, "memory_gib": room / 2**30}
+    split = convert(small_recipe(models["llama"], text, tmp_path / "split", **settings, train=train), quiet=True)
+    assert_the_same(split, whole)
+    settings["train"] = {**SHARE, "order": "sequential", "target": "teacher"}
+    last = convert(small_recipe(models["llama"], text, tmp_path / "s", **settings), quiet=True)
+    assert last.report["fidelity"]["delta_ce"] == pytest.approx(whole.report["fidelity"]["delta_ce"], abs=0.02)
+
+
+@pytest.mark.parametrize("distribute", ["data", "layers"])
+def test_two_processes_share_the_finish(models, text, tmp_path, distribute):
+    settings = {"data": {"tokens": 16_384}}
+    one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings, train=SHARE), quiet=True)
+    recipe = tmp_path / "recipe.yaml"
+    train = {**SHARE, "distribute": distribute}
+    recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings, train=train)))
+    done = two_processes(recipe)
+    _, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-3), name
+
+
+def test_what_a_finish_can_not_do_is_refused(refused, recipe, monkeypatch):
+    refused("run", recipe(train={"finish": 1.0}), words=("train.finish", "1.0"))
+    refused("run", recipe(train={"finish": 0.3}, layer={"sparsity": "l1"}), words=("train.finish", "l1", "0"))
+    monkeypatch.setattr(memory, "_finish", lambda plan, processes: 2**50)
+    refused("run", recipe(train={"finish": 0.3}), words=("train.finish", "GiB", "set train.finish: 0", "layer.experts"))
