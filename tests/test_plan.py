@@ -130,6 +130,8 @@ def test_more_processes_than_blocks_in_a_batch_are_refused(planned):
     with pytest.raises(InputError, match=r"train.batch_tokens: 256 tokens are 8 blocks of 32, fewer than the 9 processes"):
         check_processes(plan, 9)
     check_processes(planned(train={"distribute": "layers"}), 9)
+    with pytest.raises(InputError, match="fewer than the 9 processes"):  # which share out the finish's batches
+        check_processes(planned(train={"distribute": "layers", "finish": 0.25}), 9)
 
 
 @pytest.mark.parametrize(("layer", "words"), [({}, r"layer.experts \(24\)"), ({"experts": "auto"}, r"layer.expansion \(32\)")])

@@ -276,7 +276,7 @@ def check_processes(plan: Plan, processes: int) -> None:
     train = plan.recipe.train
     assert train.batch_tokens is not None
     rows = train.batch_tokens // plan.recipe.data.context
-    if train.distribute == "data" and rows < processes:
+    if (train.distribute == "data" or plan.finish_steps) and rows < processes:
         raise InputError(
             f"train.batch_tokens: {train.batch_tokens} tokens are {rows} blocks of {plan.recipe.data.context}, fewer than the"
             f" {processes} processes; raise train.batch_tokens"

@@ -94,7 +94,7 @@ class Finish(Stage):
         process, processes = self.source.process
         rows = self._rows(step)[process::processes]
         blocks = self.source.blocks
-        total = self._agree(blocks.counted(blocks.take(rows), self.source.mask_bos).sum().to(self.device), interrupt)
+        total = self._agree(blocks.counted(blocks.take(rows), self.source.mask_bos).sum().to(self.device), interrupt).clamp_min(1)
         losses = {index: torch.zeros((), device=self.device) for index in self.layers}
         for begin in range(0, len(rows), self._blocks_a_piece()):
             piece = rows[begin : begin + self._blocks_a_piece()]
@@ -114,8 +114,9 @@ class Finish(Stage):
         keep: for the log.
         """
         source, base = self.source, self.source.base
-        ids_BT = source.blocks.take(rows).to(self.device)
-        counted_B = source.blocks.counted(ids_BT.cpu(), source.mask_bos).flatten().to(self.device)
+        ids_BT = source.blocks.take(rows)
+        counted_B = source.blocks.counted(ids_BT, source.mask_bos).flatten().to(self.device)
+        ids_BT = ids_BT.to(self.device)
         with torch.no_grad(), recording(base, source.sites) as seen:
             meant = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
         places = {index: InPlace(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
