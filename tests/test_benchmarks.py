@@ -58,7 +58,8 @@ def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
     train = resolve_train(recipe, 64, 1780).train
     published = "published" in arm or "paper" in arm
     assert (train.start, train.k_start) == (("paper", 8) if published else ("data", 32))
-    assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, "trapezoid", 1024, 300_000)
+    assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, "trapezoid", 512, 300_000)
+    assert train.finish == (0.0 if published else 0.4)
 
 
 def test_the_study_chooses_rates_by_the_training_text_and_goes_on(monkeypatch, tmp_path):

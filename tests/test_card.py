@@ -127,6 +127,17 @@ def test_the_metadata_is_what_the_hub_takes(converted, tmp_path):
     assert f"commit `{'a' * 40}`" in (folder / "README.md").read_text()
 
 
+def test_it_says_how_the_layers_were_trained(converted, tmp_path):
+    folder = shutil.copytree(converted["llama"], tmp_path / "copy")
+    report = json.loads((folder / "mxd_report.json").read_text())
+    alone = "the layers were trained each on the base model's own activations"
+    assert f"{alone}.\n" in (folder / "README.md").read_text()
+    recipe = (folder / "recipe.yaml").read_text()
+    assert "  finish: 0.0\n" in recipe
+    write_card(folder, report, recipe.replace("  finish: 0.0\n", "  finish: 0.4\n"), base_on_hub=False)
+    assert f"{alone}; over the last 40.0% of the steps all together, in the model" in (folder / "README.md").read_text()
+
+
 def test_what_was_not_measured_is_called_so(converted, tmp_path):
     folder = edit(converted["gpt2"], tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
     card = (folder / "README.md").read_text()

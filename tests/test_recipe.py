@@ -147,8 +147,8 @@ def test_the_presets_fill_in_what_is_open():
     expected = {"lr": 1e-4, "batch_tokens": 4096, "warmup_steps": 5000, "schedule": "constant", "start": "paper"}
     assert {key: getattr(paper, key) for key in PRESET_KEYS} == {**expected, "k_start": 32, "finish": 0.0}
     fast = resolve_train(open_recipe, 256, 7168).train
-    expected = {"lr": 5e-3, "batch_tokens": 4096, "warmup_steps": 4101, "schedule": "trapezoid", "start": "data"}
-    assert {key: getattr(fast, key) for key in PRESET_KEYS} == {**expected, "k_start": 128, "finish": 0.3}
+    expected = {"lr": 5e-3, "batch_tokens": 4096, "warmup_steps": 3515, "schedule": "trapezoid", "start": "data"}
+    assert {key: getattr(fast, key) for key in PRESET_KEYS} == {**expected, "k_start": 128, "finish": 0.4}
     assert resolve_train(load_recipe({**MINIMAL, "layer": {"sparsity": "l1"}}), 64, 50).train.finish == 0
     assert resolve_train(open_recipe, 64, 50).train.k_start == 50
     own = load_recipe({**MINIMAL, "train": {"start": "paper", "k_start": 40, "lr": 1e-3}})

@@ -55,6 +55,7 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
         recipe=recipe_yaml.strip(),
         local=report["local"],
         order=recipe.get("train", {}).get("order"),
+        finish=recipe.get("train", {}).get("finish"),
         base_on_hub=base_on_hub,
         licence=_licence(report["base"]),
         indices=indices,

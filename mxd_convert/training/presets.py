@@ -2,7 +2,8 @@
 
 from mxd_convert.recipe import Recipe
 
-FINISH = 0.3  # of the steps
+FINISH = 0.4  # of the steps
+BATCHES = {1_000_000: 512, 4_000_000: 1024, 40_000_000: 2048}  # tokens a step of `fast`, for budgets below so many; 4,096 above
 K_START = 4  # x layer.k active experts at the first step of `fast`
 
 
@@ -19,16 +20,16 @@ def finish_steps(steps: int, share: float | None) -> int:
 def resolve_train(recipe: Recipe, d_in: int, n_experts: int) -> Recipe:
     """The recipe with the open keys of `train` filled in. d_in: the narrowest input width of the layers to convert; n_experts: the fewest.
 
-    paper: the published settings. fast: layers that start on the text, four times as many active experts at first, a batch of 1,024
-    tokens that grows with the budget (to 4,096), a learning rate that falls with the square root of the width, warm-up over a twentieth
-    of the steps, a decay to zero over the last fifth; and a finish of all layers together in the last three tenths of the run.
+    paper: the published settings. fast: layers that start on the text, four times as many active experts at first, a batch that grows
+    with the budget, a learning rate that falls with the square root of the width, warm-up over a twentieth of the steps, a decay to zero
+    over the last fifth; and a finish of all layers together in the last two fifths of the run.
     """
     train, context = recipe.train, recipe.data.context
     if train.preset == "paper":
         lr, batch, warmup, schedule, start, k_start = 1.0e-4, 4096, 5000, "constant", "paper", recipe.layer.k
         finish = 0.0
     else:
-        batch = 4096 if recipe.data.tokens >= 40_000_000 else 2048 if recipe.data.tokens >= 4_000_000 else 1024
+        batch = next((batch for below, batch in BATCHES.items() if recipe.data.tokens < below), 4096)
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, start = "trapezoid", "data"
         finish = 0.0 if recipe.layer.sparsity == "l1" else FINISH
