@@ -1,10 +1,11 @@
 """What `train.preset: fast` is worth: MxDs against their own start in the paper and against transcoders, at equal tokens and parameters.
 
-    python benchmarks/study.py [--models stories260k prose-neox] [--k 4 8 32] [--seeds 0 1 2] [--arms ...] [--results study.jsonl]
+    python benchmarks/study.py [--models stories260k prose-neox] [--k 8 4 32] [--seeds 0 1 2] [--arms ...] [--results study.jsonl]
 
-Every arm gets the same search over learning rates, on the first seed, judged by what is left unexplained of the training text at the end
-of the training; the held-out text is for the table alone. Each run is a conversion of all layers by the command line, evaluated as
-loaded from disk. Runs that the results file has are not done again, so a study that is cut off goes on.
+Every arm gets the same search over learning rates, on the first seed and the first K, judged on the training text at the end of the
+training: by KL(base || converted), or without a finish by what is left unexplained of the layers' outputs; the held-out text is for the
+table alone. Each run is a conversion of all layers by the command line, evaluated as loaded from disk. Runs that the results file has
+are not done again, so a study that is cut off goes on.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def measure(case: Case) -> dict[str, Any]:
     return {
         "rise": fidelity["delta_ce"],
         "train_fvu": statistics.mean(layer["fvu"] for line in late for layer in line["layers"].values()),
+        "train_kl": statistics.mean(line["kl"] for line in late) if "kl" in late[0] else None,
         "dead": [layer["dead_fraction"] for layer in fidelity["layers"].values()],
         **figures,
     }
@@ -95,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--k", nargs="+", type=int, default=[4, 8, 32])
+    parser.add_argument("--k", nargs="+", type=int, default=[8, 4, 32], help="the first is the one at which rates are chosen")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, help="in place of 600,000 (stories260k) and 300,000 (prose-neox)")
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose from, in place of three or four")
@@ -109,19 +111,25 @@ def main() -> None:
             tokens = arguments.tokens or MODELS[model]["data.tokens"]
             rates = arguments.rates or RATES[model]
             groups = [(arm, k) for arm in arguments.arms for k in (arguments.k if arm != "dense twin" else arguments.k[:1])]
-            first = arguments.seeds[0]
-            searched = [Case(model, arm, k, lr, first, tokens) for arm, k in groups for lr in rates]
+            searched = [
+                Case(model, arm, arguments.k[0], lr, arguments.seeds[0], tokens) for arm in arguments.arms for lr in rates
+            ]
             list(pool.map(results.of, searched))
-            best = {group: best_rate(results, [case for case in searched if (case.arm, case.k) == group]) for group in groups}
-            cases = [[Case(model, arm, k, best[arm, k], seed, tokens) for seed in arguments.seeds] for arm, k in groups]
+            best = {arm: best_rate(results, [case for case in searched if case.arm == arm]) for arm in arguments.arms}
+            cases = [[Case(model, arm, k, best[arm], seed, tokens) for seed in arguments.seeds] for arm, k in groups]
             list(pool.map(results.of, [case for group in cases for case in group]))
             print(f"\n{model}, {tokens:,} tokens, {len(arguments.seeds)} seeds\n")
             print(table(results, cases), flush=True)
 
 
 def best_rate(results: Results, cases: Iterable[Case]) -> float:
-    """Of cases that differ in the learning rate: the one that leaves least of the training text unexplained."""
-    return min(cases, key=lambda case: results.of(case)["train_fvu"]).lr
+    """Of cases that differ in the learning rate: the one that is best on the training text."""
+
+    def left(case: Case) -> float:
+        figures = results.of(case)
+        return float(figures["train_fvu"] if figures["train_kl"] is None else figures["train_kl"])
+
+    return min(cases, key=left).lr
 
 
 def table(results: Results, groups: Iterable[list[Case]]) -> str:

@@ -104,6 +104,8 @@ def test_it_brings_the_model_closer(finishing, kind):
     stage.train(Interrupt())
     after, _, _ = stage._forward(stage._rows(0))
     assert after < 0.7 * before
+    line = json.loads(stage.log_path.read_text().splitlines()[-1])
+    assert after.item() / 2 < line["kl"] < before.item()
     if still is not None:
         assert stage.layers[0].gate.weight.equal(still)
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in stage.source.base.parameters())
@@ -125,6 +127,8 @@ def test_a_run_with_a_finish(models, text, tmp_path, family):
     assert lines[-1]["tokens"] == 4096
     assert set(lines[-1]["layers"]) == {"0", "1", "2"}
     assert 0 < lines[-1]["lr"] < lines[0]["lr"]
+    assert ["kl" in line for line in lines] == [line["step"] > 10 for line in lines]  # of 16, 6 are the finish's
+    assert lines[-1]["kl"] > 0
     ours, theirs = load_file(result.output / "model.safetensors"), load_file(models[family] / "model.safetensors")
     shared = ours.keys() & theirs.keys()  # the model that was trained in is left as it was, but for the layers
     assert len(shared) > 10

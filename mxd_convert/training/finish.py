@@ -60,6 +60,7 @@ class Finish(Stage):
     ) -> None:
         self.trained, self.first_step = trained, first_step
         self.weight = 0.0  # of the layers' own loss
+        self.kl, self.kl_steps = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0  # since the last log line
         together = source.process[1] > 1
         super().__init__(recipe, source, shapes, folder, accelerator, together, quiet, Pass("all layers together", 1, 1))
 
@@ -77,11 +78,18 @@ class Finish(Stage):
             kl, own, _ = self._forward(self._rows(0)[: self._blocks_a_piece()])
         self.weight = (kl / torch.stack(list(own.values())).sum().clamp_min(1e-12)).item()
 
+    def _more(self) -> dict[str, float]:
+        mean = self.kl.item() / self.kl_steps
+        self.kl.zero_()
+        self.kl_steps = 0
+        return {"kl": mean}
+
     def _facts(self) -> dict[str, Any]:
-        return {"weight": self.weight}
+        return {"weight": self.weight, "kl": self.kl.item(), "kl_steps": self.kl_steps}
 
     def _take(self, facts: dict[str, Any]) -> None:
-        self.weight = facts["weight"]
+        self.weight, self.kl_steps = facts["weight"], facts["kl_steps"]
+        self.kl.fill_(facts["kl"])
 
     def _blocks_a_piece(self) -> int:
         return max(1, PIECE_TOKENS // self.source.blocks.context)
@@ -96,17 +104,21 @@ class Finish(Stage):
         blocks = self.source.blocks
         total = self._agree(blocks.counted(blocks.take(rows), self.source.mask_bos).sum().to(self.device), interrupt).clamp_min(1)
         losses = {index: torch.zeros((), device=self.device) for index in self.layers}
+        kl_of_step = torch.zeros_like(self.kl)
         for begin in range(0, len(rows), self._blocks_a_piece()):
             piece = rows[begin : begin + self._blocks_a_piece()]
             kl, own, counted = self._forward(piece, keep=True)
             # both losses are means; weighted by their shares of the step, what all pieces and processes add up to is the step's mean
-            share = counted / total
-            objective = kl * (len(piece) / self.source.rows_a_step) + self.weight * share * torch.stack(list(own.values())).sum()
+            share, rows_share = counted / total, len(piece) / self.source.rows_a_step
+            objective = kl * rows_share + self.weight * share * torch.stack(list(own.values())).sum()
             objective.backward()
+            kl_of_step += kl.detach() * rows_share
             for index, loss in own.items():
                 losses[index] += loss.detach() * share
         for index, loss in losses.items():
             self.losses[index].append(loss)
+        self.kl += self._sum_over_processes(kl_of_step)
+        self.kl_steps += 1
 
     def _forward(self, rows: Any, keep: bool = False) -> tuple[Tensor, dict[int, Tensor], Tensor]:
         """Of some blocks: the mean of KL(base || converted) over all tokens, the layers' own losses, and how many tokens count for these.

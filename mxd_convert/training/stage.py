@@ -169,6 +169,10 @@ class Stage:
             precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
             self.losses[index].append(learn(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
 
+    def _more(self) -> dict[str, float]:
+        """What a log line has besides; begins anew."""
+        return {}
+
     def _facts(self) -> dict[str, Any]:
         """What a saved state has besides."""
         return {}
@@ -270,6 +274,7 @@ class Stage:
             "tokens": (self.first_step + self.done) * self.step_tokens,
             "lr": lr,
             "tokens_per_second": round(rate, 1),
+            **self._more(),
             "layers": figures,
         }
         if self.writes:

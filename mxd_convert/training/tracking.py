@@ -24,7 +24,7 @@ def track(accelerator: Accelerator, line: dict[str, Any], name: str = "") -> Non
     layers = line["layers"]
     values = {f"layer_{index}/{key}": value for index, figures in layers.items() for key, value in figures.items()}
     mean = sum(figures["fvu"] for figures in layers.values()) / len(layers)
-    whole = {"lr": line["lr"], "tokens_per_second": line["tokens_per_second"], "mean_fvu": mean}
+    whole = {key: line[key] for key in ("lr", "tokens_per_second", "kl") if key in line} | {"mean_fvu": mean}
     name = name.replace(" ", "_")
     values |= {f"{name}/{key}" if name else key: value for key, value in whole.items()}
     for tracker in accelerator.trackers:
