@@ -15,9 +15,8 @@ from mxd_convert.data import block_order
 from mxd_convert.layers import Trainable
 from mxd_convert.training.activations import FORWARD_TOKENS, Activations
 
-GATE_NORM = (
-    0.8  # of a gate's direction; nn.Linear draws 0.58. At twice that more experts stay alive on a wide model and all learn slower
-)
+# of a gate's direction; nn.Linear draws 0.58. At twice that more experts stay alive on a wide model, but on both all learn slower
+GATE_NORM = 0.8
 
 
 @torch.no_grad()
