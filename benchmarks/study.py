@@ -1,8 +1,9 @@
 """What `train.preset: fast` is worth: MxDs against their own start in the paper and against transcoders, at equal tokens and parameters.
 
     python benchmarks/study.py [--models stories260k prose-neox] [--k 8 4 32] [--seeds 0 1 2] [--arms ...] [--results study.jsonl]
+    python benchmarks/study.py --models stories260k --k 8 --tokens 600000 300000 1200000 2400000 --plot docs/images/budget.png
 
-Every arm gets the same search over learning rates, on the first seed and the first K, judged on the training text at the end of the
+Every arm gets the same search over learning rates, on the first budget, K and seed, judged on the training text at the end of the
 training: by KL(base || converted), or without a finish by what is left unexplained of the layers' outputs; the held-out text is for the
 table alone. Each run is a conversion of all layers by the command line, evaluated as loaded from disk. Runs that the results file has
 are not done again, so a study that is cut off goes on.
@@ -19,11 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+
 from runs import run
 
 PUBLISHED = {"train.start": "paper", "train.finish": 0.0}  # with k_start = k, below
 ARMS: dict[str, dict[str, Any]] = {
     "MxD, fast": {},
+    "MxD, paper": {"train.preset": "paper"},  # but for the learning rate, and a warm-up that ends before a short run does
     "MxD, the paper's start": PUBLISHED,
     "skip transcoder, fast": {"layer.kind": "skip_transcoder"},
     "skip transcoder, as published": {"layer.kind": "skip_transcoder", **PUBLISHED},
@@ -37,7 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "stories260k": {"layer.experts": "auto", "data.tokens": 600_000, "data.eval.tokens": 65_536},
     "prose-neox": {"layer.experts": "auto", "data.tokens": 300_000, "data.eval.tokens": 32_768},
 }
-RATES = {"stories260k": (5e-3, 1e-2, 2e-2), "prose-neox": (2.5e-3, 5e-3, 1e-2, 2e-2)}
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+PAPER_BATCH, WARMUP = 4096, 0.05  # of the preset; of the steps
 LAST = 0.1  # of the training, in which its FVU is what a learning rate is judged by
 
 
@@ -55,6 +64,8 @@ class Case:
         changes = {**MODELS[self.model], "train.preset": "fast", "layer.k": self.k, **arm, "data.tokens": self.tokens}
         if "train.start" in arm:
             changes["train.k_start"] = self.k
+        if changes["train.preset"] == "paper":
+            changes["train.warmup_steps"] = max(1, int(WARMUP * self.tokens / PAPER_BATCH))
         return {**changes, "train.lr": self.lr, "train.seed": self.seed}
 
 
@@ -99,27 +110,40 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--k", nargs="+", type=int, default=[8, 4, 32], help="the first is the one at which rates are chosen")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, help="in place of 600,000 (stories260k) and 300,000 (prose-neox)")
-    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose from, in place of three or four")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help="budgets, in place of 600,000 (stories260k) and 300,000 (prose-neox)"
+    )
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
+    parser.add_argument("--plot", type=Path, help="PNG to write: rise against tokens, a panel a model and K")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each")
     parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     results = Results(arguments.results)
+    done: list[list[Case]] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for model in arguments.models:
-            tokens = arguments.tokens or MODELS[model]["data.tokens"]
-            rates = arguments.rates or RATES[model]
-            groups = [(arm, k) for arm in arguments.arms for k in (arguments.k if arm != "dense twin" else arguments.k[:1])]
-            searched = [
-                Case(model, arm, arguments.k[0], lr, arguments.seeds[0], tokens) for arm in arguments.arms for lr in rates
-            ]
-            list(pool.map(results.of, searched))
-            best = {arm: best_rate(results, [case for case in searched if case.arm == arm]) for arm in arguments.arms}
-            cases = [[Case(model, arm, k, best[arm], seed, tokens) for seed in arguments.seeds] for arm, k in groups]
-            list(pool.map(results.of, [case for group in cases for case in group]))
-            print(f"\n{model}, {tokens:,} tokens, {len(arguments.seeds)} seeds\n")
-            print(table(results, cases), flush=True)
+            budgets = arguments.tokens or [MODELS[model]["data.tokens"]]
+            of_first = (arguments.k[0], arguments.seeds[0], budgets[0])
+            searched = {arm: [_case(model, arm, lr, *of_first) for lr in arguments.rates] for arm in arguments.arms}
+            list(pool.map(results.of, [case for cases in searched.values() for case in cases]))
+            best = {arm: best_rate(results, cases) for arm, cases in searched.items()}
+            for tokens in budgets:
+                groups = [
+                    [_case(model, arm, best[arm], k, seed, tokens) for seed in arguments.seeds]
+                    for arm in arguments.arms
+                    for k in (arguments.k if arm != "dense twin" else arguments.k[:1])
+                ]
+                list(pool.map(results.of, [case for group in groups for case in group]))
+                print(f"\n{model}, {tokens:,} tokens, {len(arguments.seeds)} seeds\n")
+                print(table(results, groups), flush=True)
+                done += groups
+    if arguments.plot:
+        plot(results, done, arguments.plot)
+
+
+def _case(model: str, arm: str, lr: float, k: int, seed: int, tokens: int) -> Case:
+    return Case(model, arm, k, lr, seed, tokens)
 
 
 def best_rate(results: Results, cases: Iterable[Case]) -> float:
@@ -150,6 +174,34 @@ def table(results: Results, groups: Iterable[list[Case]]) -> str:
         cells.append(_lowest(None if dead is None else 1 - dead for figures in runs for dead in figures["dead"]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
+    """Mean rise against tokens, from the lowest to the highest seed: a line an arm, a panel a model and K."""
+    lines: dict[tuple[str, int], dict[str, list[tuple[int, list[float]]]]] = {}
+    for cases in groups:
+        first = cases[0]
+        rises = [results.of(case)["rise"] for case in cases]
+        lines.setdefault((first.model, first.k), {}).setdefault(first.arm, []).append((first.tokens, rises))
+    figure, axes = plt.subplots(1, len(lines), figsize=(6.4 * len(lines), 4.8), squeeze=False, layout="constrained")
+    for axis, ((model, k), arms) in zip(axes[0], lines.items(), strict=True):
+        for arm, points in arms.items():
+            points.sort()
+            budgets = [tokens for tokens, _ in points]
+            [line] = axis.plot(budgets, [statistics.mean(rises) for _, rises in points], marker="o", label=arm)
+            low, high = ([extreme(rises) for _, rises in points] for extreme in (min, max))
+            axis.fill_between(budgets, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set(
+            title=f"{model}, K = {k}", xlabel="tokens of training", ylabel="rise of held-out cross-entropy, nats", xscale="log"
+        )
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(FixedLocator(sorted({tokens for points in arms.values() for tokens, _ in points})))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def _lowest(values: Iterable[float | None]) -> str:

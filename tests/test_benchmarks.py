@@ -58,11 +58,14 @@ def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
     train = resolve_train(recipe, 64, 1780).train
     published = "published" in arm or "paper" in arm
     assert (train.start, train.k_start) == (("paper", 8) if published else ("data", 32))
-    assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, "trapezoid", 512, 300_000)
+    schedule, batch = ("constant", 4096) if arm == "MxD, paper" else ("trapezoid", 512)
+    assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, schedule, batch, 300_000)
     assert train.finish == (0.0 if published else 0.4)
 
 
-def test_the_study_chooses_rates_by_the_training_text_and_goes_on(monkeypatch, tmp_path):
+@pytest.fixture
+def measured(monkeypatch):
+    """The cases of a study that measures nothing."""
     measured = []
 
     def measure(case):
@@ -76,6 +79,26 @@ def test_the_study_chooses_rates_by_the_training_text_and_goes_on(monkeypatch, t
         return {"rise": case.seed + case.lr, **left, "dead": [0.1, 0.3], **layers, **directions}
 
     monkeypatch.setattr(study, "measure", measure)
+    return measured
+
+
+def test_a_budget_curve_takes_its_rates_from_the_first_budget(measured, monkeypatch, tmp_path, capsys):
+    arguments = "--models stories260k --arms MxD,_fast dense_twin --k 8 4 --tokens 600 300 --seeds 0 1 --rates 5e-3 1e-2 --jobs 1"
+    picture = tmp_path / "images" / "curve.png"
+    given = [word.replace("_", " ") for word in arguments.split()]
+    monkeypatch.setattr("sys.argv", ["study.py", *given, "--plot", str(picture), "--results", str(tmp_path / "study.jsonl")])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    study.main()
+    searched = [(case.arm, case.lr) for case in measured[:4]]
+    assert searched == [("MxD, fast", 5e-3), ("MxD, fast", 1e-2), ("dense twin", 5e-3), ("dense twin", 1e-2)]
+    assert all((case.k, case.seed, case.tokens) == (8, 0, 600) for case in measured[:4])
+    assert {case.lr for case in measured[4:]} == {1e-2}
+    assert len(measured) == 4 + 2 * (4 + 2) - 2  # two of those searched are in the tables as well
+    assert capsys.readouterr().out.count("| MxD, fast | 4 | 0.01 |") == 2
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_study_chooses_rates_by_the_training_text_and_goes_on(measured, tmp_path):
     path = tmp_path / "study.jsonl"
     for _ in range(2):
         results = study.Results(path)
