@@ -21,11 +21,13 @@ def write_plots(folder: Path, report: dict[str, Any], log: Path) -> None:
 
 
 def _training(lines: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    together = [line for line in lines if "kl" in line]  # of the finish
+    wide = 3 if together else 2
+    figure, axes = plt.subplots(1, wide, figsize=(4.5 * wide, 3.4), layout="constrained")
     indices = list(lines[0]["layers"]) if lines else []
     colours = plt.get_cmap("viridis")
     panels = (("fvu", "fraction of variance unexplained"), ("dead_fraction", "share of experts idle since the last log line"))
-    for axis, (name, title) in zip(axes, panels, strict=True):
+    for axis, (name, title) in zip(axes, panels, strict=False):
         for number, index in enumerate(indices):
             values = [line["layers"][index][name] for line in lines]
             axis.plot(
@@ -34,9 +36,16 @@ def _training(lines: list[dict[str, Any]], path: Path) -> None:
                 color=colours(number / max(1, len(indices) - 1)),
                 label=f"layer {index}",
             )
+        axis.set_title(title, fontsize=10)
+        if together:
+            axis.axvspan(together[0]["tokens"], together[-1]["tokens"], color="grey", alpha=0.12, linewidth=0)
+    if together:
+        axes[2].plot([line["tokens"] for line in together], [line["kl"] for line in together], color="#31688e")
+        axes[2].set_title("all layers together (grey): KL to the base, nats", fontsize=10)
+        axes[2].set_ylim(bottom=0)
+    for axis in axes:
         axis.set_xlabel("training tokens")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
