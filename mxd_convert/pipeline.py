@@ -271,9 +271,10 @@ class _Conversion:
         layers = self.plan.layers
         resolved, processes = self.recipe.train, self.accelerator.num_processes
         many = f" over {processes} processes;" if processes > 1 else ""
+        finish = f", the last {self.plan.finish_steps:,} all layers together" if self.plan.finish_steps else ""
         return (
             f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {_kind(layers[0].shape)};"
-            f" {self.plan.steps:,} steps of {resolved.batch_tokens:,} tokens (lr {resolved.lr:g}, {resolved.schedule});"
+            f" {self.plan.steps:,} steps of {resolved.batch_tokens:,} tokens (lr {resolved.lr:g}, {resolved.schedule}{finish});"
             f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
 

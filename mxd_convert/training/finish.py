@@ -78,6 +78,9 @@ class Finish(Stage):
             kl, own, _ = self._forward(self._rows(0)[: self._blocks_a_piece()])
         self.weight = (kl / torch.stack(list(own.values())).sum().clamp_min(1e-12)).item()
 
+    def _shares(self, seconds: float) -> dict[str, float]:
+        return {}  # the base runs among the layers
+
     def _more(self) -> dict[str, float]:
         mean = self.kl.item() / self.kl_steps
         self.kl.zero_()
