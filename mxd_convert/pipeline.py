@@ -30,6 +30,7 @@ from mxd_convert.plan import (
     Plan,
     base_room,
     budget,
+    check_finish,
     check_memory,
     check_processes,
     check_space,
@@ -282,6 +283,7 @@ class _Conversion:
         plan = self.plan
         [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
         with self.agreed():
+            check_finish(plan, room)
             start_tracker(self.accelerator, self.recipe, self.output.name)
             base = load_base(self.recipe.base, spread=self._spread(room))
         self.training = True

@@ -158,12 +158,13 @@ class Train(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear warm-up; null: the preset's."""
     schedule: Literal["constant", "linear", "trapezoid", "cosine"] | None = None
-    """Learning rate after the warm-up; trapezoid: constant, then linear to zero over the last fifth; null: the preset's."""
+    """Learning rate after the warm-up, until the finish; trapezoid: constant, then linear to zero over the last fifth; null: the preset's."""
     start: Literal["data", "paper"] | None = None
     """data: every expert begins as a token of the text, its gate looking for that token's input, its row giving that token's output. paper: gate
     and experts at random, D at 0, experts of unit norm throughout; null: the preset's."""
     k_start: Positive | None = None
-    """Active experts a token at the first step; they become layer.k, evenly, by half of the steps; null: the preset's."""
+    """Active experts a token at the first step; they become layer.k, evenly, by half of the steps before the finish;
+    null: the preset's."""
     finish: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of the steps, the last of them, in which all layers are trained together, in the model, on the base's next-token distribution; null: the
     preset's."""
@@ -181,7 +182,8 @@ class Train(Section):
     """What several processes share out: every batch (data), or the layers, each process training its own on all of the text (layers)."""
     memory_gib: Rate | None = None
     """Memory that a process may take for the training (on a GPU: of the device). Layers that do not fit together are trained in groups,
-    one pass over the text each, to the same result. null: nine tenths of what is free when the run starts, which is the most in any case."""
+    one pass over the text each, to the same result; a finish takes all of them at once. null: nine tenths of what is free when the run
+    starts, which is the most in any case."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Precision of AdamW's moments; with bf16, weight and moments take 8 bytes a parameter in place of 12."""
     checkpoint_every: Positive = 1000
@@ -288,6 +290,9 @@ _MEANS = ("distribute", "memory_gib", "checkpoint_every", "tracker")
 
 def _deciding(content: dict[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in content["train"].items() if key not in _MEANS}
+    train = {
+        key: value for key, value in train.items() if value or key not in ("start", "k_start", "finish")
+    }  # as before there were
     base = {key: value for key, value in content["base"].items() if key != "mlp" or value is not None}  # as before there was one
     return {**{key: value for key, value in content.items() if key != "output"}, "train": train, "base": base}
 

@@ -104,9 +104,10 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
     for values in itertools.product(*grid.values()):
         # a twin beside every run would be the same one each time: here it is a kind
         settings = {"train.twin": False, **dict(zip(grid, values, strict=True))}
-        kind = load_recipe(source, settings).layer.kind
-        if kind == "dense_twin":
+        layer = load_recipe(source, settings).layer
+        if layer.kind == "dense_twin":
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}
+            settings |= {"train.finish": 0.0} if layer.sparsity == "l1" else {}  # which those beside it can't have
         shown = {key: value for key, value in settings.items() if key in swept}
         name = _name(shown)
         if name in found:
@@ -234,14 +235,15 @@ def _lend(data: Path, folder: Path) -> None:
 
 
 def _finish(run: _Run, failed: Mapping[str, InputError], say: _Say) -> dict[str, Any]:
-    """What is left of a run: all of it, or but its assembly and evaluation. Returns its row."""
+    """What is left of a run: all of it, or but its finish, assembly and evaluation. Returns its row."""
     start = {"name": run.name, **run.settings}
     error: InputError | None = failed.get(run.name)
     if error is None:
         trained = Workspace(run.plan.recipe, run.plan.output, fresh=False).has_state()
-        say(f"{run.name}: " + ("evaluating" if trained else "training and evaluating"))
+        left = "finishing and evaluating" if run.plan.finish_steps else "evaluating"
+        say(f"{run.name}: " + (left if trained else "training and evaluating"))
         try:
-            result = convert(run.plan.recipe, quiet=say.quiet or trained)
+            result = convert(run.plan.recipe, quiet=say.quiet or (trained and not run.plan.finish_steps))
             return start | row_of(result.report, run.plan.recipe, run.plan.layers)
         except InputError as caught:
             if "not finite" not in str(caught):

@@ -218,8 +218,6 @@ def stories(shared, tmp_path_factory):
     overrides |= {
         "data.tokens": 61_440,
         "data.eval.tokens": 8192,
-        "train.batch_tokens": 1024,
-        "train.lr": 5e-3,
         "train.log_every": 20,
     }
     return convert("stories260k", tmp_path_factory.mktemp("stories") / "out", overrides, quiet=True)

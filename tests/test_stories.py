@@ -42,9 +42,9 @@ print(json.dumps({**answer, "experts": sorted(model.mxd_layers()), "refusal": re
 def test_it_is_faithful_after_a_minute_and_its_experts_matter(stories):
     fidelity, reliance = stories.report["fidelity"], stories.report["reliance"]
     assert fidelity["ce_base"] == pytest.approx(1.44, abs=0.1)
-    assert fidelity["delta_ce"] < 2.0
+    assert fidelity["delta_ce"] < 0.7
     assert fidelity["ce_zero_ablation"] - fidelity["ce_base"] > 6.0
-    assert all(layer["gate_share"] > 0.5 for layer in reliance["layers"].values())
+    assert all(layer["gate_share"] > 0.8 for layer in reliance["layers"].values())
     assert stories.report["data"]["train"]["repeats"] == pytest.approx(1.0, abs=0.01)
 
 

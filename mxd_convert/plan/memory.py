@@ -67,6 +67,15 @@ def _held(recipe: Recipe, group: Sequence[LayerPlan], whole_gradients: bool) -> 
     return held
 
 
+def _chunk_of_the_optimiser(recipe: Recipe, group: Sequence[LayerPlan]) -> int:
+    if device_of(recipe) != "cuda":
+        return 0
+    rows_at_a_time = min(
+        GPU_CHUNK_ELEMENTS, max(layer.shape.n_experts * max(layer.shape.d_in, layer.shape.d_out) for layer in group)
+    )
+    return rows_at_a_time * (20 if recipe.train.moments == "bf16" else 8)
+
+
 def _finish(plan: Plan, processes: int) -> int:
     """While all layers are trained together in the model; 0 where they are not."""
     recipe = plan.recipe
@@ -81,7 +90,9 @@ def _finish(plan: Plan, processes: int) -> int:
     logits = 6 * 4 * tokens * plan.vocabulary
     # of a whole step, what gradients of gate and experts are made of
     sources = 4 * step_tokens * sum(shape.d_in + shape.d_out + 6 * shape.active for shape in plan.shapes.values())
-    held = _held(recipe, plan.layers, processes > 1)
+    held = _held(recipe, plan.layers, processes > 1) + _chunk_of_the_optimiser(recipe, plan.layers)
+    most_experts = max(shape.n_experts for shape in plan.shapes.values())
+    kept += 4 * most_experts * min(tokens, rows_a_chunk(device_of(recipe), 4 * most_experts)) if most_experts else 0
     return _libraries(recipe) + base_bytes(plan) + int(SPARE * (held + sources + kept + base + logits))
 
 
@@ -94,11 +105,7 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
     held = _held(recipe, group, together)
     if recipe.train.order == "sequential":  # those below stay, in the base's precision
         held += width * sum(layer.parameters for layer in plan.layers if layer.index < group[0].index)
-    if device_of(recipe) == "cuda":
-        rows_at_a_time = min(
-            GPU_CHUNK_ELEMENTS, max(layer.shape.n_experts * max(layer.shape.d_in, layer.shape.d_out) for layer in group)
-        )
-        held += rows_at_a_time * (20 if recipe.train.moments == "bf16" else 8)
+    held += _chunk_of_the_optimiser(recipe, group)
     steps = min(plan.steps, buffer_steps(step_tokens, plan.sites))
     a_token = width * sum(layer.shape.d_in + layer.shape.d_out for layer in group)
     buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
@@ -147,7 +154,8 @@ def device_of(recipe: Recipe) -> str:
 def available(device: str) -> int:
     """Memory that a run may take: free on the GPU; or free on the machine, within the limit of the process's control group."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, to be used again
+        return torch.cuda.mem_get_info()[0] + kept
     free = psutil.virtual_memory().available
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
@@ -236,26 +244,38 @@ def fits_for_evaluation(plan: Plan, device: str) -> bool:
     return _evaluation(plan) <= USABLE * available(device)
 
 
+def check_finish(plan: Plan, room: int) -> None:
+    """Raises InputError where layers are to be trained together in a base model that has to be spread."""
+    if plan.finish_steps and base_room(plan, room) is not None:
+        raise InputError(
+            f"train.finish: {plan.recipe.train.finish:g}: the base model takes {base_bytes(plan) / 2**30:.1f} GiB, more than half of the"
+            f" {room / 2**30:.1f} to be had, and would be spread over several devices, where no layers can be trained in it;"
+            " set train.finish: 0"
+        )
+
+
 def check_memory(plan: Plan, processes: int = 1) -> None:
     """Raises InputError where not even one layer at a time fits, naming what to change."""
     worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))  # the last: in sequential order with all below it
     room = budget(plan.recipe)
     need = Memory(_training(plan, [worst], processes, room), _evaluation(plan))
     gib, layer = plan.recipe.train.memory_gib, plan.recipe.layer
+    set_lower = gib is not None and int(gib * 2**30) <= room
+    have = f"train.memory_gib: {gib:g} GiB" if set_lower else f"memory: {room / 2**30:.1f} GiB usable"
+    more = (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "") + (
+        ", or raise train.memory_gib" if set_lower else ""
+    )
     if need.training > room:
-        set_lower = gib is not None and int(gib * 2**30) <= room
-        have = f"train.memory_gib: {gib:g} GiB" if set_lower else f"memory: {room / 2**30:.1f} GiB usable"
         raise InputError(
             f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower {layer.size_key}"
-            f" ({layer.size}) or train.batch_tokens ({plan.recipe.train.batch_tokens})"
-            + (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "")
-            + (", or raise train.memory_gib" if set_lower else "")
+            f" ({layer.size}) or train.batch_tokens ({plan.recipe.train.batch_tokens}){more}"
         )
+    check_finish(plan, room)
     finish = _finish(plan, processes)
-    if finish and (finish > room or base_room(plan, room) is not None):
+    if finish > room:
         raise InputError(
-            f"train.finish: {plan.recipe.train.finish:g}: base model and all layers together need about {finish / 2**30:.1f} GiB, and"
-            f" {room / 2**30:.1f} GiB are usable; set train.finish: 0, or lower {layer.size_key} ({layer.size})"
+            f"{have}, and a finish of all layers together (train.finish: {plan.recipe.train.finish:g}) needs about"
+            f" {finish / 2**30:.1f} GiB; set train.finish: 0, lower {layer.size_key} ({layer.size}){more}"
         )
     usable, device = int(USABLE * available("cpu")), device_of(plan.recipe)
     if need.evaluation > usable and (device == "cpu" or not fits_for_evaluation(plan, device)):

@@ -121,7 +121,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         model = empty_model(config)
         sites = find_sites(model, config, indices, recipe.base.mlp)
     layers = [_plan_layer(recipe, site, model) for site in sites]
-    recipe = _complete(recipe, layers)
+    recipe = _complete(recipe, layers, _is_half(recipe, config))
     assert recipe.train.batch_tokens is not None
     step_tokens = recipe.train.batch_tokens // recipe.data.context * recipe.data.context
     steps = steps_of(recipe.data.tokens, recipe.train.batch_tokens, recipe.data.context)
@@ -245,10 +245,20 @@ def _shape(recipe: Recipe, site: Site) -> Shape:
     return Shape(kind=layer.kind, d_in=site.d_in, d_out=site.d_out, skip=layer.has_skip, **linear, **gain)
 
 
-def _complete(recipe: Recipe, layers: list[LayerPlan]) -> Recipe:
+def _is_half(recipe: Recipe, config: Any) -> bool:
+    """Whether the base runs in float16."""
+    return recipe.base.dtype == "float16" or (recipe.base.dtype == "auto" and config.dtype == torch.float16)
+
+
+def _complete(recipe: Recipe, layers: list[LayerPlan], half: bool) -> Recipe:
     """The recipe with everything that it left open: the preset's settings and the output folder."""
+    if half and recipe.train.finish:
+        raise InputError(
+            f"train.finish: {recipe.train.finish:g}: gradients that go through a base in float16 vanish; set base.dtype: float32 or bfloat16,"
+            " or train.finish: 0"
+        )
     experts = min(layer.shape.n_experts for layer in layers)
-    recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers), experts)
+    recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers), experts, half)
     if experts and (recipe.train.k_start or 0) > experts:
         raise InputError(f"train.k_start: {recipe.train.k_start} active experts of only {experts}; lower it to at most that")
     if recipe.output.dir is None:
@@ -266,8 +276,10 @@ def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str
             f"the converted model has {times}; {recipe.layer.size_key}: {smaller} would keep it below about {GROWTH_WARNING:g}"
         )
     warmup = recipe.train.warmup_steps or 0
-    if warmup > steps:
-        found.append(f"train.warmup_steps: {warmup} of {steps} steps in all, so the learning rate never reaches its peak")
+    finish = finish_steps(steps, recipe.train.finish)
+    if warmup > steps - finish:
+        stretch = f"steps before the last {finish} of all layers together" if finish else "steps in all"
+        found.append(f"train.warmup_steps: {warmup} of {steps - finish} {stretch}, so the learning rate never reaches its peak")
     return found
 
 

@@ -41,7 +41,8 @@ class InPlace(nn.Module):
             x_BI = x_BTI.float().flatten(0, -2)
             self.codes = self.layer.encode(x_BI)
             self.output = self.layer.combine(x_BI, self.codes)
-        return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype)
+        # a copy: some families add to what an MLP returned in its place
+        return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype, copy=True)
 
 
 class Finish(Stage):
@@ -80,6 +81,9 @@ class Finish(Stage):
 
     def _shares(self, seconds: float) -> dict[str, float]:
         return {}  # the base runs among the layers
+
+    def _advice(self) -> str:
+        return f"Lower train.lr ({self.recipe.train.lr:g}) or train.finish ({self.recipe.train.finish:g})"
 
     def _more(self) -> dict[str, float]:
         mean = self.kl.item() / self.kl_steps

@@ -74,6 +74,12 @@ def train_layers(job: Job) -> Trained | None:
 def lower(recipe: Recipe) -> str:
     """What to say where memory runs out."""
     train, layer = recipe.train, recipe.layer
+    fewer = f", or set train.finish: 0 ({train.finish:g})" if train.finish else ""
+    if fewer:  # all layers at once in the end, whatever train.memory_gib says; and another procedure is another run
+        return (
+            f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or {layer.size_key} ({layer.size}){fewer},"
+            " and start over with --fresh; or free some memory: the same command goes on from the last saved state"
+        )
     moments = ", set train.moments: bf16" if train.moments == "fp32" else ""
     return (
         f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or {layer.size_key} ({layer.size}){moments},"
@@ -124,6 +130,8 @@ class Training:
                 if not self.job.quiet:
                     print("waiting for the other processes' layers", file=sys.stderr, flush=True)
                 self.accelerator.wait_for_everyone()
+                if interrupt.told and not self.finish_steps:
+                    raise KeyboardInterrupt
             if self.finish_steps:
                 self._finish(interrupt)
         return self._collect() if self.accelerator.is_main_process else None

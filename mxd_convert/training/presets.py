@@ -17,8 +17,9 @@ def finish_steps(steps: int, share: float | None) -> int:
     return min(steps - 1, round((share or 0.0) * steps))
 
 
-def resolve_train(recipe: Recipe, d_in: int, n_experts: int) -> Recipe:
+def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False) -> Recipe:
     """The recipe with the open keys of `train` filled in. d_in: the narrowest input width of the layers to convert; n_experts: the fewest.
+    half: the base runs in float16, through which no gradients can go.
 
     paper: the published settings. fast: layers that start on the text, four times as many active experts at first, a batch that grows
     with the budget, a learning rate that falls with the square root of the width, warm-up over a twentieth of the steps, a decay to zero
@@ -32,7 +33,7 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int) -> Recipe:
         batch = next((batch for below, batch in BATCHES.items() if recipe.data.tokens < below), 4096)
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, start = "trapezoid", "data"
-        finish = 0.0 if recipe.layer.sparsity == "l1" else FINISH
+        finish = 0.0 if half or recipe.layer.sparsity == "l1" else FINISH
         k_start = max(recipe.layer.k, min(K_START * recipe.layer.k, n_experts))
         warmup = -1
     batch = max(context, train.batch_tokens or batch)

@@ -169,6 +169,11 @@ class Stage:
             precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
             self.losses[index].append(learn(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
 
+    def _advice(self) -> str:
+        """What to do about a loss that is not finite."""
+        train = self.recipe.train
+        return f"Lower train.lr ({train.lr:g}) or lengthen train.warmup_steps ({train.warmup_steps})"
+
     def _more(self) -> dict[str, float]:
         """What a log line has besides; begins anew."""
         return {}
@@ -293,10 +298,9 @@ class Stage:
         finite = [bool(loss.isfinite()) for loss in losses]
         step = self.done - len(losses) + (finite.index(False) if False in finite else len(losses) - 1) + 1
         good = [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json")]
-        kept = f"; the last good state is that of step {max(good)}" if good else ""
+        kept = f"; the last good state is that of step {self.first_step + max(good)}" if good else ""
         error = InputError(
-            f"layer {index}: the loss is not finite at step {step}{kept}. Lower train.lr ({self.recipe.train.lr:g}) or lengthen"
-            f" train.warmup_steps ({self.recipe.train.warmup_steps}), and start over with --fresh"
+            f"layer {index}: the loss is not finite at step {self.first_step + step}{kept}. {self._advice()}, and start over with --fresh"
         )
         error.told = not self.writes  # all processes that share out a batch find it
         return error
