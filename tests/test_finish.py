@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from conftest import small_recipe
 from safetensors.torch import load_file
 from test_processes import two_processes
+from test_training import assert_the_same
 
 import mxd_convert
 from mxd_convert import convert
@@ -18,7 +19,7 @@ from mxd_convert.plan import memory
 from mxd_convert.surgery import convert as put_layers
 from mxd_convert.training.finish import Finish, InPlace
 from mxd_convert.training.interrupt import Interrupt
-from mxd_convert.training.loop import FINISH, Training
+from mxd_convert.training.loop import FINISH, Training, lower
 from mxd_convert.training.stage import Stage
 
 SHARE = {"finish": 0.4}
@@ -145,16 +146,6 @@ def test_a_run_with_a_finish(models, text, tmp_path, family):
     assert all(torch.equal(ours[name], theirs[name]) for name in shared)
 
 
-def assert_the_same(ours, theirs):
-    tensors, others = (load_file(result.output / "model.safetensors") for result in (ours, theirs))
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
-    logs = []
-    for result in (ours, theirs):
-        lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
-        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
-    assert logs[0] == logs[1]
-
-
 @pytest.mark.parametrize("step", [1, 6])
 def test_a_finish_that_was_cut_off_goes_on_and_ends_the_same(models, text, tmp_path, monkeypatch, step):
     settings = {"train": SHARE, "data": {"tokens": 8192}}
@@ -224,3 +215,14 @@ def test_what_a_finish_can_not_do_is_refused(refused, recipe, monkeypatch):
         refused("run", recipe(train={"finish": 0.3}), words=("train.finish", "spread", "set train.finish: 0"))
     monkeypatch.setattr(memory, "_finish", lambda plan, processes: 2**50)
     refused("run", recipe(train={"finish": 0.3}), words=("train.finish", "GiB", "set train.finish: 0", "layer.experts"))
+
+
+def test_out_of_memory_does_not_send_to_where_it_is_refused(models, text, tmp_path):
+    """Less memory a pass does not help a finish, which takes all layers at once."""
+    plain, finishing = (
+        mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "out", train={"finish": share}))
+        for share in (0.0, 0.3)
+    )
+    assert "train.memory_gib" in lower(plain)
+    assert "train.memory_gib" not in lower(finishing)
+    assert "train.finish: 0 (0.3)" in lower(finishing)

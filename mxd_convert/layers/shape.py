@@ -58,9 +58,9 @@ class Shape:
     @property
     def input_flops(self) -> int:
         """Floating point operations of the gradient of the layer's input, for one token."""
-        gain = (
-            2 * self.active * (self.d_in + (self.d_out if self.kind == "random_gate" else 0))
-        )  # else the step has the coefficients'
+        gain = 2 * self.active * self.d_in
+        if self.kind == "random_gate":  # of the others the step has the coefficients' gradient already
+            gain += 2 * self.active * self.d_out
         return 2 * self.d_in * self.d_hidden * (2 if self.glu else 1) + gain + (2 * self.d_in * self.d_out if self.skip else 0)
 
     def matched(self, expansion: int) -> "Shape":

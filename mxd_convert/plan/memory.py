@@ -56,12 +56,10 @@ def base_room(plan: Plan, room: int) -> int | None:
 
 
 def _held(recipe: Recipe, group: Sequence[LayerPlan], whole_gradients: bool) -> int:
-    """Weights, moments and gradients."""
+    """Weights, moments and gradients; those of gate and experts are mostly not made whole."""
     held = 0
     for layer in group:
-        rows = layer.shape.n_experts * (
-            layer.shape.d_in + layer.shape.d_out
-        )  # of the gate and of the experts, whose gradients are not made whole
+        rows = layer.shape.n_experts * (layer.shape.d_in + layer.shape.d_out)
         whole = layer.parameters if whole_gradients or recipe.layer.sparsity == "l1" else layer.parameters - rows
         held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
     return held
@@ -262,9 +260,8 @@ def check_memory(plan: Plan, processes: int = 1) -> None:
     gib, layer = plan.recipe.train.memory_gib, plan.recipe.layer
     set_lower = gib is not None and int(gib * 2**30) <= room
     have = f"train.memory_gib: {gib:g} GiB" if set_lower else f"memory: {room / 2**30:.1f} GiB usable"
-    more = (", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else "") + (
-        ", or raise train.memory_gib" if set_lower else ""
-    )
+    more = ", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else ""
+    more += ", or raise train.memory_gib" if set_lower else ""
     if need.training > room:
         raise InputError(
             f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower {layer.size_key}"

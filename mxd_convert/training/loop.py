@@ -74,16 +74,17 @@ def train_layers(job: Job) -> Trained | None:
 def lower(recipe: Recipe) -> str:
     """What to say where memory runs out."""
     train, layer = recipe.train, recipe.layer
-    fewer = f", or set train.finish: 0 ({train.finish:g})" if train.finish else ""
-    if fewer:  # all layers at once in the end, whatever train.memory_gib says; and another procedure is another run
-        return (
-            f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or {layer.size_key} ({layer.size}){fewer},"
-            " and start over with --fresh; or free some memory: the same command goes on from the last saved state"
-        )
     moments = ", set train.moments: bf16" if train.moments == "fp32" else ""
+    if train.finish:  # it takes all layers at once: train.memory_gib would only have it refused
+        fewer = f" or train.finish: 0 ({train.finish:g}), and start over with --fresh. With more memory the same command goes on."
+    else:
+        fewer = (
+            " or set train.memory_gib to less than there was, so that fewer layers are trained at once. The run goes on from its last"
+            " saved state."
+        )
     return (
         f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or {layer.size_key} ({layer.size}){moments},"
-        " or set train.memory_gib to less than there was, so that fewer layers are trained at once. The run goes on from its last saved state."
+        f"{fewer}"
     )
 
 
