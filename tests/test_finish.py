@@ -1,6 +1,8 @@
 """The end of a training, all layers together in the model: what it learns, that it goes on after a cut, and that processes share it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -189,6 +191,44 @@ def test_groups_and_order_change_nothing_in_it(models, text, tmp_path, monkeypat
         assert found[-1] < found[0]
         ends.append(found[-1])
     assert ends[0] == pytest.approx(ends[1], rel=0.2)
+
+
+IN_PIECES = """
+import json, sys
+from mxd_convert import convert
+from mxd_convert.training.finish import Finish
+from mxd_convert.training.stage import Stage
+recipe, take = json.loads(sys.argv[1]), Stage._step
+def interrupted(self, number, interrupt):
+    interrupt.told = isinstance(self, Finish) and number == 5
+    take(self, number, interrupt)
+Stage._step = interrupted
+try:
+    convert(recipe, quiet=True)
+except KeyboardInterrupt:
+    Stage._step = take
+    print(convert(recipe, quiet=True).report["cost"]["resumed_at_steps"])
+"""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["gpt_neox", "llama"])
+def test_on_a_gpu_it_learns_what_it_learns_on_a_cpu(models, text, tmp_path, family):
+    """In processes of their own, since accelerate settles on a device once; on the GPU cut off in the finish, and gone on with."""
+    lines, weights = {}, {}
+    for device in ("cpu", "cuda"):
+        train = {**SHARE, "device": device, "start": "data", "k_start": 8}
+        recipe = small_recipe(models[family], text, tmp_path / device, data={"tokens": 8192}, train=train)
+        done = subprocess.run([sys.executable, "-c", IN_PIECES, json.dumps(recipe)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == "[25]"  # of 32 steps 13 are the finish's
+        lines[device] = [json.loads(line) for line in (tmp_path / device / "training_log.jsonl").read_text().splitlines()]
+        weights[device] = load_file(tmp_path / device / "model.safetensors")
+    finish = [[line["kl"] for line in lines[device] if "kl" in line] for device in ("cpu", "cuda")]
+    assert finish[0][-1] < finish[0][0]
+    assert finish[1] == pytest.approx(finish[0], rel=1e-2)
+    for name, tensor in weights["cpu"].items():
+        assert torch.allclose(weights["cuda"][name], tensor, atol=2e-3), name
 
 
 @pytest.mark.parametrize("distribute", ["data", "layers"])
