@@ -26,9 +26,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
+from mxd_convert.training.presets import batch_of
 from runs import run
 
-PUBLISHED = {"train.start": "paper", "train.finish": 0.0}  # with k_start = k, below
+PUBLISHED = {"train.start": "paper", "train.finish": 0.0}  # with k_start = k, and batches of PUBLISHED_BATCH at least, below
 ARMS: dict[str, dict[str, Any]] = {
     "MxD, fast": {},
     "MxD, paper": {"train.preset": "paper"},  # but for the learning rate, and a warm-up that ends before a short run does
@@ -47,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 PAPER_BATCH, WARMUP = 4096, 0.05  # of the preset; of the steps
+PUBLISHED_BATCH = 1024  # at small budgets `fast` takes 512, for the finish; without one, transcoders do better with more
 LAST = 0.1  # of the training, in which its FVU is what a learning rate is judged by
 
 
@@ -64,6 +66,7 @@ class Case:
         changes = {**MODELS[self.model], "train.preset": "fast", "layer.k": self.k, **arm, "data.tokens": self.tokens}
         if "train.start" in arm:
             changes["train.k_start"] = self.k
+            changes["train.batch_tokens"] = max(PUBLISHED_BATCH, batch_of(self.tokens))
         if changes["train.preset"] == "paper":
             changes["train.warmup_steps"] = max(1, int(WARMUP * self.tokens / PAPER_BATCH))
         return {**changes, "train.lr": self.lr, "train.seed": self.seed}

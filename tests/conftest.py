@@ -70,7 +70,7 @@ class Scheduling(LoadScopeScheduling):
         return group_of(nodeid)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True, optionalhook=True)  # there is none where pytest runs without xdist
 def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 

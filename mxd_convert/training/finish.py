@@ -24,7 +24,13 @@ from mxd_convert.training.stage import Pass, Stage
 
 RATE = 0.2  # of the peak learning rate: above a third, layers lose what they have learnt
 WARMUP = 0.1  # of the finish's steps; then linear to 0
-PIECE_TOKENS = 1024  # that go through the model at once: gradients add up over a step
+PIECE_TOKENS = 1024  # that go through the model at once, at least: gradients add up over a step
+GPU_PIECE_TOKENS, GPU_LOGITS = 4096, 2**27  # on a GPU more, which fill it better, while they make no more logits than these
+
+
+def piece_tokens(device: str, vocabulary: int) -> int:
+    """How many tokens of a step go through the model at once."""
+    return PIECE_TOKENS if device == "cpu" else max(PIECE_TOKENS, min(GPU_PIECE_TOKENS, GPU_LOGITS // vocabulary))
 
 
 class InPlace(nn.Module):
@@ -99,7 +105,8 @@ class Finish(Stage):
         self.kl.fill_(facts["kl"])
 
     def _blocks_a_piece(self) -> int:
-        return max(1, PIECE_TOKENS // self.source.blocks.context)
+        config: Any = self.source.base.config
+        return max(1, piece_tokens(self.device.type, config.get_text_config().vocab_size) // self.source.blocks.context)
 
     def _rows(self, step: int) -> Any:
         source = self.source

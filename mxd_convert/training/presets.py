@@ -12,6 +12,11 @@ def steps_of(tokens: int, batch_tokens: int, context: int) -> int:
     return max(1, tokens // (batch_tokens // context * context))
 
 
+def batch_of(tokens: int) -> int:
+    """Tokens a step of `fast` for a budget."""
+    return next((batch for below, batch in BATCHES.items() if tokens < below), 4096)
+
+
 def finish_steps(steps: int, share: float | None) -> int:
     """Of a run's steps, those in which all layers are trained together; at least one is left for the layers alone."""
     return min(steps - 1, round((share or 0.0) * steps))
@@ -30,7 +35,7 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         lr, batch, warmup, schedule, start, k_start = 1.0e-4, 4096, 5000, "constant", "paper", recipe.layer.k
         finish = 0.0
     else:
-        batch = next((batch for below, batch in BATCHES.items() if recipe.data.tokens < below), 4096)
+        batch = batch_of(recipe.data.tokens)
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, start = "trapezoid", "data"
         finish = 0.0 if half or recipe.layer.sparsity == "l1" else FINISH
