@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0, le=10**13)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # of `train`: what its preset fills in
-PRESET_KEYS = ("lr", "batch_tokens", "warmup_steps", "schedule", "start", "k_start", "finish")
+PRESET_KEYS = {"layer": ("hidden",), "train": ("lr", "batch_tokens", "warmup_steps", "schedule", "start", "k_start", "finish")}
 
 
 class Section(BaseModel):
@@ -109,7 +109,8 @@ class Layer(Section):
     expansion: Positive = 32
     """Width of the transcoder whose parameters `experts: auto` matches, in multiples of the MLP's input width."""
     hidden: Positive | None = None
-    """Hidden width of the experts; null: the base MLP's."""
+    """Hidden width of the experts; null: a quarter of the base MLP's (of the narrowest, where they differ) with `train.preset: fast`, all of
+    it with `paper`."""
     activation: str | None = None
     """Activation of the hidden units, by its name in transformers; null: the base MLP's."""
     sparsity: Literal["topk", "l1"] = "topk"

@@ -88,9 +88,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     _expand(changes, "--set")
     _resolve_paths(changes, Path.cwd())
     # a preset given on the command line outranks the keys that the file sets under its own preset
-    if "train.preset" in given and isinstance(content.get("train"), dict):
-        for key in PRESET_KEYS:
-            content["train"].pop(key, None)
+    if "train.preset" in given:
+        for section, keys in PRESET_KEYS.items():
+            for key in keys:
+                if isinstance(content.get(section), dict):
+                    content[section].pop(key, None)
     content = _merge(content, changes)
     try:
         return Recipe.model_validate(content)

@@ -110,7 +110,8 @@ def test_sequential_order_reads_the_text_again_for_every_layer(planned):
     layer = local.layers[0].shape
     mlp = 2 * layer.d_in * layer.d_hidden + 2 * layer.d_hidden * layer.d_out
     mxd = mlp + 2 * layer.d_in * layer.n_experts + 2 * layer.k * layer.d_out
-    below = 3 * (mxd - mlp)  # of layer 0 for the second, of 0 and 1 for the third
+    replaced = 4 * layer.d_in * local.sites[0].d_hidden
+    below = 3 * (mxd - replaced)  # of layer 0 for the second, of 0 and 1 for the third
     assert flops_per_token(local, passes) == parallel + below
     teacher = flops_per_token(planned(layers="all", train={"order": "sequential", "target": "teacher"}), passes)
     assert teacher - flops_per_token(local, passes) == 2 * sum(sum(local.depth_weights[: last + 1]) for last in (1, 2))

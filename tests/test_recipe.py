@@ -13,7 +13,7 @@ from conftest import ROOT
 from mxd_convert.errors import InputError
 from mxd_convert.recipe import PRESET_KEYS, Recipe, json_schema, layer_indices
 from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
-from mxd_convert.training import resolve_train
+from mxd_convert.training import resolve_hidden, resolve_train
 
 MINIMAL = {"base": {"model": "openai-community/gpt2"}}
 
@@ -145,14 +145,28 @@ def test_the_presets_fill_in_what_is_open():
     open_recipe = load_recipe({**MINIMAL, "layer": {"k": 32}})
     paper = resolve_train(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 768, 21_490).train
     expected = {"lr": 1e-4, "batch_tokens": 4096, "warmup_steps": 5000, "schedule": "constant", "start": "paper"}
-    assert {key: getattr(paper, key) for key in PRESET_KEYS} == {**expected, "k_start": 32, "finish": 0.0}
+    assert {key: getattr(paper, key) for key in PRESET_KEYS["train"]} == {**expected, "k_start": 32, "finish": 0.0}
     fast = resolve_train(open_recipe, 256, 7168).train
     expected = {"lr": 5e-3, "batch_tokens": 4096, "warmup_steps": 3515, "schedule": "trapezoid", "start": "data"}
-    assert {key: getattr(fast, key) for key in PRESET_KEYS} == {**expected, "k_start": 128, "finish": 0.4}
+    assert {key: getattr(fast, key) for key in PRESET_KEYS["train"]} == {**expected, "k_start": 128, "finish": 0.4}
     assert resolve_train(load_recipe({**MINIMAL, "layer": {"sparsity": "l1"}}), 64, 50).train.finish == 0
     assert resolve_train(open_recipe, 64, 50).train.k_start == 50
     own = load_recipe({**MINIMAL, "train": {"start": "paper", "k_start": 40, "lr": 1e-3}})
     assert (resolve_train(own, 64, 50).train.start, resolve_train(own, 64, 50).train.k_start) == ("paper", 40)
+
+
+@pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin", "transcoder", "skip_transcoder"])
+def test_the_preset_makes_the_hidden_width_a_quarter(kind):
+    recipe = load_recipe({**MINIMAL, "layer": {"k": 4, "kind": kind}})
+    assert resolve_hidden(recipe, 172).layer.hidden == (None if "transcoder" in kind else 43)
+    assert resolve_hidden(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 172).layer.hidden is None
+    assert resolve_hidden(load_recipe({**MINIMAL, "layer": {"kind": kind, "hidden": 99}}), 172).layer.hidden == 99
+
+
+def test_a_preset_on_the_command_line_outranks_the_files_hidden_width():
+    plain = load_recipe({**MINIMAL, "layer": {"hidden": 40}}, {"train.preset": "paper"})
+    assert plain.layer.hidden is None
+    assert load_recipe({**MINIMAL}, {"train.preset": "paper", "layer.hidden": 40}).layer.hidden == 40
 
 
 def test_the_papers_recipes_have_the_papers_settings():

@@ -16,7 +16,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.layers import Shape
 from mxd_convert.own_code import trusting
 from mxd_convert.recipe import Recipe, is_local, layer_indices
-from mxd_convert.training.presets import finish_steps, resolve_train, steps_of
+from mxd_convert.training.presets import finish_steps, resolve_hidden, resolve_train, steps_of
 
 GROWTH_WARNING = 3.0
 
@@ -120,6 +120,7 @@ def _make_plan(recipe: Recipe) -> Plan:
     with explained("its config", recipe.base.model):
         model = empty_model(config)
         sites = find_sites(model, config, indices, recipe.base.mlp)
+    recipe = resolve_hidden(recipe, min(site.d_hidden for site in sites))
     layers = [_plan_layer(recipe, site, model) for site in sites]
     recipe = _complete(recipe, layers, _is_half(recipe, config))
     assert recipe.train.batch_tokens is not None

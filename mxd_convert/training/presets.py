@@ -5,6 +5,7 @@ from mxd_convert.recipe import Recipe
 FINISH = 0.4  # of the steps
 BATCHES = {1_000_000: 512, 4_000_000: 1024, 40_000_000: 2048}  # tokens a step of `fast`, for budgets below so many; 4,096 above
 K_START = 4  # x layer.k active experts at the first step of `fast`
+HIDDEN = 4  # hidden units of the base's MLP to one of `fast`
 
 
 def steps_of(tokens: int, batch_tokens: int, context: int) -> int:
@@ -20,6 +21,17 @@ def batch_of(tokens: int) -> int:
 def finish_steps(steps: int, share: float | None) -> int:
     """Of a run's steps, those in which all layers are trained together; at least one is left for the layers alone."""
     return min(steps - 1, round((share or 0.0) * steps))
+
+
+def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
+    """The recipe with the experts' hidden width, which `fast` makes a quarter of the MLP's. d_hidden: of the narrowest MLP to convert.
+
+    Whoever has all of the MLP's hidden units learns that MLP once more, given enough text, and its experts stop mattering.
+    """
+    layer = recipe.layer
+    if recipe.train.preset == "paper" or layer.hidden is not None or "transcoder" in layer.kind:
+        return recipe
+    return recipe.model_copy(update={"layer": layer.model_copy(update={"hidden": max(1, d_hidden // HIDDEN)})})
 
 
 def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False) -> Recipe:
