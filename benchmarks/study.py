@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from mxd_convert.training.presets import batch_of
 from runs import run
 
 PUBLISHED = {"train.start": "paper", "train.finish": 0.0}  # with k_start = k, and batches of PUBLISHED_BATCH at least, below
+ALL_HIDDEN = "the MLP's"  # hidden width, in place of the quarter that `fast` takes
 ARMS: dict[str, dict[str, Any]] = {
     "MxD, fast": {},
     "MxD, paper": {"train.preset": "paper"},  # but for the learning rate, and a warm-up that ends before a short run does
@@ -39,13 +40,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "transcoder, fast": {"layer.kind": "transcoder"},
     "transcoder, as published": {"layer.kind": "transcoder", **PUBLISHED},
     "MxD with a skip path, fast": {"layer.skip": True},
+    "MxD, fast, all hidden units": {"layer.hidden": ALL_HIDDEN},
     "dense twin": {"layer.kind": "dense_twin"},
+    "dense twin, all hidden units": {"layer.kind": "dense_twin", "layer.hidden": ALL_HIDDEN},
 }
 # transcoders are matched to the parameters of what the recipes ask for: a plain one of width 32 I
 MODELS: dict[str, dict[str, Any]] = {
     "stories260k": {"layer.experts": "auto", "data.tokens": 600_000, "data.eval.tokens": 65_536},
     "prose-neox": {"layer.experts": "auto", "data.tokens": 300_000, "data.eval.tokens": 32_768},
 }
+HIDDEN = {"stories260k": 172, "prose-neox": 1024}
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 PAPER_BATCH, WARMUP = 4096, 0.05  # of the preset; of the steps
 PUBLISHED_BATCH = 1024  # at small budgets `fast` takes 512, for the finish; without one, transcoders do better with more
@@ -64,6 +68,8 @@ class Case:
     def settings(self) -> dict[str, Any]:
         arm = ARMS[self.arm]
         changes = {**MODELS[self.model], "train.preset": "fast", "layer.k": self.k, **arm, "data.tokens": self.tokens}
+        if arm.get("layer.hidden") == ALL_HIDDEN:
+            changes["layer.hidden"] = HIDDEN[self.model]
         if "train.start" in arm:
             changes["train.k_start"] = self.k
             changes["train.batch_tokens"] = max(PUBLISHED_BATCH, batch_of(self.tokens))
@@ -117,7 +123,7 @@ def main() -> None:
         "--tokens", nargs="+", type=int, help="budgets, in place of 600,000 (stories260k) and 300,000 (prose-neox)"
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
-    parser.add_argument("--plot", type=Path, help="PNG to write: rise against tokens, a panel a model and K")
+    parser.add_argument("--plot", type=Path, help="PNG to write: rise and gate share against tokens, a column a model and K")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each")
     parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
     arguments = parser.parse_args()
@@ -135,7 +141,7 @@ def main() -> None:
                 groups = [
                     [_case(model, arm, best[arm], k, seed, tokens) for seed in arguments.seeds]
                     for arm in arguments.arms
-                    for k in (arguments.k if arm != "dense twin" else arguments.k[:1])
+                    for k in (arguments.k if "twin" not in arm else arguments.k[:1])
                 ]
                 list(pool.map(results.of, [case for group in groups for case in group]))
                 print(f"\n{model}, {tokens:,} tokens, {len(arguments.seeds)} seeds\n")
@@ -180,28 +186,34 @@ def table(results: Results, groups: Iterable[list[Case]]) -> str:
 
 
 def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
-    """Mean rise against tokens, from the lowest to the highest seed: a line an arm, a panel a model and K."""
-    lines: dict[tuple[str, int], dict[str, list[tuple[int, list[float]]]]] = {}
+    """Rise and lowest gate share against tokens, means over seeds and from the lowest to the highest: a line an arm, a column a model and K."""
+    columns: dict[tuple[str, int], dict[str, dict[int, list[dict[str, Any]]]]] = {}
     for cases in groups:
         first = cases[0]
-        rises = [results.of(case)["rise"] for case in cases]
-        lines.setdefault((first.model, first.k), {}).setdefault(first.arm, []).append((first.tokens, rises))
-    figure, axes = plt.subplots(1, len(lines), figsize=(6.4 * len(lines), 4.8), squeeze=False, layout="constrained")
-    for axis, ((model, k), arms) in zip(axes[0], lines.items(), strict=True):
-        for arm, points in arms.items():
-            points.sort()
-            budgets = [tokens for tokens, _ in points]
-            [line] = axis.plot(budgets, [statistics.mean(rises) for _, rises in points], marker="o", label=arm)
-            low, high = ([extreme(rises) for _, rises in points] for extreme in (min, max))
-            axis.fill_between(budgets, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.set(
-            title=f"{model}, K = {k}", xlabel="tokens of training", ylabel="rise of held-out cross-entropy, nats", xscale="log"
-        )
-        axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_locator(FixedLocator(sorted({tokens for points in arms.values() for tokens, _ in points})))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.legend()
+        arms = columns.setdefault((first.model, first.k), {})
+        arms.setdefault(first.arm, {})[first.tokens] = [results.of(case) for case in cases]
+    colours = {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for arms in columns.values() for arm in arms))}
+    rows: dict[str, Callable[[dict[str, Any]], float]] = {
+        "rise of held-out cross-entropy, nats": lambda figures: figures["rise"],
+        "gate share, lowest of the layers": lambda figures: min(share or 0.0 for share in figures["gate_share"]),
+    }
+    size = (6.4 * len(columns), 6.4)
+    figure, axes = plt.subplots(2, len(columns), figsize=size, height_ratios=(3, 2), squeeze=False, layout="constrained")
+    for column, ((model, k), arms) in enumerate(columns.items()):
+        for axis, (label, value) in zip(axes[:, column], rows.items(), strict=True):
+            for arm, points in arms.items():
+                budgets = sorted(points)
+                of_seeds = [[value(figures) for figures in points[tokens]] for tokens in budgets]
+                axis.plot(budgets, [statistics.mean(values) for values in of_seeds], marker="o", label=arm, color=colours[arm])
+                low, high = ([extreme(values) for values in of_seeds] for extreme in (min, max))
+                axis.fill_between(budgets, low, high, color=colours[arm], alpha=0.2, linewidth=0)
+            axis.set(xlabel="tokens of training", ylabel=label, xscale="log")
+            axis.set_ylim(bottom=0)
+            axis.xaxis.set_major_locator(FixedLocator(sorted({tokens for points in arms.values() for tokens in points})))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_minor_locator(NullLocator())
+        axes[0, column].set_title(f"{model}, K = {k}")
+        axes[0, column].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -58,7 +58,7 @@ def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
     train = resolve_train(recipe, 64, 1780).train
     published = "published" in arm or "paper" in arm
     assert (train.start, train.k_start) == (("paper", 8) if published else ("data", 32))
-    schedule, batch = ("constant", 4096) if arm == "MxD, paper" else ("trapezoid", 512)
+    schedule, batch = ("constant", 4096) if arm == "MxD, paper" else ("trapezoid", 1024 if published else 512)
     assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, schedule, batch, 300_000)
     assert train.finish == (0.0 if published else 0.4)
 
