@@ -34,7 +34,7 @@ bench: $(VENV)/installed
 
 # what the fast preset is worth, against the paper's start and transcoders: most of a day on two cores; goes on where it was cut off
 study: $(VENV)/installed
-	$(BIN)/python benchmarks/study.py --results study.jsonl
+	$(BIN)/python benchmarks/study.py --results benchmarks/study.jsonl
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -27,7 +27,7 @@ def test_bad_options(mxd, refused, recipe):
 
 def test_bad_recipes(refused, recipe, tmp_path, text, models):
     refused("run", recipe(layer={"k": 30}), words=("layer.k", "30", "24"))
-    refused("run", recipe(layer={"k": 3000, "experts": "auto"}), words=("layer.k", "3000", "896"))
+    refused("run", recipe(layer={"k": 3000, "experts": "auto"}), words=("layer.k", "3000", "992"))
     refused("run", recipe(layers=[3]), words=("layers", "3", "layers 0 to 2"))
     refused("run", recipe(layer={"activation": "gulu"}), words=("layer.activation", "gulu"))
     refused(

@@ -64,8 +64,8 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
     plan = json.loads(out)
     assert [layer["index"] for layer in plan["layers"]] == [0, 2]
     assert {layer["k"] for layer in plan["layers"]} == {8}
-    assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 128, 32)}
-    assert plan["layers"][0]["experts"] == 32 * 32 - 128  # matched: N = M - (2 I H + H) / (I + O + 1)
+    assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 32, 32)}  # a quarter of the MLP's 128
+    assert plan["layers"][0]["experts"] == 32 * 32 - 32  # matched: N = M - (2 I H + H) / (I + O + 1)
     assert plan["recipe"]["train"]["warmup_steps"] is not None
     assert plan["groups"] == [[0, 2]]
     assert plan["memory_bytes"]["peak"] >= plan["memory_bytes"]["training"] > 2**28
@@ -161,15 +161,15 @@ def test_revert(mxd, converted, models, tmp_path):
 def test_generate_and_steer(mxd, converted):
     plain = json.loads(mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--json")[1])
     steered = json.loads(
-        mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--steer", "0:3:+500", "--json")[1]
+        mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--steer", "0:7:+500", "--json")[1]
     )
     nothing = json.loads(
-        mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--steer", "0:3:+0", "--json")[1]
+        mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--steer", "0:7:+0", "--json")[1]
     )
     assert plain["text"].startswith("The value")
     assert steered["text"] != plain["text"]
     assert nothing["text"] == plain["text"]
-    assert steered["steering"] == [{"layer": 0, "expert": 3, "add": 500.0, "positions": "all"}]
+    assert steered["steering"] == [{"layer": 0, "expert": 7, "add": 500.0, "positions": "all"}]
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def new_layer_at(plan, index):
 
 
 def test_plan_shows_the_kind(mxd, recipe):
-    for kind, parts in (("transcoder", ("32 > 32", "transcoder")), ("dense_twin", ("32 > 128 > 32", "dense_twin"))):
+    for kind, parts in (("transcoder", ("32 > 32", "transcoder")), ("dense_twin", ("32 > 32 > 32", "dense_twin"))):
         status, out, _ = mxd("plan", recipe(layer={"kind": kind}))
         assert status == 0
         for part in parts:

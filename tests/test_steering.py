@@ -154,8 +154,8 @@ def test_what_cache_and_batch_write_is_the_same(model):
 def test_a_preset_travels_in_the_checkpoint(model, tmp_path, converted):
     """Saved, loaded by this package and, in a process that has not got it, by the checkpoint's own code."""
     ids = ids_of()
-    orders = [{"layer": LAYER, "expert": 3, "add": 5.0}, {"layer": 0, "expert": 1, "ablate": True, "positions": "generation"}]
-    with steer(model, LAYER, 3, add=5.0), steer(model, 0, 1, ablate=True, positions="generation"):
+    orders = [{"layer": LAYER, "expert": 3, "add": 50.0}, {"layer": 0, "expert": 1, "ablate": True, "positions": "generation"}]
+    with steer(model, LAYER, 3, add=50.0), steer(model, 0, 1, ablate=True, positions="generation"):
         expected = written(model, ids)
     assert not torch.equal(expected, written(model, ids))
     model.set_steering(orders)
