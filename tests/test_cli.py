@@ -64,7 +64,7 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
     plan = json.loads(out)
     assert [layer["index"] for layer in plan["layers"]] == [0, 2]
     assert {layer["k"] for layer in plan["layers"]} == {8}
-    assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 32, 32)}  # a quarter of the MLP's 128
+    assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 32, 32)}
     assert plan["layers"][0]["experts"] == 32 * 32 - 32  # matched: N = M - (2 I H + H) / (I + O + 1)
     assert plan["recipe"]["train"]["warmup_steps"] is not None
     assert plan["groups"] == [[0, 2]]
