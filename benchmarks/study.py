@@ -1,7 +1,7 @@
 """What `train.preset: fast` is worth: MxDs against their own start in the paper and against transcoders, at equal tokens and parameters.
 
     python benchmarks/study.py [--models stories260k prose-neox] [--k 8 4 32] [--seeds 0 1 2] [--arms ...] [--results study.jsonl]
-    python benchmarks/study.py --models stories260k --k 8 --tokens 600000 300000 1200000 2400000 --plot docs/images/budget.png
+    python benchmarks/study.py --models stories260k --k 8 4 --tokens 600000 300000 1200000 2400000 10000000 --plot budget.png
 
 Every arm gets the same search over learning rates, on the first budget, K and seed, judged on the training text at the end of the
 training: by KL(base || converted), or without a finish by what is left unexplained of the layers' outputs; the held-out text is for the
@@ -24,6 +24,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from mxd_convert.training.presets import batch_of
@@ -90,9 +91,14 @@ class Results:
         if case not in self.figures:
             self.figures[case] = measure(case)
             with self.path.open("a") as file:
-                file.write(json.dumps({"case": vars(case), "figures": self.figures[case]}) + "\n")
+                file.write(json.dumps({"machine": machine(), "case": vars(case), "figures": self.figures[case]}) + "\n")
             print(f"{case}: rise {self.figures[case]['rise']:.3f}", flush=True)
         return self.figures[case]
+
+
+def machine() -> str:
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{place}, torch {torch.__version__.partition('+')[0]}"
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -126,25 +132,31 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG to write: rise and gate share against tokens, a column a model and K")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each")
     parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
+    parser.add_argument("--known", action="store_true", help="run nothing: tables and plot of what the results file has")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     results = Results(arguments.results)
     done: list[list[Case]] = []
+
+    def kept(cases: list[Case]) -> list[Case]:
+        return [case for case in cases if case in results.figures] if arguments.known else cases
+
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for model in arguments.models:
             budgets = arguments.tokens or [MODELS[model]["data.tokens"]]
             of_first = (arguments.k[0], arguments.seeds[0], budgets[0])
-            searched = {arm: [_case(model, arm, lr, *of_first) for lr in arguments.rates] for arm in arguments.arms}
+            searched = {arm: kept([_case(model, arm, lr, *of_first) for lr in arguments.rates]) for arm in arguments.arms}
             list(pool.map(results.of, [case for cases in searched.values() for case in cases]))
-            best = {arm: best_rate(results, cases) for arm, cases in searched.items()}
+            best = {arm: best_rate(results, cases) for arm, cases in searched.items() if cases}
             for tokens in budgets:
                 groups = [
-                    [_case(model, arm, best[arm], k, seed, tokens) for seed in arguments.seeds]
-                    for arm in arguments.arms
+                    kept([_case(model, arm, lr, k, seed, tokens) for seed in arguments.seeds])
+                    for arm, lr in best.items()
                     for k in (arguments.k if "twin" not in arm else arguments.k[:1])
                 ]
+                groups = [group for group in groups if group]
                 list(pool.map(results.of, [case for group in groups for case in group]))
-                print(f"\n{model}, {tokens:,} tokens, {len(arguments.seeds)} seeds\n")
+                print(f"\n{model}, {tokens:,} tokens, seeds {arguments.seeds}\n")
                 print(table(results, groups), flush=True)
                 done += groups
     if arguments.plot:

@@ -98,6 +98,24 @@ def test_a_budget_curve_takes_its_rates_from_the_first_budget(measured, monkeypa
     assert picture.stat().st_size > 10_000
 
 
+def test_a_study_of_what_is_known_runs_nothing(measured, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "study.jsonl"
+    results = study.Results(path)
+    for arm, k in (("MxD, fast", 8), ("MxD, fast", 4), ("MxD, paper", 4)):  # of the last, no rate is known
+        results.of(study.Case("stories260k", arm, k, 1e-2, 0, 600))
+    measured.clear()
+    arguments = f"--models stories260k --tokens 600 300 --jobs 1 --known --results {path} --plot {tmp_path / 'known.png'}"
+    monkeypatch.setattr("sys.argv", ["study.py", *arguments.split()])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    study.main()
+    assert measured == []
+    printed = capsys.readouterr().out
+    assert printed.count("| MxD, fast | 8 |") == printed.count("| MxD, fast | 4 |") == 1
+    assert "| MxD, fast | 32 |" not in printed
+    assert "| MxD, paper |" not in printed
+    assert (tmp_path / "known.png").stat().st_size > 10_000
+
+
 def test_the_study_chooses_rates_by_the_training_text_and_goes_on(measured, tmp_path):
     path = tmp_path / "study.jsonl"
     for _ in range(2):

@@ -19,7 +19,7 @@ from mxd_convert.harvest import harvest
 from mxd_convert.layers import Shape, new_layer, normalised_mse
 from mxd_convert.plan import memory
 from mxd_convert.surgery import convert as put_layers
-from mxd_convert.training.finish import Finish, InPlace
+from mxd_convert.training.finish import Finish, InPlace, piece_tokens
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.loop import FINISH, Training, lower
 from mxd_convert.training.stage import Stage
@@ -193,6 +193,14 @@ def test_groups_and_order_change_nothing_in_it(models, text, tmp_path, monkeypat
     assert ends[0] == pytest.approx(ends[1], rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("device", "vocabulary", "tokens"),
+    [("cpu", 512, 1024), ("cuda", 512, 4096), ("cuda", 50_257, 2670), ("cuda", 128_256, 1046), ("cuda", 262_144, 1024)],
+)
+def test_a_gpu_takes_larger_pieces_while_their_logits_allow(device, vocabulary, tokens):
+    assert piece_tokens(device, vocabulary) == tokens
+
+
 IN_PIECES = """
 import json, sys
 from mxd_convert import convert
@@ -227,9 +235,8 @@ def test_on_a_gpu_it_learns_what_it_learns_on_a_cpu(models, text, tmp_path, fami
     finish = [[line["kl"] for line in lines[device] if "kl" in line] for device in ("cpu", "cuda")]
     assert finish[0][-1] < finish[0][0]
     assert finish[1] == pytest.approx(finish[0], rel=1e-2)
-    for name, tensor in weights[
-        "cpu"
-    ].items():  # not element by element: a gate that falls the other way takes an expert elsewhere
+    # not element by element: a gate that falls the other way takes an expert elsewhere
+    for name, tensor in weights["cpu"].items():
         assert (weights["cuda"][name] - tensor).norm() <= 0.02 * tensor.norm(), name
 
 

@@ -29,7 +29,7 @@ def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
     Whoever has all of the MLP's hidden units learns that MLP once more, given enough text, and its experts stop mattering.
     """
     layer = recipe.layer
-    if recipe.train.preset == "paper" or layer.hidden is not None or "transcoder" in layer.kind:
+    if recipe.train.preset == "paper" or layer.hidden is not None or layer.kind in ("transcoder", "skip_transcoder"):
         return recipe
     return recipe.model_copy(update={"layer": layer.model_copy(update={"hidden": max(1, d_hidden // HIDDEN)})})
 
