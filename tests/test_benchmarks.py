@@ -58,7 +58,7 @@ def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
     train = resolve_train(recipe, 64, 1780).train
     published = "published" in arm or "paper" in arm
     assert (train.start, train.k_start) == (("paper", 8) if published else ("data", 32))
-    schedule, batch = ("constant", 4096) if arm == "MxD, paper" else ("trapezoid", 1024 if published else 512)
+    schedule, batch = ("constant", 4096) if arm == "MxD, paper" else ("trapezoid", 1024 if published else 256)
     assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, schedule, batch, 300_000)
     assert train.finish == (0.0 if published else 0.4)
 
@@ -133,7 +133,7 @@ def test_the_study_chooses_rates_by_the_training_text_and_goes_on(measured, tmp_
 
 def test_a_killed_run_ends_as_one_left_alone(tmp_path):
     """Two kills at random moments; benchmarks/kill.py does twenty."""
-    found = list(kill.kill(2, seed=3, folder=tmp_path, tokens=60_000))
+    found = list(kill.kill(2, seed=3, folder=tmp_path, tokens=24_000))
     assert [differing for _, _, differing in found] == [[], []], found
     assert any("step" in stage or "state" in stage or "while" in stage for _, stage, _ in found), found
 

@@ -86,6 +86,7 @@ def test_hub_datasets_are_streamed(tmp_path, tokenizer, monkeypatch):
         return datasets.IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(data, "LEAST_TOKENS", 1)
     settings = Data(train=Text(path="someone/texts"), eval=EvalText(tokens=512), context=32, tokens=2048)
     train, held_out = prepare(settings, tokenizer, tmp_path)
     assert train.info.path == "someone/texts"
@@ -193,6 +194,20 @@ def test_bos_and_the_first_position_are_left_out(tmp_path, tokenizer):
     assert not counted[ids == tokenizer.bos_token_id].any()
     assert counted[:, 1:][ids[:, 1:] != tokenizer.bos_token_id].all()
     assert train.counted(ids, mask_bos=False).all()
+
+
+def test_a_short_run_takes_its_blocks_from_all_of_the_text(tmp_path, tokenizer, monkeypatch):
+    """Lest it knows but the first few documents."""
+    texts = documents(200)
+    settings = Data(train=Text(path=str(write(tmp_path / "a.jsonl", texts))), context=16, tokens=320)
+    train, _ = prepare(settings, tokenizer, tmp_path / "w")
+    assert train.info.documents == sum(not is_held_out(text) for text in texts)
+    taken = block_order(len(train), 0, 320 // 16, seed=0)
+    assert max(taken) > len(train) / 2
+    monkeypatch.setattr(data, "LEAST_TOKENS", 1000)  # no more is read than that, or than the run takes
+    for tokens, read in ((320, 1000), (2000, 2000)):
+        train, _ = prepare(settings.model_copy(update={"tokens": tokens}), tokenizer, tmp_path / f"w-{tokens}")
+        assert len(train) == -(-read // 16)
 
 
 def test_tokenised_text_is_reused(tmp_path, tokenizer, monkeypatch):

@@ -9,6 +9,7 @@ from mxd_convert.data.blocks import (
     prepare,
     prepare_eval,
     separators,
+    tokens_to_read,
 )
 from mxd_convert.data.documents import HELD_OUT_SHARE, is_held_out, local_files, read_documents
 from mxd_convert.data.labelled import FEWEST_DOCUMENTS, Labelled, check_classes, read_labelled
@@ -30,4 +31,5 @@ __all__ = [
     "read_documents",
     "read_labelled",
     "separators",
+    "tokens_to_read",
 ]

@@ -21,6 +21,8 @@ from mxd_convert.data.documents import HELD_OUT_SHARE, is_held_out, read_documen
 from mxd_convert.errors import InputError
 from mxd_convert.recipe import Data, EvalText, is_local
 
+# of training text that are read where there are so many, so that a short run takes its blocks from many documents, not from the first few
+LEAST_TOKENS = 4_000_000
 _BATCH = 256  # documents tokenised at a time
 _CHARACTERS = 4  # of a token, about: what is pending may fill the file
 
@@ -155,6 +157,8 @@ def block_order(blocks: int, start: int, count: int, seed: int) -> np.ndarray[An
 def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], None] = lambda line: None) -> tuple[Blocks, Blocks]:
     """Training and evaluation blocks of a recipe, tokenised into `folder`, or read from there if an earlier call finished.
 
+    Of the training text as many tokens as the run takes, or LEAST_TOKENS where these are more: its blocks come from all of them.
+
     Raises InputError for a text that is empty, has a single document where some must be held out, or too few tokens for a block.
     """
     manifest = folder / "data.json"
@@ -172,7 +176,7 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
             folder / "train.tokens",
             dtype,
             data.context,
-            -(-data.tokens // data.context),
+            -(-tokens_to_read(data) // data.context),
             marks.bos,
             TextInfo(**recorded["train"]),
         ),
@@ -209,8 +213,13 @@ def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, h
     return _open(folder / "eval.tokens", writer.dtype, context, source.tokens // context, marks.bos, info)
 
 
+def tokens_to_read(data: Data) -> int:
+    """Of the training text, where it has so many."""
+    return max(data.tokens, LEAST_TOKENS)
+
+
 def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, TextInfo]:
-    train = _Writer(folder / "train.tokens", tokenizer, marks, data.tokens)
+    train = _Writer(folder / "train.tokens", tokenizer, marks, tokens_to_read(data))
     held_out = _Writer(folder / "eval.tokens", tokenizer, marks, data.eval.tokens)
     try:
         if data.eval.path is not None:

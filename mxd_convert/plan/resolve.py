@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from mxd_convert.architectures import Architecture, Site, architecture_of, find_sites, suggestion
 from mxd_convert.base import empty_model, explained, likely_mlp, load_config, pinned, untied_tensors
-from mxd_convert.data import local_files
+from mxd_convert.data import local_files, tokens_to_read
 from mxd_convert.errors import InputError
 from mxd_convert.layers import Shape
 from mxd_convert.own_code import trusting
@@ -149,7 +149,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         mlp=architecture.words(sites[0].activation),
         warnings=_warnings(recipe, base_parameters, converted, steps),
     )
-    tokens = min(recipe.data.tokens, plan.tokens) + recipe.data.eval.tokens
+    tokens = tokens_to_read(recipe.data) + recipe.data.eval.tokens
     return replace(plan, disk_bytes=_weights_on_disk(plan) + 4 * tokens)
 
 

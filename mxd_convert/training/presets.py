@@ -3,7 +3,8 @@
 from mxd_convert.recipe import Recipe
 
 FINISH = 0.4  # of the steps
-BATCHES = {1_000_000: 512, 4_000_000: 1024, 40_000_000: 2048}  # tokens a step of `fast`, for budgets below so many; 4,096 above
+# tokens a step of `fast`, for budgets below so many, and 4,096 above
+BATCHES = {1_000_000: 256, 4_000_000: 512, 10_000_000: 1024, 40_000_000: 2048}
 K_START = 4  # x layer.k active experts at the first step of `fast`
 HIDDEN = 4  # hidden units of the base's MLP to one of `fast`
 
