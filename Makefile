@@ -10,8 +10,9 @@ quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
 	$(BIN)/mxd-convert verify runs/quickstart
 
+# a worker more than two cores have: many tests wait for programs that they start
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 3 -m "not slow" tests
 
 # what takes longest of every family's checks
 slow: $(VENV)/installed

@@ -147,6 +147,7 @@ def test_the_dashboards_benchmark(tmp_path):
     assert 2**27 < written.peak_bytes < 2**32
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_inference(tmp_path, capsys):
     """A tiny model: every variant runs in its process; what a token reads is counted by hand."""
     found = inference.measure("tiny", tmp_path, rounds=1, threads=1)
