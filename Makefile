@@ -52,7 +52,7 @@ families: $(VENV)/installed
 OTHER := $(or $(MXD_SHARED),../shared)/data/wikitext2_valid.txt.gz
 cards: $(VENV)/installed
 	for name in quickstart stories260k; do \
-		$(BIN)/mxd-convert run recipes/$$name.yaml && \
+		$(BIN)/mxd-convert run recipes/$$name.yaml --fresh && \
 		$(BIN)/mxd-convert eval runs/$$name --data $(OTHER) --tokens 16384 --record && \
 		mkdir -p model_cards/$$name && \
 		(cd runs/$$name && cp -r README.md mxd_report.json recipe.yaml config.json plots ../../model_cards/$$name/) || exit 1; \
