@@ -12,6 +12,7 @@ from conftest import small_recipe
 from safetensors.torch import load_file
 from test_processes import two_processes
 from test_training import assert_the_same
+from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import convert
@@ -223,7 +224,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
 def test_on_a_gpu_it_learns_what_it_learns_on_a_cpu(models, text, tmp_path, family):
     """In processes of their own, since accelerate settles on a device once; on the GPU cut off in the finish, and gone on with."""
-    lines, weights = {}, {}
+    lines = {}
     for device in ("cpu", "cuda"):
         train = {**SHARE, "device": device, "start": "data", "k_start": 8}
         recipe = small_recipe(models[family], text, tmp_path / device, data={"tokens": 8192}, train=train)
@@ -231,13 +232,24 @@ def test_on_a_gpu_it_learns_what_it_learns_on_a_cpu(models, text, tmp_path, fami
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == "[25]"  # of 32 steps 13 are the finish's
         lines[device] = [json.loads(line) for line in (tmp_path / device / "training_log.jsonl").read_text().splitlines()]
-        weights[device] = load_file(tmp_path / device / "model.safetensors")
     finish = [[line["kl"] for line in lines[device] if "kl" in line] for device in ("cpu", "cuda")]
     assert finish[0][-1] < finish[0][0]
     assert finish[1] == pytest.approx(finish[0], rel=1e-2)
-    # not element by element: a gate that falls the other way takes an expert elsewhere
-    for name, tensor in weights["cpu"].items():
-        assert (weights["cuda"][name] - tensor).norm() <= 0.02 * tensor.norm(), name
+    # not weight by weight: where attention and MLP are parallel, experts that start as the same token of layer 0 are equal to the bit,
+    # and which of them a top-k takes is the device's choice (on an H100 those weights were a tenth apart; on a CPU as well, when ties
+    # fell the other way, with 3e-3 of the KL between the models)
+    ids = torch.randint(5, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+    base, *learnt = (log_probabilities(path, ids) for path in (models[family], tmp_path / "cpu", tmp_path / "cuda"))
+    assert divergence(*learnt) <= 0.02 * divergence(base, learnt[0])
+
+
+@torch.no_grad()
+def log_probabilities(path, ids):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(input_ids=ids).logits.double().log_softmax(-1)
+
+
+def divergence(one, other):
+    return (one.exp() * (one - other)).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize("distribute", ["data", "layers"])
