@@ -7,9 +7,12 @@ import torch
 from conftest import small_recipe
 
 from mxd_convert import convert
+from mxd_convert.architectures import find_sites
+from mxd_convert.base import load_base
 from mxd_convert.data import block_order
 from mxd_convert.harvest import harvest
 from mxd_convert.layers import Shape
+from mxd_convert.recipe import Base
 from mxd_convert.training import start
 from mxd_convert.training.activations import Activations
 from mxd_convert.training.stage import active_experts, make_layer
@@ -93,14 +96,38 @@ def test_layers_of_other_sizes_change_nothing_for_each_other(source, monkeypatch
         assert all(torch.equal(together[site.index].state_dict()[name], tensor) for name, tensor in alone.state_dict().items())
 
 
-def test_experts_beyond_the_texts_tokens_keep_a_random_gate(source):
+def test_experts_beyond_what_the_text_has_keep_a_random_gate(source):
     count = len(tokens_of(source(), 0)[0])
     layer = started(source(), "mxd", count)
     used = layer.experts.abs().amax(-1) > 0
-    assert 0.4 * count < used.sum() < 0.6 * count
+    assert 100 < used.sum() < count / 2
     drawn = fresh(source().sites[0], "mxd", count).gate.weight
     assert torch.equal(layer.gate.weight[~used], drawn[~used])
     assert layer(torch.randn(5, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("experts", [24, 400])
+def test_no_two_experts_start_as_the_same_token(source, models, experts):
+    """In the first layer of a GPT-NeoX, whose attention and MLPs are parallel, an MLP's input is that of the token alone."""
+    base = load_base(Base(model=str(models["gpt_neox"])))
+    from_neox = source(base=base, sites=find_sites(base, base.config, [0]))
+    distinct = len(tokens_of(from_neox, 0)[0].unique(dim=0))
+    assert 24 < distinct < 300
+    layer = started(from_neox, "mxd", experts)
+    used = layer.experts.abs().amax(-1) > 0
+    assert used.sum() == 24 if experts == 24 else distinct / 2 < used.sum() <= distinct
+    ways = torch.nn.functional.normalize(layer.gate.weight[used].double())
+    assert (ways @ ways.T).fill_diagonal_(0).max() < 0.95  # .9 from the mean of the first tokens, which is not that of all
+
+
+def test_a_layer_that_sees_few_inputs_does_not_read_all_of_the_text(source, models, monkeypatch):
+    monkeypatch.setattr(start, "FORWARD_TOKENS", 64)
+    monkeypatch.setattr(start, "MOST_TOKENS", 0.5)
+    activations = Activations(source(), CPU)
+    read = []
+    monkeypatch.setattr(activations, "read", lambda rows, real=activations.read: read.append(len(rows)) or real(rows))
+    start_on_text({0: fresh(source().sites[0], experts=400)}, activations)
+    assert 200 <= sum(read) * source().blocks.context < 200 * 8 / 7 + 2 * 64
 
 
 def test_a_gate_that_is_not_trained_is_not_started_on_text(source):

@@ -2,7 +2,8 @@
 
 Expert n of a start is a sampled token: its gate looks along that token's input, from the mean of all, and its row is that token's output
 beyond the mean of all. A layer then begins as a regression on the nearest of N tokens, with every expert in use, in place of one whose
-experts must first be found by a random gate.
+experts must first be found by a random gate. No two experts look the same way: frequent tokens would take most of a layer, in the first
+MLP of a model whose attention and MLPs are parallel with gates that are equal to the bit, since its input is the token's alone.
 """
 
 from collections.abc import Mapping
@@ -17,14 +18,18 @@ from mxd_convert.training.activations import FORWARD_TOKENS, Activations
 
 # of a gate's direction; nn.Linear draws 0.58. At twice that more experts stay alive on a wide model, but on both all learn slower
 GATE_NORM = 0.8
+ALIKE = 0.9  # cosine of two inputs, from the mean, of which one becomes no expert
+MOST_TOKENS = 8  # an expert, that are looked at: some layers never see as many ways as they have experts
+AT_ONCE = 64  # of them: one like another of these that was passed over is passed over too
+LEFT = 8  # of so many tokens one is for the fit of the experts' scale
 
 
 @torch.no_grad()
 def start_on_text(layers: Mapping[int, Trainable], activations: Activations) -> None:
-    """Starts the layers whose gates are trained on the first blocks of the training text; half of their tokens become experts.
+    """Starts the layers whose gates are trained on the first blocks of the training text.
 
-    Where the text has fewer tokens than there are experts, the others keep a random gate and a row of zeros. What a layer gets hangs
-    on the seed, the text and the layer alone.
+    Where its tokens are too few or too much alike for all experts, the others keep a random gate and a row of zeros. What a layer gets
+    hangs on the seed, the text and the layer alone.
     """
     source = activations.source
     starts = {index: _Start(layer) for index, layer in layers.items() if layer.n_experts and layer.gate.weight.requires_grad}
@@ -39,14 +44,14 @@ def start_on_text(layers: Mapping[int, Trainable], activations: Activations) -> 
         batch = activations.read(rows[begin : begin + at_once])
         counted = batch.counted_B.nonzero().squeeze(1)
         order = counted[torch.from_numpy(random.permutation(len(counted))).to(counted.device)]
-        taken, left = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
+        left, taken = order[: len(order) // LEFT], order[len(order) // LEFT :]
         for index, start in starts.items():
-            if start.full:  # a layer of fewer experts than others: it is done, as it would be alone
+            if start.done:  # before others, as it would be alone
                 continue
             x_BI, y_BO = batch.activations[index]
             start.take(x_BI[taken].float(), y_BO[taken].float())
             other[index] = x_BI[left].float(), y_BO[left].float()
-        if all(start.full for start in starts.values()):
+        if all(start.done for start in starts.values()):
             break
     for index, start in starts.items():
         start.finish(*other[index])
@@ -60,20 +65,25 @@ class _Start:
         self.taken = self.seen = 0
         self.input_sum_I = torch.zeros_like(layer.gate.weight[0], dtype=torch.float64)
         self.output_sum_O = torch.zeros_like(layer.output_bias, dtype=torch.float64)
+        self.centre_I = torch.zeros_like(layer.gate.weight[0])  # the mean of the first tokens
 
     @property
-    def full(self) -> bool:
-        return self.taken == self.layer.n_experts
+    def done(self) -> bool:
+        return self.taken == self.layer.n_experts or self.seen >= MOST_TOKENS * self.layer.n_experts
 
     def take(self, x_BI: Tensor, y_BO: Tensor) -> None:
+        if not self.seen and len(x_BI):
+            self.centre_I = x_BI.mean(0)
         self.seen += len(x_BI)
         self.input_sum_I += x_BI.double().sum(0)
         self.output_sum_O += y_BO.double().sum(0)
-        count = min(len(x_BI), self.layer.n_experts - self.taken)
-        rows = slice(self.taken, self.taken + count)
-        self.layer.gate.weight[rows] = x_BI[:count]
-        self.layer.experts[rows] = y_BO[:count]
-        self.taken += count
+        for x, y in zip((x_BI - self.centre_I).split(AT_ONCE), y_BO.split(AT_ONCE), strict=True):
+            new = ~_alike(x, x).tril(-1).any(1) & ~_alike(x, self.layer.gate.weight[: self.taken]).any(1)
+            chosen = new.nonzero().squeeze(1)[: self.layer.n_experts - self.taken]
+            rows = slice(self.taken, self.taken + len(chosen))
+            self.layer.gate.weight[rows] = x[chosen]
+            self.layer.experts[rows] = y[chosen]
+            self.taken += len(chosen)
 
     def finish(self, x_BI: Tensor, y_BO: Tensor) -> None:
         """x, y: of tokens that did not become experts, on which the experts' common scale is fitted."""
@@ -82,7 +92,7 @@ class _Start:
             return
         mean_I, mean_O = ((total / self.seen).float() for total in (self.input_sum_I, self.output_sum_O))
         weight_NI, experts_NO = layer.gate.weight[rows], layer.experts[rows]
-        weight_NI -= mean_I
+        weight_NI -= mean_I - self.centre_I
         weight_NI *= GATE_NORM / torch.linalg.vector_norm(weight_NI, dim=-1, keepdim=True).clamp_min(1e-8)
         layer.gate.bias[rows] = -(weight_NI @ mean_I)
         experts_NO -= mean_O
@@ -90,3 +100,8 @@ class _Start:
         gain_BO = layer.gain_of(layer.encode(x_BI)).double()
         scale = (gain_BO * (y_BO - mean_O)).sum() / gain_BO.square().sum().clamp_min(1e-30)
         experts_NO *= scale.clamp_min(0).float()
+
+
+def _alike(x_BI: Tensor, others_NI: Tensor) -> Tensor:
+    """Which of the others look the same way, (B, N), for inputs from their mean."""
+    return x_BI @ others_NI.T >= ALIKE * x_BI.norm(dim=-1, keepdim=True) * others_NI.norm(dim=-1)
