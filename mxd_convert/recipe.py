@@ -162,8 +162,8 @@ class Train(Section):
     schedule: Literal["constant", "linear", "trapezoid", "cosine"] | None = None
     """Learning rate after the warm-up, until the finish; trapezoid: constant, then linear to zero over the last fifth; null: the preset's."""
     start: Literal["data", "paper"] | None = None
-    """data: every expert begins as a token of the text, its gate looking for that token's input, its row giving that token's output. paper: gate
-    and experts at random, D at 0, experts of unit norm throughout; null: the preset's."""
+    """data: experts begin as tokens of the text, no two alike, each gate looking for its token's input, its row giving that token's output.
+    paper: gate and experts at random, D at 0, experts of unit norm throughout; null: the preset's."""
     k_start: Positive | None = None
     """Active experts a token at the first step; they become layer.k, evenly, by half of the steps before the finish;
     null: the preset's."""

@@ -120,14 +120,54 @@ def test_no_two_experts_start_as_the_same_token(source, models, experts):
     assert (ways @ ways.T).fill_diagonal_(0).max() < 0.95  # .9 from the mean of the first tokens, which is not that of all
 
 
-def test_a_layer_that_sees_few_inputs_does_not_read_all_of_the_text(source, models, monkeypatch):
+def test_a_layer_that_sees_few_inputs_does_not_read_all_of_the_text(source, monkeypatch):
     monkeypatch.setattr(start, "FORWARD_TOKENS", 64)
     monkeypatch.setattr(start, "MOST_TOKENS", 0.5)
     activations = Activations(source(), CPU)
     read = []
-    monkeypatch.setattr(activations, "read", lambda rows, real=activations.read: read.append(len(rows)) or real(rows))
+    monkeypatch.setattr(
+        activations, "read", lambda rows, indices, real=activations.read: read.append(len(rows)) or real(rows, indices)
+    )
     start_on_text({0: fresh(source().sites[0], experts=400)}, activations)
     assert 200 <= sum(read) * source().blocks.context < 200 * 8 / 7 + 2 * 64
+
+
+def test_a_text_that_ends_with_a_block_of_few_tokens_starts_as_well(source, monkeypatch):
+    """The common scale is fitted where there are enough tokens for it: after the last block alone, all rows would be 0."""
+    short = source()
+    layer = started(short, "mxd", 2000)
+    ends_short = Activations(short, CPU)
+    read = ends_short.read
+
+    def first_whole_then_few(rows, indices):
+        batch = read(rows, indices)
+        if rows[0] != first:
+            batch.counted_B[5:] = False
+        return batch
+
+    rows = block_order(len(short.blocks), 0, len(short.blocks), short.seed)
+    first, at_once = rows[0], len(rows) // 2 + 1
+    monkeypatch.setattr(ends_short, "read", first_whole_then_few)
+    monkeypatch.setattr(start, "FORWARD_TOKENS", at_once * short.blocks.context)
+    short_layer = fresh(short.sites[0], "mxd", 2000)
+    start_on_text({short.sites[0].index: short_layer}, ends_short)
+    used, all_used = (made.experts.abs().amax(-1) > 0 for made in (short_layer, layer))
+    assert all_used.sum() / 3 < used.sum() < all_used.sum()
+    assert short_layer.experts[used].norm() / used.sum() > 0.5 * layer.experts[all_used].norm() / all_used.sum()
+
+
+def test_what_looks_no_way_is_like_nothing(source):
+    layer = fresh(source().sites[0])
+    one = start._Start(layer)
+    tokens = torch.randn(31, 32)
+    with torch.no_grad():
+        one.take(torch.cat((tokens.mean(0, keepdim=True), tokens)), torch.randn(32, 32))  # the first is the mean of all
+    assert one.taken == 24
+    alone = start._Start(fresh(source().sites[0]))
+    with torch.no_grad():
+        for token in tokens:  # the first is the centre
+            alone.take(token.unsqueeze(0), torch.randn(1, 32))
+    assert alone.taken == 24
 
 
 def test_a_gate_that_is_not_trained_is_not_started_on_text(source):

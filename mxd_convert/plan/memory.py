@@ -112,9 +112,10 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
     a_forward = width * (6 * widest.d_hidden + 12 * widest.d_in)  # for a token
     forward = min(tokens, FORWARD_TOKENS) * a_forward
     start = 0
-    if recipe.train.start == "data":  # activations of all layers, whole and then half of them in float32
+    if recipe.train.start == "data":  # all layers' activations; in float32 an eighth of them, and one layer's others twice
         read = min(plan.tokens, FORWARD_TOKENS)
-        start = read * (max(a_forward, 2 * sum(layer.shape.d_in + layer.shape.d_out for layer in group)) + a_token)
+        widths = [layer.shape.d_in + layer.shape.d_out for layer in group]
+        start = read * (max(a_forward, sum(widths) // 2 + 7 * max(widths)) + a_token)
     base = base_bytes(plan) if room is None else base_room(plan, room) or base_bytes(plan)
     return _libraries(recipe) + base + int(SPARE * (held + max(start, buffer + max(step, forward))))
 

@@ -22,6 +22,7 @@ from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import learn, make_layer
 from mxd_convert.training.window import Window
 
+START_TOKENS = 2  # an expert, that a start looks at in most layers
 MOST_FLOPS = 3e11  # of a probed step; larger ones are timed on fewer tokens and extrapolated
 STARTING_SECONDS = 12.0  # of imports, loading, hashing, saving and plots
 
@@ -62,6 +63,9 @@ def _probe(plan: Plan) -> Probe:
         if shape not in alike:
             alike[shape] = _layer_seconds(plan, layer, step_tokens, device)
         learning, evaluating = learning + alike[shape][0], evaluating + alike[shape][1]
+    read = START_TOKENS * max(shape.n_experts for shape in alike) if plan.recipe.train.start == "data" else 0
+    compared = sum(alike[layer.shape][1] for layer in plan.layers) / 2  # with half of the experts in the mean
+    starting = read * (a_layer * depths + compared)
     depth = int(load_config(plan.recipe.base).get_text_config().num_hidden_layers)
     sites = len(plan.layers)
     # the base, its activations, two ablations of all layers, the converted model, six variants a layer; each layer's own work in
@@ -69,7 +73,7 @@ def _probe(plan: Plan) -> Probe:
     forward = (5 + (3 + PERMUTATIONS) * sites) * (a_layer * depth + head) + (5 + PERMUTATIONS) * evaluating
     finish = plan.finish_steps
     whole = 4 * (a_layer * depth + head) * step_tokens  # the base; the converted model there, and twice as much back
-    seconds = (plan.steps - finish) * (base + learning) + finish * (whole + learning)
+    seconds = starting + (plan.steps - finish) * (base + learning) + finish * (whole + learning)
     return Probe(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
 
 

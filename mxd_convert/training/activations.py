@@ -85,11 +85,12 @@ class Activations:
         return Batch(activations, self._counted[tokens])
 
     @torch.no_grad()
-    def read(self, rows: Any) -> Batch:
-        """The activations of some blocks of the text, in its order; in every process all of them."""
+    def read(self, rows: Any, indices: Iterable[int]) -> Batch:
+        """The activations of some layers on some blocks of the text, in its order; in every process all of them."""
         ids_BT = self.source.blocks.take(rows)
         counted_B = self.source.blocks.counted(ids_BT, self.source.mask_bos).flatten().to(self.device)
-        seen = self._seen(ids_BT)
+        wanted = set(indices)
+        seen = self._seen(ids_BT, [site for site in self.source.sites if site.index in wanted])
         return Batch({index: (x.to(self.device), y.to(self.device)) for index, (x, y) in seen.items()}, counted_B)
 
     @torch.no_grad()
@@ -117,7 +118,7 @@ class Activations:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # so that the layers' step before is not taken for the base's time
         start = time.perf_counter()
-        seen = self._seen(ids_BT)
+        seen = self._seen(ids_BT, self.source.sites)
         for index in list(seen):
             inputs, outputs = seen[index]
             if index not in self._buffers or len(self._buffers[index][0]) != size:
@@ -129,15 +130,15 @@ class Activations:
             torch.cuda.synchronize()
         self.seconds["base"] += time.perf_counter() - start
 
-    def _seen(self, ids_BT: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    def _seen(self, ids_BT: Tensor, sites: list[Site]) -> dict[int, tuple[Tensor, Tensor]]:
         """Inputs and targets of a forward, (tokens, I) and (tokens, O), where the base left them."""
         source = self.source
         ids_BT = ids_BT.to(self.device)  # accelerate moves it on where the base is spread
         with ExitStack() as stack:
             if source.below:
                 stack.enter_context(replaced(source.base, source.below))
-            seen = harvest(source.base, source.sites, ids_BT)
-        targets = harvest(source.base, source.sites, ids_BT) if source.teacher and source.below else seen
+            seen = harvest(source.base, sites, ids_BT)
+        targets = harvest(source.base, sites, ids_BT) if source.teacher and source.below else seen
         return {index: (seen[index].inputs.flatten(0, 1), targets[index].outputs.flatten(0, 1)) for index in seen}
 
     def _empty(self, size: int, like: Tensor) -> Tensor:

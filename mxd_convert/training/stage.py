@@ -152,9 +152,12 @@ class Stage:
         """What comes before the first step of all."""
         if self.recipe.train.start == "data":
             self._choose_k(0)
+            if not self.quiet:
+                print("choosing the tokens that experts start as", file=sys.stderr, flush=True)
             start_on_text(self.layers, self.activations)
             for parameter in self.names if self.together else ():  # the same to the last bit in all processes
                 parameter.data.copy_(broadcast(parameter.data))
+            self.seconds = time.monotonic() - self.start
 
     def _learn(self, step: int, interrupt: Interrupt) -> None:
         """Forward and backward of a step, for all layers; their losses."""

@@ -1,7 +1,7 @@
 """How layers start on the text: each expert as one of its tokens.
 
 Expert n of a start is a sampled token: its gate looks along that token's input, from the mean of all, and its row is that token's output
-beyond the mean of all. A layer then begins as a regression on the nearest of N tokens, with every expert in use, in place of one whose
+beyond the mean of all. A layer then begins as a regression on the nearest of its tokens, all of them in use, in place of one whose
 experts must first be found by a random gate. No two experts look the same way: frequent tokens would take most of a layer, in the first
 MLP of a model whose attention and MLPs are parallel with gates that are equal to the bit, since its input is the token's alone.
 """
@@ -41,18 +41,19 @@ def start_on_text(layers: Mapping[int, Trainable], activations: Activations) -> 
     # the same however many processes there are and whatever a step takes: what becomes an expert hangs on it
     at_once = max(1, FORWARD_TOKENS // source.blocks.context)
     for begin in range(0, len(rows), at_once):
-        batch = activations.read(rows[begin : begin + at_once])
+        # a layer that is done before others is as it would be alone
+        going = {index: start for index, start in starts.items() if not start.done}
+        if not going:
+            break
+        batch = activations.read(rows[begin : begin + at_once], going)
         counted = batch.counted_B.nonzero().squeeze(1)
         order = counted[torch.from_numpy(random.permutation(len(counted))).to(counted.device)]
         left, taken = order[: len(order) // LEFT], order[len(order) // LEFT :]
-        for index, start in starts.items():
-            if start.done:  # before others, as it would be alone
-                continue
+        for index, start in going.items():
             x_BI, y_BO = batch.activations[index]
             start.take(x_BI[taken].float(), y_BO[taken].float())
-            other[index] = x_BI[left].float(), y_BO[left].float()
-        if all(start.done for start in starts.values()):
-            break
+            if index not in other or len(left) >= len(other[index][0]):  # the last of a short text is too few for a fit
+                other[index] = x_BI[left].float(), y_BO[left].float()
     for index, start in starts.items():
         start.finish(*other[index])
 
@@ -78,6 +79,8 @@ class _Start:
         self.input_sum_I += x_BI.double().sum(0)
         self.output_sum_O += y_BO.double().sum(0)
         for x, y in zip((x_BI - self.centre_I).split(AT_ONCE), y_BO.split(AT_ONCE), strict=True):
+            if self.taken == self.layer.n_experts:
+                break
             new = ~_alike(x, x).tril(-1).any(1) & ~_alike(x, self.layer.gate.weight[: self.taken]).any(1)
             chosen = new.nonzero().squeeze(1)[: self.layer.n_experts - self.taken]
             rows = slice(self.taken, self.taken + len(chosen))
@@ -103,5 +106,5 @@ class _Start:
 
 
 def _alike(x_BI: Tensor, others_NI: Tensor) -> Tensor:
-    """Which of the others look the same way, (B, N), for inputs from their mean."""
-    return x_BI @ others_NI.T >= ALIKE * x_BI.norm(dim=-1, keepdim=True) * others_NI.norm(dim=-1)
+    """Which of the others look the same way, (B, N), for inputs from their mean. What is at the mean looks no way."""
+    return x_BI @ others_NI.T > ALIKE * x_BI.norm(dim=-1, keepdim=True) * others_NI.norm(dim=-1)
