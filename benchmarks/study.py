@@ -208,7 +208,7 @@ def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
     colours = {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for arms in columns.values() for arm in arms))}
     rows: dict[str, Callable[[dict[str, Any]], float]] = {
         "rise of held-out cross-entropy, nats": lambda figures: figures["rise"],
-        "gate share, lowest of the layers": lambda figures: min(share or 0.0 for share in figures["gate_share"]),
+        "lowest gate share": lambda figures: min(share or 0.0 for share in figures["gate_share"]),
     }
     size = (6.4 * len(columns), 6.4)
     figure, axes = plt.subplots(2, len(columns), figsize=size, height_ratios=(3, 2), squeeze=False, layout="constrained")
@@ -226,7 +226,9 @@ def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.xaxis.set_minor_locator(NullLocator())
         axes[0, column].set_title(f"{model}, K = {k}")
-        axes[0, column].legend()
+        axes[1, column].set_ylim(top=1.05)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
