@@ -152,7 +152,7 @@ class Stage:
         """What comes before the first step of all."""
         if self.recipe.train.start == "data":
             self._choose_k(0)
-            if not self.quiet:
+            if not self.quiet and any(layer.n_experts for layer in self.layers.values()):
                 print("choosing the tokens that experts start as", file=sys.stderr, flush=True)
             start_on_text(self.layers, self.activations)
             for parameter in self.names if self.together else ():  # the same to the last bit in all processes
