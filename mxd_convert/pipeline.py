@@ -31,6 +31,7 @@ from mxd_convert.plan import (
     base_room,
     budget,
     check_finish,
+    check_gradients,
     check_memory,
     check_processes,
     check_space,
@@ -206,7 +207,7 @@ class _Conversion:
         if not self.place.has_state():
             check_space(self.plan)
         check_processes(self.plan, self.accelerator.num_processes)
-        check_memory(self.plan, self.accelerator.num_processes)
+        check_memory(self.plan, self.accelerator.num_processes, begun=self.place.has_state())
         for warning in self.plan.warnings:
             self.say(f"warning: {warning}")
 
@@ -275,7 +276,7 @@ class _Conversion:
         finish = f", the last {self.plan.finish_steps:,} all layers together" if self.plan.finish_steps else ""
         return (
             f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {_kind(layers[0].shape)};"
-            f" {self.plan.steps:,} steps of {resolved.batch_tokens:,} tokens (lr {resolved.lr:g}, {resolved.schedule}{finish});"
+            f" {self.plan.steps:,} steps of {self.plan.tokens // self.plan.steps:,} tokens (lr {resolved.lr:g}, {resolved.schedule}{finish});"
             f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
 
@@ -286,6 +287,7 @@ class _Conversion:
             check_finish(plan, room)
             start_tracker(self.accelerator, self.recipe, self.output.name)
             base = load_base(self.recipe.base, spread=self._spread(room))
+            check_gradients(self.recipe, base.dtype == torch.float16)  # `dtype: auto` may find in the weights what no config says
         self.training = True
         trained = train_layers(self._job(plan, base, blocks, self.work, room))
         finish_tracker(self.accelerator)

@@ -104,7 +104,7 @@ class Layer(Section):
     """What replaces the MLP: an MxD, or one of what it is compared with: a TopK transcoder, one with a linear path beside it, the MxD with constant
     gain, or with a gate that is drawn at random and not trained."""
     k: Positive = 32
-    """Active experts (a transcoder's latents) a token."""
+    """Active experts (a transcoder's latents) a token; not used with `sparsity: l1`."""
     experts: Positive | Literal["auto"] = "auto"
     """Number of experts or latents; auto: as many as make no more parameters than a plain transcoder of `expansion` x the MLP's input width has."""
     expansion: Positive = 32
@@ -145,7 +145,8 @@ class Layer(Section):
 
     @model_validator(mode="after")
     def _k_fits(self) -> "Layer":
-        if isinstance(self.experts, int) and self.k > self.experts and self.kind != "dense_twin":
+        has_k = self.kind != "dense_twin" and self.sparsity == "topk"
+        if isinstance(self.experts, int) and self.k > self.experts and has_k:
             raise ValueError(f"layer.k: {self.k} active experts of only {self.experts}; lower layer.k or raise layer.experts")
         return self
 
@@ -175,7 +176,8 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation and of the order of the text."""
     mask_bos: bool = True
-    """Leave BOS tokens and the first position of each block out of the loss: attention sinks, whose norms dwarf all others."""
+    """Leave BOS tokens and the first position of each block out of the layers' losses: attention sinks, whose norms dwarf all others. A
+    finish's KL counts all tokens."""
     order: Literal["parallel", "sequential"] = "parallel"
     """parallel: each layer on the base model's own activations. sequential: on inputs from the layers already converted."""
     target: Literal["local", "teacher"] = "local"
@@ -231,7 +233,7 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         layer_indices(self.layers, None)
         train = self.train
-        if train.finish and self.layer.sparsity == "l1":
+        if train.finish and self.layer.sparsity == "l1" and self.layer.kind != "dense_twin":
             raise ValueError(
                 "train.finish: nothing holds the number of active experts down there with layer.sparsity: l1; set train.finish: 0"
             )

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.checkpoint import REPORT
 from mxd_convert.data import check_vocabulary, prepare
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.pipeline import convert, new_accelerator
-from mxd_convert.plan import Plan, budget, check_memory, fitting_together, make_plan
+from mxd_convert.plan import Plan, budget, check_gradients, check_memory, fitting_together, make_plan
 from mxd_convert.recipe import Recipe
 from mxd_convert.recipe_file import load_recipe, parse_list
 from mxd_convert.report import row_of, write_frontier, write_table
@@ -194,6 +196,8 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
     check_vocabulary(train, group[0].plan.vocabulary)
     say(f"training {len(group)} runs from one harvest of activations: {', '.join(run.name for run in group)}")
     base = load_base(recipe.base)
+    for run in group:
+        check_gradients(run.plan.recipe, base.dtype == torch.float16)
     with ExitStack() as stack:
         jobs, accelerator = [], new_accelerator(group[0].plan)
         for run in group:

@@ -295,6 +295,32 @@ def test_a_loss_that_is_not_finite_stops_with_the_layer(models, text, tmp_path):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"lr": 1e30}), quiet=True)
 
 
+def test_a_base_that_is_not_finite_is_named_and_not_the_learning_rate(models, text, tmp_path):
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(models["gpt2"])
+    with torch.no_grad():
+        model.transformer.h[2].mlp.c_proj.bias[0] = float("inf")
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(models["gpt2"]).save_pretrained(broken)
+    recipe = small_recipe(broken, text, tmp_path / "out", layers=[2])
+    with pytest.raises(
+        InputError, match=r"layer 2: the loss .* at step 1\. What the base model's MLP returns .* base.dtype \(float32\)"
+    ):
+        convert(recipe, quiet=True)
+
+
+def test_weights_in_float16_that_no_config_names_take_no_gradients(models, text, tmp_path):
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(models["gpt2"]).half().save_pretrained(half)
+    AutoTokenizer.from_pretrained(models["gpt2"]).save_pretrained(half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({name: value for name, value in config.items() if "dtype" not in name}))
+    recipe = small_recipe(half, text, tmp_path / "out", layers=[2], train={"finish": 0.4})
+    recipe["base"]["dtype"] = "auto"
+    with pytest.raises(InputError, match=r"train.finish: 0.4: gradients that go through a base in float16 vanish"):
+        convert(recipe, quiet=True)
+
+
 def test_l1_bf16_skip_and_a_tracker(models, text, tmp_path):
     recipe = small_recipe(
         models["llama"],

@@ -142,6 +142,9 @@ def test_the_loss_is_the_papers():
     kept = normalised_mse(y_hat[[0, 2]], y[[0, 2]])
     assert normalised_mse(y_hat, y, weight).item() == pytest.approx(kept.item(), rel=1e-5)
     assert torch.isfinite(normalised_mse(y_hat, torch.zeros(9, 5)))
+    sink = y.clone()
+    sink[1] *= 1e6  # its weight is 0: not even the least norm that others are taken to have hangs on it
+    assert normalised_mse(torch.where(y == sink, y_hat, sink), sink, weight).item() == pytest.approx(kept.item(), rel=1e-5)
 
 
 def test_the_losses_gradient_is_autograds():

@@ -11,7 +11,7 @@ from mxd_convert.base import load_base
 from mxd_convert.errors import InputError
 from mxd_convert.harvest import harvest
 from mxd_convert.layers import normalised_mse
-from mxd_convert.plan import check_processes, flops_per_token, shares
+from mxd_convert.plan import check_memory, check_processes, flops_per_token, memory, shares
 from mxd_convert.surgery import standing_in
 from mxd_convert.training.finish import InPlace
 from mxd_convert.training.stage import make_layer
@@ -131,8 +131,38 @@ def test_more_processes_than_blocks_in_a_batch_are_refused(planned):
     with pytest.raises(InputError, match=r"train.batch_tokens: 256 tokens are 8 blocks of 32, fewer than the 9 processes"):
         check_processes(plan, 9)
     check_processes(planned(train={"distribute": "layers"}), 9)
-    with pytest.raises(InputError, match="fewer than the 9 processes"):  # which share out the finish's batches
+    # which share out the finish's batches
+    with pytest.raises(InputError, match=r"fewer than the 9 processes.* or set train\.finish: 0"):
         check_processes(planned(train={"distribute": "layers", "finish": 0.25}), 9)
+
+
+def test_a_step_takes_whole_blocks(planned):
+    plan = planned(train={"batch_tokens": None}, data={"context": 48})
+    assert plan.recipe.train.batch_tokens == 240  # of the 256 that `fast` takes
+    assert plan.tokens == plan.steps * 240
+
+
+def test_l1_has_no_use_for_k(planned):
+    plan = planned(layer={"sparsity": "l1", "k": 32, "experts": 16})
+    assert [(layer.shape.k, layer.shape.active) for layer in plan.layers] == [(16, 16)] * len(plan.layers)
+
+
+def test_a_run_that_was_begun_is_told_what_it_can_go_on_with(planned):
+    plan = planned(train={"memory_gib": 0.1})
+    with pytest.raises(InputError, match=r"raise train.memory_gib$"):
+        check_memory(plan)
+    with pytest.raises(InputError, match=r"goes on only with more memory or fewer processes; else add --fresh$"):
+        check_memory(plan, 2, begun=True)
+
+
+def test_a_context_beyond_what_a_forward_takes_is_counted(planned):
+    """A forward takes whole blocks, and a start reads one forward at least, however small the steps."""
+    short, long = (planned(data={"context": context}, train={"start": "data"}) for context in (32, 128))
+    whole = [memory._training(plan, plan.layers, 1, None) for plan in (short, long)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "FORWARD_TOKENS", 64)
+        fewer = [memory._training(plan, plan.layers, 1, None) for plan in (short, long)]
+    assert fewer[0] < fewer[1] < whole[1]
 
 
 @pytest.mark.parametrize(("layer", "words"), [({}, r"layer.experts \(24\)"), ({"experts": "auto"}, r"layer.expansion \(32\)")])

@@ -156,6 +156,22 @@ def test_a_text_that_ends_with_a_block_of_few_tokens_starts_as_well(source, monk
     assert short_layer.experts[used].norm() / used.sum() > 0.5 * layer.experts[all_used].norm() / all_used.sum()
 
 
+def test_a_text_of_which_no_token_is_left_for_the_scale_keeps_its_rows(source):
+    few = source()
+    short = Activations(few, CPU)
+    read = short.read
+
+    def seven(rows, indices):
+        batch = read(rows, indices)
+        batch.counted_B[torch.arange(len(batch.counted_B)) >= 7] = False
+        return batch
+
+    short.read = seven
+    layer = fresh(few.sites[0], "mxd", 2000)
+    start_on_text({few.sites[0].index: layer}, short)
+    assert (layer.experts.abs().amax(-1) > 0).sum() > 1
+
+
 def test_what_looks_no_way_is_like_nothing(source):
     layer = fresh(source().sites[0])
     one = start._Start(layer)
@@ -182,7 +198,7 @@ def test_more_experts_are_active_at_first():
     assert counts == sorted(counts, reverse=True)
     assert counts[25] == 20
     assert set(counts[50:]) == {8}
-    assert active_experts(0, 1, 8, 8) == 8
+    assert active_experts(0, 1, 32, 8) == 8  # and not 32, with which it would end
 
 
 def test_a_run_has_more_active_at_first_and_k_in_the_end(models, text, tmp_path):

@@ -59,7 +59,9 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
     out.print(f"model     {made.base_parameters:,} parameters, {made.converted_parameters:,} converted ({growth:.2f} x)")
     out.print(f"MLPs      {made.mlp}", markup=False, soft_wrap=True)
     out.print(f"kind      {made.recipe.layer.kind}")
-    out.print(f"training  {made.steps:,} steps of {train.batch_tokens:,} tokens; {train.preset} preset: lr {train.lr:g}", end="")
+    out.print(
+        f"training  {made.steps:,} steps of {made.tokens // made.steps:,} tokens; {train.preset} preset: lr {train.lr:g}", end=""
+    )
     out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}", end="")
     out.print(f", the last {made.finish_steps:,} steps all together, in the model" if made.finish_steps else "")
     work, total = outlook.flops_per_token / 1e6, outlook.flops_per_token * made.tokens / 1e12

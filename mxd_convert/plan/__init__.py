@@ -14,7 +14,7 @@ from mxd_convert.plan.memory import (
     largest_group,
     shares,
 )
-from mxd_convert.plan.resolve import LayerPlan, Plan, check_processes, check_space, make_plan, twin_of
+from mxd_convert.plan.resolve import LayerPlan, Plan, check_gradients, check_processes, check_space, make_plan, twin_of
 from mxd_convert.plan.speed import Probe, probe
 from mxd_convert.plan.work import flops_per_token
 
@@ -27,6 +27,7 @@ __all__ = [
     "base_room",
     "budget",
     "check_finish",
+    "check_gradients",
     "check_memory",
     "check_processes",
     "check_space",

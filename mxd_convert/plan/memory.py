@@ -110,10 +110,11 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
     step = max(_step(recipe, layer, tokens) for layer in group)
     widest = max(plan.sites, key=lambda site: site.d_hidden)  # the base's own hidden width, not the experts'
     a_forward = width * (6 * widest.d_hidden + 12 * widest.d_in)  # for a token
-    forward = min(tokens, FORWARD_TOKENS) * a_forward
+    context = recipe.data.context  # a forward takes a block at least
+    forward = max(context, min(tokens, FORWARD_TOKENS)) * a_forward
     start = 0
     if recipe.train.start == "data":  # all layers' activations; in float32 an eighth of them, and one layer's others twice
-        read = min(plan.tokens, FORWARD_TOKENS)
+        read = max(context, FORWARD_TOKENS)  # whatever a step takes
         widths = [layer.shape.d_in + layer.shape.d_out for layer in group]
         start = read * (max(a_forward, sum(widths) // 2 + 7 * max(widths)) + a_token)
     base = base_bytes(plan) if room is None else base_room(plan, room) or base_bytes(plan)
@@ -253,8 +254,8 @@ def check_finish(plan: Plan, room: int) -> None:
         )
 
 
-def check_memory(plan: Plan, processes: int = 1) -> None:
-    """Raises InputError where not even one layer at a time fits, naming what to change."""
+def check_memory(plan: Plan, processes: int = 1, begun: bool = False) -> None:
+    """Raises InputError where not even one layer at a time fits, naming what to change. begun: whether the run has a state to go on from."""
     worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))  # the last: in sequential order with all below it
     room = budget(plan.recipe)
     need = Memory(_training(plan, [worst], processes, room), _evaluation(plan))
@@ -263,6 +264,8 @@ def check_memory(plan: Plan, processes: int = 1) -> None:
     have = f"train.memory_gib: {gib:g} GiB" if set_lower else f"memory: {room / 2**30:.1f} GiB usable"
     more = ", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else ""
     more += ", or raise train.memory_gib" if set_lower else ""
+    if begun:
+        more += f". The run that was begun goes on only with more memory{' or fewer processes' if processes > 1 else ''}; else add --fresh"
     if need.training > room:
         raise InputError(
             f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower {layer.size_key}"

@@ -223,6 +223,8 @@ def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan
             shape = shape.matched(recipe.layer.expansion)
     except ValueError as error:
         raise InputError(f"layer {site.index}: {error}") from None
+    if shape.sparsity == "l1":  # which has no use for k
+        shape = replace(shape, k=min(shape.k, shape.n_experts))
     if shape.k > shape.n_experts:
         raise InputError(
             f"layer.k: {shape.k} active experts of only {shape.n_experts} in layer {site.index}; lower layer.k or raise {recipe.layer.size_key}"
@@ -253,14 +255,10 @@ def _is_half(recipe: Recipe, config: Any) -> bool:
 
 def _complete(recipe: Recipe, layers: list[LayerPlan], half: bool) -> Recipe:
     """The recipe with everything that it left open: the preset's settings and the output folder."""
-    if half and recipe.train.finish:
-        raise InputError(
-            f"train.finish: {recipe.train.finish:g}: gradients that go through a base in float16 vanish; set base.dtype: float32 or bfloat16,"
-            " or train.finish: 0"
-        )
+    check_gradients(recipe, half)
     experts = min(layer.shape.n_experts for layer in layers)
     recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers), experts, half)
-    if experts and (recipe.train.k_start or 0) > experts:
+    if experts and recipe.layer.sparsity == "topk" and (recipe.train.k_start or 0) > experts:
         raise InputError(f"train.k_start: {recipe.train.k_start} active experts of only {experts}; lower it to at most that")
     if recipe.output.dir is None:
         folder = Path.cwd() / "runs" / f"{Path(recipe.base.model).name}-mxd"
@@ -284,15 +282,25 @@ def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str
     return found
 
 
+def check_gradients(recipe: Recipe, half: bool) -> None:
+    """Raises InputError for a finish in a base that runs in float16."""
+    if half and recipe.train.finish:
+        raise InputError(
+            f"train.finish: {recipe.train.finish:g}: gradients that go through a base in float16 vanish; set base.dtype: float32 or bfloat16,"
+            " or train.finish: 0"
+        )
+
+
 def check_processes(plan: Plan, processes: int) -> None:
     """Raises InputError where a batch has too few blocks for all processes to have one."""
     train = plan.recipe.train
     assert train.batch_tokens is not None
     rows = train.batch_tokens // plan.recipe.data.context
     if (train.distribute == "data" or plan.finish_steps) and rows < processes:
+        alone = "" if train.distribute == "data" else ", or set train.finish: 0, so that each process keeps to its own layers"
         raise InputError(
             f"train.batch_tokens: {train.batch_tokens} tokens are {rows} blocks of {plan.recipe.data.context}, fewer than the"
-            f" {processes} processes; raise train.batch_tokens"
+            f" {processes} processes; raise train.batch_tokens{alone}"
         )
 
 

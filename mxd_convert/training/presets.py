@@ -48,10 +48,11 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         lr, batch, warmup, schedule, start, k_start = 1.0e-4, 4096, 5000, "constant", "paper", recipe.layer.k
         finish = 0.0
     else:
-        batch = batch_of(recipe.data.tokens)
+        batch = batch_of(recipe.data.tokens) // context * context  # whole blocks
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, start = "trapezoid", "data"
-        finish = 0.0 if half or recipe.layer.sparsity == "l1" else FINISH
+        many = recipe.layer.sparsity == "l1" and recipe.layer.kind != "dense_twin"  # nothing holds their number down in a finish
+        finish = 0.0 if half or many else FINISH
         k_start = max(recipe.layer.k, min(K_START * recipe.layer.k, n_experts))
         warmup = -1
     batch = max(context, train.batch_tokens or batch)

@@ -36,8 +36,11 @@ def make_layer(shape: Shape, seed: int, index: int, start: str | None = None) ->
 
 
 def active_experts(step: int, steps: int, first: int, last: int) -> int:
-    """How many experts are active at `step` (from 0): `first` at the start, then evenly fewer, `last` from half of the steps on."""
-    return last + round((first - last) * max(0.0, 1.0 - 2.0 * step / steps))
+    """How many experts are active at `step` (from 0): `first` at the start, then evenly fewer, `last` from half of the steps on.
+
+    A single step takes `last`: whatever comes after a stage goes on with what its last step had.
+    """
+    return last if steps == 1 else last + round((first - last) * max(0.0, 1.0 - 2.0 * step / steps))
 
 
 def learn(
@@ -302,8 +305,11 @@ class Stage:
         step = self.done - len(losses) + (finite.index(False) if False in finite else len(losses) - 1) + 1
         good = [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json")]
         kept = f"; the last good state is that of step {self.first_step + max(good)}" if good else ""
+        advice = self._advice()
+        if not self.windows[index].output_squares.isfinite():  # no step's size has to do with it
+            advice = f"What the base model's MLP returns is not finite: set base.dtype ({self.recipe.base.dtype}) to bfloat16 or float32"
         error = InputError(
-            f"layer {index}: the loss is not finite at step {self.first_step + step}{kept}. {self._advice()}, and start over with --fresh"
+            f"layer {index}: the loss is not finite at step {self.first_step + step}{kept}. {advice}, and start over with --fresh"
         )
         error.told = not self.writes  # all processes that share out a batch find it
         return error

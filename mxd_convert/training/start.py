@@ -101,8 +101,9 @@ class _Start:
         experts_NO -= mean_O
         layer.output_bias.copy_(mean_O)
         gain_BO = layer.gain_of(layer.encode(x_BI)).double()
-        scale = (gain_BO * (y_BO - mean_O)).sum() / gain_BO.square().sum().clamp_min(1e-30)
-        experts_NO *= scale.clamp_min(0).float()
+        if len(x_BI):  # of a text of a few tokens none is left
+            scale = (gain_BO * (y_BO - mean_O)).sum() / gain_BO.square().sum().clamp_min(1e-30)
+            experts_NO *= scale.clamp_min(0).float()
 
 
 def _alike(x_BI: Tensor, others_NI: Tensor) -> Tensor:
