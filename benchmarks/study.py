@@ -1,12 +1,15 @@
-"""What `train.preset: fast` is worth: MxDs against their own start in the paper and against transcoders, at equal tokens and parameters.
+"""What `train.preset: fast` is worth: MxDs against the paper's procedure, transcoders and the dense twin, at equal tokens.
+
+Transcoders have the MxD's parameters; a twin has no experts, and so far fewer.
 
     python benchmarks/study.py [--models stories260k prose-neox] [--k 8 4 32] [--seeds 0 1 2] [--arms ...] [--results study.jsonl]
     python benchmarks/study.py --models stories260k --k 8 4 --tokens 600000 300000 1200000 2400000 10000000 --plot budget.png
 
 Every arm gets the same search over learning rates, on the first budget, K and seed, judged on the training text at the end of the
 training: by KL(base || converted), or without a finish by what is left unexplained of the layers' outputs; the held-out text is for the
-table alone. Each run is a conversion of all layers by the command line, evaluated as loaded from disk. Runs that the results file has
-are not done again, so a study that is cut off goes on.
+table alone. Above the tables stand the rates that were compared, and whether the best is the lowest or highest of them. Each run
+is a conversion of all layers by the command line, evaluated as loaded from disk. Runs that the results file has are not done again, so a
+study that is cut off goes on; what the file has is taken to be of this procedure: begin another file where the procedure has changed.
 """
 
 import argparse
@@ -55,7 +58,7 @@ PAPER_BATCH, WARMUP = 4096, 0.05  # of the preset; of the steps
 PUBLISHED_BATCHES = {
     4_000_000: 1024
 }  # for budgets below so many, and 2,048 above: transcoders do better with more than `fast` takes
-LAST = 0.1  # of the training, in which its FVU is what a learning rate is judged by
+LAST = 0.1  # of the training, in which its KL or FVU is what a learning rate is judged by
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,13 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self.figures = {Case(**line["case"]): line["figures"] for line in lines}
+        self.figures: dict[Case, dict[str, Any]] = {}
+        text = path.read_text() if path.exists() else ""
+        whole, _, rest = text.rpartition("\n")
+        if rest:  # of a line that was cut off
+            path.write_text(f"{whole}\n" if whole else "")
+        for line in map(json.loads, whole.splitlines()):
+            self.figures[Case(**line["case"])] = line["figures"]
 
     def of(self, case: Case) -> dict[str, Any]:
         if case not in self.figures:
@@ -123,7 +131,10 @@ def measure(case: Case) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    names = ", ".join(f'"{arm}"' for arm in ARMS)
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"of {names}; all of them if left out"
+    )
     parser.add_argument("--k", nargs="+", type=int, default=[8, 4, 32], help="the first is the one at which rates are chosen")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
@@ -149,6 +160,8 @@ def main() -> None:
             searched = {arm: kept([_case(model, arm, lr, *of_first) for lr in arguments.rates]) for arm in arguments.arms}
             list(pool.map(results.of, [case for cases in searched.values() for case in cases]))
             best = {arm: best_rate(results, cases) for arm, cases in searched.items() if cases}
+            print(f"\n{model}: learning rates, K = {of_first[0]}, {of_first[2]:,} tokens, by the training text\n")
+            print("\n".join(f"- {arm}: {of_rates(lr, [case.lr for case in searched[arm]])}" for arm, lr in best.items()))
             for tokens in budgets:
                 groups = [
                     kept([_case(model, arm, lr, k, seed, tokens) for seed in arguments.seeds])
@@ -157,7 +170,7 @@ def main() -> None:
                 ]
                 groups = [group for group in groups if group]
                 list(pool.map(results.of, [case for group in groups for case in group]))
-                print(f"\n{model}, {tokens:,} tokens, seeds {arguments.seeds}\n")
+                print(f"\n{model}, {tokens:,} tokens\n")
                 print(table(results, groups), flush=True)
                 done += groups
     if arguments.plot:
@@ -178,22 +191,30 @@ def best_rate(results: Results, cases: Iterable[Case]) -> float:
     return min(cases, key=left).lr
 
 
+def of_rates(best: float, rates: Iterable[float]) -> str:
+    """A rate, with those that it is the best of."""
+    rates = sorted(rates)
+    if len(rates) == 1:
+        return f"{best:g}, the only one tried"
+    edge = {rates[0]: ", the lowest", rates[-1]: ", the highest"}.get(best, "")
+    return f"{best:g}, of {' '.join(f'{rate:g}' for rate in rates)}{edge}"
+
+
 def table(results: Results, groups: Iterable[list[Case]]) -> str:
-    """A row a group of seeds: the mean rise and its range; of the layers' figures the worst over layers and seeds."""
-    lines = [
-        "| | K | LR | rise (seeds) | gate share | identity share | routing necessity | directions, of the output's | alive |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    """A row a group of seeds: the mean rise and its range; of the layers' figures the worst over layers and seeds; alive also of all experts."""
+    columns = ("", "seeds", "K", "LR", "rise", "gate share", "identity share", "routing necessity", "directions, of the output's")
+    lines = [f"| {' | '.join((*columns, 'alive, lowest; all'))} |", "|---" * (len(columns) + 1) + "|"]
     for cases in groups:
         runs = [results.of(case) for case in cases]
         rises = [figures["rise"] for figures in runs]
         spread = f" ({min(rises):.3f} to {max(rises):.3f})" if len(rises) > 1 else ""
-        cells = [cases[0].arm, str(cases[0].k), f"{cases[0].lr:g}", f"{statistics.mean(rises):.3f}{spread}"]
+        cells = [cases[0].arm, str(len(cases)), str(cases[0].k), f"{cases[0].lr:g}", f"{statistics.mean(rises):.3f}{spread}"]
         for name in ("gate_share", "identity_share", "routing_necessity"):
             cells.append(_lowest(value for figures in runs for value in figures[name]))
         pairs = [pair for figures in runs for pair in zip(figures["gain_dimensions"], figures["output_dimensions"], strict=True)]
         cells.append(_lowest(None if gain is None else gain / output for gain, output in pairs))
-        cells.append(_lowest(None if dead is None else 1 - dead for figures in runs for dead in figures["dead"]))
+        alive = [1 - dead for figures in runs for dead in figures["dead"] if dead is not None]
+        cells.append(f"{min(alive):.2f}; {statistics.mean(alive):.2f}" if alive else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

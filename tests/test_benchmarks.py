@@ -94,7 +94,7 @@ def test_a_budget_curve_takes_its_rates_from_the_first_budget(measured, monkeypa
     assert all((case.k, case.seed, case.tokens) == (8, 0, 600) for case in measured[:4])
     assert {case.lr for case in measured[4:]} == {1e-2}
     assert len(measured) == 4 + 2 * (4 + 2) - 2  # two of those searched are in the tables as well
-    assert capsys.readouterr().out.count("| MxD, fast | 4 | 0.01 |") == 2
+    assert capsys.readouterr().out.count("| MxD, fast | 2 | 4 | 0.01 |") == 2
     assert picture.stat().st_size > 10_000
 
 
@@ -110,8 +110,9 @@ def test_a_study_of_what_is_known_runs_nothing(measured, monkeypatch, tmp_path, 
     study.main()
     assert measured == []
     printed = capsys.readouterr().out
-    assert printed.count("| MxD, fast | 8 |") == printed.count("| MxD, fast | 4 |") == 1
-    assert "| MxD, fast | 32 |" not in printed
+    assert printed.count("| MxD, fast | 1 | 8 |") == printed.count("| MxD, fast | 1 | 4 |") == 1
+    assert "- MxD, fast: 0.01, the only one tried" in printed
+    assert "| MxD, fast | 1 | 32 |" not in printed
     assert "| MxD, paper |" not in printed
     assert (tmp_path / "known.png").stat().st_size > 10_000
 
@@ -127,8 +128,29 @@ def test_the_study_chooses_rates_by_the_training_text_and_goes_on(measured, tmp_
             assert study.best_rate(results, cases) == 1e-2
         seeds = [study.Case("prose-neox", "MxD, fast", 8, 1e-2, seed, 1000) for seed in (0, 2)]
         row = study.table(results, [seeds]).splitlines()[-1]
-    assert row == "| MxD, fast | 8 | 0.01 | 1.010 (0.010 to 2.010) | 0.80 | 0.60 | 1.50 | 0.50 | 0.70 |"
+    assert row == "| MxD, fast | 2 | 8 | 0.01 | 1.010 (0.010 to 2.010) | 0.80 | 0.60 | 1.50 | 0.50 | 0.70; 0.80 |"
     assert len(measured) == 7  # the second time everything is in the file
+
+
+def test_a_study_goes_on_where_its_file_was_cut_off(measured, tmp_path):
+    path = tmp_path / "study.jsonl"
+    cases = [study.Case("prose-neox", "MxD, fast", 8, 1e-2, seed, 1000) for seed in (0, 1, 2)]
+    for case in cases[:2]:
+        study.Results(path).of(case)
+    whole = path.read_text()
+    for cut in (len(whole) - 1, len(whole) // 2 + 9, 5):
+        path.write_text(whole[:cut])
+        results = study.Results(path)
+        assert set(results.figures) == set(cases[: whole[:cut].count("\n")])
+        for case in cases:
+            results.of(case)
+        assert set(study.Results(path).figures) == set(cases)
+
+
+def test_a_rate_at_the_end_of_what_was_searched_is_said():
+    assert study.of_rates(1e-2, [2e-2, 5e-3, 1e-2]) == "0.01, of 0.005 0.01 0.02"
+    assert study.of_rates(2e-2, [2e-2, 5e-3, 1e-2]) == "0.02, of 0.005 0.01 0.02, the highest"
+    assert study.of_rates(5e-3, [2e-2, 5e-3]) == "0.005, of 0.005 0.02, the lowest"
 
 
 def test_a_killed_run_ends_as_one_left_alone(tmp_path):
