@@ -20,9 +20,16 @@ def register() -> None:
         AutoModelForCausalLM.register(config, getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), exist_ok=True)
 
 
+def is_our_program() -> bool:
+    """Whether this process is our own command line."""
+    return _OURS
+
+
 def register_where_useful() -> None:
     """Registers unless this is our own command line, which loads checkpoints itself and should answer --help at once, or torch is not there."""
-    ours = Path(sys.argv[0]).stem == "mxd-convert" if sys.argv else False
-    ours = ours or sys.orig_argv[1:3] == ["-m", "mxd_convert.cli"]
-    if not ours and all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")):
+    if not _OURS and all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")):
         register()
+
+
+# as it was when the package was imported: whoever calls the program's function from elsewhere may set sys.argv for it
+_OURS = (bool(sys.argv) and Path(sys.argv[0]).stem == "mxd-convert") or sys.orig_argv[1:3] == ["-m", "mxd_convert.cli"]

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and the translation of a full disk into it."""
+"""The one exception for what a user can put right, and the translation of a full disk and of used-up memory into it."""
 
 import errno
 from collections.abc import Iterator
@@ -8,6 +8,19 @@ from pathlib import Path
 INTERRUPTED = 130  # exit status
 INTERRUPTED_AND_TOLD = -130  # by another process
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad allocation",
+    "bad_alloc",
+    "failed to allocate",
+    "unable to allocate",
+    "failed to map segment",
+    "can't start new thread",
+    "resource temporarily unavailable",
+)
 
 
 class InputError(ValueError):
@@ -25,6 +38,12 @@ class Stopped(KeyboardInterrupt):
     told = False
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Return the first line of an error's message, or its name where it has none; cut at `most` characters."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that there is no space left, however it was wrapped (safetensors and shutil report it in words)."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
@@ -34,31 +53,32 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def disk_guard(folder: Path) -> Iterator[None]:
-    """Turns 'no space left' below into an InputError that names `folder`."""
+    """Turn 'no space left' below into an InputError that names `folder`."""
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):
+        if isinstance(error, InputError) or not is_disk_full(error):
             raise
         raise InputError(
-            f"{folder}: no space left on the disk. Free some space and give the same command again: it goes on from its last saved state."
+            f"{folder}: no space left on the disk. Free some space and give the same command again;"
+            " a run resumes from its last saved state."
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory has run out, on a device or in the process (torch's CPU allocator says so in words)."""
-    words = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
-    )
+    """Whether `error` says that memory has run out, on a device or in the process (torch and the loader say so in words)."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(word in words for word in _NO_MEMORY)
 
 
 @contextmanager
 def memory_guard(message: str) -> Iterator[None]:
-    """Turns 'out of memory' below into an InputError that says what to lower."""
+    """Turn 'out of memory' below into an InputError that says what to lower."""
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, InputError) or not is_out_of_memory(error):
             raise
         raise InputError(message) from error

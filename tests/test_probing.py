@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from mxd_convert.architectures import find_sites
 from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.checkpoint import load_checkpoint
 from mxd_convert.data import read_labelled
+from mxd_convert.errors import InputError
 from mxd_convert.evaluation import probing
 from mxd_convert.evaluation.pooling import coefficients_of, encode_documents, pool, random_coefficients
 from mxd_convert.harvest import recording
@@ -223,7 +225,7 @@ def test_labels_stay_data(planted, tmp_path, mxd):
     assert {path.name for path in tmp_path.iterdir()} == {"model", data.name, folder.name}
     assert len(list(folder.iterdir())) == 4
     with (folder / "probe.csv").open(newline="") as file:
-        assert {row["class"] for row in csv.DictReader(file)} == set(names)
+        assert {row["class"] for row in csv.DictReader(file)} == {names[0], "'=1+1", names[2]}  # no spreadsheet runs it
 
 
 # --- documents and bad input ---------------------------------------------------------------------------------------------------
@@ -249,6 +251,49 @@ def test_which_documents_are_taken_depends_on_content_and_seed(tmp_path):
     columns = read_labelled(str(tmp_path / "c.parquet"), "body", "kind", 99, 0)
     assert columns.texts == everything.texts
     assert set(columns.labels) == {"0", "1"}
+
+
+def labelled_rows(path, rows):
+    """A file of labelled rows, .jsonl or .parquet."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_whole_numbers_are_classes_and_rows_without_text_are_left_out(tmp_path, name):
+    rows = [{"text": "a", "label": 3.0}, {"text": "b", "label": 4.0}, {"text": None, "label": None}, {"text": " ", "label": 3.0}]
+    sample = read_labelled(labelled_rows(tmp_path / name, rows), "text", "label", 20, 0)
+    assert dict(zip(sample.texts, sample.labels, strict=True)) == {"a": "3", "b": "4"}
+    assert sample.empty == 2
+    whole = labelled_rows(tmp_path / name, [{"text": "a", "label": 3}])
+    assert read_labelled(whole, "text", "label", 20, 0).labels == ["3"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"label": 0.25}, "row 2: no label in the field 'label': it holds the number 0.25. A label is text or a whole number"),
+        ({"label": float("nan")}, "it holds NaN"),
+        ({"label": float("inf")}, "it holds the number inf"),
+        ({"label": None}, "it holds null"),
+        ({"label": True}, "it holds true"),
+        ({"label": ["x"]}, "it holds a list that begins with text"),
+        ({"label": " "}, "it holds empty text"),
+        (
+            {"text": [{"role": "user", "content": "x"}]},
+            "no text in the field 'text': it holds a list of messages (role, content)",
+        ),
+    ],
+    ids=str,
+)
+def test_labels_and_texts_of_another_kind_are_refused_with_what_they_hold(tmp_path, name, row, words):
+    rows = [{"text": None, "label": None}, {"text": "b", "label": "x", **row}]
+    with pytest.raises(InputError, match=re.escape(words.replace("row", "line" if name == "a.jsonl" else "row"))):
+        read_labelled(labelled_rows(tmp_path / name, rows), "text", "label", 20, 0)
 
 
 def test_bad_input_is_refused_and_nothing_written(refused, planted, models, converted, labelled, tmp_path):

@@ -1,66 +1,119 @@
-"""The command line: parses, calls the public face, prints. No logic. One file a group of commands."""
+"""The command line: parses, calls the public face, prints. No logic. One file a group of commands.
+
+`main` is the one place where what went wrong becomes a line and an exit status. It imports the commands itself, so that signals are
+caught from the start.
+"""
 
 import os
 import sys
 import time
 import traceback
+from pathlib import Path
 
-import typer
+from mxd_convert.cli.signals import Signals
+from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, InputError, first_line, is_disk_full, is_out_of_memory
+from mxd_convert.escaping import printable
 
-from mxd_convert.cli import converting, dashboard, deploying, editing, exporting, hub, probing, reading, steering, sweeping
-from mxd_convert.cli.app import app, settings
-from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, InputError, is_disk_full
-
-__all__ = [
-    "converting",
-    "dashboard",
-    "deploying",
-    "editing",
-    "exporting",
-    "hub",
-    "main",
-    "probing",
-    "reading",
-    "steering",
-    "sweeping",
-]
+__all__ = ["main"]
 
 OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
+_RESUMABLE = ("run", "push", "pull", "sweep")
 
 
 def main() -> None:
     """The program. Exit status: 0 done, 1 a check failed, 2 the input is at fault, 130 interrupted (resumable)."""
+    with Signals() as signals:
+        try:
+            status = _run()
+        except BaseException as error:
+            status = _explain(INTERRUPTED_BY_SIGNAL if signals.received else error, signals)
+        try:
+            sys.stdout.flush()
+        except OSError:  # whoever read it is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = status or INTERRUPTED
+    sys.exit(status)
+
+
+INTERRUPTED_BY_SIGNAL = KeyboardInterrupt()  # whatever an interrupted import or library made of the interruption
+
+
+def _run() -> int:
+    # the commands are imported here: it takes a while, and may itself be interrupted or run out of memory
+    from mxd_convert.cli import converting, dashboard, deploying, editing, exporting, hub, probing, reading, steering, sweeping
+    from mxd_convert.cli.app import app, prepare_streams
+
+    assert all((converting, dashboard, deploying, editing, exporting, hub, probing, reading, steering, sweeping))
+    prepare_streams()
+    status = app(standalone_mode=False)
+    if status in (INTERRUPTED, INTERRUPTED_AND_TOLD):  # typer turns Ctrl-C into the first
+        error = KeyboardInterrupt()
+        error.told = status == INTERRUPTED_AND_TOLD  # type: ignore[attr-defined]
+        raise error
+    return int(status or 0)
+
+
+def _explain(error: BaseException, signals: Signals) -> int:
+    """Says what went wrong in a line or two. Returns the exit status."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 2
+    if _debug():
+        traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # the latter is typer's
+        return _interrupted(error)
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own, of a mistake in the options themselves
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            error.show()
+        return int(error.exit_code)
+    if isinstance(error, InputError) and error.told:
+        # torchrun ends all processes with the first, which must be the one that speaks; if none does, this one
+        signals.restore()
+        time.sleep(OTHERS_SPEAK)
+    _say(_message(error))
+    return 2
+
+
+def _interrupted(error: BaseException) -> int:
+    if getattr(error, "told", False):
+        time.sleep(OTHERS_SPEAK / 10)  # what the process that tells it says is short
+        return INTERRUPTED
+    without = ", without --fresh," if "--fresh" in sys.argv else ""
+    resumes = any(word in _RESUMABLE for word in sys.argv[1:3])
+    _say("interrupted" + (f"; the same command{without} resumes where it stopped" if resumes else ""))
+    return INTERRUPTED
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    if is_out_of_memory(error):
+        return f"out of memory ({first_line(error, 120)}); free some, close other programs, or ask for less (fewer tokens, smaller batches)"
+    if is_disk_full(error):
+        where = f"{getattr(error, 'filename', None) or 'the disk'}: "
+        return f"{where}no space left ({first_line(error, 120)}); free some and give the same command again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: can't be used ({error.strerror or first_line(error)})"
+    trace = traceback.extract_tb(error.__traceback__)
+    ours = next((frame for frame in reversed(trace) if "mxd_convert" in frame.filename), trace[-1] if trace else None)
+    where = f" ({Path(ours.filename).name}, line {ours.lineno})" if ours is not None else ""
+    return (
+        f"unexpected error{where}: {type(error).__name__}: {first_line(error)}\n"
+        "This should not happen: please report it, with what `mxd-convert --debug` shows before the same command"
+    )
+
+
+def _say(message: str) -> None:
     try:
-        status = app(standalone_mode=False)
-        if status == INTERRUPTED:  # typer turns Ctrl-C into this
-            raise KeyboardInterrupt
-        if status == INTERRUPTED_AND_TOLD:
-            time.sleep(OTHERS_SPEAK / 10)  # what it says is short
-            status = INTERRUPTED
-        sys.exit(status)
-    except InputError as error:
-        if settings.debug:
-            traceback.print_exc()
-        if error.told:  # torchrun ends all processes with the first, which must be the one that speaks; if none does, this one
-            time.sleep(OTHERS_SPEAK)
-        print(f"mxd-convert: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        without = ", without --fresh," if "--fresh" in sys.argv else ""
-        resumable = (
-            f"; the same command{without} goes on where it stopped"
-            if sys.argv[1:2] in (["run"], ["push"], ["pull"], ["sweep"])
-            else ""
-        )
-        print(f"mxd-convert: interrupted{resumable}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own, of a mistake in the options themselves
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                error.show()
-            sys.exit(error.exit_code)
-        if settings.debug or not (is_disk_full(error) or (isinstance(error, OSError) and error.filename)):
-            raise
-        what = "no space left on the disk" if is_disk_full(error) else f"{getattr(error, 'filename', '')}: can't be used"
-        print(f"mxd-convert: {what} ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
-        sys.exit(2)
+        print(f"mxd-convert: {printable(message, lines=True)}", file=sys.stderr, flush=True)
+    except UnicodeEncodeError:
+        print(f"mxd-convert: {message.encode('ascii', 'replace').decode()}", file=sys.stderr, flush=True)
+    except OSError:  # whoever read it is gone
+        pass
+
+
+def _debug() -> bool:
+    app = sys.modules.get("mxd_convert.cli.app")
+    return app is not None and app.settings.debug

@@ -1,5 +1,10 @@
-"""The program's frame: options that several commands share, and how they print."""
+"""The program's frame: options that several commands share, and the one place where they print.
 
+Names, labels, texts and figures may come from a checkpoint, a data set or the Hub. So every str is text here: never rich's markup, and
+without the control characters that a terminal obeys.
+"""
+
+import io
 import json
 import sys
 from pathlib import Path
@@ -9,8 +14,11 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import mxd_convert
+from mxd_convert.escaping import printable
+from mxd_convert.files import finite
 
 app = typer.Typer(
     name="mxd-convert",
@@ -20,7 +28,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-human = Console(stderr=True, highlight=False)
+
+
+class _Console(Console):
+    """A console for which a str is a line of text; in a cell of a table, lines of text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(Text(printable(one)) if isinstance(one, str) else one for one in objects), **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, lines=True), **options)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the program here
+
+
+human = _Console(stderr=True)
 
 RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that ships: quickstart, stories260k, ...")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")]
@@ -31,31 +57,50 @@ BaseOption = Annotated[Optional[str], typer.Option("--base", metavar="PATH", hel
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
+def prepare_streams() -> None:
+    """Let stdout and stderr replace what their encoding lacks: a terminal of ASCII only is no reason to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def console() -> Console:
-    """Of the terminal's width; wide enough for our tables where the output is a file or a pipe."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    """Return a console of the terminal's width; wide enough for our tables where the output is a file or a pipe."""
+    return _Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 
 
 def table_of(*headers: str) -> Table:
-    """A table that keeps to 80 columns: figures to the right, headers of several words over several lines."""
+    """Return a table that keeps to 80 columns: figures to the right, headers of several words over several lines."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     for number, header in enumerate(headers):
         table.add_column(header, justify="right" if number else "left", overflow="fold")
     return table
 
 
-def plain(text: str) -> str:
-    """Text from elsewhere without what a terminal would take for orders."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+def show(result: object, lines: bool = False) -> None:
+    """Print a result on stdout: as one line, neither wrapped nor cut. lines: keep its line breaks and tabs."""
+    if sys.stdout is not None:  # where it is closed
+        sys.stdout.write(printable(str(result), lines) + "\n")
 
 
 def print_json(content: Any) -> None:
-    print(json.dumps(content, indent=2))
+    """Print strict JSON in ASCII on stdout; numbers that are not finite become null."""
+    show(json.dumps(finite(content), indent=2, allow_nan=False), lines=True)
+
+
+def figure(value: Any, form: str) -> str:
+    """Return a figure of a report as a cell of a table; what is no finite number is a dash."""
+    return format(value, form) if is_figure(value) else "-"
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value of a report is a finite number, and one that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"mxd-convert {mxd_convert.__version__}")
+        show(f"mxd-convert {mxd_convert.__version__}")
         raise typer.Exit()
 
 

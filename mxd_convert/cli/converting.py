@@ -16,8 +16,11 @@ from mxd_convert.cli.app import (
     SetOption,
     app,
     console,
+    figure,
     human,
+    is_figure,
     print_json,
+    show,
     table_of,
 )
 from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, Stopped
@@ -57,7 +60,7 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
     train, memory, speed = made.recipe.train, outlook.memory, outlook.speed
     growth = made.converted_parameters / made.base_parameters
     out.print(f"model     {made.base_parameters:,} parameters, {made.converted_parameters:,} converted ({growth:.2f} x)")
-    out.print(f"MLPs      {made.mlp}", markup=False, soft_wrap=True)
+    out.print(f"MLPs      {made.mlp}", soft_wrap=True)
     out.print(f"kind      {made.recipe.layer.kind}")
     out.print(
         f"training  {made.steps:,} steps of {made.tokens // made.steps:,} tokens; {train.preset} preset: lr {train.lr:g}", end=""
@@ -121,11 +124,11 @@ def run(
         human.print("this recipe has finished before; --fresh runs it again")
     print_figures(result.report)
     if result.url is not None:
-        human.print(f"published: {result.url}", markup=False)
-    print(result.output)
+        human.print(f"published: {result.url}")
+    show(result.output)
     if result.onnx_failures:
         for line in result.onnx_failures:
-            human.print(f"ONNX export, out of tolerance and not written: {line}", soft_wrap=True, markup=False)
+            human.print(f"ONNX export, out of tolerance and not written: {line}", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -139,12 +142,12 @@ def print_figures(report: dict[str, Any]) -> None:
         ("all zeroed", "ce_zero_ablation"),
         ("all at their mean", "ce_mean_ablation"),
     ):
-        summary.add_row(name, f"{fidelity[key]:.4f}", f"{math.exp(min(fidelity[key], 700)):,.2f}")
+        summary.add_row(name, figure(fidelity[key], ".4f"), figure(_perplexity(fidelity[key]), ",.2f"))
     out.print(summary)
-    compounding = "-" if fidelity["compounding"] is None else f"{fidelity['compounding']:.2f}"
     out.print(
-        f"rise {fidelity['delta_ce']:+.4f} on {fidelity['tokens']:,} tokens; KL {fidelity['kl']:.4f};"
-        f" same most likely token {fidelity['top1_agreement']:.1%}; compounding {compounding}"
+        f"rise {figure(fidelity['delta_ce'], '+.4f')} on {figure(fidelity['tokens'], ',')} tokens; KL {figure(fidelity['kl'], '.4f')};"
+        f" same most likely token {figure(fidelity['top1_agreement'], '.1%')};"
+        f" compounding {figure(fidelity['compounding'], '.2f')}"
     )
     table = table_of(
         "layer",
@@ -159,18 +162,14 @@ def print_figures(report: dict[str, Any]) -> None:
         "routing necessity",
         "dims",
     )
+    forms = {"delta_ce": "+.4f", "recovered_zero": ".1%", "fvu": ".3f"}
+    forms |= {"fvu_in_place_local": ".3f", "l0": ".1f", "dead_fraction": ".1%"}
     for index, layer in fidelity["layers"].items():
         shares = reliance["layers"][index]
-        figures = (shares[name] for name in ("gate_share", "identity_share", "routing_necessity"))
         table.add_row(
             index,
-            f"{layer['delta_ce']:+.4f}",
-            "-" if layer["recovered_zero"] is None else f"{layer['recovered_zero']:.1%}",
-            f"{layer['fvu']:.3f}",
-            f"{layer['fvu_in_place_local']:.3f}",
-            "-" if layer["l0"] is None else f"{layer['l0']:.1f}",
-            "-" if layer["dead_fraction"] is None else f"{layer['dead_fraction']:.1%}",
-            *("-" if value is None else f"{value:.2f}" for value in figures),
+            *(figure(layer[key], form) for key, form in forms.items()),
+            *(figure(shares[key], ".2f") for key in ("gate_share", "identity_share", "routing_necessity")),
             _directions(shares),
         )
     out.print(table)
@@ -179,8 +178,12 @@ def print_figures(report: dict[str, Any]) -> None:
 
 def _directions(layer: Mapping[str, Any]) -> str:
     """Of the gain, and of the MLP's output. Reports from before these figures have none."""
-    gain, output = layer.get("gain_dimensions"), layer.get("output_dimensions")
-    return "-" if gain is None or output is None else f"{gain:.0f}/{output:.0f}"
+    gain, output = (figure(layer.get(name), ".0f") for name in ("gain_dimensions", "output_dimensions"))
+    return "-" if "-" in (gain, output) else f"{gain}/{output}"
+
+
+def _perplexity(cross_entropy: Any) -> float | None:
+    return math.exp(min(cross_entropy, 700)) if is_figure(cross_entropy) else None
 
 
 @app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")
@@ -234,7 +237,7 @@ def verify(
     else:
         marks = {True: "ok", False: "FAILED", None: "not checked"}
         for check in found.checks:
-            print(f"{marks[check.ok]:<12}{check.check}" + (f": {check.detail}" if check.detail else ""))
+            show(f"{marks[check.ok]:<12}{check.check}" + (f": {check.detail}" if check.detail else ""))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -252,4 +255,4 @@ def revert(
     if as_json:
         print_json({"output": str(folder)})
     else:
-        print(folder)
+        show(folder)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import mxd_convert
-from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, human, print_json
+from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, human, print_json, show
 
 
 @app.command(epilog="Example: `mxd-convert dashboard runs/quickstart --data held-out.jsonl --output runs/quickstart-dashboard`")
@@ -27,4 +27,4 @@ def dashboard(
     for index, layer in written["layers"].items():
         figures = ", ".join(f"{layer[key]:,} {key.replace('_', ' ')}" for key in ("dead", "rare", "always_on"))
         human.print(f"layer {index}: {layer['experts']:,} experts, {figures}")
-    print(Path(written["output"]) / "index.html")
+    show(Path(written["output"]) / "index.html")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 import mxd_convert
-from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, console, human, print_json, table_of
+from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, console, human, print_json, show, table_of
 
 
 @app.command(
@@ -48,12 +48,12 @@ def export_onnx(
     else:
         _print_parity(found.report)
     for line in found.failures:
-        human.print(f"out of tolerance: {line}", soft_wrap=True, markup=False)
+        human.print(f"out of tolerance: {line}", soft_wrap=True)
     if found.output is None:
-        human.print(f"{output} was not written", soft_wrap=True, markup=False)
+        human.print(f"{output} was not written", soft_wrap=True)
         raise typer.Exit(1)
     if not as_json:
-        print(found.output)
+        show(found.output)
 
 
 def _print_parity(report: dict[str, Any]) -> None:
@@ -77,7 +77,6 @@ def _print_parity(report: dict[str, Any]) -> None:
         f"against PyTorch in float32, {first['tokens']:,} tokens of {report['data']['path']}; rise of cross-entropy"
         f" over {first['ce_checkpoint']:.4f} on {report['data']['tokens']:,}; opset {report['opset']}",
         soft_wrap=True,
-        markup=False,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 import mxd_convert
-from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, human, print_json
+from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, human, print_json, show
 
 
 @app.command(epilog="Example: `mxd-convert edit runs/quickstart --ablate 2:17 --scale 0:3:0.5 --output runs/edited`")
@@ -39,7 +39,7 @@ def edit(
     if as_json:
         print_json({"output": str(folder), "edits": edits, "steering": preset})
     else:
-        print(folder)
+        show(folder)
 
 
 @app.command(
@@ -70,6 +70,6 @@ def label(
         print_json([found.model_dump() for found in labels])
         return
     for found in labels:
-        print(f"{found.layer}:{found.expert}  {found.text}  ({found.author})")
+        show(f"{found.layer}:{found.expert}  {found.text}  ({found.author})")
     if not labels:
         human.print("no labels yet")

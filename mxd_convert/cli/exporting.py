@@ -7,7 +7,18 @@ from typing import Annotated, Any
 import typer
 
 import mxd_convert
-from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, human, print_json, table_of
+from mxd_convert.cli.app import (
+    BaseOption,
+    CheckpointArgument,
+    JsonOption,
+    app,
+    console,
+    figure,
+    human,
+    print_json,
+    show,
+    table_of,
+)
 
 
 class Layouts(Enum):
@@ -51,8 +62,8 @@ def export(
         return
     _print_cache(found) if to is Layouts.delphi else _print_losses(found)
     for note in found["notes"]:
-        human.print(f"note: {note}", soft_wrap=True, markup=False)
-    print(output)
+        human.print(f"note: {note}", soft_wrap=True)
+    show(output)
 
 
 def _print_losses(found: dict[str, Any]) -> None:
@@ -65,7 +76,7 @@ def _print_losses(found: dict[str, Any]) -> None:
             layer["kind"],
             f"{layer['l0']:.1f}",
             "exact" if layer["exact"] else f"{layer['never_fired'] / layer['n_experts']:.1%}",
-            *(_or_dash(layer[name]) for name in ("fvu_layer", "fvu_surrogate", "fvu_against_layer")),
+            *(figure(layer[name], ".3f") for name in ("fvu_layer", "fvu_surrogate", "fvu_against_layer")),
             f"{layer['delta_ce']:+.4f}",
         )
     out = console()
@@ -87,7 +98,3 @@ def _print_cache(found: dict[str, Any]) -> None:
     out = console()
     out.print(table)
     out.print(f"{found['data']['tokens']:,} tokens in blocks of {found['data']['context']}; {found['data']['masked']}")
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -4,10 +4,20 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.markup import escape
 
 import mxd_convert
-from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, human, plain, print_json, table_of
+from mxd_convert.cli.app import (
+    BaseOption,
+    CheckpointArgument,
+    JsonOption,
+    app,
+    console,
+    figure,
+    human,
+    print_json,
+    show,
+    table_of,
+)
 
 RepositoryArgument = Annotated[
     str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub: owner/name, or a name of your own.")
@@ -46,28 +56,28 @@ def push(
         print_json(done.to_dict())
         return
     if dry_run:
-        human.print("nothing was published: --dry-run", markup=False)
+        human.print("nothing was published: --dry-run")
     elif done.commit is None:
-        human.print("nothing to publish: the repository holds all of it already", markup=False)
+        human.print("nothing to publish: the repository holds all of it already")
     else:
-        human.print(f"published, commit {done.commit}; the Hub's hashes are those of the files", markup=False)
-    print(done.pull_request or done.url)
+        human.print(f"published, commit {done.commit}; the Hub's hashes are those of the files")
+    show(done.pull_request or done.url)
 
 
 def _preview(plan: Any) -> None:
     for check in plan.verification.checks:
         if check.ok is None:
-            human.print(f"not checked: {check.check}: {check.detail}", soft_wrap=True, markup=False)
+            human.print(f"not checked: {check.check}: {check.detail}", soft_wrap=True)
     difference = plan.difference
-    human.print(f"{plan.repo_id}: {'a new repository' if plan.new else 'is there'}; files would be", markup=False)
+    human.print(f"{plan.repo_id}: {'a new repository' if plan.new else 'is there'}; files would be")
     for name in ("added", "changed", "removed", "left", "same"):
         files = getattr(difference, name)
         if not files:
             continue
-        human.print(f"  {name:<8} {len(files):>4}  {_size(sum(files.values())):>10}", markup=False)
+        human.print(f"  {name:<8} {len(files):>4}  {_size(sum(files.values())):>10}")
         if name != "same":
             for path, size in files.items():
-                human.print(f"      {plain(path)}  {_size(size)}", soft_wrap=True, markup=False)
+                human.print(f"      {path}  {_size(size)}", soft_wrap=True)
 
 
 @app.command(epilog="Example: `mxd-convert pull alice/quickstart-mxd models/quickstart-mxd`")
@@ -83,8 +93,8 @@ def pull(
         print_json(done.to_dict())
         return
     what = "is there already, whole" if done.already_there else f"{len(done.files)} files, {_size(sum(done.files.values()))}"
-    human.print(f"commit {done.commit}: {what}", markup=False)
-    print(done.output)
+    human.print(f"commit {done.commit}: {what}")
+    show(done.output)
 
 
 @app.command(name="list", epilog="Example: `mxd-convert list --base openai-community/gpt2`")
@@ -102,15 +112,14 @@ def list_(
         print_json({"checkpoints": [one.to_dict() for one in found]})
         return
     if not found:
-        human.print("none found", markup=False)
+        human.print("none found")
         return
     table = table_of("repository", "base", "kind", "layers", "K", "rise", "verdict", "updated")
     for one in found:
         layers = "-" if one.layers is None else str(len(one.layers))
-        rise = "-" if one.rise is None else f"{one.rise:+.3f}"
-        rest = (str(one.k or "-"), rise, one.verdict or "-", one.updated or "-")
+        rest = (str(one.k or "-"), figure(one.rise, "+.3f"), one.verdict or "-", one.updated or "-")
         cells = (one.repo_id, one.base or "-", (one.kind or "-").replace("_", " "), layers, *rest)
-        table.add_row(*map(escape, map(plain, cells)))
+        table.add_row(*map(str, cells))
     console().print(table)
 
 
@@ -131,9 +140,8 @@ def delta(
         return
     human.print(
         f"{_size(done.size)} in place of {_size(done.full_size)}; {done.tensors} tensors that the base does not have",
-        markup=False,
     )
-    print(done.output)
+    show(done.output)
 
 
 @app.command(epilog="Example: `mxd-convert apply deltas/gpt2-mxd runs/gpt2-mxd --base models/gpt2`")
@@ -148,7 +156,7 @@ def apply(
     if as_json:
         print_json({"output": str(folder)})
     else:
-        print(folder)
+        show(folder)
 
 
 def _size(count: float) -> str:

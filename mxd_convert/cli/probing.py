@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.markup import escape
 
 import mxd_convert
-from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, print_json, table_of
+from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, print_json, show, table_of
 
 
 @app.command(epilog="Example: `mxd-convert probe runs/gpt2-mxd --data ag_news.jsonl.gz --compare runs/gpt2-transcoder`")
@@ -47,7 +46,7 @@ def probe(
         print_json(found)
         return
     _print_results(found)
-    print(found["output"])
+    show(found["output"])
 
 
 def _print_results(found: dict[str, Any]) -> None:
@@ -68,5 +67,5 @@ def _print_results(found: dict[str, Any]) -> None:
 
 
 def _short(label: str) -> str:
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in label).split())
-    return escape(line if len(line) <= 24 else line[:23] + "…")
+    line = " ".join(label.split())
+    return line if len(line) <= 24 else line[:23] + "…"

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.text import Text
 
 import mxd_convert
-from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, console, human, print_json, table_of
+from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, console, figure, human, print_json, show, table_of
 
 
 class Positions(Enum):
@@ -45,7 +44,7 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "steering": steering, "text": text})
     else:
-        print(text)
+        show(text, lines=True)
 
 
 @app.command(epilog='Example: `mxd-convert inspect runs/quickstart --prompt "If the argument is" --layers 2 --top 4`')
@@ -71,7 +70,7 @@ def inspect(
             )
             for index in shown
         )
-        table.add_row(*(Text(cell) for cell in (repr(view.text)[1:-1], *cells)))
+        table.add_row(repr(view.text)[1:-1], *cells)
     console().print(table)
     human.print("expert and coefficient; those that add most to the layer's output first")
 
@@ -93,7 +92,7 @@ def compare(
             out.print(f"note: not the same {key}; figures can't be compared one to one")
     table = table_of("", Path(one).name, Path(other).name, "difference")
     for key, values in found["settings"].items():
-        table.add_row(key, *(Text(str(value)) for value in values), "")
+        table.add_row(key, *map(str, values), "")
     table.add_section()
     for key, values in found["whole"].items():
         table.add_row(key, *_cells(values))
@@ -107,5 +106,5 @@ def compare(
 
 
 def _cells(values: list[Any]) -> list[str]:
-    shown = ["-" if value is None else f"{value:.4f}" for value in values]
-    return [*shown, "" if None in values else f"{values[1] - values[0]:+.4f}"]
+    shown = [figure(value, ".4f") for value in values]
+    return [*shown, "" if "-" in shown else figure(values[1] - values[0], "+.4f")]

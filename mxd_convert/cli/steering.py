@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 import mxd_convert
-from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, print_json, table_of
+from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app, console, figure, print_json, show, table_of
 
 
 @app.command(
@@ -58,7 +58,9 @@ def measure_steering(
     table = table_of("expert", "strength", "coefficient", "KL", "perplexity", "n-grams shared", "likeness")
     for row in (found["unsteered"], *found["effects"]):
         name = "not steered" if row["strength"] == 0 else f"{row['layer']}:{row['expert']}"
-        figures = (f"{row['kl']:.4f}", f"{row['perplexity']:,.1f}", f"{row['ngrams']:.3f}", f"{row['embedding']:+.3f}")
-        table.add_row(name, f"{row['strength']:g}", f"{row['coefficient']:.2f}", *figures)
+        forms = {"kl": ".4f", "perplexity": ",.1f", "ngrams": ".3f", "embedding": "+.3f"}
+        table.add_row(
+            name, f"{row['strength']:g}", f"{row['coefficient']:.2f}", *(figure(row[key], form) for key, form in forms.items())
+        )
     console().print(table)
-    print(output)
+    show(output)

@@ -1,12 +1,12 @@
 """The command `sweep`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 import mxd_convert
-from mxd_convert.cli.app import JsonOption, RecipeArgument, app, console, print_json, table_of
+from mxd_convert.cli.app import JsonOption, RecipeArgument, app, console, figure, print_json, show, table_of
 
 
 @app.command(
@@ -36,16 +36,12 @@ def sweep(
         shares = (row[name] for name in ("gate_share", "identity_share", "routing_necessity"))
         table.add_row(
             row["name"],
-            f"{row['parameters']:,}",
-            f"{row['delta_ce']:+.4f}",
-            f"{row['fvu']:.3f}",
-            _or_dash(row["l0"], ".1f"),
-            _or_dash(row["dead_fraction"], ".1%"),
-            *(_or_dash(share, ".2f") for share in shares),
+            figure(row["parameters"], ","),
+            figure(row["delta_ce"], "+.4f"),
+            figure(row["fvu"], ".3f"),
+            figure(row["l0"], ".1f"),
+            figure(row["dead_fraction"], ".1%"),
+            *(figure(share, ".2f") for share in shares),
         )
     console().print(table)
-    print(found.output)
-
-
-def _or_dash(value: Any, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+    show(found.output)

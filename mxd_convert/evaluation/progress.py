@@ -1,11 +1,12 @@
 """Progress of a measurement, on stderr."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import Progress
+
+from mxd_convert.escaping import say
 
 
 @contextmanager
@@ -14,7 +15,7 @@ def progress(total: int, quiet: bool, what: str = "evaluating", line: str | None
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         if not quiet:
-            print(line or f"{what} on held-out text", file=sys.stderr, flush=True)
+            say(line or f"{what} on held-out text")
         yield lambda parts=1: None
         return
     with Progress(console=console, transient=True) as bar:

@@ -1,14 +1,24 @@
-"""The model card of a checkpoint: the template filled from the report, nothing typed by hand."""
+"""The model card of a checkpoint: the template filled from the report, nothing typed by hand.
 
-import json
+A report may come from anyone. Whatever the template takes from it is escaped; only text that is marked as ours goes in as it stands.
+"""
+
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
+
+from mxd_convert.checkpoint import REPORT
+from mxd_convert.errors import InputError, first_line
+from mxd_convert.escaping import code, fence, markdown, printable
+from mxd_convert.files import read_mapping, write_text
+from mxd_convert.recipe_file import parse_yaml
 
 CARD = "README.md"
 REPOSITORY = "THIS_REPOSITORY"  # in a card that is not published yet: where it will be
@@ -24,7 +34,14 @@ _KINDS = {
     "transcoder": "transcoder",
     "skip_transcoder": "skip transcoder",
 }
+_LOCAL = ("base.model", "data.train.path", "data.eval.path")  # keys of a recipe that may name something of one machine
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEB = re.compile(r"https?://[^\s<>\"'`]+")
 NOT_MEASURED = "not measured"
+
+
+class _Ours(str):
+    """Text that goes into a card as it stands."""
 
 
 def template_folder() -> Path:
@@ -34,28 +51,52 @@ def template_folder() -> Path:
 
 
 def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_hub: bool, full: Path | None = None) -> None:
-    """Writes README.md into `folder`, of what stands there and in the report.
+    """Write README.md into `folder`, from the files there and the report.
 
     base_on_hub: whether the base's name is a Hub id, which alone may stand in the metadata. full: of a delta, where the full checkpoint's files are.
+    Raises InputError where report, config or recipe lacks something, or has it in another form than ours.
     """
     files = full or folder
-    config = json.loads((files / "config.json").read_text(encoding="utf-8"))["mxd"]
+    config = _layers_of(files / "config.json")
+    train = _training_of(files / "recipe.yaml", recipe_yaml)
+    plots = [
+        ((files / path).relative_to(folder).as_posix(), caption) for path, caption in _PLOTS.items() if (files / path).is_file()
+    ]
+    with _understood(files / REPORT):
+        text = _filled(report, config, recipe_yaml.strip(), train, base_on_hub, full is not None, plots)
+        card = str(ModelCard(re.sub(r"\n{3,}", "\n\n", text), ignore_metadata_errors=False))
+    write_text(folder / CARD, card)
+
+
+def _filled(
+    report: dict[str, Any],
+    config: Mapping[str, Any],
+    recipe: str,
+    train: Mapping[str, Any],
+    base_on_hub: bool,
+    delta: bool,
+    plots: list[tuple[str, str]],
+) -> str:
+    """The template, filled."""
     optional = dict.fromkeys(("fidelity", "reliance", "data", "cost", "seeds", "versions"))
     report = {**optional, "edits": [], "steering": [], "elsewhere": [], "local": [], **report}
-    recipe = yaml.safe_load(recipe_yaml) or {}
     indices = list(config["layers"])
     entry = config["layers"][indices[0]]
     title = f"{report['base']['model']} with {_KINDS[entry['kind']]} layers"
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # noqa: S701 (Markdown)
+    environment = Environment(  # noqa: S701 (Markdown)
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped
+    )
     environment.filters |= {"figure": _figure, "signed": _signed, "share": _share, "count": _count, "gib": _gib, "how": _how}
-    text = environment.from_string((template_folder() / "template.md").read_text(encoding="utf-8")).render(
-        metadata=_metadata(report, config, title, base_on_hub, full is not None).to_yaml(),
+    environment.filters["code"] = lambda value: _Ours(code(str(value)))
+    return environment.from_string((template_folder() / "template.md").read_text(encoding="utf-8")).render(
+        metadata=_Ours(_metadata(report, config, title, base_on_hub, delta).to_yaml()),
         title=title,
         report=report,
-        recipe=recipe_yaml.strip(),
-        local=report["local"],
-        order=recipe.get("train", {}).get("order"),
-        finish=recipe.get("train", {}).get("finish"),
+        recipe=_Ours(recipe),
+        fence=_Ours(fence(recipe)),
+        local=[_Ours(key) for key in report["local"] if key in _LOCAL],
+        order=train.get("order"),
+        finish=train.get("finish"),
         base_on_hub=base_on_hub,
         licence=_licence(report["base"]),
         indices=indices,
@@ -66,18 +107,56 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
         shape=_shape(entry),
         dead=_total(report, config, lambda layer, n_experts: layer["dead_fraction"] * n_experts),
         always_on=_total(report, config, lambda layer, n_experts: layer["always_on"]),
-        plots=[
-            ((files / path).relative_to(folder).as_posix(), caption)
-            for path, caption in _PLOTS.items()
-            if (files / path).is_file()
-        ],
-        delta=full is not None,
+        plots=plots,
+        delta=delta,
         own_code=bool(report["base"].get("own_code")),
         described=bool(report["base"].get("mlp")),
-        base_argument="" if base_on_hub else ', base="BASE"',
-        base_option="" if base_on_hub else " --base BASE",
+        base_argument=_Ours("" if base_on_hub else ', base="BASE"'),
+        base_option=_Ours("" if base_on_hub else " --base BASE"),
     )
-    ModelCard(re.sub(r"\n{3,}", "\n\n", text), ignore_metadata_errors=False).save(folder / CARD)
+
+
+def _escaped(value: Any) -> str:
+    """What the template puts into the card for a value. One that is not defined raises here."""
+    text = str(value)
+    return text if isinstance(value, _Ours) else markdown(text)
+
+
+@contextmanager
+def _understood(report: Path) -> Iterator[None]:
+    """Turn what a report lacks, or holds in another form than ours, into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else first_line(error, 200)
+        what = what.replace("'dict object' has no attribute", "has no")
+        raise InputError(f"{report}: {what}, which the card needs; convert or evaluate again") from None
+
+
+def _layers_of(path: Path) -> Mapping[str, Any]:
+    """The `mxd` entry of a config.json, with layers that a card can speak of."""
+    mxd = read_mapping(path).get("mxd")
+    layers = mxd.get("layers") if isinstance(mxd, Mapping) else None
+    if not isinstance(mxd, Mapping) or not isinstance(layers, Mapping) or not layers:
+        raise InputError(f"{path}: names no layers that were converted; download it or convert again")
+    for index, entry in layers.items():
+        known = isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and entry["kind"] in _KINDS
+        counted = known and all(type(entry.get(name, 0)) is int for name in ("n_experts", "k"))
+        if not (counted and re.fullmatch(r"[0-9]{1,6}", index)):
+            raise InputError(f"{path}: mxd.layers: {index!r:.40}: not a converted layer; download it or convert again")
+    return mxd
+
+
+def _training_of(path: Path, recipe_yaml: str) -> Mapping[str, Any]:
+    """The section `train` of a recipe."""
+    try:
+        recipe = parse_yaml(recipe_yaml)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable recipe ({first_line(error, 120)}); download it or convert again") from None
+    train = recipe.get("train") if isinstance(recipe, Mapping) else None
+    return train if isinstance(train, Mapping) else {}
 
 
 def _metadata(report: Mapping[str, Any], config: Mapping[str, Any], title: str, base_on_hub: bool, delta: bool) -> ModelCardData:
@@ -85,26 +164,29 @@ def _metadata(report: Mapping[str, Any], config: Mapping[str, Any], title: str, 
     entry = config["layers"][indices[0]]
     kinds = ["mxd", "mixture-of-decoders"] if entry["kind"] in ("mxd", "random_gate") else [entry["kind"].replace("_", "-")]
     text = report["data"]["train"]["path"] if report["data"] and report["data"].get("train") else None
-    on_hub = text is not None and "data.train.path" not in report["local"]
+    on_hub = "data.train.path" not in report["local"] and _REPOSITORY.fullmatch(str(text))
+    base_on_hub = base_on_hub and _REPOSITORY.fullmatch(str(base["model"])) is not None
+    rise = _number(report["fidelity"]["delta_ce"]) if report["fidelity"] else None
     told = {
-        "format": config["format_version"],
-        "base": base["model"],
+        "format": version if type(version := config.get("format_version")) is int else None,
+        "base": _line(base["model"]),
         "kind": entry["kind"],
         "layers": [int(index) for index in indices],
         "k": entry.get("k"),
         "experts": entry.get("n_experts"),
-        "rise": report["fidelity"] and round(report["fidelity"]["delta_ce"], 4),
-        "verdict": report["reliance"] and report["reliance"]["verdict"],
+        "rise": None if rise is None else round(rise, 4),
+        "verdict": report["reliance"] and _line(report["reliance"]["verdict"]),
     }
+    language = base.get("language")
     return ModelCardData(
-        model_name=title,
+        model_name=_line(title),
         eval_results=_results(report),
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=base.get("license"),
-        license_name=base.get("license_name"),
-        license_link=base.get("license_link"),
-        language=base.get("language"),
+        license=_line(base.get("license")),
+        license_name=_line(base.get("license_name")),
+        license_link=_link(base.get("license_link")),
+        language=[line for one in language if (line := _line(one))] or None if isinstance(language, list) else _line(language),
         tags=[TAG, *kinds, *(["mxd-delta"] if delta else []), "interpretability", "sparse-mlp"],
         base_model=base["model"] if base_on_hub else None,
         base_model_relation="finetune" if base_on_hub else None,
@@ -113,21 +195,30 @@ def _metadata(report: Mapping[str, Any], config: Mapping[str, Any], title: str, 
     )
 
 
+def _line(value: Any) -> str | None:
+    """A value of a report as one line of text for the metadata; None where it is no text."""
+    return printable(" ".join(value.split())) or None if isinstance(value, str) else None
+
+
+def _link(value: Any) -> str | None:
+    return value if isinstance(value, str) and _WEB.fullmatch(value) else None
+
+
 def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
     """The measured results as the Hub's model-index has them."""
     if not report["fidelity"]:
         return None
     fidelity, reliance = report["fidelity"], report["reliance"]["layers"].values()
     figures = {
-        "Rise of cross-entropy over the base (nats a token)": ("cross_entropy_rise", fidelity["delta_ce"]),
-        "KL from the base (nats a token)": ("kl_divergence", fidelity["kl"]),
-        "Same most likely token as the base": ("top1_agreement", fidelity["top1_agreement"]),
+        "Rise of cross-entropy over the base (nats a token)": ("cross_entropy_rise", _number(fidelity["delta_ce"])),
+        "KL from the base (nats a token)": ("kl_divergence", _number(fidelity["kl"])),
+        "Same most likely token as the base": ("top1_agreement", _number(fidelity["top1_agreement"])),
     }
     for name in ("gate_share", "identity_share", "routing_necessity"):
-        values = [layer[name] for layer in reliance if layer[name] is not None]
+        values = [value for layer in reliance if (value := _number(layer[name])) is not None]
         if values:
             figures[f"{name.replace('_', ' ').capitalize()}, lowest layer"] = (name, min(values))
-    held_out = report["data"]["eval"]["path"]
+    held_out = _line(report["data"]["eval"]["path"]) or "text"
     kind = re.sub(r"\W+", "-", Path(held_out).name.split(".")[0]) or "text"
     return [
         EvalResult(
@@ -144,10 +235,10 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
 
 
 def _licence(base: Mapping[str, Any]) -> str:
-    if not base.get("license"):
+    licence, link = _line(base.get("license")), _link(base.get("license_link"))
+    if licence is None:
         return "the base model's, whose card states none"
-    name = base.get("license_name") or base["license"]
-    return f"the base model's, {name}" + (f" ({base['license_link']})" if base.get("license_link") else "")
+    return f"the base model's, {_line(base.get('license_name')) or licence}" + (f" ({link})" if link else "")
 
 
 def _shape(entry: Mapping[str, Any]) -> str:
@@ -164,7 +255,7 @@ def _total(report: Mapping[str, Any], config: Mapping[str, Any], of: Any) -> str
         return NOT_MEASURED
     layers = report["fidelity"]["layers"]
     counts = {index: entry["n_experts"] for index, entry in config["layers"].items() if "n_experts" in entry}
-    if any(index not in layers or layers[index].get("always_on") is None for index in counts):
+    if any(layers.get(index, {}).get(name) is None for index in counts for name in ("always_on", "dead_fraction")):
         return NOT_MEASURED
     return f"{round(sum(of(layers[index], n) for index, n in counts.items())):,} of {sum(counts.values()):,}"
 
@@ -182,24 +273,40 @@ def _ranges(numbers: list[int]) -> str:
 
 def _how(order: Mapping[str, Any]) -> str:
     words = {"add": "its coefficient {:+g}", "set": "its coefficient set to {:g}", "scale": "its coefficient times {:g}"}
-    return next(text.format(order[name]) for name, text in words.items() if name in order)
+    name = next((name for name in words if name in order), None)
+    if name is None:
+        raise ValueError(f"steering {str(order)[:60]!r} is none of add, set, scale and ablate")
+    return words[name].format(_number(order[name]))
 
 
-def _share(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.1%}"
+def _number(value: Any) -> float | None:
+    """A figure of a report; None where it was not measured, or is not finite."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{str(value)[:60]!r} is no number")
+    return value if value is not None and math.isfinite(value) else None
 
 
-def _figure(value: float | None, digits: int = 3) -> str:
-    return NOT_MEASURED if value is None else f"{value:.{digits}f}"
+def _share(value: Any) -> str:
+    return _shown(value, ".1%")
 
 
-def _signed(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:+.3f}"
+def _figure(value: Any, digits: int = 3) -> str:
+    return _shown(value, f".{digits}f")
 
 
-def _count(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:,.0f}"
+def _signed(value: Any) -> str:
+    return _shown(value, "+.3f")
 
 
-def _gib(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value / 2**30:.1f} GiB"
+def _count(value: Any) -> str:
+    return _shown(value, ",.0f")
+
+
+def _gib(value: Any) -> str:
+    known = _number(value)
+    return NOT_MEASURED if known is None else f"{known / 2**30:.1f} GiB"
+
+
+def _shown(value: Any, form: str) -> str:
+    known = _number(value)
+    return NOT_MEASURED if known is None else format(known, form)

@@ -1,7 +1,5 @@
 """What a sweep comes to: a row a run, the table, and the frontier plots."""
 
-import csv
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +12,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from mxd_convert.files import write_csv, write_json
 from mxd_convert.plan import LayerPlan
 from mxd_convert.recipe import Recipe
+from mxd_convert.report.plots import save_figure
 
 _FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement", "compounding")
 _NAMES = {
@@ -65,23 +65,14 @@ def _mean(layers: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
 
 
 def write_table(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes sweep.json (the recipe that all runs share, and the rows) and sweep.csv (the rows) into `folder`."""
+    """Write sweep.json (the recipe that all runs share, and the rows) and sweep.csv (the rows) into `folder`."""
     rows = content["runs"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for name, suffix in (("sweep.csv", ".csv"), ("sweep.json", ".json")):
-        temporary = folder / f"{name}.tmp"
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            if suffix == ".json":
-                json.dump(content, file, indent=2)
-            else:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
-        temporary.replace(folder / name)
+    write_csv(folder / "sweep.csv", list(dict.fromkeys(key for row in rows for key in row)), rows)
+    write_json(folder / "sweep.json", content)
 
 
 def write_frontier(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes frontier.png (rise of cross-entropy against K) and gate_share.png (the same against gate share) into `folder`."""
+    """Write frontier.png (rise of cross-entropy against K) and gate_share.png (the same against gate share) into `folder`."""
     folder.mkdir(exist_ok=True)
     rows = [row for row in rows if row.get("ce_base") is not None]
     _frontier(rows, folder / "frontier.png")
@@ -146,8 +137,7 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.set_ylabel("rise of cross-entropy (nats a token)")
     _broken(above, axis)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -173,8 +163,7 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("numbers at the points: K", fontsize=8, color="#555555", loc="right")
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _label(kind: str, others: str) -> str:

@@ -8,14 +8,26 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+
+from mxd_convert.files import replacing
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
+    """Write a figure as a PNG file, and close it."""
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=dpi, format="png")
+    finally:
+        plt.close(figure)
 
 
 def write_plots(folder: Path, report: dict[str, Any], log: Path) -> None:
-    """Writes plots/training.png and plots/layers.png into `folder`."""
+    """Write plots/training.png and plots/layers.png into `folder`."""
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     _training(lines, plots / "training.png")
     _layers(report, plots / "layers.png")
 
@@ -52,8 +64,7 @@ def _training(lines: list[dict[str, Any]], path: Path) -> None:
     axes[1].set_ylim(0, 1)
     if 0 < len(indices) <= 16:
         axes[0].legend(fontsize=7, frameon=False, ncols=2)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)
 
 
 def _layers(report: dict[str, Any], path: Path) -> None:
@@ -75,5 +86,4 @@ def _layers(report: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)

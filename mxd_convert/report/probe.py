@@ -1,16 +1,14 @@
 """The files of a probe: probe.json with everything, its results and top experts as CSV, and the plot."""
 
-import csv
-import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.errors import InputError
+from mxd_convert.files import check_output, put_in_place, read_json, scratch_beside, write_csv, write_json
 from mxd_convert.report.probe_plot import plot_probe
 
 PROBE = "probe.json"
@@ -31,6 +29,7 @@ def probe_folder(output: str | Path | None, checkpoint: Path, data: Path) -> Pat
         target = Path(output).expanduser()
     if target.exists() and not (target.is_dir() and (is_probe(target) or not any(target.iterdir()))):
         raise InputError(f"--output {target}: exists already and is not the result of a probe; choose another folder")
+    check_output(target)
     above = next(folder for folder in target.resolve().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"--output {target}: {above} can't be written to; choose another folder")
@@ -39,37 +38,30 @@ def probe_folder(output: str | Path | None, checkpoint: Path, data: Path) -> Pat
 
 @contextmanager
 def finished_probe(target: Path) -> Iterator[Path]:
-    """A folder to be made, renamed to `target` when all is written; what was there is replaced."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_guard(target), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        work = Path(scratch) / "probe"
-        yield work
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        work.rename(target)
+    """Yield a folder to be made, renamed to `target` when all is written; what was there is replaced."""
+    with scratch_beside(target) as scratch:
+        yield scratch / "probe"
+        put_in_place(scratch / "probe", target, scratch)
 
 
 def write_probe(folder: Path, content: dict[str, Any]) -> None:
-    """Writes probe.json, probe.csv, top_experts.csv and probe.png into `folder`, which is made."""
+    """Write probe.json, probe.csv, top_experts.csv and probe.png into `folder`, which is made."""
     folder.mkdir()
     _write_rows(folder / "probe.csv", content["results"])
     _write_rows(folder / "top_experts.csv", content["top_experts"])
     plot_probe(folder / "probe.png", content)
-    (folder / PROBE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / PROBE, content)
 
 
 def is_probe(folder: Path) -> bool:
     """Whether a folder is one that `write_probe` made."""
     try:
-        content = json.loads((folder / PROBE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(folder / PROBE)
+    except InputError:
         return False
     return isinstance(content, dict) and {"checkpoint", "results", "top_experts"} <= content.keys()
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()})
+    short = ({key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+    write_csv(path, list(rows[0]), short)

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 from mxd_convert.report.frontier import COLOURS, MARKS
+from mxd_convert.report.plots import save_figure
 
 _NEURON, _WHOLE = ("#b5403a", "v"), ("#000000", "|")
 _MORE = (("#4477aa", "P"), ("#888888", "X"), ("#aa3377", "<"), ("#66ccee", ">"))  # where two families are of one kind
@@ -20,7 +21,7 @@ _MOST = 40  # characters of a class
 
 
 def plot_probe(path: Path, content: dict[str, Any]) -> None:
-    """Writes the plot of a probe.json's content."""
+    """Write the plot of a probe.json's content."""
     families, classes = list(content["families"]), content["data"]["classes"]
     rows = {(row["class"], row["family"]): row for row in content["results"]}
     whole = {family for family in families if content["families"][family]["whole_vector"]}
@@ -57,8 +58,7 @@ def plot_probe(path: Path, content: dict[str, Any]) -> None:
         frameon=False,
     )
     axis.set_title(f"{_plain(content['checkpoint']['name'])} on {_plain(content['data']['path'])}", fontsize=10, loc="left")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _styles(families: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -1,6 +1,5 @@
 """`measure-steering`: the effect of steering, in a folder with table, samples and plot."""
 
-import csv
 import json
 import math
 import tempfile
@@ -18,13 +17,15 @@ import matplotlib.pyplot as plt
 from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import load_checkpoint, original_of
 from mxd_convert.data import prepare_eval
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.errors import InputError
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.run import checkpoint_settings
 from mxd_convert.evaluation.steering_effect import Effect, SteeringEffect, find_experts, measure
+from mxd_convert.files import check_output, put_in_place, replacing, scratch_beside, write_csv, write_json
 from mxd_convert.generation import encoded
 from mxd_convert.recipe import EvalText
 from mxd_convert.report.metrics import versions
+from mxd_convert.report.plots import save_figure
 
 _COLUMNS = ("layer", "expert", "strength", "coefficient", "kl", "perplexity", "ngrams", "embedding")
 
@@ -46,7 +47,7 @@ def measure_steering(
     base: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Measures what adding to experts' coefficients does; writes steering.csv, steering.json, samples.jsonl and steering.png into `output`.
+    """Measure what adding to experts' coefficients does; write steering.csv, steering.json, samples.jsonl and steering.png into `output`.
 
     experts: (layer, expert) pairs; none: `count` drawn from those that fire on the text. strengths: in units of the 99th percentile of an
     expert's active coefficients on the text. prompt: what samples begin with; empty: the BOS token. contexts: held-out ones, at whose ends
@@ -55,6 +56,7 @@ def measure_steering(
     folder = Path(output)
     if folder.exists():
         raise InputError(f"--output {folder}: exists already; choose another folder")
+    check_output(folder)
     if not strengths or not all(0 < abs(strength) <= 1e6 for strength in strengths):
         raise InputError(f"--strengths {', '.join(map(str, strengths))}: give numbers other than 0, such as 1,2,4")
     for name, number, least in (
@@ -68,7 +70,7 @@ def measure_steering(
     context, mask_bos = checkpoint_settings(Path(checkpoint))
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
-    model, tokenizer = load_checkpoint(checkpoint, dtype="float32"), load_tokenizer(str(checkpoint))
+    model, tokenizer = load_checkpoint(checkpoint, dtype="float32", finite=True), load_tokenizer(str(checkpoint))
     original = original_of(checkpoint, model, base)
     original = original.float()
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,12 +97,11 @@ def measure_steering(
         "unsteered": _row(found[0]),
         "effects": [_row(one) for one in found[1:]],
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with disk_guard(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        work = Path(place) / "steering"
+    with scratch_beside(folder) as place:
+        work = place / "steering"
         work.mkdir()
         _write(work, result, found, tokenizer)
-        work.rename(folder)
+        put_in_place(work, folder, place)
     return result
 
 
@@ -109,12 +110,9 @@ def _row(effect: Effect) -> dict[str, Any]:
 
 
 def _write(folder: Path, result: dict[str, Any], found: Sequence[Effect], tokenizer: Any) -> None:
-    (folder / "steering.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (folder / "steering.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows([result["unsteered"], *result["effects"]])
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+    write_json(folder / "steering.json", result)
+    write_csv(folder / "steering.csv", _COLUMNS, [result["unsteered"], *result["effects"]])
+    with replacing(folder / "samples.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
         for effect in found:
             for sample in effect.samples:
                 row = {
@@ -165,8 +163,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def _median(values: list[float]) -> float:

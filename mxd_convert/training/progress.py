@@ -1,11 +1,12 @@
 """Progress of a run, on stderr: a live bar in a terminal, a line now and then elsewhere, nothing when asked to be quiet."""
 
-import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from mxd_convert.escaping import say
 
 LINE_SECONDS = 15.0
 WIDE = 130  # characters, from which there is room for a bar
@@ -47,7 +48,7 @@ class TrainingProgress:
         self.bar.update(self.task, completed=tokens, line=line)
         if not self.live and self.text and (now - self.last_line > LINE_SECONDS or tokens >= self.total):
             self.last_line = now
-            print(f"{line} ({tokens:,} of {self.total:,} tokens)", file=sys.stderr, flush=True)
+            say(f"{line} ({tokens:,} of {self.total:,} tokens)")
 
 
 def _clock(seconds: float) -> str:

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 
 import mxd_convert
+from mxd_convert import files
 from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import load_checkpoint, recorded_base
 from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.errors import InputError
 from mxd_convert.evaluation.decomposition import Unembedding
 from mxd_convert.evaluation.expert_examples import AFTER, BEFORE
 from mxd_convert.evaluation.expert_statistics import SAMPLES, chosen_layers, collect
 from mxd_convert.evaluation.layerwise import ALWAYS_ON
 from mxd_convert.evaluation.run import checkpoint_settings
+from mxd_convert.files import put_in_place, scratch_beside
 from mxd_convert.labels import Label, read_labels
 from mxd_convert.recipe import EvalText, layer_indices
 from mxd_convert.report.dashboard.pages import (
@@ -46,7 +48,7 @@ def dashboard(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes the dashboard of a checkpoint, loaded from disk, on a text; a dashboard that is there already is replaced.
+    """Write the dashboard of a checkpoint, loaded from disk, on a text; a dashboard that is there already is replaced.
 
     data: a local text file, folder or glob, held out from training. output: a folder that is new, empty or a dashboard. tokens: how many
     to use at most. layers: [3, 4], "3,4", "0-2" or "all". device: None takes a CUDA device if there is one.
@@ -62,7 +64,7 @@ def dashboard(
     except ValueError as error:
         raise InputError(f"--{error}") from None
     labels = read_labels(checkpoint)
-    model, tokenizer = load_checkpoint(checkpoint, dtype="float32"), load_tokenizer(str(checkpoint))
+    model, tokenizer = load_checkpoint(checkpoint, dtype="float32", finite=True), load_tokenizer(str(checkpoint))
     chosen_layers(model, indices)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -87,11 +89,10 @@ def write_dashboard(
     """The same for a converted model that is loaded and a text that is tokenised. name: of the checkpoint, as the pages show it."""
     check_output(output)
     check_vocabulary(blocks, model.config.get_text_config().vocab_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with disk_guard(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        folder = Path(scratch) / "dashboard"
+    with scratch_beside(output) as scratch:
+        folder = scratch / "dashboard"
         shutil.copytree(STATIC, folder, copy_function=shutil.copyfile)
-        records = collect(model, blocks, Path(scratch) / "records", layers, mask_bos, device, quiet)
+        records = collect(model, blocks, scratch / "records", layers, mask_bos, device, quiet)
         unembedding = Unembedding(model)
         text = Tokens(tokenizer, len(unembedding.matrix_VO))
         source = Source(blocks, text, unembedding, min(len(tokenizer), len(unembedding.matrix_VO)))
@@ -104,7 +105,7 @@ def write_dashboard(
         write_data(folder, "data/tokens", {"ids": text.ids, "texts": text.texts})
         summary = _summary(model, blocks, name, labels or [], about, mask_bos)
         write_data(folder, "data/summary", summary)
-        _publish(folder, output, Path(scratch))
+        put_in_place(folder, output, scratch)
     figures = {
         str(layer["layer"]): {"experts": layer["n_experts"], **{key: layer[key] for key in ("dead", "rare", "always_on")}}
         for layer in about
@@ -140,19 +141,15 @@ def _summary(
 
 
 def check_output(output: Path) -> None:
-    """Raises InputError where something else than a dashboard of ours is in the way."""
-    if not output.name:
-        raise InputError(f"--output {output}: can't be the folder of a dashboard; choose another folder")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    index = output / "index.html"
-    ours = output.is_dir() and index.is_file() and {path.name for path in output.iterdir()} <= _OURS
-    if not (ours and _MARK in index.read_text(encoding="utf-8", errors="replace")):
+    """Raise InputError where something else than a dashboard of ours is in the way."""
+    if output.exists() and not _is_replaceable(output):
         raise InputError(f"--output {output}: exists already and is not a dashboard; choose another folder")
+    files.check_output(output)
 
 
-def _publish(folder: Path, output: Path, scratch: Path) -> None:
-    """Renames the finished dashboard into place; an older one is kept until the new one is there."""
-    if output.exists():
-        output.rename(scratch / "old")
-    folder.rename(output)
+def _is_replaceable(output: Path) -> bool:
+    """Whether it is an empty folder, or a dashboard of ours and nothing else."""
+    if not output.is_dir():
+        return False
+    names, index = {path.name for path in output.iterdir()}, output / "index.html"
+    return not names or (names <= _OURS and index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mxd_convert import files
 from mxd_convert.data import Blocks
 from mxd_convert.evaluation.decomposition import Unembedding
 from mxd_convert.evaluation.expert_effects import Effects, EffectsOfLayer, similar, unit_rows, weights
@@ -40,11 +41,11 @@ class Source:
 
 
 def write_data(folder: Path, name: str, content: Any) -> None:
-    """Writes `name`.js, which hands `content` to the page. Plain ASCII, and no `<`, so that nothing in it can end a script."""
+    """Write `name`.js, which hands `content` to the page. Plain ASCII, and no `<`, so that nothing in it can end a script."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     path = folder / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"MXD.give({json.dumps(name)},{text});\n", encoding="ascii")
+    files.write_text(path, f"MXD.give({json.dumps(name)},{text});\n")
 
 
 def write_text(folder: Path, blocks: Blocks, tokens: Tokens) -> None:

@@ -1,0 +1,287 @@
+"""Files and folders: written whole or not at all, and read with one-line errors where their content may come from anyone.
+
+Every file of this package is written through `replacing` (or one of the functions above it), and every output folder is made in a
+`scratch_beside` it. Both leave nothing behind: not after an error, not after a signal, and after a SIGKILL the next call tidies up.
+"""
+
+import csv
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.escaping import csv_cell
+
+MOST_JSON = 256 * 2**20  # bytes of a JSON file: beyond it, reading one would take gigabytes
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_OWNED = re.compile(rf"-{_HOST}\.(\d+)\.[^.]+(\.tmp)?$")
+os.umask(_UMASK := os.umask(0))
+_MODE = 0o666 & ~_UMASK
+
+# --- writing a file ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes `path` if the block succeeds and is removed if it does not.
+
+    A symbolic link at `path` is replaced; its target stays as it is. Raises InputError if the disk is full.
+    """
+    with disk_guard(path):
+        scratch = _in_scratch(path)
+        if not scratch:
+            _remove_leftovers(path.parent, path.name)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path.name), suffix=".tmp")
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(_MODE)  # mkstemp and safetensors write files that only their owner can read
+            if scratch:  # `put_in_place` settles all of it at once
+                temporary.replace(path)
+                return
+            _settle(temporary)
+            temporary.replace(path)
+            _settle(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that any reader accepts: numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file with a header. Text that a spreadsheet would run as a formula is quoted (`csv_cell`)."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(map(csv_cell, columns))
+        writer.writerows([csv_cell(row.get(column)) for column in columns] for row in rows)
+
+
+def finite(content: Any) -> Any:
+    """Return `content` with None for every float that is NaN or infinite, which JSON has no word for."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return content
+
+
+# --- writing a folder -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def scratch_beside(output: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `output`, on the same disk, and remove it at the end.
+
+    One that a killed process left there is removed first. Raises InputError if the disk is full or the folder can't be made.
+    """
+    with disk_guard(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(output.parent, output.name)
+            scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=_prefix(output.name)))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+                raise InputError(f"{output}: can't be written ({error.strerror}); choose another folder") from None
+            raise
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output(output: Path, name: str = "--output") -> None:
+    """Raise InputError if a finished folder can't be renamed to `output`: a file, or a mount point, is there. name: of the option or key."""
+    another = "folder" if name.startswith("--") else name
+    if not output.name:
+        raise InputError(f"{name}: {output} has no name of its own; choose another {another}, such as {output / 'mxd'}")
+    if _is_mount(output):
+        raise InputError(
+            f"{name}: {output} is a mount point, which nothing can be renamed to; choose a folder inside it, such as {output / 'mxd'}"
+        )
+    if os.path.lexists(output) and not output.is_dir():
+        raise InputError(f"{name}: {output} is a file; choose another {another}")
+
+
+def _is_mount(path: Path) -> bool:
+    """Whether something is mounted at `path`, a folder of the same disk included, which `os.path.ismount` does not see."""
+    with suppress(OSError):
+        if os.path.ismount(path):
+            return True
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return str(path.resolve()) in {line.split()[4].replace("\\040", " ") for line in mounts}
+    return False
+
+
+def put_in_place(folder: Path, output: Path, scratch: Path) -> None:
+    """Rename a finished folder to `output`; what is there is moved into `scratch` first, and put back if the renaming fails."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(_MODE)
+    with ThreadPoolExecutor(16) as together:  # one after the other, thousands of small files take half a minute
+        list(together.map(_settle, files))
+    old = scratch / "old"
+    if output.exists():
+        output.rename(old)
+    try:
+        folder.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    _settle(output.parent)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, fix: str = "download it or convert again") -> Any:
+    """Read a JSON file that may come from anyone. Raises InputError, which names the file and ends in `fix`."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise InputError(f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, more than any file of its kind has; {fix}")
+        check_pointer(path)
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error}); {fix}") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply to be read; {fix}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not readable JSON ({_reason(error)}); {fix}") from None
+
+
+def read_mapping(path: Path, fix: str = "download it or convert again") -> dict[str, Any]:
+    """Read a JSON file that holds a mapping. Raises InputError as `read_json` does."""
+    content = read_json(path, fix)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {kind_of(content)}; expected a mapping; {fix}")
+    return content
+
+
+def check_links(folder: Path) -> None:
+    """Raise InputError for a symbolic link in `folder` that leads out of it, or nowhere.
+
+    Publishing or copying such a folder would carry the link's target along, and writing into it would overwrite the target. The links
+    of the Hub's cache, from a snapshot to the blobs beside it, are no such links.
+    """
+    inside = [folder.resolve()]
+    inside += [place.parent / "blobs" for place in folder.resolve().parents if place.name == "snapshots"]
+    for path in _links(folder):
+        target = path.resolve()
+        if not path.exists() or not any(target.is_relative_to(place) for place in inside):
+            raise InputError(
+                f"{path}: a symbolic link to {os.readlink(path)}, outside of the checkpoint; put the file itself there, or remove the link"
+            )
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in sorted([*folders, *files]) if Path(place, name).is_symlink())
+
+
+def check_pointer(path: Path) -> None:
+    """Raise InputError for a pointer of Git LFS, which stands for a file that was not downloaded."""
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+            raise InputError(f"{path}: a Git LFS pointer in place of the file itself; `git lfs pull` in that folder downloads it")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, waiting for whoever holds it. It is the folder's own: no file is left, however the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kind_of(content: Any) -> str:
+    """Return what a value read from JSON is, for an error message: `a list`, `a number`."""
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(content), "nothing" if content is None else f"a {type(content).__name__}")
+
+
+# --- leftovers --------------------------------------------------------------------------------------------------------------------
+
+
+def _prefix(name: str) -> str:
+    """Start of the hidden name of what will become `name`. It names the process, by which a leftover is known."""
+    return f".{name[:100]}-{_HOST}.{os.getpid()}."
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what processes of this machine that are no more have left of `name`."""
+    start = f".{name[:100]}"
+    for path in folder.glob(f"{start.translate(_LITERAL)}-{_HOST}.*"):
+        owner = _OWNED.fullmatch(path.name[len(start) :])
+        if owner is not None and not _runs(int(owner[1])):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+_LITERAL = str.maketrans({sign: f"[{sign}]" for sign in "*?["})
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that can't
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _in_scratch(path: Path) -> bool:
+    return any(_OWNED.search(part) and part.startswith(".") for part in path.parent.parts)
+
+
+def _reason(error: ValueError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).splitlines()[0][:120]

@@ -1,0 +1,129 @@
+"""However a command ends: one line, a status of the contract, and nothing left behind."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import mxd_convert
+
+PROGRAM = [sys.executable, "-m", "mxd_convert.cli"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+            "out of memory",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: no space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: can't be used (Permission denied)"),
+        (KeyError("key"), "unexpected error"),
+        (mxd_convert.InputError("\x1b[31mred"), "\N{REPLACEMENT CHARACTER}[31mred"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_goes_wrong_anywhere_is_a_line(mxd, monkeypatch, error, words, tmp_path):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mxd_convert.labels.read_labels", fail)
+    status, out, err = mxd("label", tmp_path)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+    assert "Traceback" in mxd("--debug", "label", tmp_path)[2]
+
+
+def until(what, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_signal_leaves_nothing_beside_the_output(converted, text, tmp_path, number):
+    output = tmp_path / "place" / "dashboard"
+    command = [*PROGRAM, "dashboard", str(converted["gpt2"]), "--data", str(text), "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until(lambda: list(output.parent.glob(".dashboard-*/*")) or process.poll() is not None)
+    process.send_signal(number)
+    _, err = process.communicate()
+    if number == signal.SIGKILL:
+        assert os.listdir(output.parent) != []
+        subprocess.run(command, check=True, capture_output=True)
+        assert os.listdir(output.parent) == ["dashboard"]
+    else:
+        assert process.returncode == 130
+        assert "Traceback" not in err
+        assert err.splitlines()[-1] == "mxd-convert: interrupted"
+        assert os.listdir(output.parent) == []
+
+
+def test_a_signal_while_the_program_starts():
+    for delay in (0.15, 0.4, 0.9):
+        process = subprocess.Popen([*PROGRAM, "verify", "nowhere"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+        assert process.returncode in (2, 130, -signal.SIGTERM), err  # the last: before Python had begun with the program
+        assert "Traceback" not in err
+
+
+def test_a_reader_that_has_enough_is_no_error(recipe):
+    done = subprocess.run(
+        f"{sys.executable} -m mxd_convert.cli plan {recipe()} | head -n 1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert "layer" in done.stdout
+    assert done.stderr == ""
+
+
+def test_labels_that_are_given_at_the_same_time_are_all_kept(copy):
+    code = "import sys, mxd_convert; n = int(sys.argv[2]);"
+    code += "mxd_convert.add_labels(sys.argv[1], [{'layer': 0, 'expert': n, 'text': 't', 'author': str(n)}])"
+    together = [subprocess.Popen([sys.executable, "-c", code, str(copy), str(n)]) for n in range(4)]
+    assert [process.wait() for process in together] == [0] * 4
+    assert [label.expert for label in mxd_convert.read_labels(copy)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("setting", ["WORLD_SIZE=2 RANK=0", "LOCAL_RANK=0", "PMI_SIZE=4"])
+def test_processes_that_nobody_launched(recipe, setting):
+    environment = {**os.environ, **dict(pair.split("=") for pair in setting.split())}
+    done = subprocess.run(
+        [*PROGRAM, "run", str(recipe())], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert setting.split()[0] in done.stderr
+    assert "torchrun" in done.stderr
+
+
+def test_an_expanded_variable_is_not_published(recipe, text, tmp_path, monkeypatch, mxd):
+    monkeypatch.setenv("MXD_PLACE", str(text.parent))
+    path = recipe(data={"train": {"path": "${MXD_PLACE}/text.jsonl"}})
+    status, _, err = mxd("run", path, "--set", "data.tokens=1024")
+    assert status == 0, err
+    output = tmp_path / "out"
+    published = [file for file in output.rglob("*") if file.is_file() and file.name != "mxd_local.json"]
+    assert not any(str(text.parent).encode() in file.read_bytes() for file in published)
+    assert "${MXD_PLACE}/text.jsonl" in (output / "recipe.yaml").read_text()
+    assert mxd("verify", output, "--provenance")[0] == 0
+    monkeypatch.delenv("MXD_PLACE")
+    assert "recipe.yaml is the recipe that the report names" in mxd("verify", output, "--provenance")[1]
+
+
+def test_only_one_place_ends_the_program():
+    """Whatever a command does, `cli.main` alone turns it into a line and a status."""
+    for path in (ROOT / "mxd_convert").rglob("*.py"):
+        if path.relative_to(ROOT / "mxd_convert") not in (Path("cli/__init__.py"), Path("cli/signals.py")):
+            text = path.read_text()
+            assert "sys.exit(" not in text, path
+            assert "os._exit(" not in text, path
