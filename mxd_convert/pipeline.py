@@ -1,9 +1,7 @@
 """plan -> train -> assemble -> evaluate -> report, each stage resumable."""
 
-import json
+import os
 import shutil
-import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,8 +18,10 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from mxd_convert.base import Spread, card_of, load_base, load_tokenizer, model_sha256, quiet
 from mxd_convert.checkpoint import DASHBOARD, LOCAL, ONNX, REPORT, load_checkpoint
 from mxd_convert.data import Blocks, check_vocabulary, prepare
-from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
+from mxd_convert.errors import InputError, Stopped, disk_guard, first_line, is_out_of_memory, memory_guard
+from mxd_convert.escaping import printable, say
 from mxd_convert.evaluation import evaluate_models
+from mxd_convert.files import read_mapping, scratch_beside, write_json, write_text
 from mxd_convert.hub import check_account, push
 from mxd_convert.layers import Shape, Trainable
 from mxd_convert.onnx import export_onnx
@@ -89,7 +89,7 @@ def convert(
     if output is not None:
         settings["output.dir"] = str(Path(output).expanduser().absolute())
     with once_a_machine():
-        loaded = load_recipe(recipe.model_dump() if isinstance(recipe, Recipe) else recipe, settings)
+        loaded = load_recipe(recipe, settings)
     with trusting(loaded.base.trust_remote_code):
         return _convert(loaded, fresh, quiet)
 
@@ -127,7 +127,7 @@ class _Conversion:
 
     def say(self, line: str) -> None:
         if not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def say_if_without_dashboard(self) -> None:
         if self.recipe.output.dashboard and not (self.output / DASHBOARD).is_dir():
@@ -154,8 +154,8 @@ class _Conversion:
         if not self.recipe.output.onnx or not self.main or place.exists():
             return result
         try:
-            with tempfile.TemporaryDirectory(dir=self.output.parent, prefix=f".{self.output.name}-") as scratch:
-                export = export_onnx(self.output, Path(scratch) / ONNX, quiet=self.quiet)
+            with scratch_beside(self.output) as scratch:
+                export = export_onnx(self.output, scratch / ONNX, quiet=self.quiet)
                 if export.output is not None:
                     export.output.rename(place)
         except InputError as error:
@@ -197,13 +197,13 @@ class _Conversion:
                     f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command goes on from there."
                 ):
                     self._finish(trained, train, held_out, tokenizer)
-        return Result(self.output, json.loads((self.output / REPORT).read_text()), False, self.main)
+        return Result(self.output, read_mapping(self.output / REPORT), False, self.main)
 
     def _begin(self) -> None:
         """What is found out before any work is done."""
         if self.recipe.output.push_to is not None:
             check_account(self.recipe.output.push_to)
-        self.place.claim()
+        self.place.claim(self.say)
         if not self.place.has_state():
             check_space(self.plan)
         check_processes(self.plan, self.accelerator.num_processes)
@@ -352,16 +352,16 @@ class _Conversion:
 
     def _write_report(self, folder: Path, report: dict[str, Any], origin: dict[str, Any]) -> None:
         recipe_yaml = self.recipe.to_yaml()
-        (folder / "recipe.yaml").write_text(recipe_yaml)
+        write_text(folder / "recipe.yaml", recipe_yaml)
         shutil.copyfile(self.work / "training_log.jsonl", folder / "training_log.jsonl")
         local: dict[str, Any] = {"base": self.recipe.base.model} if origin["local"] else {}
         data = {part: text.path for part, text in (("train", self.recipe.data.train), ("eval", self.recipe.data.eval))}
         local["data"] = {part: path for part, path in data.items() if path is not None and is_local(path)}
-        (folder / LOCAL).write_text(json.dumps({**local, "recipe": self.recipe.fingerprint()}, indent=2) + "\n")
+        write_json(folder / LOCAL, {**local, "recipe": self.recipe.fingerprint()})
         write_plots(folder, report, folder / "training_log.jsonl")
         report["files"] = file_hashes(folder)
         write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        write_json(folder / REPORT, report)
 
 
 def _kind(shape: Shape) -> str:
@@ -369,9 +369,24 @@ def _kind(shape: Shape) -> str:
     return f"{name}, {shape.n_experts:,} experts each, {shape.k} active" if shape.has_experts else name
 
 
+_LEFT_OVER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _check_launch() -> None:
+    """Raise InputError where the environment speaks of several processes and no launcher has said where they meet: they never would."""
+    found = [name for name in _LEFT_OVER if name in os.environ and not (name.endswith("_SIZE") and os.environ[name] == "1")]
+    if found and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"the environment has {', '.join(f'{name}={printable(os.environ[name])[:20]}' for name in found)}, left by something else than a"
+            f" launcher of this run; unset {'it' if len(found) == 1 else 'them'}, or launch several processes with `torchrun` or"
+            " `accelerate launch`"
+        )
+
+
 def new_accelerator(plan: Plan) -> Accelerator:
     """The devices and processes that a plan's training uses. Raises InputError where precision or tracker can't be had."""
     # accelerate keeps one state a process: without this, a second conversion would run with the first one's precision
+    _check_launch()
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     train = plan.recipe.train
@@ -384,9 +399,17 @@ def new_accelerator(plan: Plan) -> Accelerator:
             # the others wait while the main process reads text and evaluates, which may take hours
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         )
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
+        if train.precision == "bf16" and "precision" in str(error).lower():
+            raise InputError(f"train.precision: {train.precision}: {first_line(error)}") from None
         if train.tracker == "none":
-            raise InputError(f"train.precision: {train.precision}: {str(error).splitlines()[0]}") from None
+            asked = [name for name in sorted(os.environ) if name.startswith("ACCELERATE_")]
+            hint = f"; the environment asks accelerate for more: unset {', '.join(asked)}" if asked else ""
+            raise InputError(
+                f"accelerate can't set up the processes and devices of this run: {first_line(error)}{hint}"
+            ) from None
         raise InputError(
             f"train.tracker: {train.tracker} can't be used ({str(error).splitlines()[0]}); install it, or set train.tracker: none"
         ) from None

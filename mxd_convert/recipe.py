@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 Positive = Annotated[int, Field(gt=0, le=10**13)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -47,8 +47,10 @@ class Mlp(Section):
 
     @model_validator(mode="after")
     def _of_a_layer(self) -> "Mlp":
-        if self.module.count("{i}") != 1:
-            raise ValueError(f'base.mlp.module: {self.module!r} has to say where the layer goes: "model.layers.{{i}}.mlp"')
+        if re.fullmatch(r"(\w+\.)*\{i\}(\.\w+)*", self.module) is None:
+            raise ValueError(
+                f'base.mlp.module: {self.module!r:.80} is not the path of a module of every layer: "model.layers.{{i}}.mlp"'
+            )
         if len(self.chain) == 1:
             raise ValueError(f"base.mlp.chain: {self.chain[0]!r} alone is a module; name it in base.mlp.module")
         return self
@@ -70,21 +72,45 @@ class Base(Section):
 class Text(Section):
     path: str = "Skylion007/openwebtext"
     """A Hub dataset, or a local .txt, .jsonl (also .gz) or .parquet file, a folder of such files, or a glob."""
+    config: str | None = None
+    """Configuration of a Hub dataset that has several (wikitext-103-raw-v1); null: its default."""
     split: str | None = "train"
     """Split of a Hub dataset."""
     text: str = "text"
     """Field that holds the text of a document (.jsonl, .parquet, Hub datasets)."""
+    missing: Literal["refuse", "skip"] = "refuse"
+    """Rows whose field is null or missing: refuse the data, naming the first, or skip them. `run` reports how many were skipped."""
+
+    @model_validator(mode="after")
+    def _config_of_a_dataset(self) -> "Text":
+        _check_config("data.train", self.path, self.config)
+        return self
 
 
 class EvalText(Section):
     path: str | None = None
     """Held-out text. Without a path, a tenth of the training documents, chosen by content, is held out."""
+    config: str | None = None
+    """Configuration of a Hub dataset that has several (wikitext-103-raw-v1); null: its default."""
     split: str | None = None
     """Split of a Hub dataset."""
     text: str = "text"
     """Field that holds the text of a document."""
+    missing: Literal["refuse", "skip"] = "refuse"
+    """Rows whose field is null or missing: refuse the data, naming the first, or skip them."""
     tokens: Positive = 262_144
     """Tokens to evaluate on."""
+
+    @model_validator(mode="after")
+    def _config_of_a_dataset(self) -> "EvalText":
+        _check_config("data.eval", self.path, self.config)
+        return self
+
+
+def _check_config(part: str, path: str | None, config: str | None) -> None:
+    if config is not None and (path is None or is_local(path)):
+        text = "no dataset is named" if path is None else f"{path} is local, and only datasets of the Hub have configurations"
+        raise ValueError(f"{part}.config: {config!r} is given, but {text}; set {part}.config: null, or {part}.path to a dataset")
 
 
 class Data(Section):
@@ -228,6 +254,21 @@ class Recipe(Section):
     """How the layers are trained."""
     output: Output = Output()
     """Where the result goes."""
+    _references: dict[str, str] = PrivateAttr(default_factory=dict)
+    _resolved: bool = PrivateAttr(default=False)
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether its paths are absolute and ${VAR} is expanded: whether `load_recipe` has made it."""
+        return self._resolved
+
+    def mark_resolved(self, references: dict[str, str]) -> None:
+        self._references, self._resolved = references, True
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Strings as they were before ${VAR} was expanded in them, by key ("data.train.path"): what is published in place of the value."""
+        return self._references
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -267,13 +308,20 @@ class Recipe(Section):
         return self
 
     def published(self) -> dict[str, Any]:
-        """The recipe in full as it goes into a checkpoint: paths of this machine cut down to their last part."""
+        """The recipe in full as it goes into a checkpoint: paths of this machine cut down to their last part, ${VAR} not expanded."""
         content = self.model_dump()
         for section, key in ((content["base"], "model"), (content["data"]["train"], "path"), (content["data"]["eval"], "path")):
             if section[key] is not None and is_local(section[key]):
                 section[key] = Path(section[key]).name
         content["output"]["dir"] = Path(self.output.dir).name if self.output.dir else None
         content["output"]["push_to"] = None  # whoever runs it again is somebody else
+        for key, text in self.references.items():
+            *sections, last = key.split(".")
+            place: Any = content
+            for section in sections:
+                place = place[int(section) if isinstance(place, list) else section]
+            if sections[:1] != ["output"]:
+                place[int(last) if isinstance(place, list) else last] = text
         return content
 
     def to_yaml(self) -> str:
@@ -298,7 +346,13 @@ def _deciding(content: dict[str, Any]) -> dict[str, Any]:
         key: value for key, value in train.items() if value or key not in ("start", "k_start", "finish")
     }  # as before there were
     base = {key: value for key, value in content["base"].items() if key != "mlp" or value is not None}  # as before there was one
-    return {**{key: value for key, value in content.items() if key != "output"}, "train": train, "base": base}
+    data = {**content["data"], **{part: _as_before(content["data"][part]) for part in ("train", "eval")}}
+    return {**{key: value for key, value in content.items() if key != "output"}, "train": train, "base": base, "data": data}
+
+
+def _as_before(text: dict[str, Any]) -> dict[str, Any]:
+    """A text's keys without those that are newer than the fingerprints of old checkpoints, where they say what was the case then."""
+    return {key: value for key, value in text.items() if (key, value) not in (("config", None), ("missing", "refuse"))}
 
 
 def _sha256(content: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from typing import Any, cast, get_args
 import yaml
 from pydantic import ValidationError
 
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, first_line
+from mxd_convert.files import kind_of
 from mxd_convert.recipe import PRESET_KEYS, Recipe, Section
 
 
@@ -62,30 +63,35 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
 
 
-def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe file, a shipped recipe by its name, or a mapping; applies `overrides` ({"train.lr": 1e-3}).
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe file, a shipped recipe by its name, a mapping or a Recipe; applies `overrides` ({"train.lr": 1e-3}).
 
     Relative paths are taken relative to the recipe file, those of `overrides` and of mappings to the working directory.
     Raises InputError, one clear line, for whatever is wrong with it.
     """
     content: dict[str, Any]
-    if isinstance(recipe, Mapping):
+    references: dict[str, str] = {}
+    if isinstance(recipe, Recipe):
+        references |= recipe.references
+        content, folder, name = recipe.model_dump(), Path.cwd(), "recipe"
+    elif isinstance(recipe, Mapping):
         content, folder, name = json.loads(json.dumps(recipe)), Path.cwd(), "recipe"
     else:
         path, by_name = _find(recipe)
         name, folder = path.name, path.resolve().parent
-        content = _read(path)
+        content = read_recipe_yaml(path)
         if by_name:  # its folder is the installed package: results belong to the working directory
             output = content.setdefault("output", {})
             if isinstance(output, dict):
                 output["dir"] = str(Path.cwd() / "runs" / path.stem)
-    _expand(content, name)
-    _resolve_paths(content, folder)
+    if not (isinstance(recipe, Recipe) and recipe.is_resolved):  # else what is in it is meant as it is
+        references |= _expand(content, name)
+        _resolve_paths(content, folder)
     given = dict(overrides or {})
     changes: dict[str, Any] = {}
     for key, value in given.items():
         _set(changes, key, value)
-    _expand(changes, "--set")
+    references = {key: text for key, text in references.items() if not _is_set(changes, key)} | _expand(changes, "--set")
     _resolve_paths(changes, Path.cwd())
     # a preset given on the command line outranks the keys that the file sets under its own preset
     if "train.preset" in given:
@@ -95,9 +101,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, 
                     content[section].pop(key, None)
     content = _merge(content, changes)
     try:
-        return Recipe.model_validate(content)
+        loaded = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{name}: {_explain(error)}") from None
+    loaded.mark_resolved(references)
+    return loaded
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
@@ -108,9 +116,13 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
         if not equals or not all(key.strip().split(".")):
             raise InputError(f"--set {setting}: write it as KEY=VALUE, for example --set train.lr=1e-3")
         try:
-            overrides[key.strip()] = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+            overrides[key.strip()] = parse_yaml(value)
         except yaml.YAMLError:
-            raise InputError(f"--set {setting}: the value is not valid YAML") from None
+            raise InputError(f"--set {_short(setting)}: the value is not valid YAML") from None
+        except RecursionError:
+            raise InputError(f"--set {_short(setting)}: the value is nested too deeply") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise InputError(f"--set {_short(setting)}: the value can't be read ({first_line(error, 80)})") from None
     return overrides
 
 
@@ -138,30 +150,40 @@ def _find(recipe: str | Path) -> tuple[Path, bool]:
     return path, False
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_recipe_yaml(path: Path) -> dict[str, Any]:
+    """Read a file of sections that may come from anyone. Raises InputError, which names the file and the line."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a recipe") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise InputError(f"{path}: {where}{getattr(error, 'problem', None) or 'not valid YAML'}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: {_explain_yaml(error)}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read ({first_line(error)})") from None
     if not isinstance(content, dict):
-        held = "nothing" if content is None else type(content).__name__
         raise InputError(
-            f"{path}: a recipe is a mapping of sections (base, data, layers, layer, train, output); this file holds {held}"
+            f"{path}: a recipe is a mapping of sections (base, data, layers, layer, train, output); this file holds {kind_of(content)}"
         )
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML with the numbers and booleans of YAML 1.2, without aliases. Raises yaml.YAMLError, RecursionError, ValueError."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+def _explain_yaml(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply to be a recipe"
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    return f"{where}{getattr(error, 'problem', None) or 'not valid YAML'}"
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _expand(content: Any, name: str) -> None:
-    """Expands ${VAR} and ${VAR:-default} in every string, in place."""
+def _expand(content: Any, name: str, prefix: str = "") -> dict[str, str]:
+    """Expand ${VAR} and ${VAR:-default} in every string, in place. Returns the strings that had some as they were, by key ("data.train.path")."""
+    found: dict[str, str] = {}
 
     def replaced(match: re.Match[str]) -> str:
         value = os.environ.get(match[1]) or match[2]
@@ -173,8 +195,25 @@ def _expand(content: Any, name: str) -> None:
     for key, value in list(items):
         if isinstance(value, str):
             content[key] = _VARIABLE.sub(replaced, value)
+            if "\0" in content[key]:
+                raise InputError(f"{name}: {prefix}{key}: holds a null character, which no name or path has")
+            if content[key] != value:
+                found[f"{prefix}{key}"] = value
         elif isinstance(value, (dict, list)):
-            _expand(value, name)
+            found |= _expand(value, name, f"{prefix}{key}.")
+    return found
+
+
+def _is_set(content: dict[str, Any], key: str) -> bool:
+    """Whether `content` has a key, given with dots, or a section above it as something else than one."""
+    place: Any = content
+    for part in key.split("."):
+        if not isinstance(place, dict):
+            return True
+        if part not in place:
+            return False
+        place = place[part]
+    return True
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
@@ -245,17 +284,13 @@ def _explain(error: ValidationError) -> str:
     problem = problems[0]
     # a union reports each of its members; the location ends in their names, which mean nothing to a user
     location = tuple(part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", str(part)))
+    if problem["type"] == "extra_forbidden":  # a key of the user's, however it is written
+        return _unknown_key(tuple(problem["loc"]), problems)
     while location and _section_at(location[:-1]) is None and not isinstance(location[-1], int) and len(location) > 1:
         location = location[:-1]
     key = ".".join(map(str, location))
     value = problem["input"]
-    if problem["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
-        known = list(section.model_fields) if section else []
-        word = str(location[-1])
-        hint = _suggest(word, known) or _everywhere(word) or f"; known here: {', '.join(known)}"
-        message = f"{key}: unknown key{hint}"
-    elif problem["type"] == "missing":
+    if problem["type"] == "missing":
         message = f"{key}: missing; it has no default"
     elif problem["type"] == "value_error":
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
@@ -269,8 +304,23 @@ def _explain(error: ValidationError) -> str:
             else ""
         )
         message = f"{key}: {_short(value)} is not valid{hint}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return message + _and_more(location, problems)
+
+
+def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
+    section = _section_at(location[:-1])
+    known = list(section.model_fields) if section else []
+    word = str(location[-1])
+    lower = word.lower().replace("-", "_")
+    hint = f" (did you mean {lower!r}?)" if lower in known else _suggest(lower, known) or _everywhere(lower)
+    key = ".".join([*map(str, location[:-1]), _short(word)[1:-1]])
+    hint = hint or f"; known here: {', '.join(known)}"
+    return f"{key}: unknown key{hint}" + _and_more(location, problems)
+
+
+def _and_more(location: tuple[Any, ...], problems: list[Any]) -> str:
     same_key = {tuple(other["loc"][: len(location)]) for other in problems}
-    return message + (f" (and {len(same_key) - 1} more)" if len(same_key) > 1 else "")
+    return f" (and {len(same_key) - 1} more)" if len(same_key) > 1 else ""
 
 
 def _short(value: Any) -> str:

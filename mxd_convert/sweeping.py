@@ -4,6 +4,7 @@ The sweep's folder holds `runs/<name>/`, a finished checkpoint each; `sweep.csv`
 not done again, and what was cut off goes on.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -22,15 +23,18 @@ from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.checkpoint import REPORT
 from mxd_convert.data import check_vocabulary, prepare
 from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.files import read_mapping
 from mxd_convert.pipeline import convert, new_accelerator
 from mxd_convert.plan import Plan, budget, check_gradients, check_memory, fitting_together, make_plan
 from mxd_convert.recipe import Recipe
 from mxd_convert.recipe_file import load_recipe, parse_list
 from mxd_convert.report import row_of, write_frontier, write_table
+from mxd_convert.sealed import read_sealed, write_sealed
 from mxd_convert.training import Job, same_activations, train_together
 from mxd_convert.workspace import Workspace
 
 TABLE = "sweep.json"
+MARK = "sweep.mark"  # the recipes of the sweep's runs, and the rows of those that are finished
 # keys that mean nothing where there are no experts
 _OF_EXPERTS = ("layer.k", "layer.experts", "layer.expansion", "layer.sparsity", "layer.l1")
 
@@ -71,13 +75,14 @@ def sweep(
     """
     folder = Path(output).expanduser().absolute()
     runs = _runs(recipe, grid, folder)
-    _claim(folder, runs, fresh)
+    mark = _claim(folder, runs, fresh)
     say = _Say(quiet)
     with disk_guard(folder):
         failed = _train(folder, runs, say)
         rows: list[dict[str, Any]] = []
         for run in runs:
-            rows.append(_finish(run, failed, say))
+            rows.append(_finish(run, failed, mark["rows"], say))
+            write_sealed(folder / MARK, mark)
             _write(folder, runs, rows)  # what is there is worth having, should the rest be cut off
         if any("ce_base" in row for row in rows):
             write_frontier(folder / "plots", rows)
@@ -101,12 +106,11 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
     if not grid:
         raise InputError("--set: give at least one key of several values, for example --set layer.k=8,16,32")
     swept = [key for key, values in grid.items() if len(values) > 1]
-    source = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
     found: dict[str, _Run] = {}
     for values in itertools.product(*grid.values()):
         # a twin beside every run would be the same one each time: here it is a kind
         settings = {"train.twin": False, **dict(zip(grid, values, strict=True))}
-        layer = load_recipe(source, settings).layer
+        layer = load_recipe(recipe, settings).layer
         if layer.kind == "dense_twin":
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}
             settings |= {"train.finish": 0.0} if layer.sparsity == "l1" else {}  # which those beside it can't have
@@ -120,7 +124,7 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
             continue
         made = make_plan(
             load_recipe(
-                source, {**settings, "output.dir": str(folder / "runs" / name), "output.push_to": None, "output.onnx": False}
+                recipe, {**settings, "output.dir": str(folder / "runs" / name), "output.push_to": None, "output.onnx": False}
             )
         )
         check_memory(made)
@@ -134,25 +138,30 @@ def _name(settings: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.,=-]+", "-", "_".join(words)).strip("-.") or "run"
 
 
-def _claim(folder: Path, runs: list[_Run], fresh: bool) -> None:
-    """Makes the folder this sweep's. Raises InputError where something else is there, or the disk can't hold it."""
+def _claim(folder: Path, runs: list[_Run], fresh: bool) -> dict[str, Any]:
+    """Make the folder this sweep's; return its mark. Raises InputError where something else is there, or the disk can't hold it."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; choose another folder")
     ours = {run.name: run.plan.recipe.fingerprint() for run in runs}
-    mark = folder / "sweep.mark"
-    if folder.is_dir() and any(folder.iterdir()):
-        if not mark.is_file():
+    rows: dict[str, Any] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holds_something = any(folder.iterdir())
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"--output {folder}: can't be written ({error.strerror}); choose another folder") from None
+    if holds_something:
+        if not (folder / MARK).is_file():
             raise InputError(f"--output {folder}: holds something else than a sweep; choose another folder")
-        theirs = json.loads(mark.read_text())
-        if any(ours.get(name, print_) != print_ for name, print_ in theirs.items()) and not fresh:
-            raise InputError(
-                f"--output {folder}: holds a sweep of another recipe; --fresh to start over, or choose another folder"
-            )
-        ours = ours if fresh else {**theirs, **ours}
+        if not fresh:
+            theirs, rows = _read_mark(folder / MARK)
+            if any(ours.get(name, print_) != print_ for name, print_ in theirs.items()):
+                raise InputError(
+                    f"--output {folder}: holds a sweep of another recipe; --fresh to start over, or choose another folder"
+                )
+            ours = {**theirs, **ours}
     if fresh:
         for part in ("runs", "plots", "data"):
             shutil.rmtree(folder / part, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     left = [run for run in runs if not (run.plan.output / REPORT).is_file()]
     need, free = sum(run.plan.disk_bytes for run in left), shutil.disk_usage(folder).free
     if need > free:
@@ -160,7 +169,21 @@ def _claim(folder: Path, runs: list[_Run], fresh: bool) -> None:
             f"--output {folder}: the {len(left)} runs need about {need / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} are free;"
             " free some or choose another folder"
         )
-    mark.write_text(json.dumps(ours, indent=2) + "\n")
+    mark = {"recipes": ours, "rows": rows}
+    write_sealed(folder / MARK, mark)
+    return mark
+
+
+def _read_mark(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return fingerprints and rows by the names of runs. Raises InputError where the mark is damaged."""
+    mark = read_sealed(path)
+    if mark is not None:
+        return mark["recipes"], mark["rows"]
+    fix = "give --fresh to start over, or choose another folder"
+    before = read_mapping(path, fix)  # earlier versions wrote the fingerprints alone
+    if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in before.values()):
+        return before, {}
+    raise InputError(f"{path}: damaged; {fix}")
 
 
 # --- training, evaluation, table -------------------------------------------------------------------------------------------------
@@ -176,11 +199,17 @@ def _train(folder: Path, runs: list[_Run], say: _Say) -> dict[str, InputError]:
         if _shares_a_pass(run.plan.recipe):
             alike.setdefault(same_activations(run.plan.recipe), []).append(run)
     failed: dict[str, InputError] = {}
-    for number, group in enumerate(alike.values()):
+    for group in alike.values():
         for members in fitting_together([run.plan for run in group], budget(group[0].plan.recipe)):
             if len(members) > 1:
-                failed |= _train_group(folder / "data" / str(number), [group[index] for index in members], say)
+                failed |= _train_group(folder / "data", [group[index] for index in members], say)
     return failed
+
+
+def _data_folder(root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
+    """Return a group's folder for tokens: named after all that they are made of, so that no other text's are ever taken for them."""
+    content = json.dumps([recipe.data.model_dump(), recipe.base.model_dump(), dict(inputs)], sort_keys=True)
+    return root / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _shares_a_pass(recipe: Recipe) -> bool:
@@ -191,6 +220,7 @@ def _shares_a_pass(recipe: Recipe) -> bool:
 
 def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputError]:
     recipe = group[0].plan.recipe
+    data = _data_folder(data, recipe, Workspace(recipe, group[0].plan.output, fresh=False).inputs(say))
     tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
     train, _ = prepare(recipe.data, tokenizer, data, say)
     check_vocabulary(train, group[0].plan.vocabulary)
@@ -238,8 +268,12 @@ def _lend(data: Path, folder: Path) -> None:
             shutil.copyfile(file, target)
 
 
-def _finish(run: _Run, failed: Mapping[str, InputError], say: _Say) -> dict[str, Any]:
-    """What is left of a run: all of it, or but its finish, assembly and evaluation. Returns its row."""
+def _finish(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], say: _Say) -> dict[str, Any]:
+    """Do what is left of a run: all of it, or only its finish, assembly and evaluation. Returns its row.
+
+    rows: of finished runs, by name, to which this one's is added. One that is there already holds what the sweep has measured, whatever has
+    become of the run's report.
+    """
     start = {"name": run.name, **run.settings}
     error: InputError | None = failed.get(run.name)
     if error is None:
@@ -248,13 +282,22 @@ def _finish(run: _Run, failed: Mapping[str, InputError], say: _Say) -> dict[str,
         say(f"{run.name}: " + (left if trained else "training and evaluating"))
         try:
             result = convert(run.plan.recipe, quiet=say.quiet or (trained and not run.plan.finish_steps))
-            return start | row_of(result.report, run.plan.recipe, run.plan.layers)
+            if not result.already_finished or run.name not in rows:
+                rows[run.name] = _row(result.output, result.report, run.plan)
+            return start | rows[run.name]
         except InputError as caught:
             if "not finite" not in str(caught):
                 raise
             error = caught
     say(f"{run.name}: failed: {error}")
     return start | {"error": str(error)}
+
+
+def _row(folder: Path, report: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    try:
+        return row_of(report, plan.recipe, plan.layers)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{folder / REPORT}: not a readable report; remove {folder}, and its run is done again") from None
 
 
 def _write(folder: Path, runs: list[_Run], rows: list[dict[str, Any]]) -> None:

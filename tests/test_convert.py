@@ -163,7 +163,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_was_not(models, text, tmp_path, 
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
     assert "Traceback" not in errors
-    assert number == signal.SIGKILL or "interrupted; the same command goes on where it stopped" in errors
+    assert number == signal.SIGKILL or "interrupted; the same command resumes where it stopped" in errors
     assert not (tmp_path / "cut").exists()
     done = run_in_process(recipe)
     _, errors = done.communicate(timeout=120)
@@ -363,7 +363,7 @@ def test_text_changed_in_place_is_noticed_by_a_resumed_run(models, text, tmp_pat
     run_in_process(recipe, tmp_path / "out.partial" / "state" / "layers-1" / "step-*3.json").communicate(timeout=120)
     (tmp_path / "out.partial" / "fingerprint").with_suffix(".tmp").write_text("cut off here")  # of a kill while it was written
     mine.write_text(text.read_text() + text.read_text().upper())
-    with pytest.raises(InputError, match="whose base or text has changed since"):
+    with pytest.raises(InputError, match=r"text\.jsonl has changed; put that right"):
         convert(recipe, quiet=True)
 
 

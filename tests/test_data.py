@@ -81,8 +81,8 @@ def test_hub_datasets_are_streamed(tmp_path, tokenizer, monkeypatch):
             taken.append(text)
             yield {"text": text}
 
-    def load_dataset(path, split, streaming):
-        assert (path, split, streaming) == ("someone/texts", "train", True)
+    def load_dataset(path, name, split, streaming):
+        assert (path, name, split, streaming) == ("someone/texts", None, "train", True)
         return datasets.IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

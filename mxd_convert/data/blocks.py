@@ -7,11 +7,11 @@ nothing but its seed, and a run that was cut off can go on at any block.
 
 import functools
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from mxd_convert.data.documents import HELD_OUT_SHARE, is_held_out, read_documents
 from mxd_convert.errors import InputError
+from mxd_convert.files import file_sha256, replacing
 from mxd_convert.recipe import Data, EvalText, is_local
+from mxd_convert.sealed import read_sealed, write_sealed
 
 # of training text that are read where there are so many, so that a short run takes its blocks from many documents, not from the first few
 LEAST_TOKENS = 4_000_000
+MANIFEST, FILES = "data.json", ("train.tokens", "eval.tokens")  # what the files hold, and the files
 _BATCH = 256  # documents tokenised at a time
 _CHARACTERS = 4  # of a token, about: what is pending may fill the file
 
@@ -51,12 +54,12 @@ def separators(tokenizer: Any) -> Separators:
 class _Writer:
     """Tokenises documents into one flat file until it holds `limit` tokens; keeps count and fingerprint."""
 
-    def __init__(self, path: Path, tokenizer: Any, marks: Separators, limit: int) -> None:
-        self.file = path.open("wb")
+    def __init__(self, file: BinaryIO, tokenizer: Any, marks: Separators, limit: int) -> None:
+        self.file = file
         self.tokenizer, self.marks, self.limit = tokenizer, marks, limit
         self.dtype = token_dtype(len(tokenizer))
         self.documents = self.tokens = self.characters = 0
-        self.digest = hashlib.sha256()
+        self.digest, self.file_digest = hashlib.sha256(), hashlib.sha256()
         self.seen: set[bytes] = set()  # hashes of the documents
         self.pending: list[str] = []
 
@@ -76,7 +79,9 @@ class _Writer:
                 if self.full():
                     break
                 ids = [*self.marks.before, *plain, *self.marks.after]
-                self.file.write(np.asarray(ids, dtype=self.dtype).tobytes())
+                written = np.asarray(ids, dtype=self.dtype).tobytes()
+                self.file.write(written)
+                self.file_digest.update(written)
                 self.tokens += len(ids)
                 self.documents += 1
                 text = document.encode()
@@ -84,9 +89,14 @@ class _Writer:
                 self.seen.add(hashlib.sha256(text).digest()[:16])
         self.pending, self.characters = [], 0
 
-    def close(self) -> None:
-        self.flush()
-        self.file.close()
+
+@contextmanager
+def _writing(path: Path, tokenizer: Any, marks: Separators, limit: int) -> Iterator[_Writer]:
+    """Yield a writer of a token file, which is there once the block has succeeded."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        writer = _Writer(file, tokenizer, marks, limit)
+        yield writer
+        writer.flush()
 
 
 def token_dtype(vocabulary: int) -> np.dtype[Any]:
@@ -155,35 +165,44 @@ def block_order(blocks: int, start: int, count: int, seed: int) -> np.ndarray[An
 
 
 def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], None] = lambda line: None) -> tuple[Blocks, Blocks]:
-    """Training and evaluation blocks of a recipe, tokenised into `folder`, or read from there if an earlier call finished.
+    """Return training and evaluation blocks of a recipe, tokenised into `folder`, or read from there if an earlier call finished.
 
-    Of the training text as many tokens as the run takes, or LEAST_TOKENS where these are more: its blocks come from all of them.
+    Of the training text as many tokens as the run takes, or LEAST_TOKENS where these are more: its blocks come from all of them. Where a
+    file of an earlier call is damaged, the text is tokenised again.
 
-    Raises InputError for a text that is empty, has a single document where some must be held out, or too few tokens for a block.
+    Raises InputError for a text that is empty, has a single document where some must be held out, or too few tokens for a block; and
+    where it has to be tokenised again and is no longer the same.
     """
-    manifest = folder / "data.json"
+    manifest = folder / MANIFEST
     marks = separators(tokenizer)
-    if not manifest.is_file():
+    recorded = read_sealed(manifest)
+    found = _hashes(folder) if manifest.exists() else {}
+    if recorded is None or recorded["files"] != found:
+        before = found if recorded is None else recorded["files"]
+        damaged = [name for name in before if found.get(name) != before[name]] or [MANIFEST]
+        if manifest.exists():
+            notify(f"{folder.name}/{damaged[0]} is damaged; the text is read again")
         folder.mkdir(parents=True, exist_ok=True)
-        infos = _tokenise(data, tokenizer, marks, folder, notify)
-        temporary = manifest.with_suffix(".tmp")
-        temporary.write_text(json.dumps({part: asdict(info) for part, info in infos.items()}, indent=2))
-        temporary.replace(manifest)
+        recorded = _tokenise(data, tokenizer, marks, folder, notify)
+        made = recorded["files"]
+        write_sealed(manifest, {**recorded, "files": {**made, **before}})
+        if any(made[name] != before[name] for name in before):
+            raise InputError(
+                f"data: {_shown(data.train.path)}: {folder / damaged[0]} is damaged, and the text no longer gives the tokens that this run"
+                " began with; put the text back, or --fresh to start over"
+            )
     dtype = token_dtype(len(tokenizer))
-    recorded = json.loads(manifest.read_text())
-    return (
-        _open(
-            folder / "train.tokens",
-            dtype,
-            data.context,
-            -(-tokens_to_read(data) // data.context),
-            marks.bos,
-            TextInfo(**recorded["train"]),
-        ),
-        _open(
-            folder / "eval.tokens", dtype, data.context, data.eval.tokens // data.context, marks.bos, TextInfo(**recorded["eval"])
-        ),
+    limits = (-(-tokens_to_read(data) // data.context), data.eval.tokens // data.context)
+    train, held_out = (
+        _open(folder / name, dtype, data.context, limit, marks.bos, TextInfo(**recorded[name.removesuffix(".tokens")]))
+        for name, limit in zip(FILES, limits, strict=True)
     )
+    return train, held_out
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each token file that is there."""
+    return {name: file_sha256(folder / name) for name in FILES if (folder / name).is_file()}
 
 
 def check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
@@ -199,14 +218,13 @@ def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, h
     """The blocks of one text up to `source.tokens`: of all of it, or of the documents that a run holds out of it. Raises InputError
     where it makes no block."""
     marks = separators(tokenizer)
-    writer = _Writer(folder / "eval.tokens", tokenizer, marks, source.tokens)
-    for document in read_documents(source):
-        if held_out and not is_held_out(document):
-            continue
-        writer.add(document)
-        if writer.full():
-            break
-    writer.close()
+    with _writing(folder / "eval.tokens", tokenizer, marks, source.tokens) as writer:
+        for document in read_documents(source):
+            if held_out and not is_held_out(document):
+                continue
+            writer.add(document)
+            if writer.full():
+                break
     assert source.path is not None
     _check_length(source.path, writer, context)
     info = TextInfo(_shown(source.path), writer.digest.hexdigest(), writer.tokens, writer.documents)
@@ -218,38 +236,33 @@ def tokens_to_read(data: Data) -> int:
     return max(data.tokens, LEAST_TOKENS)
 
 
-def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, TextInfo]:
-    train = _Writer(folder / "train.tokens", tokenizer, marks, tokens_to_read(data))
-    held_out = _Writer(folder / "eval.tokens", tokenizer, marks, data.eval.tokens)
-    try:
-        if data.eval.path is not None:
-            dropped = _fill_separate(data, train, held_out, notify)
-        else:
-            dropped = _fill_split(data, train, held_out, notify)
-    finally:
-        train.close()
-        held_out.close()
+def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, Any]:
+    """Write both token files. Returns what is recorded of them: each text's TextInfo, and the files' SHA-256."""
+    first, second = (folder / name for name in FILES)
+    with (
+        _writing(first, tokenizer, marks, tokens_to_read(data)) as train,
+        _writing(second, tokenizer, marks, data.eval.tokens) as held_out,
+    ):
+        fill = _fill_separate if data.eval.path is not None else _fill_split
+        dropped = fill(data, train, held_out, notify)
     _check_length(data.train.path, train, data.context)
     _check_length(data.eval.path or f"the documents held out of {data.train.path}", held_out, data.context)
     share = None if data.eval.path is not None else HELD_OUT_SHARE
-    return {
-        "train": TextInfo(_shown(data.train.path), train.digest.hexdigest(), train.tokens, train.documents, None, dropped),
-        "eval": TextInfo(
-            _shown(data.eval.path or data.train.path),
-            held_out.digest.hexdigest(),
-            held_out.tokens,
-            held_out.documents,
-            share,
-            disjoint=train.seen.isdisjoint(held_out.seen),
-        ),
-    }
+    shown = _shown(data.eval.path or data.train.path)
+    apart = train.seen.isdisjoint(held_out.seen)
+    infos = (
+        TextInfo(_shown(data.train.path), train.digest.hexdigest(), train.tokens, train.documents, None, dropped),
+        TextInfo(shown, held_out.digest.hexdigest(), held_out.tokens, held_out.documents, share, disjoint=apart),
+    )
+    files = {path.name: writer.file_digest.hexdigest() for path, writer in ((first, train), (second, held_out))}
+    return {"train": asdict(infos[0]), "eval": asdict(infos[1]), "files": files}
 
 
 def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
     """Evaluation text of its own; training documents that occur in it are dropped. Returns how many."""
     notify(f"reading {_shown(data.eval.path or '')}")
     seen: set[bytes] = set()
-    for document in read_documents(data.eval):
+    for document in read_documents(data.eval, notify):
         held_out.add(document)
         seen.add(hashlib.sha256(document.encode()).digest())
         if held_out.full():
@@ -257,7 +270,7 @@ def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callab
     held_out.flush()
     notify(f"reading {_shown(data.train.path)}")
     dropped = 0
-    for document in read_documents(data.train):
+    for document in read_documents(data.train, notify):
         if hashlib.sha256(document.encode()).digest() in seen:
             dropped += 1
             continue
@@ -276,7 +289,7 @@ def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[
     notify(f"reading {_shown(data.train.path)}, holding out a tenth of the documents")
     waiting: list[str] = []  # until each part has a document: with very few, chance may put all in one
     started = False
-    for document in read_documents(data.train):
+    for document in read_documents(data.train, notify):
         if started:
             (held_out if is_held_out(document) else train).add(document)
         else:

@@ -4,17 +4,26 @@ import glob
 import gzip
 import hashlib
 import json
+import os
+import re
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from mxd_convert.errors import InputError
+from mxd_convert.data.fields import TextField, listed, missing
+from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
 from mxd_convert.recipe import EvalText, Text, is_local
 
 HELD_OUT_SHARE = 0.1
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+PLAIN = (".txt", ".txt.gz")
+SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".parquet")
+MOST_DOCUMENT = 2**22  # characters; a longer document is split, so that no tokenizer gets gigabytes at once
+MOST_LINE = 2**26  # characters of a line of a .jsonl file
+_BATCH_ROWS = 1024  # of a parquet file, in memory at a time
+_SECRET = re.compile(r"\b(?:hf|api_org)_\w+|(?i:(?<=bearer )\S+)|(?<=://)[^/\s@]+(?=@)|(?<=\?)[^\s'\")]+=[^\s'\")]+")
 
 
 def is_held_out(text: str) -> bool:
@@ -26,127 +35,214 @@ def is_held_out(text: str) -> bool:
 
 
 def local_files(path: str) -> list[Path]:
-    """The text files that a local path, folder or glob names, sorted. Raises InputError where there are none."""
-    if any(sign in path for sign in "*?[") and not Path(path).exists():
-        files = sorted(
-            Path(found) for found in glob.glob(path, recursive=True) if found.endswith(SUFFIXES) and Path(found).is_file()
-        )
-        if not files:
-            raise InputError(f"data: {path}: no {', '.join(SUFFIXES)} file matches this glob")
-    elif Path(path).is_dir():
-        files = sorted(found for found in Path(path).rglob("*") if found.is_file() and found.name.endswith(SUFFIXES))
-        if not files:
-            raise InputError(f"data: {path}: the folder holds no {', '.join(SUFFIXES)} file")
-    elif Path(path).is_file():
-        files = [Path(path)]
-    else:
-        raise InputError(f"data: {path}: no such file or folder")
+    """Return the text files that a local path, folder or glob names, sorted. Raises InputError where there are none.
+
+    Hidden files and hidden folders below the path are left out, in a folder as in a glob.
+    """
+    try:
+        files = _find(path)
+    except OSError as error:
+        raise InputError(f"data: {error.filename or path}: can't be read ({error.strerror or error})") from None
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise InputError(f"data: {file}: unknown kind of text file; known: {', '.join(SUFFIXES)}")
     return files
 
 
-def read_documents(source: Text | EvalText) -> Iterator[str]:
-    """The documents of a text source in order, empty ones left out. Raises InputError."""
-    assert source.path is not None
-    if is_local(source.path):
-        for file in local_files(source.path):
-            with readable(file):
-                yield from filter(str.strip, map(clean, _read_file(file, source.text)))
+def _find(path: str) -> list[Path]:
+    if any(sign in path for sign in "*?[") and not Path(path).exists():
+        found: Iterable[Path] = map(Path, glob.glob(path, recursive=True))
+        nothing = f"no {', '.join(SUFFIXES)} file matches this glob"
+    elif Path(path).is_dir():
+        found = _below(Path(path))
+        nothing = f"the folder holds no {', '.join(SUFFIXES)} file that is not hidden"
+    elif Path(path).is_file():
+        return [Path(path)]
     else:
-        yield from filter(str.strip, map(clean, _read_dataset(source)))
+        raise InputError(f"data: {path}: no such file or folder")
+    files = sorted(file for file in found if file.name.endswith(SUFFIXES) and file.is_file())
+    if not files:
+        raise InputError(f"data: {path}: {nothing}")
+    once: dict[Path, Path] = {}
+    for file in files:
+        once.setdefault(file.resolve(), file)  # links can give one file several names
+    return list(once.values())
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders that are not hidden; links to folders are followed once."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        here = os.path.realpath(place)
+        folders[:] = [] if here in seen else sorted(name for name in folders if not name.startswith("."))
+        if here not in seen:
+            yield from (Path(place, name) for name in names if not name.startswith("."))
+        seen.add(here)
+
+
+def read_documents(source: Text | EvalText, notify: Callable[[str], None] = lambda line: None) -> Iterator[str]:
+    """Yield the documents of a text source in order, empty ones left out. Raises InputError.
+
+    A document longer than MOST_DOCUMENT is yielded in parts. notify: gets a line if rows without text were left out.
+    """
+    assert source.path is not None
+    key = "data.train.text" if isinstance(source, Text) else "data.eval.text"
+    field = TextField(source.text, f"{key} or --text-field", source.missing == "skip")
+    name = Path(source.path).name if is_local(source.path) else source.path
+    try:
+        for text in _read_local(source.path, field) if is_local(source.path) else _read_dataset(source, field):
+            for start in range(0, len(text), MOST_DOCUMENT):
+                document = clean(text[start : start + MOST_DOCUMENT])
+                if document.strip():
+                    yield document
+    except GeneratorExit:  # enough has been read
+        field.report(name, notify)
+        raise
+    field.check(source.path)
+    field.report(name, notify)
 
 
 def clean(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
+    """Return the text without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Turns the ways in which a text file can't be read into an InputError that names it."""
+    """Turn an error of reading a text file into an InputError that names it. Running out of memory stays what it is."""
     try:
         yield
-    except InputError:
-        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"data: {file}: not UTF-8 ({error.reason}); save it as UTF-8, or take it out of the text") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise InputError(f"data: {file}: can't be read ({error})") from None
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise InputError(f"data: {file}: can't be read ({first_line(error)}); write or download it again") from None
 
 
-def _read_file(file: Path, field: str) -> Iterator[str]:
-    if file.suffix == ".parquet":
-        yield from (row[field] for row in parquet_rows(file, [field]) if isinstance(row[field], str))
-    elif ".jsonl" in file.suffixes:
-        yield from (text_of(row, field, where) for where, row in json_rows(file))
-    else:
-        with opened(file) as lines:
-            paragraph: list[str] = []
-            for line in lines:
-                if line.strip():
-                    paragraph.append(line)
-                elif paragraph:
-                    yield "".join(paragraph).strip("\n")
-                    paragraph = []
-            yield "".join(paragraph).strip("\n")
+def _read_local(path: str, field: TextField) -> Iterator[str]:
+    for file in local_files(path):
+        with readable(file):
+            if file.name.endswith(PLAIN):
+                yield from _paragraphs(file)
+            else:
+                yield from (text for _, _, text in field.texts(rows_of(file, {field.name: field.option}), str(file)))
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    """Yield the paragraphs of a .txt file, separated by blank lines; those longer than MOST_DOCUMENT in parts."""
+    with opened(file) as lines:
+        paragraph, size = [], 0
+        for line in iter(partial(lines.readline, MOST_DOCUMENT), ""):
+            if line.strip():
+                paragraph.append(line)
+                size += len(line)
+            elif paragraph:
+                yield "".join(paragraph).strip("\n")
+                paragraph, size = [], 0
+            if size > MOST_DOCUMENT:
+                whole = "".join(paragraph)
+                yield whole[:MOST_DOCUMENT]
+                paragraph, size = [whole[MOST_DOCUMENT:]], size - MOST_DOCUMENT
+        yield "".join(paragraph).strip("\n")
 
 
 def opened(file: Path) -> TextIO:
-    """A text file, gzipped or not, with or without a byte-order mark."""
+    """Open a text file, gzipped or not, with or without a byte-order mark."""
     return gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig")
 
 
-def json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, what it holds) of every line of a .jsonl file. Raises InputError."""
+def rows_of(file: Path, fields: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield (location, content) for every row of a .jsonl or .parquet file. Raises InputError.
+
+    fields: {field to read: option that names it}. A .parquet file without one of them is refused; its rows hold only these fields.
+    """
+    return _parquet_rows(file, fields) if file.suffix == ".parquet" else _json_rows(file)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     with opened(file) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(partial(lines.readline, MOST_LINE), ""), 1):
+            where = f"{file}, line {number}"
+            if len(line) == MOST_LINE and not line.endswith("\n"):
+                raise InputError(f"data: {where}: more than {MOST_LINE:,} characters; write one document per line")
             if line.strip():
-                where = f"{file}, line {number}"
                 try:
-                    yield where, json.loads(line)
+                    row = json.loads(line)
+                except RecursionError:
+                    raise InputError(f"data: {where}: nested too deeply to be read; write one document per line") from None
                 except json.JSONDecodeError as error:
-                    raise InputError(f"data: {where}: not valid JSON ({error.msg})") from None
+                    raise InputError(f"data: {where}: not valid JSON ({error.msg}); write one document per line") from None
+                except ValueError:  # Python's limit, of 4,300 digits
+                    raise InputError(f"data: {where}: a number of too many digits; write it as text") from None
+                yield where, row
 
 
-def text_of(row: Any, field: str, where: str) -> str:
-    """The text of a row. Raises InputError where the field holds none."""
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        known = f"; its fields are {', '.join(row)}" if isinstance(row, dict) else ""
-        raise InputError(
-            f"data: {where}: no text in the field {field!r}{known}. Name the field with data.train.text or --text-field"
-        )
-    return str(row[field])
-
-
-def parquet_rows(file: Path, fields: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, of some of its columns. Raises InputError."""
+def _parquet_rows(file: Path, fields: dict[str, str]) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        for field in fields:
-            if field not in table.schema_arrow.names:
-                raise InputError(f"data: {file}: no column {field!r}; its columns are {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(columns=fields):
-            yield from batch.to_pylist()
+        names = table.schema_arrow.names
+        for field, option in fields.items():
+            if field not in names:
+                raise missing(field, str(file), names, option)
+        batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=list(fields))
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield f"{file}, row {number}", row
+    except MemoryError:  # pyarrow's own is an ArrowException too
+        raise
     except pyarrow.ArrowException as error:
-        raise InputError(f"data: {file}: not a readable parquet file ({error})") from None
+        raise InputError(f"data: {file}: not a readable parquet file ({first_line(error)}); write or download it again") from None
 
 
-def _read_dataset(source: Text | EvalText) -> Iterator[str]:
-    """Streams a dataset from the Hub: nothing is downloaded but what is read."""
+def _read_dataset(source: Text | EvalText, field: TextField) -> Iterator[str]:
+    """Yield the texts of a Hub dataset, streamed: only what is read is downloaded."""
     import datasets
 
-    name = f"data: {source.path} (split {source.split})"
+    assert source.path is not None
+    split = source.split or "train"
+    config = "" if source.config is None else f"config {source.config}, "
+    name = f"{source.path} ({config}split {split})"
     try:
-        rows = iter(datasets.load_dataset(source.path, split=source.split or "train", streaming=True))
-        for row in rows:
-            if not isinstance(row.get(source.text), str):
-                raise InputError(f"{name}: no text in the field {source.text!r}; its fields are {', '.join(row)}")
-            yield row[source.text]
+        rows: Iterable[Any] = datasets.load_dataset(source.path, name=source.config, split=split, streaming=True)
+        yield from (text for _, _, text in field.texts(((f"{name}, row {n}", row) for n, row in enumerate(rows, 1)), name))
     except InputError:
         raise
     except Exception as error:  # datasets, fsspec and the HTTP client each have their own; the cause is in the words
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: neither a local path nor a dataset that can be read from the Hub: {reason}") from None
+        if is_out_of_memory(error) or is_disk_full(error):
+            raise
+        if isinstance(error, ValueError):
+            _check_config(source)
+        reason = without_secrets(first_line(error))
+        raise InputError(f"data: {name}: neither a local path nor a dataset that can be read from the Hub: {reason}") from None
+
+
+def _check_config(source: Text | EvalText) -> None:
+    """Raise InputError if a dataset has several configurations and the recipe names none, or one that it lacks."""
+    import datasets
+
+    names, default = [], None
+    with suppress(Exception):  # the caller then reports the first error
+        names = datasets.get_dataset_config_names(source.path)
+        default = datasets.get_dataset_default_config_name(source.path)
+    key = "data.train.config" if isinstance(source, Text) else "data.eval.config"
+    if source.config is not None and names and source.config not in names:
+        raise InputError(f"{key}: {source.path} has no configuration {source.config!r}. Set {key} to one of {listed(names, 40)}")
+    if source.config is None and default is None and len(names) > 1:
+        raise InputError(f"data: {source.path} has several configurations. Set {key} to one of {listed(names, 40)}")
+
+
+def without_secrets(line: str) -> str:
+    """Return an error message of an HTTP client without tokens, passwords and the query strings of URLs."""
+    with suppress(Exception):
+        import huggingface_hub
+
+        token = huggingface_hub.get_token()
+        line = line.replace(token, "...") if token else line
+    return _SECRET.sub("...", line)

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mxd_convert.data.documents import clean, json_rows, local_files, parquet_rows, readable, text_of
+from mxd_convert.data.documents import PLAIN, clean, local_files, readable, rows_of
+from mxd_convert.data.fields import TextField, label_of
 from mxd_convert.errors import InputError
 
 MOST_CLASSES = 100
@@ -19,7 +19,7 @@ FEWEST_DOCUMENTS = 10  # a class: below, neither the folds nor the test part hav
 class Labelled:
     """A sample of labelled documents, `texts` and `labels` of the same length.
 
-    available: documents a class in the data. empty, ambiguous: documents left out because they held nothing but white space, or
+    available: documents a class in the data. empty, ambiguous: documents left out because they held nothing but white space or null, or
     because the same text stood in the sample under several labels.
     """
 
@@ -90,25 +90,16 @@ def shown(label: str) -> str:
 
 
 def _rows(path: str, text_field: str, label_field: str) -> Iterator[tuple[str, str]]:
+    """Yield (text, label) of all rows; the text is empty, and the label unread, in a row without text."""
+    field = TextField(text_field, "--text-field")
     for file in local_files(path):
-        if ".txt" in file.suffixes:
+        if file.name.endswith(PLAIN):
             raise InputError(
                 f"data: {file}: a .txt file has no labels; give .jsonl (also .gz) or .parquet with a text and a label"
             )
         with readable(file):
-            if file.suffix == ".parquet":
-                for row in parquet_rows(file, [text_field, label_field]):
-                    text = row[text_field]
-                    yield clean(text) if isinstance(text, str) else "", _label_of(row, label_field, str(file))
-            else:
-                for where, row in json_rows(file):
-                    yield clean(text_of(row, text_field, where)), _label_of(row, label_field, where)
-
-
-def _label_of(row: dict[str, Any], field: str, where: str) -> str:
-    label = row.get(field)
-    if not isinstance(label, str | int) or not str(label).strip():
-        raise InputError(
-            f"data: {where}: no label in the field {field!r}; its fields are {', '.join(row)}. Name the field with --label-field"
-        )
-    return clean(str(label))
+            rows = rows_of(file, {text_field: field.option, label_field: "--label-field"})
+            for where, row, text in field.texts(rows, str(file)):
+                yield clean(text), clean(label_of(row, label_field, where)) if text.strip() else ""
+    field.check(path)
+    yield from [("", "")] * field.without

@@ -5,6 +5,7 @@ place learns the base's own distribution, KL(base || converted); beside it stand
 large as the KL at the beginning, which keeps every layer close to the MLP that it replaces.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Finish(Stage):
 
     def _take(self, facts: dict[str, Any]) -> None:
         self.weight, self.kl_steps = facts["weight"], facts["kl_steps"]
-        self.kl.fill_(facts["kl"])
+        self.kl.fill_(math.nan if facts["kl"] is None else facts["kl"])  # JSON has no word for what is not finite
 
     def _blocks_a_piece(self) -> int:
         config: Any = self.source.base.config

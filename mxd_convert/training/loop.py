@@ -1,6 +1,5 @@
 """Training of all layers: in one pass where they fit, in groups where they don't, one after the other in sequential order."""
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from mxd_convert.architectures import Site
 from mxd_convert.data import Blocks
-from mxd_convert.errors import disk_guard, memory_guard
+from mxd_convert.errors import memory_guard
 from mxd_convert.layers import Shape, Trainable
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Activations, Source, buffer_steps
@@ -260,7 +259,6 @@ class Training:
         states = [(folder, facts) for folder, facts in states if facts["layers"] in finished]
         shares = self.job.shares[:1] if self.together else self.job.shares
         by_process = [[state for state in states if state[1]["layers"][0] in share] for share in shares]
-        merge_logs([[folder / NAME for folder, _ in mine] for mine in by_process], self.job.folder / NAME)
         for folder, facts in states:
             for line in lines_of(folder / NAME):
                 if any(first < line["step"] <= last for first, last in facts.get("unsent", [])):
@@ -273,10 +271,10 @@ class Training:
             _, tensors, facts = found
             for index, layer in layers.items():
                 layer.load_state_dict(_of_layer(tensors, index))
-            with (self.job.folder / NAME).open("a") as log, disk_guard(self.job.folder):
-                log.writelines(json.dumps(line) + "\n" for line in lines_of(self.states / FINISH / NAME))
             seconds += facts["seconds"]
             resumed |= {self.steps + step for step in facts["resumed_at_steps"]}
+        logs = [[folder / NAME for folder, _ in mine] for mine in by_process]
+        merge_logs(logs, self.job.folder / NAME, lines_of(self.states / FINISH / NAME) if self.finish_steps else ())
         steps = self.steps + self.finish_steps
         return Trained({index: layers[index] for index in sorted(layers)}, steps, self.tokens, seconds, sorted(resumed))
 

@@ -20,7 +20,7 @@ from mxd_convert.training.log import NAME, append_line, cut_log
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.progress import TrainingProgress
 from mxd_convert.training.start import start_on_text
-from mxd_convert.training.state import load_state, save_state
+from mxd_convert.training.state import drop_damaged, load_state, save_state
 from mxd_convert.training.tracking import track
 from mxd_convert.training.window import Window
 
@@ -351,10 +351,14 @@ class Stage:
         found = load_state(self.folder, self.recipe.fingerprint())
         if found is None or found[2]["layers"] != list(self.layers):
             if self.writes:
+                self._drop_damaged(-1, "training starts over")
                 self.log_path.unlink(missing_ok=True)
             self._begin()
             return
         self.done, tensors, facts = found
+        if self.writes:
+            self._drop_damaged(self.done, f"the one of step {self.done:,} is used")
+            cut_log(self.log_path, facts["log"])
         self._take(facts)
         with torch.no_grad():
             for parameter, name in self.names.items():
@@ -368,5 +372,8 @@ class Stage:
         self.seconds = facts["seconds"]
         self.resumed_at, self.began = [*facts["resumed_at_steps"], self.done], self.done
         self.unsent = facts.get("unsent", [])
-        if self.writes:
-            cut_log(self.log_path, self.first_step + self.done)
+
+    def _drop_damaged(self, step: int, then: str) -> None:
+        """Remove the states after `step`, none of which is whole, and say so."""
+        if (damaged := drop_damaged(self.folder, step)) and not self.quiet:
+            print(f"{damaged[-1]}: this saved state or its log is damaged; {then}", file=sys.stderr, flush=True)

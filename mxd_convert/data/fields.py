@@ -1,0 +1,145 @@
+"""The text and the label of a row, with the same rules and the same errors for every format."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from mxd_convert.errors import InputError
+from mxd_convert.escaping import printable
+from mxd_convert.files import kind_of
+
+MOST_MISSING = 10_000  # rows at the start of a file; if none of them has the field, the rest is not read
+_MOST_NAMES = 12  # of fields, in a message
+_MESSAGES = ({"role", "content"}, {"from", "value"})  # keys of a chat message, in the two common formats
+
+
+class TextField:
+    """The field that holds the text of a row; counts the rows without text over all files of a source.
+
+    option: the recipe key or command-line option that sets the name, for errors. skip: leave rows without text out; else they are refused.
+    """
+
+    def __init__(self, name: str, option: str, skip: bool = False) -> None:
+        self.name, self.option, self.skip = name, option, skip
+        self.rows = self.without = 0
+
+    def texts(self, rows: Iterable[tuple[str, Any]], source: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Yield (where, row, text) for the rows of a file or dataset.
+
+        rows: (location, content) pairs. Raises InputError if the field holds something else than text, or no row has it.
+        """
+        found = absent = 0
+        names: dict[str, None] = {}
+        for where, row in rows:
+            self.rows += 1
+            if not isinstance(row, dict):
+                raise InputError(f"data: {where}: holds {holds(row)}; expected a mapping with the field {self.name!r}")
+            text = row.get(self.name)
+            if text is None:
+                self.without += 1
+                absent += self.name not in row
+                found += self.name in row
+                if not found:
+                    names.update(dict.fromkeys(row) if len(names) <= _MOST_NAMES else {})
+                    if absent == MOST_MISSING:
+                        break
+                elif not self.skip:
+                    raise self._without_text(where, row)
+                continue
+            if not isinstance(text, str):
+                raise InputError(f"data: {where}: no text in the field {self.name!r}: it holds {holds(text)}. {self._fix(text)}")
+            if absent and not self.skip:
+                raise self._without_text(f"{source}, before {where}", {})
+            found += 1
+            yield where, row, text
+        if absent and not found:
+            raise missing(self.name, source, list(names), self.option)
+
+    def _without_text(self, where: str, row: Mapping[str, Any]) -> InputError:
+        what = "it holds null" if self.name in row else "a row lacks it"
+        return InputError(
+            f"data: {where}: no text in the field {self.name!r}: {what}. Take such rows out of the data, or set `missing: skip` beside the"
+            " text's path in the recipe to leave them out"
+        )
+
+    def check(self, source: str) -> None:
+        """Raise InputError if no row had text."""
+        if self.rows and self.without == self.rows:
+            raise InputError(
+                f"data: {source}: no text in the field {self.name!r}: it is null in all rows, {self.rows:,}."
+                f" Name a field that holds text with {self.option}"
+            )
+
+    def report(self, source: str, notify: Callable[[str], None]) -> None:
+        """Report how many rows were left out because they have no text, if any were."""
+        if self.without:
+            notify(f"{source}: {self.without:,} of {self.rows:,} rows have no text in the field {self.name!r} and are left out")
+
+    def _fix(self, content: Any) -> str:
+        turn = "Write its text there as a string"
+        if isinstance(content, list) and content and _is_message(content[0]):
+            turn = "Write each conversation as one string (a tokenizer's apply_chat_template does it)"
+        return f"{turn}, or name a field that holds text with {self.option}"
+
+
+def label_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    """Return the class of a row: text, or a whole number. (pandas writes 3 as 3.0 if its column has nulls.)
+
+    Raises InputError, which names what the field holds.
+    """
+    if field not in row:
+        raise InputError(
+            f"data: {where}: no label in the field {field!r}; its fields are {listed(row)}. Name the field with --label-field"
+        )
+    label = row[field]
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        raise InputError(
+            f"data: {where}: no label in the field {field!r}: it holds {holds(label)}. A label is text or a whole number;"
+            " write one, take the row out, or name another field with --label-field"
+        )
+    return str(label)
+
+
+def missing(field: str, source: str, names: Iterable[str], option: str) -> InputError:
+    """Return the error for a field that no row of a file or dataset has."""
+    return InputError(f"data: {source}: no field {field!r}; its fields are {listed(names)}. Name the field with {option}")
+
+
+def holds(content: Any) -> str:
+    """Describe a value for an error message: `a list of messages (role, content)`, `bytes`."""
+    if isinstance(content, Mapping):
+        return f"a mapping with the keys {listed(content)}" if content else "an empty mapping"
+    if isinstance(content, list) and content:
+        first = content[0]
+        if isinstance(first, Mapping):
+            return f"a list of {'messages' if _is_message(first) else 'mappings'} ({listed(first)})"
+        return f"a list that begins with {_kind(first)}"
+    return _kind(content)
+
+
+def _kind(content: Any) -> str:
+    if isinstance(content, str):
+        return "text" if content.strip() else "empty text"
+    if isinstance(content, list) and not content:
+        return "an empty list"
+    if isinstance(content, bytes | bytearray):
+        return "bytes"
+    if isinstance(content, bool) or content is None:
+        return {True: "true", False: "false", None: "null"}[content]
+    if isinstance(content, float):
+        return "NaN" if math.isnan(content) else f"the number {content:g}"
+    return kind_of(content)
+
+
+def _is_message(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(keys <= content.keys() for keys in _MESSAGES)
+
+
+def listed(names: Iterable[Any], most: int = _MOST_NAMES) -> str:
+    """Join names from data for one line of an error: at most `most`, long ones cut, control characters replaced."""
+    everything = [str(name) for name in names]
+    shown = [printable(name if len(name) <= 60 else name[:57] + "...") for name in everything[:most]]
+    rest = len(everything) - len(shown)
+    return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
