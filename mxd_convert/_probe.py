@@ -2,15 +2,16 @@
 
     python -I _probe.py REQUEST.json
 
-The request names the checkpoint, where to put the answer, token ids to run, whether the package is blocked, and whether the checkpoint's code is
+The request names the checkpoint, where to put the answer, token ids to run, whether the package is blocked, and whether code in the folder is
 trusted, which it has to be without the package, and for a family that has no row. The answer is a
-list of checks, and the logits beside it as safetensors.
+list of checks, and the logits beside it as safetensors, with what each layer's top-k chose from.
 """
 
 import hashlib
 import json
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,12 +23,104 @@ class _Blocked:
             raise ImportError("mxd_convert is blocked: the checkpoint must load without it")
 
 
+# --- runs that may differ by rounding --------------------------------------------------------------------------------------------
+
+TOLERANCE = 1e-5  # of logits, in units of the largest
+TIE = 1e-3  # of gates, in units of a token's largest: two closer than this to the K-th may change places by rounding
+
+
+@contextmanager
+def recording(model):
+    """Yields a function that gives what every top-k has chosen since, -1 for gates that are not positive, and the K + 1 largest gates."""
+    import torch
+
+    seen, handles = {}, []
+
+    def watch(name):
+        def hook(module, arguments, output):
+            if getattr(module, "sparsity", None) == "topk":
+                gate = arguments[0].detach().float()
+                most = gate.reshape(-1, gate.shape[-2], gate.shape[-1]).topk(min(module.k + 1, gate.shape[-1]), dim=-1)
+                values, chosen = (tensor.detach().reshape(-1, tensor.shape[-2], module.k) for tensor in output)
+                found = {"values": most.values, "indices": most.indices, "chosen": chosen.where(values > 0, -1)}
+                for part, tensor in found.items():
+                    seen.setdefault(f"{name}.{part}", []).append(tensor)
+
+        return hook
+
+    for number, module in enumerate(module for module in model.modules() if type(module).__name__ == "ExpertActs"):
+        handles.append(module.register_forward_hook(watch(f"{number:06d}")))
+    try:
+        yield lambda: {name: torch.cat(parts, dim=1) for name, parts in seen.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def recorded(model, run):
+    """What `run` gives for a model, as "logits", and what every top-k chose from."""
+    import torch
+
+    with torch.no_grad(), recording(model) as gates:
+        return {"logits": run(model).float(), **gates()}
+
+
+def differ(one, other, first=0, tolerance=TOLERANCE):
+    """None where two runs over the same tokens agree, else how they differ. Logits (B, T, V) are of the tokens from `first` on.
+
+    A gate that lies as close to the K-th as rounding reaches may be chosen in one run and not in the other. From such a token on the row
+    is not compared: no other difference is let pass.
+    """
+    ends = flipped(one, other)
+    scale = max(1.0, one["logits"].abs().max().item())
+    worst = 0.0
+    for row, (ours, theirs) in enumerate(zip(one["logits"], other["logits"], strict=True)):
+        until = max(0, ends.get(row, len(ours) + first) - first)
+        if until:
+            difference = (ours[:until] - theirs[:until]).abs().max().item()
+            worst = max(worst, difference if difference == difference else float("inf"))  # noqa: PLR0124 (NaN)
+    return None if worst <= tolerance * scale else f"differ by {worst:.1e}"
+
+
+def flipped(one, other):
+    """{row: the first token at which a tie fell the other way}, of the rows that have one."""
+    ends = {}
+    for layer in sorted(name.removesuffix(".chosen") for name in one if name.endswith(".chosen") and name in other):
+        rows, tokens = (min(run[f"{layer}.chosen"].shape[at] for run in (one, other)) for at in (0, 1))
+        for row in range(rows):
+            for token in range(min(tokens, ends.get(row, tokens))):
+                sides = [[run[f"{layer}.{part}"][row, token].tolist() for part in _PARTS] for run in (one, other)]
+                if _is_a_tie(*sides):
+                    ends[row] = token
+                    break
+    return ends
+
+
+_PARTS = ("chosen", "indices", "values")
+
+
+def _is_a_tie(one, other):
+    """Whether two choices of the largest positive gates differ, and only by gates too close to the border between them and the rest to tell."""
+    different = set(one[0]) ^ set(other[0])
+    if different <= {-1}:
+        return False
+    reach = TIE * max(abs(value) for side in (one, other) for value in side[2])
+    for chosen, indices, values in (one, other):
+        border = max(0.0, values[len(chosen)] if len(values) > len(chosen) else 0.0)
+        if any(index in different and abs(value - border) > reach for index, value in zip(indices, values, strict=True)):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
 def main(request):  # noqa: PLR0915 (one script, one function a check)
     blocked, trusted = request["blocked"], request["trusted"]
+    sys.path[:] = request["path"]
     if blocked:
         sys.meta_path.insert(0, _Blocked())
     else:
-        sys.path.insert(0, request["package"])
         import mxd_convert  # noqa: F401 (registers the classes)
     import torch
     import transformers
@@ -36,6 +129,8 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     folder, ids = request["checkpoint"], torch.tensor(request["input_ids"])
     checks = []
 
@@ -65,23 +160,32 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
         state["digest"] = digest(state["model"])
         # in float32, so that rounding of a half-precision forward can't hide or feign a difference
         state["fp32"] = load(dtype=torch.float32)
-        with torch.no_grad():
-            logits = state["fp32"](input_ids=ids).logits
-        save_file({"logits": logits.contiguous()}, request["logits"])
-        return None if torch.isfinite(logits).all() else "the logits are not finite"
+        state["run"] = recorded(state["fp32"], lambda model: model(input_ids=ids).logits)
+        save_file({name: tensor.contiguous() for name, tensor in state["run"].items()}, request["logits"])
+        return None if torch.isfinite(state["run"]["logits"]).all() else "the logits are not finite"
 
     def tokenizes():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=request["tokenizer_trusted"])
         text = "Once upon a time"
         back = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
         return None if tokenizer(text)["input_ids"] and "time" in back else f"its tokenizer makes {back!r} of {text!r}"
 
     def generates():
-        model = state["fp32"]
-        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        prompt = {"input_ids": ids[:1, :8], "attention_mask": torch.ones_like(ids[:1, :8])}
-        cached, plain = (model.generate(**prompt, use_cache=use, **options) for use in (True, False))
-        return None if cached.equal(plain) else "greedy text differs with and without the cache"
+        """With cache, token by token, what a forward over the whole text gives."""
+        model, prompt = state["fp32"], ids[:1, :8]
+        options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1, "pad_token_id": 0, "eos_token_id": None}
+        options |= {"use_cache": True, "output_logits": True, "return_dict_in_generate": True}
+        written = []
+
+        def run(model):
+            written.append(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options))
+            return torch.stack(written[0].logits, dim=1)
+
+        cached = recorded(model, run)
+        whole = recorded(model, lambda model: model(input_ids=written[0].sequences[:, :-1], use_cache=False).logits)
+        whole["logits"] = whole["logits"][:, prompt.shape[1] - 1 :]
+        problem = differ(cached, whole, prompt.shape[1] - 1, 1e-3)
+        return None if problem is None else f"with and without the cache, logits {problem}"
 
     def saves():
         with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
@@ -105,10 +209,10 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
 
     def headless():
         model = AutoModel.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32).eval()
-        with torch.no_grad():
-            ours = model(input_ids=ids).last_hidden_state
-            theirs = state["fp32"](input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        return None if ours.equal(theirs) else "AutoModel's last hidden state is not that of AutoModelForCausalLM"
+        ours = recorded(model, lambda model: model(input_ids=ids).last_hidden_state)
+        theirs = recorded(state["fp32"], lambda model: model(input_ids=ids, output_hidden_states=True).hidden_states[-1])
+        problem = differ(ours, theirs)
+        return None if problem is None else f"AutoModel's last hidden state and that of AutoModelForCausalLM: {problem}"
 
     def ties():
         model = state["model"]
@@ -134,10 +238,16 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
             model.train()
             if use:
                 model.gradient_checkpointing_enable()
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            with torch.enable_grad(), recording(model) as gates:
+                output = model(input_ids=ids, labels=ids, use_cache=False)
+                runs.append({**gates(), "logits": output.logits.detach()})
+                output.loss.backward()
             return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
+        runs = []
         plain, checkpointed = gradients(False), gradients(True)
+        if differ(*runs) is None and flipped(*runs):
+            return None  # a tie fell the other way: the gradients are of other experts
         if plain.keys() != checkpointed.keys():
             return "some parameters have a gradient only with or only without gradient checkpointing"
         worst = max((plain[name] - checkpointed[name]).abs().max().item() for name in plain)

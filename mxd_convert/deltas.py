@@ -25,19 +25,22 @@ from mxd_convert.checkpoint import (
     LOCAL,
     REPORT,
     belonging,
+    check_folder,
     check_new,
     chosen_base,
     class_of,
-    file_sha256,
     load_checkpoint,
     new_folder,
     original_of,
     read_config,
     read_local,
+    read_report,
+    recipe_of,
     recorded_base,
     weight_files,
 )
 from mxd_convert.errors import InputError
+from mxd_convert.files import file_sha256, read_mapping, replacing, write_json
 from mxd_convert.report import write_card
 from mxd_convert.verification import Check, Verification
 
@@ -78,7 +81,7 @@ def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -
         "format_version": FORMAT_VERSION,
         "base": recorded_base(config),
         "layers": config.mxd["layers"],
-        "weights": [{"path": file.name, "header": _header(file)} for file in weights],
+        "weights": [{"path": file.relative_to(folder).as_posix(), "header": _header(file)} for file in weights],
         "files": {path: file_sha256(folder / path) for path in files},
     }
     with new_folder(output, folder) as work:
@@ -88,9 +91,9 @@ def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -
                 shutil.copyfile(folder / path, work / FULL / path)
         save_file(own, work / LAYERS, metadata={"format": "pt"})
         content["layers_sha256"] = file_sha256(work / LAYERS)
-        (work / DELTA).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(work / DELTA, content)
         if local := read_local(folder).get("base"):
-            (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
+            write_json(work / LOCAL, {"base": local})
         _write_card(folder, work, config)
     return Delta(output, _size(output), sum((folder / path).stat().st_size for path in files), len(own))
 
@@ -102,16 +105,19 @@ def apply(delta: str | Path, output: str | Path, base: str | None = None) -> Pat
     content = _read(folder)
     tensors = _merged(folder, content, untied_tensors(_base_model(folder, content, base)))
     with new_folder(output, folder) as work:
-        shutil.copytree(folder / FULL, work, dirs_exist_ok=True)
-        for entry in content["weights"]:
-            (work / entry["path"]).parent.mkdir(parents=True, exist_ok=True)
-            with (work / entry["path"]).open("wb") as file:
-                file.writelines(_pieces(entry["header"], tensors))
+        weights = {entry["path"]: entry["header"] for entry in content["weights"]}
+        for path in content["files"]:
+            (work / path).parent.mkdir(parents=True, exist_ok=True)
+            if path in weights:
+                with replacing(work / path) as temporary, temporary.open("wb") as file:
+                    file.writelines(_pieces(weights[path], tensors))
+            elif (folder / FULL / path).is_file():
+                shutil.copyfile(folder / FULL / path, work / path)
         for path, digest in content["files"].items():
             if not _is(work / path, digest):
                 raise InputError(f"{folder}: damaged: {path} does not come out with the recorded hash; download it again")
         if local := read_local(folder).get("base"):
-            (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
+            write_json(work / LOCAL, {"base": local})
     return output
 
 
@@ -165,7 +171,7 @@ def measured_on_others(delta: Path) -> list[str]:
     content = _read(delta)
     if not (delta / FULL / REPORT).is_file():
         return []
-    recorded = json.loads((delta / FULL / REPORT).read_text(encoding="utf-8")).get("files") or {}
+    recorded = (read_report(delta / FULL) or {}).get("files") or {}
     return [path for path, digest in recorded.items() if content["files"].get(path) != digest]
 
 
@@ -173,21 +179,20 @@ def measured_on_others(delta: Path) -> list[str]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+    check_folder(folder)
     if not is_delta(folder):
         raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` makes those")
-    try:
-        content: dict[str, Any] = json.loads((folder / DELTA).read_text(encoding="utf-8"))
-        version = int(content["format_version"])
-        if version <= FORMAT_VERSION:
-            _check_form(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError):
-        raise InputError(f"{folder}: its {DELTA} can't be read; download it again") from None
-    if version > FORMAT_VERSION:
+    content = read_mapping(folder / DELTA, "download it again")
+    version = content.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
         raise InputError(
             f"{folder}: a delta of format {version}, and this mxd-convert knows {FORMAT_VERSION}; upgrade mxd-convert"
         )
+    try:
+        assert version == FORMAT_VERSION
+        _check_form(content)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError):
+        raise InputError(f"{folder}: its {DELTA} can't be read; download it again") from None
     return content
 
 
@@ -197,9 +202,14 @@ def _check_form(content: Mapping[str, Any]) -> None:
     assert isinstance(content["layers_sha256"], str)
     for entry in content["weights"]:
         assert entry["path"] in content["files"]
+        assert isinstance(entry["header"], str)
         header = json.loads(entry["header"])
-        assert all(isinstance(header[name]["data_offsets"][1], int) for name in header if name != "__metadata__")
+        for name in header.keys() - {"__metadata__"}:
+            start, end = header[name]["data_offsets"]
+            assert type(start) is int
+            assert type(end) is int
     assert all(path and _inside(path) and isinstance(digest, str) for path, digest in content["files"].items())
+    assert all(isinstance(value, str | bool | dict | None) for value in content["base"].values())
 
 
 def _inside(path: str) -> bool:
@@ -275,6 +285,6 @@ def _write_card(folder: Path, work: Path, config: Any) -> None:
     """A card of the delta's own, of the checkpoint's report and recipe, which say what the checkpoint itself was measured to be."""
     if not (folder / REPORT).is_file():
         return
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8") if (folder / "recipe.yaml").is_file() else ""
-    write_card(work, report, recipe, base_on_hub=not recorded_base(config).get("local", True), full=work / FULL)
+    report = read_report(folder)
+    assert report is not None
+    write_card(work, report, recipe_of(folder), base_on_hub=not recorded_base(config).get("local", True), full=work / FULL)

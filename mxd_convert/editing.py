@@ -1,6 +1,5 @@
 """`edit`: experts ablated or scaled for good, or steered by a preset, in a new checkpoint that says so; `eval --record`: figures of another text."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +8,22 @@ from typing import Any
 import torch
 
 from mxd_convert.base import load_tokenizer
-from mxd_convert.checkpoint import LOCAL, REPORT, check_new, load_checkpoint, new_folder, read_config, read_local, recorded_base
+from mxd_convert.checkpoint import (
+    LOCAL,
+    REPORT,
+    check_new,
+    load_checkpoint,
+    new_folder,
+    read_config,
+    read_local,
+    read_report,
+    recipe_of,
+    recorded_base,
+)
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation import evaluate
 from mxd_convert.evaluation.steering import checked_orders
+from mxd_convert.files import write_json
 from mxd_convert.labels import LABELS
 from mxd_convert.provenance import file_hashes
 from mxd_convert.report import write_card
@@ -56,7 +67,7 @@ def edit(
             if (Path(checkpoint) / name).is_file():
                 shutil.copyfile(Path(checkpoint) / name, work / name)
         if local := read_local(Path(checkpoint)).get("base"):  # not whose run it is: it is no longer that run's result
-            (work / LOCAL).write_text(json.dumps({"base": local}, indent=2) + "\n")
+            write_json(work / LOCAL, {"base": local})
         _write_report(Path(checkpoint), work, model, data, text_field, tokens, base)
     return output
 
@@ -77,9 +88,9 @@ def _write_report(
     source: Path, work: Path, model: Any, data: str | Path | None, text_field: str, tokens: int, base: str | None
 ) -> None:
     """The card, and the report where the copy is measured. What the source's report says of base, text and training stays true."""
-    before = json.loads((source / REPORT).read_text()) if (source / REPORT).is_file() else {}
+    before: dict[str, Any] = read_report(source) or {}
     recorded = recorded_base(model.config)
-    report = {
+    report: dict[str, Any] = {
         "base": before.get("base") or {key: recorded.get(key) for key in ("model", "revision", "sha256")},
         **{key: before[key] for key in ("recipe_sha256", "data", "cost", "versions", "seeds", "local") if key in before},
         "edits": model.config.mxd.get("edits", []),
@@ -90,9 +101,8 @@ def _write_report(
         report["data"] = {**report.get("data", {}), "eval": figures.pop("data")}
         report |= figures
         report["files"] = file_hashes(work)
-        (work / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    recipe = (work / "recipe.yaml").read_text() if (work / "recipe.yaml").is_file() else ""
-    write_card(work, report, recipe, base_on_hub=not recorded.get("local", True))
+        write_json(work / REPORT, report)
+    write_card(work, report, recipe_of(work), base_on_hub=not recorded.get("local", True))
 
 
 _OF_ANOTHER_TEXT = ("tokens", "ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement")
@@ -105,18 +115,16 @@ def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
     the text is the one that it was evaluated on.
     """
     folder = Path(checkpoint)
-    if not (folder / REPORT).is_file():
+    config = read_config(folder)
+    report = read_report(folder)
+    if report is None or not (report.get("data") or {}).get("eval"):
         raise InputError(
             f"{folder}: has no {REPORT} to record figures in; only checkpoints that were measured when they were made have one"
         )
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     data = figures["data"]
     if data["fingerprint"] == report["data"]["eval"]["fingerprint"]:
         raise InputError(f"{data['path']}: is the text that {folder} was evaluated on; its figures are in the report already")
     others = [other for other in report.get("elsewhere", []) if other["data"]["fingerprint"] != data["fingerprint"]]
     report["elsewhere"] = [*others, {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}]
-    temporary = folder / f"{REPORT}.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(folder / REPORT)
-    recipe = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").is_file() else ""
-    write_card(folder, report, recipe, base_on_hub=not recorded_base(read_config(folder)).get("local", True))
+    write_json(folder / REPORT, report)
+    write_card(folder, report, recipe_of(folder), base_on_hub=not recorded_base(config).get("local", True))

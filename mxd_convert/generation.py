@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxd_convert.base import load_tokenizer, quiet
+from mxd_convert.base import explained, load_tokenizer, quiet
 from mxd_convert.checkpoint import load_checkpoint
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.steering import steered
@@ -81,11 +81,11 @@ def generate(
         raise InputError(f"--temperature {temperature}: give a number from 0 (the most likely token)")
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: give a whole number from 0 to {2**63 - 1}")
-    model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(str(checkpoint))
+    model, tokenizer = load_checkpoint(checkpoint, finite=True), load_tokenizer(str(checkpoint))
     inputs = encoded(tokenizer, prompt, model, max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with quiet(), steered(model, steering):
+    with quiet(), steered(model, steering), explained("the text", str(checkpoint), "written"):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mxd_convert.checkpoint import read_config
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.errors import InputError
+from mxd_convert.files import locked, read_json, write_text
 
 LABELS = "mxd_labels.json"
 
@@ -54,9 +55,10 @@ def add_labels(checkpoint: str | Path, labels: Iterable[Label | Mapping[str, Any
             )
         if label.expert >= count:
             raise InputError(f"label: layer {label.layer} has experts 0 to {count - 1}; there is no expert {label.expert}")
-    kept = {(label.layer, label.expert, label.author): label for label in [*read_labels(folder), *new]}
-    ordered = [kept[key] for key in sorted(kept)]
-    write_labels(folder, ordered)
+    with locked(folder):  # somebody else may be adding some at this moment
+        kept = {(label.layer, label.expert, label.author): label for label in [*read_labels(folder), *new]}
+        ordered = [kept[key] for key in sorted(kept)]
+        write_labels(folder, ordered)
     return ordered
 
 
@@ -66,12 +68,7 @@ def write_labels(folder: Path, labels: list[Label]) -> None:
     if not labels:
         path.unlink(missing_ok=True)
         return
-    with disk_guard(folder):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps([label.model_dump() for label in labels], indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        temporary.replace(path)
+    write_text(path, json.dumps([label.model_dump() for label in labels], indent=2, ensure_ascii=False) + "\n")
 
 
 def text_of(labels: list[Label]) -> dict[tuple[int, int], str]:
@@ -89,9 +86,7 @@ def _with_experts(layers: Mapping[str, Any]) -> list[str]:
 
 def _parse(path: Path) -> list[Label]:
     try:
-        return TypeAdapter(list[Label]).validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
+        return TypeAdapter(list[Label]).validate_python(read_json(path, "expected a JSON list of layer, expert, text and author"))
     except ValidationError as error:
         raise InputError(f"{path}: {_first(error)}; expected a JSON list of layer, expert, text and author") from None
 

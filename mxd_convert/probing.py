@@ -179,7 +179,7 @@ def _pool_all(
     advance: Any,
 ) -> tuple[dict[str, Family], dict[str, str]]:
     """Every family's pooled coefficients, and its kind. The base is checked against the checkpoint; the others come one at a time."""
-    converted = load_checkpoint(ours.folder, dtype="float32").to(device)
+    converted = load_checkpoint(ours.folder, dtype="float32", finite=True).to(device)
     original = original_of(ours.folder, converted, base)
     sites = find_sites(original, converted.config, ours.layers)
     neurons = {("neuron", site.index): hidden_units(original, site) for site in sites}
@@ -196,7 +196,7 @@ def _pool_all(
     for other in others:
         family = _family_of(other, {*kinds, whole_vector_of(ours.units)})
         kinds[family] = other.kind
-        model = load_checkpoint(other.folder, dtype="float32")
+        model = load_checkpoint(other.folder, dtype="float32", finite=True)
         found = {(family, index): coefficients_of(model.mxd_layers()[index]) for index in other.layers}
         pooled |= pool(model, found, documents, device, advance)
     families: dict[str, dict[int, Matrix]] = {}

@@ -1,20 +1,20 @@
 """`verify --provenance`: recomputes what a checkpoint's report says of its files, recipe, base and texts, as far as they are at hand."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from mxd_convert.base import load_base, load_tokenizer, model_sha256
-from mxd_convert.checkpoint import REPORT, base_of, belonging, file_sha256, read_config, read_local, recorded_base
+from mxd_convert.checkpoint import REPORT, base_of, belonging, read_config, read_local, read_report, recorded_base
 from mxd_convert.data import prepare
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, first_line
+from mxd_convert.files import file_sha256
 from mxd_convert.labels import LABELS
 from mxd_convert.recipe import Data, Recipe
+from mxd_convert.recipe_file import read_recipe_yaml
 from mxd_convert.verification import Check, Verification, foreign_code
 
 _WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the report itself, the card, which is made of it, and what people add
@@ -44,7 +44,7 @@ def verify_provenance(checkpoint: str | Path, base: str | None = None) -> Verifi
         return Verification(folder, [Check("the report is there", None, missing)])
     checks: list[Check] = []
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = read_report(folder) or {}
         for some in (
             _files(folder, report),
             _recipe(folder, report),
@@ -52,8 +52,12 @@ def verify_provenance(checkpoint: str | Path, base: str | None = None) -> Verifi
             _texts(folder, report),
         ):
             checks += some
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        checks.append(Check("the report can be read", False, f"{type(error).__name__}: {error}".splitlines()[0]))
+    except InputError as error:
+        if base is not None and not str(error).startswith(str(folder)):
+            raise
+        checks.append(Check("the report can be read", False, first_line(error)))
+    except KeyError as error:
+        checks.append(Check("the report can be read", False, f"it has no {error}"))
     return Verification(folder, checks)
 
 
@@ -81,9 +85,9 @@ def _files(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
 def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
     name = "recipe.yaml is the recipe that the report names, by SHA-256"
     try:
-        recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
-        yield Check(name, False, f"recipe.yaml can't be read ({str(error).splitlines()[0]})")
+        recipe = Recipe(**read_recipe_yaml(folder / "recipe.yaml"))
+    except (InputError, ValidationError, TypeError) as error:
+        yield Check(name, False, f"recipe.yaml can't be read ({first_line(error)})")
         return
     same = recipe.published_sha256() == report["recipe_sha256"]
     yield Check(name, same, "" if same else "it differs")
@@ -121,7 +125,7 @@ def _texts(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
     )
     paths = read_local(folder).get("data") or {}
     try:
-        settings = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))["data"]
+        settings = read_recipe_yaml(folder / "recipe.yaml")["data"]
         for part in ("train", "eval"):
             if settings[part]["path"] is not None:
                 settings[part]["path"] = paths[part]
@@ -134,8 +138,8 @@ def _texts(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
             Check(name, None, "the text was not on this machine; `mxd-convert run` on it recomputes all") for name in names
         )
         return
-    except (InputError, OSError, ValidationError, yaml.YAMLError, TypeError) as error:
-        yield from (Check(name, None, str(error).splitlines()[0]) for name in names)
+    except (InputError, OSError, ValidationError, TypeError, AttributeError) as error:
+        yield from (Check(name, None, first_line(error)) for name in names)
         return
     for name, part, info in zip(names, ("train", "eval"), infos, strict=False):
         same = report["data"][part]["fingerprint"] == info.fingerprint

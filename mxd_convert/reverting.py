@@ -1,6 +1,5 @@
 """`revert`: chosen layers of a checkpoint get their original MLPs back, in a new folder."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from mxd_convert import surgery
 from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import LOCAL, base_of, check_new, load_checkpoint, new_folder, original_of
 from mxd_convert.errors import InputError
+from mxd_convert.files import write_json
 from mxd_convert.labels import read_labels, write_labels
 from mxd_convert.recipe import layer_indices
 
@@ -34,5 +34,5 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
         if hasattr(model, "mxd_layers"):
             write_labels(work, [label for label in read_labels(checkpoint) if label.layer not in indices])
         if (Path(checkpoint) / LOCAL).is_file() and hasattr(model, "mxd_layers"):
-            (work / LOCAL).write_text(json.dumps({"base": base_of(checkpoint, base).model}, indent=2) + "\n")
+            write_json(work / LOCAL, {"base": base_of(checkpoint, base).model})
     return output

@@ -10,6 +10,7 @@ import yaml
 from mxd_convert.architectures import architecture_of
 from mxd_convert.base import likely_mlp, load_config
 from mxd_convert.errors import InputError
+from mxd_convert.files import write_text
 from mxd_convert.recipe import Base, Mlp, Recipe, Section, is_local
 from mxd_convert.recipe_file import load_recipe
 
@@ -47,9 +48,7 @@ def write_starter(base_model: str, path: Path, force: bool = False) -> None:
     if path.is_dir() or (path.exists() and not force):
         raise InputError(f"--output {path} exists; choose another" + ("" if path.is_dir() else ", or --force to replace it"))
     text = starter_recipe(base_model, path.resolve().parent)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def _section(section: type[Section], values: dict[str, Any], base_model: str, depth: int) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,19 +15,29 @@ import torch
 from safetensors.torch import load_file
 
 from mxd_convert import surgery
+from mxd_convert._probe import differ
 from mxd_convert.architectures import ARCHITECTURES
+from mxd_convert.base import untied_tensors
 from mxd_convert.checkpoint import (
+    check_folder,
     is_converted,
     load_checkpoint,
     original_of,
     read_config,
     same_outside_layers,
+    weight_files,
 )
 from mxd_convert.errors import InputError
+from mxd_convert.files import read_mapping, write_json
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.own_code import NotTrusted, is_trusted, trusting
 
-TOLERANCE = 1e-5
+# what a tokenizer is made of; nothing in it is run
+TOKENIZER_DATA = (
+    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
 PLACES = {False: "with the package", True: "without it, trust_remote_code=True"}
 
 
@@ -55,8 +67,8 @@ def verify(checkpoint: str | Path, base: str | None = None, trust_remote_code: b
     """Checks a converted checkpoint: whole files; loading, generation, saving, sharding, tied weights, bfloat16 and gradient checkpointing
     in fresh processes with and without this package; tensors outside the layers and logits after reverting against the base model.
 
-    Without the package, and for families that have no row, the checkpoint's own code is run: where it is this package's own, to the byte, or
-    with trust_remote_code.
+    Without the package, and for families that have no row, code in the checkpoint is needed: this package's own is run in its place where
+    the checkpoint's is the same to the byte. No code of the checkpoint's, its tokenizer's included, runs but with trust_remote_code.
     base: the base model, where not the recorded one. What needs a base that is not at hand is reported as not checked.
     Raises InputError where `checkpoint` is no converted checkpoint at all or `base` is not its base.
     """
@@ -66,6 +78,7 @@ def verify(checkpoint: str | Path, base: str | None = None, trust_remote_code: b
 
 def _verify(folder: Path, base: str | None, trust_remote_code: bool) -> Verification:
     whole = "files are whole and fit the config"
+    check_folder(folder)
     try:
         config = read_config(folder)
         converted = load_checkpoint(folder)
@@ -79,7 +92,8 @@ def _verify(folder: Path, base: str | None, trust_remote_code: bool) -> Verifica
     against_base = _against_base(folder, converted, base, ids)  # first, for a wrong --base should not take long to be told
     foreign = [] if trust_remote_code else foreign_code(folder)
     needing = [blocked for blocked in PLACES if blocked or not _has_row(config)]  # the checkpoint's own code
-    checks = _in_fresh_processes(folder, ids, [blocked for blocked in PLACES if not (foreign and blocked in needing)], needing)
+    places = [blocked for blocked in PLACES if not (foreign and blocked in needing)]
+    checks = _in_fresh_processes(folder, ids, places, needing, trust_remote_code)
     for blocked in needing if foreign else []:
         why = f"{foreign[0]} is not this package's own, and was not run; read it, and give --trust-remote-code"
         checks.append(Check(f"runs in a fresh process ({PLACES[blocked]})", None, why))
@@ -107,42 +121,96 @@ def _has_row(config: Any) -> bool:
     return str(config.model_type).removeprefix("mxd_") in ARCHITECTURES
 
 
-def _in_fresh_processes(folder: Path, ids: list[list[int]], places: list[bool], trusting: list[bool]) -> list[Check]:
-    """places: with the package blocked or not. trusting: those of them where the checkpoint's own code is run."""
-    checks, logits = [], {}
+def _in_fresh_processes(
+    folder: Path, ids: list[list[int]], places: list[bool], needing: list[bool], trusted: bool
+) -> list[Check]:
+    """places: with the package blocked or not. needing: those of them where code in the checkpoint is needed.
+
+    trusted: whether whatever is in the folder may run; else a copy is loaded that holds no code but ours.
+    """
+    checks, runs = [], {}
     for blocked in places:
         place = PLACES[blocked]
         with tempfile.TemporaryDirectory() as scratch:
             request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.safetensors"))
             content = {
-                "checkpoint": str(folder.resolve()),
+                "checkpoint": str(folder.resolve() if trusted else clean_copy(folder, Path(scratch) / "checkpoint")),
                 "blocked": blocked,
-                "trusted": blocked in trusting,
-                "package": str(Path(__file__).resolve().parent.parent),
+                "trusted": trusted or blocked in needing,
+                "tokenizer_trusted": trusted,
+                "path": _search_path(folder),
                 "input_ids": ids,
                 "answer": str(answer),
                 "logits": str(output),
             }
             request.write_text(json.dumps(content))
-            # a cache of its own: code that an earlier load left behind must not stand in for the checkpoint's
-            environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
             probe = Path(__file__).with_name("_probe.py")
             command = [sys.executable, "-I", str(probe), str(request)]
+            environment = clean_environment(Path(scratch))
             process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
             if process.returncode != 0 or not answer.is_file():
-                last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+                last = (process.stderr.strip().splitlines() or [f"it ended with status {process.returncode}"])[-1]
                 checks.append(Check(f"runs in a fresh process ({place})", False, last))
                 continue
             checks += [
                 Check(f"{entry['check']} ({place})", entry["ok"], entry["detail"]) for entry in json.loads(answer.read_text())
             ]
             if output.is_file():
-                logits[blocked] = load_file(output)["logits"]
-    if len(logits) == 2:
-        difference = (logits[True] - logits[False]).abs().max().item()
-        detail = "" if difference <= TOLERANCE else f"they differ by {difference:.1e}"
-        checks.append(Check("same logits with and without the package", difference <= TOLERANCE, detail))
+                runs[blocked] = load_file(output)
+    if len(runs) == 2:
+        problem = differ(runs[True], runs[False])  # type: ignore[no-untyped-call]
+        checks.append(Check("same logits with and without the package", problem is None, problem or ""))
     return checks
+
+
+def clean_copy(folder: Path, copy: Path) -> Path:
+    """Make a folder of what loading a checkpoint needs and no code but ours: its weights (as links), its tokenizer's data, its configs,
+    an auto_map of ours, and our two files. Returns it."""
+    copy.mkdir()
+    weights = weight_files(folder)
+    for file in weights:
+        (copy / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file.relative_to(folder)).symlink_to(file.resolve())
+    if weights != [folder / "model.safetensors"]:
+        shutil.copyfile(folder / "model.safetensors.index.json", copy / "model.safetensors.index.json")
+    config = read_mapping(folder / "config.json")
+    stem = str(config["architectures"][0]).removesuffix("ForCausalLM")
+    config["auto_map"] = {
+        "AutoConfig": f"configuration_mxd.{stem}Config",
+        "AutoModel": f"modeling_mxd.{stem}Model",
+        "AutoModelForCausalLM": f"modeling_mxd.{stem}ForCausalLM",
+    }
+    write_json(copy / "config.json", config)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            content = read_mapping(folder / name)
+            content.pop("auto_map", None)
+            (copy / name).write_text(json.dumps(content), encoding="utf-8")
+    for name in TOKENIZER_DATA:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, copy / name)
+    for module in (configuration_mxd, modeling_mxd):
+        shutil.copyfile(str(module.__file__), copy / Path(str(module.__file__)).name)
+    return copy
+
+
+def clean_environment(scratch: Path) -> dict[str, str]:
+    """The environment for a process that runs a checkpoint: without tokens and other secrets, with caches of its own, on one thread.
+
+    A cache of its own also keeps code that an earlier load left behind from standing in for the checkpoint's.
+    """
+    kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    places = {"HF_HOME": scratch / "hf", "HF_MODULES_CACHE": scratch / "modules", "HF_TOKEN_PATH": scratch / "none"}
+    switches = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**kept, **threads, **{name: str(place) for name, place in places.items()}, **switches}
+
+
+def _search_path(folder: Path) -> list[str]:
+    """Where this process finds its packages, but for the working directory and the checkpoint."""
+    package = str(Path(__file__).resolve().parent.parent)
+    inside = {str(Path.cwd()), str(folder.resolve())}
+    return [package, *(entry for entry in sys.path if entry and str(Path(entry).resolve()) not in inside)]
 
 
 @torch.no_grad()
@@ -157,6 +225,15 @@ def _against_base(folder: Path, converted: Any, base: str | None, ids: list[list
     different = same_outside_layers(converted, original)
     outside = Check(names[0], different is None, f"{different} differs" if different else "")
     reverted = surgery.revert(converted, original, list(converted.mxd_layers()))
-    tokens = torch.tensor(ids)
-    same = reverted(input_ids=tokens).logits.equal(original(input_ids=tokens).logits)
+    tokens = torch.tensor(ids) % original.config.get_text_config().vocab_size
+    ours, theirs = reverted(input_ids=tokens).logits, original(input_ids=tokens).logits
+    if ours.shape != theirs.shape:
+        return [outside, Check(names[1], False, f"their shapes differ: {list(ours.shape)} and {list(theirs.shape)}")]
+    # the same arithmetic on the same bits may round in another way where memory is aligned otherwise
+    same = ours.equal(theirs) or (different is None and _same_tensors(reverted, original) and ours.allclose(theirs, atol=1e-5))
     return [outside, Check(names[1], same, "" if same else "they differ")]
+
+
+def _same_tensors(one: Any, other: Any) -> bool:
+    ours, theirs = untied_tensors(one), untied_tensors(other)
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)

@@ -10,8 +10,9 @@ PACKAGE = ROOT / "mxd_convert"
 # floors of the house, from the ground up; a room may import from its own floor and from those below
 FLOORS = [
     {"errors"},
-    {"recipe", "processes", "modeling"},
-    {"recipe_file", "architectures", "base", "data", "own_code"},
+    {"escaping"},
+    {"files", "recipe", "processes", "modeling", "_probe"},
+    {"sealed", "recipe_file", "report_schema", "architectures", "base", "data", "own_code"},
     {"layers", "harvest", "surgery", "checkpoint", "labels"},
     {
         "training",
@@ -30,7 +31,7 @@ FLOORS = [
     {"report"},
     {"pipeline", "editing", "probing", "hub", "deltas"},
     {"sweeping"},
-    {"cli", "_registration", "_probe"},
+    {"cli", "_registration"},
 ]
 
 
@@ -53,6 +54,8 @@ def imports_of(path: Path) -> set[str]:
 
 
 SMALL = 420  # lines; a file that grows past this wants to be two
+SHIPPED = 480  # the same of modeling_mxd.py: a checkpoint holds two files of code, whose names others rely on
+STANDARD = {"collections", "contextlib", "contextvars", "re", "threading", "types", "typing"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -68,7 +71,7 @@ def test_what_ships_in_a_checkpoint_imports_nothing_of_ours():
         absolute = {
             node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and not node.level
         }
-        assert {name.split(".")[0] for name in absolute} <= {"torch", "transformers", "typing", "collections"}
+        assert {name.split(".")[0] for name in absolute} <= {"torch", "transformers", *STANDARD}
 
 
 def test_layers_know_neither_files_nor_models():
@@ -78,7 +81,7 @@ def test_layers_know_neither_files_nor_models():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= SMALL
+    assert len(path.read_text().splitlines()) <= (SHIPPED if path.name == "modeling_mxd.py" else SMALL)
 
 
 def test_test_files_stay_small():

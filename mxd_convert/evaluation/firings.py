@@ -4,6 +4,8 @@ Memory is bounded by the number of experts and by what one of them holds, 8 byte
 expert and a token on which it fires.
 """
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _PIECE = 2**20  # pairs that are sorted into place at a time
+_ZEROS = 2**20  # bytes that are written at a time
 _RECORD = np.dtype([("expert", np.int32), ("position", np.uint32), ("value", np.float32)])
 
 
@@ -51,7 +54,7 @@ class Firings:
         """Pairs (P) in the order of the text."""
         records = np.empty(len(experts), dtype=_RECORD)
         records["expert"], records["position"], records["value"] = experts, positions, values
-        records.tofile(self._raw)
+        self._raw.write(records.tobytes())  # unlike tofile, it says that the disk is full
         self.count_N += np.bincount(experts, minlength=len(self.count_N))
 
     def sort(self) -> None:
@@ -59,8 +62,8 @@ class Firings:
         self._raw.close()
         self.start = np.concatenate([[0], np.cumsum(self.count_N)])
         total = max(1, int(self.start[-1]))  # an empty file can't be mapped
-        self._position = np.memmap(self.folder / "position", dtype=np.uint32, mode="w+", shape=(total,))
-        self._value = np.memmap(self.folder / "value", dtype=np.float32, mode="w+", shape=(total,))
+        self._position = _array(self.folder / "position", np.uint32, total)
+        self._value = _array(self.folder / "value", np.float32, total)
         filled_N = self.start[:-1].copy()
         with (self.folder / "raw").open("rb") as raw:
             while len(records := np.fromfile(raw, dtype=_RECORD, count=_PIECE)):
@@ -87,6 +90,27 @@ class Firings:
             last = min(end, max(first + 1, fits))
             yield first, last
             first = last
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of `size` zero bytes, all of them taken from the disk. Raises OSError where it is full.
+
+    To be called before a file is mapped into memory and written to: in a file of holes, a full disk ends the process (SIGBUS).
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except (AttributeError, OSError) as error:  # not on every system, nor on every file system
+            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.ENODEV):
+                raise
+            for start in range(0, size, _ZEROS):
+                file.write(bytes(min(_ZEROS, size - start)))
+
+
+def _array(path: Path, dtype: Any, length: int) -> Array:
+    """A new file as an array of zeros to write into."""
+    reserve(path, length * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(length,))
 
 
 def by_expert(experts: Array, n_experts: int) -> Array:

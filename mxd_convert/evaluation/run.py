@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from mxd_convert.architectures import Site, find_sites
@@ -25,9 +24,11 @@ from mxd_convert.evaluation.verdict import sentence, verdict
 from mxd_convert.harvest import apply_mlp, recording
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 from mxd_convert.recipe import EvalText
+from mxd_convert.recipe_file import read_recipe_yaml
 from mxd_convert.surgery import Constant, permuted_experts, standing_in
 
 PERMUTATIONS = 3
+MOST_CONTEXT = 2**22  # tokens of a block that a recipe from anywhere may ask for
 _LOGITS = 2**22  # of one batch
 
 
@@ -67,11 +68,18 @@ def checkpoint_settings(folder: Path) -> tuple[int, bool]:
     """Block length and masking as in the recipe that travels with the checkpoint, or the defaults."""
     limit = getattr(read_config(folder), "max_position_embeddings", None)
     path = folder / "recipe.yaml"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        context, mask_bos = int(recipe.get("data", {}).get("context", 128)), bool(recipe.get("train", {}).get("mask_bos", True))
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
-        raise InputError(f"{path}: not a readable recipe; take it away to evaluate with blocks of 128 tokens") from None
+    recipe = read_recipe_yaml(path) if path.is_file() else {}
+    settings = {"data.context": 128, "train.mask_bos": True}
+    for key, default in settings.items():
+        section, _, name = key.partition(".")
+        value = recipe.get(section, {}).get(name, default) if isinstance(recipe.get(section, {}), dict) else recipe[section]
+        if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MOST_CONTEXT):
+            raise InputError(
+                f"{path}: {key} is {value!r:.60}; expected {'true or false' if default is True else f'a number from 2 to {MOST_CONTEXT:,}'}."
+                " Take the file away to evaluate with blocks of 128 tokens"
+            )
+        settings[key] = value
+    context, mask_bos = int(settings["data.context"]), bool(settings["train.mask_bos"])
     return min(context, limit) if isinstance(limit, int) else context, mask_bos
 
 

@@ -25,7 +25,11 @@ def steer(
     One of: `add` to it, `set` it, `scale` it, `ablate` it (to 0). positions: "all", "prompt", or "generation", which is what
     `generate` has written (the token chosen at the prompt's end is steered from its own position on). Works in plain forwards and in
     `generate`, with cache, batches and beams. Contexts nest, each working on what the one around it makes of the coefficient, after a
-    preset of the checkpoint. Raises InputError where the model has no such layer or expert.
+    preset of the checkpoint.
+
+    A context belongs to its thread (or asyncio task), so several threads may steer one model at once. A thread that runs a model which
+    another one steers must steer it too, or say `with steered(model, []):`.
+    Raises InputError where the model has no such layer or expert.
     """
     given = {"add": add, "set": set, "scale": scale, "ablate": ablate or None}
     how = {name: value for name, value in given.items() if value is not None}
@@ -39,16 +43,9 @@ def steer(
 @contextmanager
 def steered(model: Any, orders: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     """The same for a list of orders: {"layer", "expert", "positions", and one of "add", "set", "scale", "ablate"}. Raises InputError."""
-    checked = checked_orders(model, orders)
-    layers = model.mxd_layers()
-    before = {index: layer.steering for index, layer in layers.items()}
-    for index, layer in layers.items():
-        layer.steering = layer.steering + [order for order in checked if order["layer"] == index]
-    try:
+    checked_orders(model, orders)
+    with model.steered(orders):
         yield
-    finally:
-        for index, layer in layers.items():
-            layer.steering = before[index]
 
 
 def checked_orders(model: Any, orders: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import yaml
 
 from mxd_convert.errors import InputError
 from mxd_convert.exporting.layout import Entries, Layout
+from mxd_convert.files import write_text
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 
 
@@ -54,7 +55,7 @@ class CircuitTracer(Layout):
             "scan_name": name,
             **activation,
         }
-        (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
 
     def notes(self, entries: Entries) -> list[str]:
         if entries[0]["sparsity"] == "l1":

@@ -6,7 +6,6 @@ the text; beside them the text's `tokens`. P: pairs of an expert and a token on 
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxd_convert.checkpoint import load_checkpoint, new_folder, read_config
+from mxd_convert.checkpoint import new_folder, read_config
 from mxd_convert.data import Blocks
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.evaluation.progress import progress
-from mxd_convert.exporting.sources import batches, chosen_layers, hookpoint, read_text
+from mxd_convert.exporting.sources import NO_MEMORY, batches, chosen_layers, hookpoint, load_converted, read_text
+from mxd_convert.files import replacing, scratch_beside, write_json
 from mxd_convert.harvest import observe
 from mxd_convert.modeling.modeling_mxd import Codes
 
@@ -62,15 +62,16 @@ def cache_activations(
     fewest = min(entry["n_experts"] for entry in entries.values())
     if not 1 <= splits <= fewest:
         raise InputError(f"splits = {splits}: give a whole number from 1 to the number of experts, {fewest}")
-    with new_folder(output, checkpoint) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, config.vocab_size, Path(scratch))
+    vocabulary = config.get_text_config().vocab_size
+    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, scratch_beside(output) as scratch:
+        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
         mask = mask_bos if mask_first is None else mask_first
-        model = load_checkpoint(checkpoint, dtype="float32")
+        model = load_converted(checkpoint)
         if model.config.mxd.get("steering"):
             notes.append("the steering that the checkpoint carries acts on the layers above it, as when the model runs")
         model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         sizes = {index: entry["n_experts"] for index, entry in entries.items()}
-        caches = {i: _Cache(Path(scratch) / str(i), size, splits, blocks) for i, size in sizes.items()}
+        caches = {i: _Cache(scratch / str(i), size, splits, blocks) for i, size in sizes.items()}
         _fill(model, caches, blocks, mask, max(sizes.values()), quiet)
         settings = {
             "dataset_repo": blocks.info.path,
@@ -87,7 +88,7 @@ def cache_activations(
         for index, cache in caches.items():
             place = folder / "latents" / hookpoint(model, index)
             cache.write(place, blocks)
-            (place / "config.json").write_text(json.dumps(settings, indent=4), encoding="utf-8")
+            write_json(place / "config.json", settings)
             found[str(index)] = {"module": place.name, "n_experts": sizes[index], **cache.figures()}
         masked = "BOS tokens and the first position of each block left out" if mask else "nothing left out"
         content = {
@@ -103,7 +104,7 @@ def cache_activations(
             "layers": found,
             "notes": notes,
         }
-        (folder / SUMMARY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / SUMMARY, content)
     return content
 
 
@@ -174,7 +175,7 @@ class _Cache:
                 "locations": (self.wide, [count, 3]),
                 "activations": ("F16", [count]),
             }
-            with (place / f"{first}_{last - 1}.safetensors").open("wb") as file:
+            with replacing(place / f"{first}_{last - 1}.safetensors") as temporary, temporary.open("wb") as file:
                 file.write(safetensors_header(shapes))
                 for start in range(0, len(blocks), 1024):
                     file.write(blocks.ids[start : start + 1024].astype(_DTYPES["I64"]).tobytes())

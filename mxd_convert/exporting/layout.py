@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mxd_convert.errors import InputError
 from mxd_convert.exporting.surrogate import empty_surrogate
+from mxd_convert.files import replacing
 from mxd_convert.modeling.modeling_mxd import FactoredLayer, Transcoder
 
 Entries = Mapping[int, Mapping[str, Any]]  # of config.json, by layer index
@@ -44,7 +45,9 @@ class Layout(ABC):
         """Writes one layer's tensors, in the dtype that they have."""
         path = folder / self.file(index, hookpoint)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({self.names[name]: tensor.cpu().contiguous() for name, tensor in surrogate.state_dict().items()}, path)
+        tensors = {self.names[name]: tensor.cpu().contiguous() for name, tensor in surrogate.state_dict().items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
 
     def read(self, folder: Path, index: int, hookpoint: str, layer: FactoredLayer) -> Transcoder:
         """The surrogate as written, where `layer` is on."""

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from mxd_convert.base import load_tokenizer
-from mxd_convert.checkpoint import original_of
+from mxd_convert.checkpoint import check_finite, load_checkpoint, original_of
 from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.run import checkpoint_settings
 from mxd_convert.recipe import EvalText, layer_indices
 
+NO_MEMORY = "out of memory while exporting; free some, or export fewer --layers at a time"
 GATE_VALUES = 2**25  # of one batch and layer: a gate is (B, N) before the top-k
 _TOKENS = 4096  # of one batch
 
@@ -42,6 +43,13 @@ def read_text(
     blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), folder)
     check_vocabulary(blocks, vocabulary)
     return blocks, mask_bos
+
+
+def load_converted(checkpoint: Path) -> Any:
+    """The converted model in float32. Raises InputError where a tensor of it is not finite, as nothing measured on it would be."""
+    converted = load_checkpoint(checkpoint, dtype="float32")
+    check_finite(checkpoint, converted)
+    return converted
 
 
 def find_base(checkpoint: Path, converted: Any, base: str | None) -> tuple[Any, list[str]]:

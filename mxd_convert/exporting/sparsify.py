@@ -1,11 +1,11 @@
 """The layout of EleutherAI's sparsify: a folder a module, with cfg.json and sae.safetensors."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mxd_convert.exporting.layout import Entries, Layout
+from mxd_convert.files import write_json
 from mxd_convert.modeling.modeling_mxd import FactoredLayer
 
 
@@ -24,8 +24,7 @@ class Sparsify(Layout):
 
     def describe(self, folder: Path, layers: Mapping[int, FactoredLayer], hookpoints: Mapping[int, str], model_name: str) -> None:
         for index, layer in layers.items():
-            content = json.dumps(_settings(layer)) + "\n"
-            (folder / hookpoints[index] / "cfg.json").write_text(content, encoding="utf-8")
+            write_json(folder / hookpoints[index] / "cfg.json", _settings(layer))
 
     def notes(self, entries: Entries) -> list[str]:
         penalised = [str(index) for index, entry in entries.items() if entry["sparsity"] == "l1"]

@@ -1,22 +1,21 @@
 """Static transcoders of a checkpoint's layers in another tool's layout, with what each of them loses."""
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mxd_convert.checkpoint import load_checkpoint, new_folder, read_config, recorded_base
-from mxd_convert.errors import InputError
+from mxd_convert.checkpoint import new_folder, read_config, recorded_base
+from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.exporting.circuit_tracer import CircuitTracer
 from mxd_convert.exporting.job import Job
 from mxd_convert.exporting.layout import Layout
 from mxd_convert.exporting.losses import measure
-from mxd_convert.exporting.sources import chosen_layers, find_base, read_text
+from mxd_convert.exporting.sources import NO_MEMORY, chosen_layers, find_base, load_converted, read_text
 from mxd_convert.exporting.sparsify import Sparsify
 from mxd_convert.exporting.surrogate import ConditionalMeans, is_exact, surrogate_of
+from mxd_convert.files import scratch_beside, write_json
 from mxd_convert.harvest import harvest
 
 FIGURES = "mxd_surrogate.json"
@@ -51,9 +50,10 @@ def export_transcoder(
     config = read_config(checkpoint)
     entries, notes = chosen_layers(checkpoint, config, layers)
     form.check(config, entries)
-    with new_folder(output, checkpoint) as folder, tempfile.TemporaryDirectory() as scratch:
-        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, config.vocab_size, Path(scratch))
-        converted = load_checkpoint(checkpoint, dtype="float32")
+    vocabulary = config.get_text_config().vocab_size
+    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, scratch_beside(output) as scratch:
+        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
+        converted = load_converted(checkpoint)
         if converted.config.mxd.get("steering"):
             converted.set_steering([])
             notes.append("the steering that the checkpoint carries is neither in the files nor in the figures")
@@ -76,7 +76,7 @@ def export_transcoder(
             **measured,
             "notes": notes + missing + form.notes(entries),
         }
-        (folder / FIGURES).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / FIGURES, content)
     return content
 
 

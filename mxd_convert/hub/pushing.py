@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from mxd_convert.checkpoint import REPORT, read_config
+from mxd_convert.checkpoint import REPORT, check_folder, read_config, read_report
 from mxd_convert.deltas import is_delta, measured_on_others, verify_delta
 from mxd_convert.errors import InputError
 from mxd_convert.hub.client import check_name, client, explained, patiently
@@ -72,6 +72,7 @@ def push(
     Hub can't be reached.
     """
     folder = Path(checkpoint)
+    check_folder(folder)
     if not is_delta(folder):
         read_config(folder)
     check_name(repo_id)
@@ -133,11 +134,7 @@ def _verified(folder: Path, base: str | None) -> Verification:
 
 
 def _changed(folder: Path) -> list[str]:
-    try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8")) if (folder / REPORT).is_file() else {}
-        return changed_files(folder, report)
-    except (ValueError, AttributeError):
-        return [REPORT]
+    return changed_files(folder, read_report(folder) or {})
 
 
 def _check_card(local: list[Local]) -> None:

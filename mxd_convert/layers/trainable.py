@@ -44,6 +44,9 @@ class Trainable(FactoredLayer):
             self.act = ACT2FN[_FUSED.get(self.activation, self.activation)]
         self.reset_parameters()
 
+    def init_rows(self) -> None:
+        """Left to `reset_parameters`: what it draws depends on the order of the draws."""
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         for linear in (self.encoder, self.encoder_gate, self.gate):

@@ -9,7 +9,12 @@ One file serves every architecture: `MxdLlamaConfig` is made, on demand, from tr
 `flat`, where these flatten their tokens to one row, a module of the decoder layer that sees them as (B, T) before.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -25,6 +30,7 @@ KINDS = {
     "skip_transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
     "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, "skip": False, "dropout": 0.0}),
 }  # kind -> sizes, which an entry must have, and defaults of the rest
+MOST = 2**31  # of a width, or a number of experts: tensors beyond it can't be indexed
 STEERING = ("add", "set", "scale", "ablate")
 POSITIONS = ("all", "prompt", "generation")
 
@@ -40,32 +46,47 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config.json: this checkpoint has MxD format version {version} and this code reads up to {FORMAT_VERSION}; upgrade mxd-convert"
         )
-    if not isinstance(mxd.get("mlp"), str) or "{i}" not in mxd["mlp"]:
-        raise ValueError(f"config.json: mxd.mlp is {mxd.get('mlp')!r}; expected a module path such as model.layers.{{i}}.mlp")
+    if not _is_path(mxd.get("mlp")):
+        raise ValueError(f"config.json: mxd.mlp is {mxd.get('mlp')!r:.80}; expected a module path such as model.layers.{{i}}.mlp")
     then = mxd.get("then", [])
-    if not isinstance(then, list) or not all(isinstance(path, str) and "{i}" in path for path in then):
-        raise ValueError(f"config.json: mxd.then is {then!r}; expected module paths such as model.layers.{{i}}.fc2")
+    if not isinstance(then, list) or not all(map(_is_path, then)):
+        raise ValueError(f"config.json: mxd.then is {then!r:.80}; expected module paths such as model.layers.{{i}}.fc2")
+    flat = mxd.get("flat")
+    if flat is not None and not (isinstance(flat, str) and flat.isidentifier() and then):
+        raise ValueError(f"config.json: mxd.flat is {flat!r:.80}; expected the name of a module, such as fc1, beside mxd.then")
     layers = mxd.get("layers")
-    if not isinstance(layers, dict) or not layers or not all(str(index).isdigit() for index in layers):
+    if not isinstance(layers, dict) or not layers or not all(re.fullmatch("0|[1-9][0-9]{0,5}", str(index)) for index in layers):
         raise ValueError('config.json: mxd.layers must map layer indices to layers, as in {"0": {...}}')
-    complete = {}
-    for index in sorted(layers, key=int):
-        if not isinstance(layers[index], dict):
-            raise ValueError(f"config.json: mxd.layers.{index} is {layers[index]!r}; expected its widths and experts")
-        kind = layers[index].get("kind", "mxd")
-        if kind not in KINDS:
-            raise ValueError(f"config.json: mxd.layers.{index}: kind {kind!r} is not known to this code; upgrade mxd-convert")
-        sizes, defaults = KINDS[kind]
-        layer = {"kind": kind, **defaults, **layers[index]}
-        if wrong := set(layer) ^ {"kind", *sizes, *defaults}:
-            problem = "missing" if wrong <= sizes else "unknown"
-            raise ValueError(f"config.json: mxd.layers.{index}: {problem} key {sorted(wrong)[0]!r}")
-        for key in sorted(sizes):
-            if not isinstance(layer[key], int) or layer[key] < 1:
-                raise ValueError(f"config.json: mxd.layers.{index}.{key} is {layer[key]!r}; expected a whole number from 1")
-        complete[str(index)] = layer
+    complete = {str(index): _read_layer(index, layers[index]) for index in sorted(layers, key=int)}
     steering = {"steering": read_steering(mxd["steering"], complete)} if "steering" in mxd else {}
     return {**mxd, "layers": complete, **steering}
+
+
+def _read_layer(index: str, entry: Any) -> dict[str, Any]:
+    where = f"config.json: mxd.layers.{index}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {entry!r:.80}; expected its widths and experts")
+    kind = entry.get("kind", "mxd")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{where}: kind {kind!r:.80} is not known to this code; upgrade mxd-convert")
+    sizes, defaults = KINDS[kind]
+    layer = {"kind": kind, **defaults, **entry}
+    if wrong := set(layer) ^ {"kind", *sizes, *defaults}:
+        problem = "missing" if wrong <= sizes else "unknown"
+        raise ValueError(f"{where}: {problem} key {sorted(wrong)[0]!r:.80}")
+    for key in sorted(sizes):
+        if type(layer[key]) is not int or not 1 <= layer[key] <= MOST:
+            raise ValueError(f"{where}.{key} is {layer[key]!r:.80}; expected a whole number from 1")
+    for key, default in defaults.items():
+        types = (int, float) if isinstance(default, float) else (type(default),)
+        if type(layer[key]) not in types or (key == "dropout" and not 0 <= layer[key] < 1):
+            raise ValueError(f"{where}.{key} is {layer[key]!r:.80}; expected one such as {default!r}")
+    return layer
+
+
+def _is_path(path: Any) -> bool:
+    """Whether it is the path of a module of every layer, {i} for the layer: `model.layers.{i}.mlp`."""
+    return isinstance(path, str) and re.fullmatch(r"(\w+\.)*\{i\}(\.\w+)*", path, re.ASCII) is not None
 
 
 def format_version(then: Sequence[str]) -> int:
@@ -117,6 +138,47 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
         how[0]: value if how[0] == "ablate" else float(value),
         "positions": positions,
     }
+
+
+# Steering belongs to the thread (or asyncio task) that asks for it: several may steer one model at once, each in its own way.
+_steered: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar(
+    "mxd_steered", default=MappingProxyType({})
+)  # by id of the layer
+_counting = threading.Lock()
+
+
+@contextmanager
+def steering(layers: Sequence[Any], orders: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Within it, this thread steers `layers`, each by those of the orders that name its `index`."""
+    thread, outer = threading.get_ident(), _steered.get()
+    inner = {id(layer): tuple(order for order in orders if order["layer"] == layer.index) for layer in layers}
+    token = _steered.set({**outer, **{key: outer.get(key, ()) + inner[key] for key in inner}})
+    with _counting:
+        for layer in layers:
+            layer.contexts = [*layer.contexts, thread]
+    try:
+        yield
+    finally:
+        _steered.reset(token)
+        with _counting:
+            for layer in layers:
+                left = list(layer.contexts)
+                left.remove(thread)
+                layer.contexts = left
+
+
+def orders_of(layer: Any) -> list[dict[str, Any]]:
+    """The steering of a layer that holds in this thread: the checkpoint's own, then that of the contexts around.
+
+    Raises ValueError in a thread that has none of its own while another one steers: whether it was meant to be steered too is unknown.
+    """
+    given = _steered.get()
+    if layer.contexts and id(layer) not in given and threading.get_ident() not in layer.contexts:
+        raise ValueError(
+            "the model is steered in another thread, and this one does not say whether it is to be steered: run it within"
+            " `with model.steered([]):` for no steering, or start the thread with `contextvars.copy_context().run` to inherit it"
+        )
+    return [*layer.steering, *given.get(id(layer), ())]
 
 
 def config_class(stem: str) -> type[PretrainedConfig]:

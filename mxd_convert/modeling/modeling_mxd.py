@@ -5,7 +5,10 @@ One file serves every architecture: `MxdLlamaForCausalLM` is made, on demand, fr
 Shape suffixes: B tokens (any leading dimensions), I input width, H hidden width, O output width, N experts, K active experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedM
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .configuration_mxd import config_class, read_steering
+from .configuration_mxd import config_class, orders_of, read_steering, steering
 
 Codes = tuple[Tensor, Tensor] | Tensor  # coefficients: (values, indices) of the K active experts, or dense (..., N)
 
@@ -50,29 +53,31 @@ class Gain(nn.Module):
         return gain_BO
 
 
-class Place:
-    """Where in its text a forward is: the position of its first token, and the length of the prompt while `generate` writes on.
+# of the thread's own forward and `generate`, since several threads may run one model at once
+_prompts: ContextVar[Mapping[int, int]] = ContextVar(
+    "mxd_prompts", default=MappingProxyType({})
+)  # tokens of the prompt, by id of the model
+_at: ContextVar[tuple[int, int | None]] = ContextVar(
+    "mxd_at", default=(0, None)
+)  # position of the first token, and tokens of the prompt
+_lead: ContextVar[torch.Size | None] = ContextVar("mxd_lead", default=None)  # (B, T) of tokens that a decoder layer flattens
+_orders_of = torch.compiler.disable(orders_of)
 
-    lead: (B, T) of a decoder layer that flattens its tokens before the MLP, until that has taken them.
-    """
 
-    def __init__(self) -> None:
-        self.first = 0
-        self.prompt: int | None = None
-        self.lead: torch.Size | None = None
-
-    def steered(self, positions: str, tokens: int, device: torch.device) -> Tensor:
-        """Which of the forward's tokens are steered, (T) bool. What `generate` did not write is prompt."""
-        at_T = self.first + torch.arange(tokens, device=device)
-        written_T = torch.zeros_like(at_T, dtype=torch.bool) if self.prompt is None else at_T >= self.prompt
-        return written_T if positions == "generation" else ~written_T
+@torch.compiler.disable
+def _is_steered_at(positions: str, tokens: int, device: torch.device) -> Tensor:
+    """Which of the forward's tokens are steered, (T) bool. What `generate` did not write is prompt."""
+    first, prompt = _at.get()
+    at_T = first + torch.arange(tokens, device=device)
+    written_T = torch.zeros_like(at_T, dtype=torch.bool) if prompt is None else at_T >= prompt
+    return written_T if positions == "generation" else ~written_T
 
 
 class FactoredLayer(nn.Module):
     """What stands in an MLP's place: `y = gain * linear + b`, gain `C^T a` and linear `D^T z`. A kind of layer may have but one of them.
 
-    Attributes: `kind` as in config.json; widths `d_in`, `d_hidden`, `d_out`; `n_experts` and `k` (0 without a gain); `steering`, a list
-    of {"expert", "positions", and one of "add", "set", "scale", "ablate"}, applied in order.
+    Attributes: `kind` as in config.json; widths `d_in`, `d_hidden`, `d_out`; `n_experts` and `k` (0 without a gain); `steering`, the
+    checkpoint's own, a list of {"expert", "positions", and one of "add", "set", "scale", "ablate"}, applied in order.
     """
 
     kind: str
@@ -91,7 +96,8 @@ class FactoredLayer(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(d_out))
         self.dropout = nn.Dropout(dropout)
         self.steering: list[dict[str, Any]] = []
-        self.place = Place()
+        self.index = 0  # of the decoder layer, in a model
+        self.contexts: list[int] = []  # threads that steer this layer at this moment
 
     def _add_linear(self, d_hidden: int, activation: str, glu: bool) -> None:
         if activation not in ACT2FN:
@@ -112,6 +118,13 @@ class FactoredLayer(nn.Module):
         self.expert_acts = ExpertActs(k, sparsity)
         self.gain = Gain()
         self.experts = nn.Parameter(torch.empty(n_experts, self.d_out))
+
+    @torch.no_grad()
+    def init_rows(self) -> None:
+        """Initialise the parameters that belong to no Linear."""
+        if self.experts is not None:
+            init.normal_(self.experts, std=self.d_out**-0.5)
+        init.zeros_(self.output_bias)
 
     def encode(self, x_BI: Tensor) -> Codes:
         """The coefficients: (values, indices) of shape (..., K), 0 where a gate is not positive; dense (..., N) with `sparsity: l1`."""
@@ -153,7 +166,7 @@ class FactoredLayer(nn.Module):
         """By how much steering changes the coefficient of each steered expert, (...), in float32."""
         before: dict[int, Tensor] = {}
         after: dict[int, Tensor] = {}
-        for order in self.steering:
+        for order in _orders_of(self) if self.contexts else self.steering:
             n = order["expert"]
             if n not in before:
                 before[n] = after[n] = coefficient(codes, n).float()
@@ -165,7 +178,7 @@ class FactoredLayer(nn.Module):
             else:
                 wanted = a * order.get("scale", 0.0)  # what is left is "ablate"
             if order.get("positions", "all") != "all":
-                wanted = torch.where(self.place.steered(order["positions"], a.shape[-1], a.device), wanted, a)
+                wanted = torch.where(_is_steered_at(order["positions"], a.shape[-1], a.device), wanted, a)
             after[n] = wanted
         return [(n, after[n] - before[n]) for n in before]
 
@@ -203,6 +216,7 @@ class MxD(FactoredLayer):
         super().__init__(d_in, d_out, skip, dropout)
         self._add_linear(d_hidden, activation, glu)
         self._add_gain(n_experts, k, sparsity)
+        self.init_rows()
 
     @torch.no_grad()
     def expert_weight(self, n: int) -> Tensor:
@@ -227,6 +241,7 @@ class Transcoder(FactoredLayer):
         if skip:
             self.kind = "skip_transcoder"
         self._add_gain(n_experts, k, sparsity)
+        self.init_rows()
 
 
 class DenseTwin(FactoredLayer):
@@ -246,6 +261,7 @@ class DenseTwin(FactoredLayer):
     ) -> None:
         super().__init__(d_in, d_out, skip, dropout)
         self._add_linear(d_hidden, activation, glu)
+        self.init_rows()
 
 
 def build_layer(entry: Mapping[str, Any]) -> FactoredLayer:
@@ -289,10 +305,9 @@ class MxdModelMixin:
         super().__init__(config, *args, **kwargs)
         if config.mxd is None:
             raise ValueError(f"{type(self).__name__} needs a config with an `mxd` entry")
-        self._mxd_place = Place()
         for index, entry in config.mxd["layers"].items():
             layer = build_layer(entry)
-            layer.place = self._mxd_place
+            layer.index = int(index)
             self._mxd_put(config.mxd["mlp"], index, layer)
             for path in config.mxd.get("then", []):
                 self._mxd_put(path, index, nn.Identity())
@@ -305,9 +320,24 @@ class MxdModelMixin:
 
     @staticmethod
     def _note_place(model: Any, _: Any, arguments: dict[str, Any]) -> None:
-        if any(order.get("positions", "all") != "all" for layer in model.mxd_layers().values() for order in layer.steering):
-            cache = arguments.get("past_key_values")
-            model._mxd_place.first = 0 if cache is None else int(cache.get_seq_length())
+        """Before a forward: where in its text it is, for steering that only acts on the prompt, or on what is written."""
+        if any(layer.steering or layer.contexts for layer in model._mxd_copies()):
+            model._note_position(arguments.get("past_key_values"))
+
+    @torch.compiler.disable
+    def _note_position(self, cache: Any) -> None:
+        if any(order.get("positions", "all") != "all" for layer in self._mxd_copies() for order in orders_of(layer)):
+            _at.set((0 if cache is None else int(cache.get_seq_length()), _prompts.get().get(id(self))))
+
+    @contextmanager
+    def steered(self, orders: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        """Steer within it, in this thread (or asyncio task) alone, after the checkpoint's own steering; contexts nest.
+
+        orders: as in `set_steering`; an empty list says that this thread is not steered, while another one is. A thread that is started
+        within it inherits nothing, unless it is started with `contextvars.copy_context().run`. Raises ValueError.
+        """
+        with steering(self._mxd_copies(), read_steering(orders, self.config.mxd["layers"])):
+            yield
 
     def set_steering(self, orders: Sequence[Mapping[str, Any]]) -> None:
         """Steers from now on, also after `save_pretrained` and `from_pretrained`; an empty list ends it.
@@ -316,8 +346,8 @@ class MxdModelMixin:
         (default), "prompt", "generation" (what `generate` writes). Applied in order. Raises ValueError.
         """
         orders = read_steering(orders, self.config.mxd["layers"])
-        for index, layer in self.mxd_layers().items():
-            layer.steering = [order for order in orders if order["layer"] == index]
+        for layer in self._mxd_copies():
+            layer.steering = [order for order in orders if order["layer"] == layer.index]
         self.config.mxd = {key: value for key, value in self.config.mxd.items() if key != "steering"}
         if orders:
             self.config.mxd["steering"] = orders
@@ -332,15 +362,14 @@ class MxdModelMixin:
     def _unflatten(self, index: str, layer: FactoredLayer) -> None:
         """Lets a layer whose decoder layer flattens its tokens see them as (B, T, I); standing elsewhere, it takes them as they come.
         By hooks within the decoder layer's forward, which gradient checkpointing repeats as it does not the decoder layer's own."""
-        place, template = self._mxd_place, self.config.mxd["mlp"]
+        template, compiled = self.config.mxd["mlp"], _Lead()
         before = f"{template[: template.index('{i}') + 3]}.{self.config.mxd['flat']}"
 
         def note(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            place.lead = (arguments[0] if arguments else keywords["hidden_states"]).shape[:-1]
+            compiled.put((arguments[0] if arguments else keywords["hidden_states"]).shape[:-1])
 
         def unflatten(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            [x_BI], lead = arguments, place.lead
-            place.lead = None
+            [x_BI], lead = arguments, compiled.take()
             return arguments if lead is None else (x_BI.reshape(*lead, x_BI.shape[-1]),)
 
         self.get_submodule(before.format(i=index).removeprefix(self._mxd_prefix)).register_forward_pre_hook(
@@ -349,16 +378,18 @@ class MxdModelMixin:
         layer.register_forward_pre_hook(unflatten)
 
     def mxd_layers(self) -> dict[int, FactoredLayer]:
-        """The layers that stand in MLPs' places, by layer index, ascending."""
-        return {int(index): self.get_submodule(self._mxd_path(int(index))) for index in self.config.mxd["layers"]}
+        """The layers that stand in MLPs' places, by layer index, ascending. Of one that PEFT has wrapped, the copy that is in use."""
+        found = {int(index): self.get_submodule(self._mxd_path(int(index))) for index in self.config.mxd["layers"]}
+        return {index: module if isinstance(module, FactoredLayer) else _in_use(module) for index, module in found.items()}
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FactoredLayer):  # its raw parameters; the Linears are initialised like the base's own
-            if module.experts is not None:
-                init.normal_(module.experts, std=module.d_out**-0.5)
-            init.zeros_(module.output_bias)
+    def _mxd_copies(self) -> list[FactoredLayer]:
+        """Every layer of ours in the model, with those that PEFT has made copies of (`modules_to_save`), and these copies."""
+        return [module for module in self.modules() if isinstance(module, FactoredLayer)]
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()  # which passes by what a submodel's own class does not know
+        for layer in self._mxd_copies():
+            layer.init_rows()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -383,11 +414,36 @@ class MxdGenerationMixin(MxdModelMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own."""
         given = next((ids for ids in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if ids is not None), None)
-        before, self._mxd_place.prompt = self._mxd_place.prompt, 1 if given is None else given.shape[1]
+        token = _prompts.set({**_prompts.get(), id(self): 1 if given is None else given.shape[1]})
         try:
             return super().generate(inputs, *args, **kwargs)
         finally:
-            self._mxd_place.prompt = before
+            _prompts.reset(token)
+
+
+class _Lead:
+    """(B, T) from one hook to the next within a decoder layer's forward. Compiled, it is a constant of the graph; else the thread's own."""
+
+    traced: torch.Size | None = None
+
+    def put(self, lead: torch.Size) -> None:
+        if torch.compiler.is_compiling():
+            self.traced = lead
+        else:
+            _lead.set(lead)
+
+    def take(self) -> torch.Size | None:
+        if torch.compiler.is_compiling():
+            lead, self.traced = self.traced, None
+        else:
+            lead = _lead.get()
+            _lead.set(None)
+        return lead
+
+
+def _in_use(wrapper: nn.Module) -> FactoredLayer:
+    copies = [module for module in wrapper.modules() if isinstance(module, FactoredLayer)]
+    return copies[0 if getattr(wrapper, "disable_adapters", False) else -1]
 
 
 def _names(keys: Any) -> list[str]:

@@ -1,13 +1,15 @@
 """README.md of an exported folder: what it is, what was measured, how to run it. Figures are from onnx_report.json and the checkpoint's report."""
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from mxd_convert.checkpoint import REPORT
+from mxd_convert.escaping import markdown, printable
+from mxd_convert.files import write_text
 from mxd_convert.onnx.runtime import JS_TYPES
 
 _CLIENTS = """## Running it
@@ -40,12 +42,18 @@ onnxruntime-genai reads the folder as it is; where the model's texts begin with 
 """
 
 
-def write_card(checkpoint: Path, folder: Path, report: Mapping[str, Any]) -> None:
-    """Writes README.md into an exported folder."""
-    base = report["base"]["model"] or "a local model"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+_WEB = re.compile(r"https?://[^\s<>\"'`]+")
+
+
+def write_card(folder: Path, report: Mapping[str, Any], conversion: Mapping[str, Any]) -> None:
+    """Write README.md into an exported folder. conversion: the checkpoint's own report, whose text may come from anyone."""
+    model = _line(report["base"]["model"])
+    base = markdown(model or "a local model")
+    on_hub = not report["base"]["local"] and _REPOSITORY.fullmatch(model or "")
     data = ModelCardData(
-        base_model=report["base"]["model"] if not report["base"]["local"] else None,
-        **_licence(checkpoint),
+        base_model=model if on_hub else None,
+        **_licence(conversion),
         pipeline_tag="text-generation",
         tags=["onnx", "mxd", "mxd-convert", "interpretability"],
     )
@@ -53,11 +61,11 @@ def write_card(checkpoint: Path, folder: Path, report: Mapping[str, Any]) -> Non
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {base} with sparse MLPs, for ONNX runtimes",
-        f"MLPs of {base} are replaced by interpretable layers (checkpoint {report['checkpoint']}, made by mxd-convert); they are part of the"
-        f" graph, which is why config.json names the base's own model type, {report['model_type']}. Opset {report['opset']}; one graph serves"
-        " the prompt and what is written after it.",
+        f"MLPs of {base} are replaced by interpretable layers (checkpoint {markdown(report['checkpoint'])}, made by mxd-convert);"
+        " they are part of the graph, which is why config.json names the base's own model type,"
+        f" {markdown(report['model_type'])}. Opset {report['opset']}; one graph serves the prompt and what is written after it.",
         _measured(report),
-        _conversion(checkpoint),
+        _conversion(conversion),
         _CLIENTS.format(
             folder=".",
             prompt="Once upon a time",
@@ -66,7 +74,7 @@ def write_card(checkpoint: Path, folder: Path, report: Mapping[str, Any]) -> Non
             file=Path(report["graphs"][first]["file"]).name,
         ),
     ]
-    (folder / "README.md").write_text("\n\n".join(part for part in parts if part), encoding="utf-8")
+    write_text(folder / "README.md", "\n\n".join(part for part in parts if part))
 
 
 def _measured(report: Mapping[str, Any]) -> str:
@@ -87,40 +95,42 @@ def _measured(report: Mapping[str, Any]) -> str:
     first = next(iter(report["graphs"].values()))["parity"]
     rows += [
         "",
-        f"On {first['tokens']:,} tokens of {report['data']['path']} in batches of 1 to 3, with and without a cache and padding; cross-entropies on"
-        f" {report['data']['tokens']:,} ({first['ce_checkpoint']:.4f} in PyTorch). The largest difference is over tokens that have the same experts"
-        " as in PyTorch, as have all tokens before them. Rise: of the cross-entropy."
-        " Same experts: the share of tokens with the same ones in every layer; shared: of a"
-        " token's experts, how many both have.",
+        f"On {first['tokens']:,} tokens of {markdown(report['data']['path'])} in batches of 1 to 3, with and without a cache and padding;"
+        f" cross-entropies on {report['data']['tokens']:,} ({first['ce_checkpoint']:.4f} in PyTorch)."
+        " The largest difference is over tokens that have the same experts as in PyTorch, as have all tokens before them."
+        " Rise: of the cross-entropy. Same experts: the share of tokens with the same ones in every layer; shared: of a token's experts,"
+        " how many both have.",
     ]
     return "\n".join(rows)
 
 
-def _report_of(checkpoint: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _licence(conversion: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's licence and language, as the checkpoint's report has them."""
+    base = conversion.get("base") or {}
+    found: dict[str, Any] = {key: _line(base.get(key)) for key in ("license", "license_name")}
+    link, language = _line(base.get("license_link")), base.get("language")
+    found["license_link"] = link if link and _WEB.fullmatch(link) else None
+    found["language"] = [line for one in language if (line := _line(one))] if isinstance(language, list) else _line(language)
+    return {key: value for key, value in found.items() if value}
 
 
-def _licence(checkpoint: Path) -> dict[str, Any]:
-    """The base's licence, as the checkpoint's report has it."""
-    base = _report_of(checkpoint).get("base") or {}
-    return {key: base[key] for key in ("license", "license_name", "license_link", "language") if base.get(key)}
+def _line(value: Any) -> str | None:
+    """A value as one line of text; None where it is no text."""
+    return printable(" ".join(value.split())) or None if isinstance(value, str) else None
 
 
-def _conversion(checkpoint: Path) -> str:
-    """What the checkpoint's own report says of the conversion, in a sentence."""
-    report = _report_of(checkpoint)
-    try:
-        fidelity, reliance = report["fidelity"], report["reliance"]
-        return (
-            f"The conversion itself: cross-entropy {fidelity['ce_converted']:.4f} where the base has {fidelity['ce_base']:.4f}, on"
-            f" {fidelity['tokens']:,} held-out tokens; {reliance['sentence']}."
-        )
-    except (KeyError, TypeError):
+def _conversion(conversion: Mapping[str, Any]) -> str:
+    """What the checkpoint's own report says of the conversion, in a sentence; empty where it has no such figures."""
+    fidelity, reliance = conversion.get("fidelity") or {}, conversion.get("reliance") or {}
+    figures = [fidelity.get(name) for name in ("ce_converted", "ce_base", "tokens")]
+    sentence = _line(reliance.get("sentence"))
+    if sentence is None or not all(isinstance(value, int | float) and math.isfinite(value) for value in figures):
         return ""
+    converted, base, tokens = figures
+    return (
+        f"The conversion itself: cross-entropy {converted:.4f} where the base has {base:.4f}, on {tokens:,} held-out tokens;"
+        f" {markdown(sentence)}."
+    )
 
 
 def _more(report: Mapping[str, Any]) -> str:

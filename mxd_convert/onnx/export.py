@@ -15,13 +15,23 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from safetensors import safe_open
 
 from mxd_convert.base import quiet as without_noise
-from mxd_convert.checkpoint import check_new, file_sha256, load_checkpoint, new_folder, read_config, recorded_base, weight_files
+from mxd_convert.checkpoint import (
+    check_finite,
+    check_new,
+    load_checkpoint,
+    new_folder,
+    not_finite,
+    read_config,
+    read_report,
+    recorded_base,
+    tensor_shapes,
+)
 from mxd_convert.data import Blocks
-from mxd_convert.errors import InputError, is_disk_full, is_out_of_memory, memory_guard
+from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory, memory_guard
 from mxd_convert.evaluation.progress import progress
+from mxd_convert.files import file_sha256, finite, write_json
 from mxd_convert.labels import LABELS
 from mxd_convert.onnx import parity
 from mxd_convert.onnx.card import write_card
@@ -30,10 +40,12 @@ from mxd_convert.onnx.graph import build_graph, without_experts
 from mxd_convert.onnx.quantize import BLOCK, as_products, quantize
 from mxd_convert.onnx.runtime import FOLDER, GRAPHS, METADATA, OnnxModel
 from mxd_convert.onnx.text import opened
+from mxd_convert.onnx.validation import end_tokens
 
 REPORT = "onnx_report.json"
 OPSET, OLDEST, NEWEST = 20, 18, 23  # 18: what PyTorch's exporter is written in
 INLINE = 2**30  # bytes of weights that may lie in the graph's own file, of which protobuf takes 2 GiB
+_NO_MEMORY = "out of memory while exporting; free some, or export one kind of graph at a time, without --quantize"
 _TORCH = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -69,15 +81,16 @@ def export_onnx(
     checkpoint, output = Path(checkpoint), Path(output)
     config = read_config(checkpoint)
     _check(checkpoint, config, dtypes, quantized, opset)
+    conversion = read_report(checkpoint) or {}
     check_new(output, checkpoint)
     _check_space(checkpoint, output, dtypes, quantized)
     wanted = [*dtypes, *([quantized] if quantized else [])]
     job = _Job(checkpoint, wanted, opset, expert_outputs, steering, quiet)
     try:
         with (
-            opened(checkpoint, data, tokens, text_field, config.vocab_size) as (blocks, held_out),
-            memory_guard("out of memory while exporting; free some, or export one kind of graph at a time, without --quantize"),
+            memory_guard(_NO_MEMORY),
             _own_words(output),
+            opened(checkpoint, output, data, tokens, text_field, config.get_text_config().vocab_size) as (blocks, held_out),
             new_folder(output, checkpoint) as folder,
         ):
             job.write(folder)
@@ -89,10 +102,10 @@ def export_onnx(
                 "held_out": held_out,
             }
             report = job.report(folder, about)
-            (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            write_card(checkpoint, folder, report)
             if job.failures:
                 raise _OutOfTolerance
+            write_json(folder / REPORT, report)
+            write_card(folder, report, conversion)
     except _OutOfTolerance:
         return Export(None, report, job.failures)
     return Export(output, report, [])
@@ -145,6 +158,7 @@ class _Job:
 
     def _graph(self, dtype: str) -> ir.Model:
         model = load_checkpoint(self.checkpoint, dtype=_TORCH[dtype])
+        self._check_finite(model, dtype)
         layers = model.config.mxd["layers"]
         try:
             built = build_graph(model, self.opset, self.steering)
@@ -155,10 +169,18 @@ class _Job:
             if is_out_of_memory(cause) or is_disk_full(cause):
                 raise cause from None
             kind = base_type(model.config).model_type
-            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-            raise InputError(f"{self.checkpoint}: PyTorch can't export this {kind} model to ONNX: {reason[:200]}") from error
+            reason = first_line(cause, 200)
+            raise InputError(f"{self.checkpoint}: PyTorch can't export this {kind} model to ONNX: {reason}") from error
         built.metadata_props[METADATA] = json.dumps(layers)
         return built
+
+    def _check_finite(self, model: Any, dtype: str) -> None:
+        """Raise InputError where a tensor is not finite: in the checkpoint, or in half precision only."""
+        if (name := not_finite(model)) is not None:
+            check_finite(self.checkpoint, model if dtype == "fp32" else load_checkpoint(self.checkpoint))
+            raise InputError(
+                f"{self.checkpoint}: the tensor {name} holds numbers beyond 65,504, which fp16 can't; export it with --dtype fp32"
+            )
 
     def _build(self, place: Path, dtype: str) -> None:
         ir.save(self._graph(dtype), place / _full(dtype), external_data=f"{GRAPHS[dtype]}_data")
@@ -236,7 +258,7 @@ class _Job:
                 "bytes": sum(file.stat().st_size for file in files),
                 "sha256": {f"{FOLDER}/{file.name}": file_sha256(file) for file in files},
                 **({"quantised": f"weights of every product, 8 bits, blocks of {BLOCK}"} if dtype == "int8" else {}),
-                "parity": _json_ready(self.figures[dtype]),
+                "parity": finite(self.figures[dtype]),
                 "tolerance": parity.bounds(dtype, self.figures[dtype]["largest_logit"]),
                 "passed": not any(line.startswith(f"{dtype}:") for line in self.failures),
             }
@@ -254,18 +276,6 @@ class _Job:
             "data": data,
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
-
-
-def _json_ready(figures: dict[str, Any]) -> dict[str, Any]:
-    """With null in the place of what is no number, for which JSON has no word."""
-    return {
-        name: _json_ready(value)
-        if isinstance(value, dict)
-        else None
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for name, value in figures.items()
-    }
 
 
 def _full(dtype: str) -> str:
@@ -289,6 +299,7 @@ def _check(checkpoint: Path, config: Any, dtypes: Sequence[str], quantized: str 
             f"{checkpoint}: its positions (rope_type {kind!r}) depend on the length of the text, which a graph can't follow;"
             " there is no ONNX export of such a model"
         )
+    end_tokens(checkpoint, {"eos_token_id": getattr(config, "eos_token_id", None)})
     for order in config.mxd.get("steering", []):
         if order["positions"] != "all":
             raise InputError(
@@ -306,10 +317,7 @@ def _length_dependent(config: Any) -> str | None:
 
 def _check_space(checkpoint: Path, output: Path, dtypes: Sequence[str], quantized: str | None) -> None:
     """Raises InputError where the disk has not the room for what is written, the intermediate graphs included."""
-    count = 0
-    for file in weight_files(checkpoint):
-        with safe_open(file, framework="np") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 (not a dict)
+    count = sum(map(math.prod, tensor_shapes(checkpoint).values()))
     needed = sum({"fp32": 4, "fp16": 2}[dtype] for dtype in dtypes) * count * (2 if 4 * count <= INLINE else 1)
     needed += 10 * count if quantized else 0
     place = output.absolute().parent
@@ -325,10 +333,12 @@ def _check_space(checkpoint: Path, output: Path, dtypes: Sequence[str], quantize
 
 @contextmanager
 def _own_words(output: Path) -> Iterator[None]:
-    """An export has no state to go on from, which is what the general message of a full disk says."""
+    """Say what helps an export: it has no state to resume from, as the general message of a full disk says, and it loads the graphs itself."""
     try:
         yield
     except InputError as error:
+        if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+            raise InputError(_NO_MEMORY) from error.__cause__
         if error.__cause__ is not None and is_disk_full(error.__cause__):
             raise InputError(f"{output}: no space left on the disk; free some, or choose another folder") from error.__cause__
         raise

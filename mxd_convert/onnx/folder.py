@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mxd_convert.base import load_tokenizer, quiet
+from mxd_convert.files import read_mapping, write_json, write_text
 from mxd_convert.onnx.runtime import FOLDER, GRAPHS, JS_TYPES
 
 _OF_OURS = ("model_type", "architectures", "auto_map", "mxd")
@@ -34,7 +35,7 @@ def write_config(model: Any, folder: Path, dtypes: list[str], with_data: list[st
         "kv_cache_dtype": {"fp16": "float16"},
         **({"use_external_data_format": {GRAPHS[dtype]: 1 for dtype in with_data}} if with_data else {}),
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", content)
 
 
 def write_tokenizer(checkpoint: Path, folder: Path) -> None:
@@ -43,12 +44,12 @@ def write_tokenizer(checkpoint: Path, folder: Path) -> None:
         tokenizer = load_tokenizer(str(checkpoint))
         tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    name = content.get("tokenizer_class")
+    content = read_mapping(path)
+    name = str(content.get("tokenizer_class"))
     content["tokenizer_class"] = _PLAIN_TOKENIZER.get(name, name)
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         content["add_bos_token"] = True  # without it transformers.js' pipeline leaves out what the tokenizer itself puts there
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if (checkpoint / "generation_config.json").is_file():
         shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")
 
@@ -102,4 +103,4 @@ def write_genai_config(model: Any, graph: ir.Graph, folder: Path, dtype: str) ->
             "top_p": 1.0,
         },
     }
-    (folder / "genai_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "genai_config.json", content)

@@ -3,10 +3,10 @@
 Text goes through the folder's tokenizer.json (package tokenizers); token ids do without. Shapes: B rows, T tokens, K active experts.
 """
 
-import json
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mxd_convert.errors import InputError
+from mxd_convert.onnx import validation
 
 GRAPHS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}  # names as transformers.js has them
 FOLDER = "onnx"  # of the graphs, in the exported folder
@@ -49,19 +50,13 @@ class Cache:
 class OnnxModel:
     """A converted model, exported by `export-onnx`. `layers`: by index, what its graph says of each: kind, n_experts, k, sparsity."""
 
-    def __init__(self, folder: Path, session: Any) -> None:
-        self.folder, self.session = folder, session
-        self.layers: dict[int, dict[str, Any]] = {
-            int(index): layer
-            for index, layer in json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")).items()
-        }
-        self.config = _json(folder / "config.json")
-        self.eos = _end_tokens(folder, self.config)
-        self._inputs = {entry.name: entry for entry in session.get_inputs()}
-        self._steerable = "steering.layers" in {entry.name for entry in session.get_overridable_initializers()}
-        outputs = [entry.name for entry in session.get_outputs()]
-        self._experts = [name for name in outputs if name.startswith("experts.")]
-        self._kept = ["logits", *(name for name in outputs if name.startswith("present."))]
+    def __init__(self, file: Path, folder: Path, session: Any) -> None:
+        self.file, self.folder, self.session = file, folder, session
+        self.config = validation.read_config(folder)
+        self.eos = validation.end_tokens(folder, self.config)
+        names = validation.read_names(file, session, METADATA)
+        self.layers, self._inputs, self._past = names.layers, names.inputs, names.past
+        self._kept, self._experts, self._steerable = names.outputs, names.experts, names.steerable
         self._tokenizer: Any = None
 
     @classmethod
@@ -90,17 +85,17 @@ class OnnxModel:
         cls, file: Path, folder: Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
     ) -> "OnnxModel":
         """The same with a graph from anywhere, and the rest from `folder`. Raises InputError."""
+        validation.check_graph(file, folder)
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # of the warnings, one tells that steering may be given, which is what it is there for
+        options.log_severity_level = 4  # errors are raised as well; one of the warnings says that steering may be given, which is its purpose
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            session = ort.InferenceSession(str(file), options, providers=list(providers))
+            other = list(providers) != ["CPUExecutionProvider"]  # else it prints, and tries the same again
+            session = ort.InferenceSession(str(file), options, providers=list(providers), enable_fallback=int(other))
         except Exception as error:  # onnxruntime has no common class for its own
-            _check_memory(error)
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{file}: onnxruntime can't load it; export it again ({reason})") from None
-        return cls(folder, session)
+            validation.raise_failure(file, error, "onnxruntime can't load it")
+        return cls(file, folder, session)
 
     # --- text ------------------------------------------------------------------------------------------------------------------
 
@@ -113,28 +108,36 @@ class OnnxModel:
                 raise InputError(f"{path}: missing; give token ids, or export again from a checkpoint with its tokenizer")
             from tokenizers import Tokenizer
 
-            self._tokenizer = Tokenizer.from_file(str(path))
-            self._tokenizer.no_padding()
-            self._tokenizer.no_truncation()
+            with self._explained("not a readable tokenizer"):
+                tokenizer = Tokenizer.from_file(str(path))
+                tokenizer.no_padding()
+                tokenizer.no_truncation()
+            self._tokenizer = tokenizer
         return self._tokenizer
 
     def tokens(self, text: str) -> list[int]:
         """A text's token ids, with what the tokenizer puts around it."""
-        return list(self.tokenizer.encode(text).ids)
+        tokenizer = self.tokenizer
+        with self._explained("it can't encode the text"):
+            return list(tokenizer.encode(text).ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return str(self.tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+        tokenizer, whole = self.tokenizer, [int(token) for token in ids]
+        with self._explained("it can't decode token ids"):
+            return str(tokenizer.decode(whole, skip_special_tokens=True))
+
+    def _explained(self, problem: str) -> AbstractContextManager[None]:
+        return validation.explained_tokenizer(self.folder / "tokenizer.json", problem)
 
     # --- one run ---------------------------------------------------------------------------------------------------------------
 
     def start(self, rows: int) -> Cache:
         """An empty cache."""
         empty = {}
-        for name, entry in self._inputs.items():
-            if name.startswith("past_key_values."):
-                shape = (rows, entry.shape[1], 0, entry.shape[3])
-                empty[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=_TYPES[entry.type]))
+        for name, entry in self._past.items():
+            shape = (rows, entry.shape[1], 0, entry.shape[3])
+            empty[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=_TYPES[entry.type]))
         return Cache(empty, np.zeros((rows, 0), dtype=np.int64))
 
     def step(self, ids: Array, cache: Cache, mask: Array | None = None, steering: Iterable[Mapping[str, Any]] = ()) -> Step:
@@ -157,9 +160,9 @@ class OnnxModel:
         try:
             outputs = self.session.run_with_ort_values([*self._kept, *self._experts], {**feed, **cache.tensors})
         except Exception as error:
-            _check_memory(error)
-            raise
+            validation.raise_failure(self.file, error, "onnxruntime can't run it")
         found = dict(zip([*self._kept, *self._experts], outputs, strict=True))
+        validation.check_step(self.file, ids.shape, {name: found[name] for name in ("logits", *self._experts)})
         cache.mask, cache.positions = all_of_it, cache.positions + new.sum(1)
         cache.tensors = {name: found[name.replace("past_key_values", "present")] for name in cache.tensors}
         return Step(found["logits"].numpy(), self._codes({name: found[name].numpy() for name in self._experts}))
@@ -311,12 +314,6 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _check_memory(error: Exception) -> None:
-    """Raises MemoryError where an error of onnxruntime says so in words, since its classes don't tell."""
-    if any(word in str(error) for word in ("allocate memory", "bad_alloc", "requested buffer", "BFCArena")):
-        raise MemoryError(f"onnxruntime: {str(error).strip().splitlines()[0]}") from None
-
-
 def _joined(parts: list[dict[int, tuple[Array, Array] | Array]]) -> dict[int, tuple[Array, Array] | Array]:
     joined: dict[int, tuple[Array, Array] | Array] = {}
     for index in parts[0]:
@@ -326,16 +323,3 @@ def _joined(parts: list[dict[int, tuple[Array, Array] | Array]]) -> dict[int, tu
         else:
             joined[index] = np.concatenate([np.asarray(piece) for piece in pieces], 1)
     return joined
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise InputError(f"{path}: not readable as JSON; export the model again") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
-    found = _json(folder / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
-    return {int(token) for token in (found if isinstance(found, list) else [found]) if token is not None}

@@ -1,21 +1,19 @@
 """The text that an export is compared on: the one given, else what is at hand that the checkpoint was not trained on."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import read_local
 from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.run import checkpoint_settings
+from mxd_convert.files import scratch_beside
 from mxd_convert.recipe import EvalText
-from mxd_convert.recipe_file import shipped_folder
+from mxd_convert.recipe_file import read_recipe_yaml, shipped_folder
 
 SHIPPED = "python-docs.jsonl.gz"
 
@@ -31,12 +29,13 @@ class Source:
 
 @contextmanager
 def opened(
-    checkpoint: Path, data: str | Path | None, tokens: int, text_field: str, vocabulary: int
+    checkpoint: Path, output: Path, data: str | Path | None, tokens: int, text_field: str, vocabulary: int
 ) -> Iterator[tuple[Blocks, bool | None]]:
     """(blocks of a text, as the checkpoint is evaluated in; whether it had no part in the training, None where that is not known).
 
     The given text; else the checkpoint's evaluation text, or what it held out of its training text, where these are on this machine and
-    long enough; else the documentation that ships with this package. Raises InputError.
+    long enough; else the documentation that ships with this package. output: the folder to write; the tokens are kept beside it until
+    then. Raises InputError.
     """
     context, _ = checkpoint_settings(checkpoint)
     if tokens < context:
@@ -44,11 +43,11 @@ def opened(
     tokenizer = load_tokenizer(str(checkpoint))
     shipped = Source(str(shipped_folder().parent / "examples" / SHIPPED))
     sources = [Source(str(Path(data).expanduser().absolute()), text_field)] if data else [*_recorded(checkpoint), shipped]
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_beside(output) as scratch:
         for source in sources:
             wanted = EvalText(path=source.path, text=source.field, tokens=tokens)
             try:
-                blocks = prepare_eval(wanted, context, tokenizer, Path(scratch), source.held_out)
+                blocks = prepare_eval(wanted, context, tokenizer, scratch, source.held_out)
             except InputError:
                 if source is sources[-1]:
                     raise
@@ -68,8 +67,9 @@ def _recorded(checkpoint: Path) -> Iterator[Source]:
 
 
 def _field(checkpoint: Path, part: str) -> str:
-    try:
-        recipe = yaml.safe_load((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
-        return str(recipe["data"][part]["text"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return "text"
+    """The field of a document that the checkpoint's recipe names; the usual one where it names none."""
+    path = checkpoint / "recipe.yaml"
+    data = read_recipe_yaml(path).get("data") if path.is_file() else None
+    source = data.get(part) if isinstance(data, dict) else None
+    field = source.get("text") if isinstance(source, dict) else None
+    return field if isinstance(field, str) else "text"
