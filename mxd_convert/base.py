@@ -198,9 +198,15 @@ def _is_said(value: Any, lists: bool) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 1000
 
 
+_TOKENIZER = ("tokenizer", "tokenization", "vocab", "merges", "tekken")
+
+
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer that comes with a model or checkpoint. Raises InputError."""
     trusted = trust_remote_code or is_trusted()
+    folder = Path(name)
+    if folder.is_dir() and not any(file.name.startswith(_TOKENIZER) or file.suffix == ".model" for file in folder.iterdir()):
+        raise InputError(f"{name}: holds no tokenizer (tokenizer.json, or what its family has); save the tokenizer there")
     with explained("its tokenizer", name), quiet(), _named_trust(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         tokenizer("a", add_special_tokens=True)["input_ids"]  # some are broken in a way that only use shows

@@ -99,6 +99,7 @@ def scratch_beside(output: Path) -> Iterator[Path]:
     One that a killed process left there is removed first. Raises InputError if the disk is full or the folder can't be made.
     """
     with disk_guard(output):
+        made = [place for place in output.parents if not place.exists()]  # the innermost first
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(output.parent, output.name)
@@ -111,6 +112,9 @@ def scratch_beside(output: Path) -> Iterator[Path]:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):  # the first that is not empty
+                for place in made:
+                    place.rmdir()
 
 
 def check_output(output: Path, name: str = "--output") -> None:
@@ -195,7 +199,7 @@ def check_links(folder: Path) -> None:
         target = path.resolve()
         if not path.exists() or not any(target.is_relative_to(place) for place in inside):
             raise InputError(
-                f"{path}: a symbolic link to {os.readlink(path)}, outside of the checkpoint; put the file itself there, or remove the link"
+                f"{path}: a symbolic link to {os.readlink(path)}, outside of the folder; put the file itself there, or remove the link"
             )
 
 

@@ -1,5 +1,7 @@
 """What every expert does on a text, from one pass in bounded memory, against explicit loops."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +218,22 @@ def test_hashes_are_even():
     bits = np.unpackbits(firings.mixed(np.arange(4096), seed=3).view(np.uint8)).reshape(4096, 64).mean(0)
     assert np.abs(bits - 0.5).max() < 0.05
     assert expert_examples.rank_within(np.array([2, 2, 5, 5, 5, 0])).tolist() == [0, 1, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP])
+def test_the_disk_is_asked_before_it_is_written_to_as_memory(code, tmp_path, monkeypatch):
+    """A full disk is an OSError then; in a file of holes it would be a signal that ends the process."""
+
+    def failing(*_):
+        raise OSError(code, os.strerror(code))
+
+    if code is not None:  # a file system that can't reserve
+        monkeypatch.setattr(firings.os, "posix_fallocate", failing)
+    size = 3 * 2**20 + 5
+    firings.reserve(tmp_path / "zeros", size)
+    assert (tmp_path / "zeros").read_bytes() == bytes(size)
+    assert (tmp_path / "zeros").stat().st_blocks * 512 >= size
+    code = errno.ENOSPC
+    monkeypatch.setattr(firings.os, "posix_fallocate", failing)
+    with pytest.raises(OSError, match="No space left"):
+        firings.reserve(tmp_path / "full", size)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import small_recipe
-from safetensors.numpy import load_file
+from conftest import nothing_left, small_recipe
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
 import mxd_convert
@@ -323,6 +323,17 @@ def test_two_widths_are_refused(copy, text, tmp_path, refused):
     (copy / "config.json").write_text(json.dumps(config))
     arguments = ("export", copy, tmp_path / "out", "--data", text)
     refused(*arguments, "--to", "sparsify", words=("layer 0 maps 32 features to 16", "one width"))
+
+
+@pytest.mark.parametrize("command", ["export --to sparsify", "export --to delphi", "export-onnx"])
+def test_weights_that_are_not_finite_are_named(command, copy, text, tmp_path, refused):
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.endswith("experts"))
+    weights[name][3] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    command, *options = command.split()
+    refused(command, copy, tmp_path / "out", *options, "--data", text, "--tokens", 512, words=(name, "not finite"))
+    assert nothing_left(tmp_path / "out")
 
 
 def test_nothing_is_left_where_an_export_breaks_off(converted, text, tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_weights_are_those_that_transformers_reads_and_lie_in_the_folder(copy, r
         (lambda c: c.update(architectures=3), ("architectures", "3")),
         (lambda c: c.update(attn_implementation="a/b"), ("attn_implementation", "code from elsewhere")),
     ],
-    ids=str,
+    ids=["width", "layers", "many layers", "labels", "heads", "k", "experts", "activation", "pad", "class", "kernel"],
 )
 def test_a_hostile_config_is_refused_soon(copy, refused, change, words):
     edit(copy / "config.json", change)

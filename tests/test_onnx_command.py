@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
 from mxd_convert.checkpoint import belonging, load_checkpoint
+from mxd_convert.files import file_sha256
 from mxd_convert.onnx import OnnxModel, export_onnx
 
 
@@ -63,7 +64,7 @@ def test_the_report_says_what_was_compared(llama, text):
     assert (report["opset"], report["steering"], report["expert_outputs"]) == (20, True, True)
     assert "experts.2.values" in report["outputs"]
     graph = report["graphs"]["fp32"]
-    assert graph["sha256"] == {"onnx/model.onnx": mxd_convert.checkpoint.file_sha256(llama / "onnx" / "model.onnx")}
+    assert graph["sha256"] == {"onnx/model.onnx": file_sha256(llama / "onnx" / "model.onnx")}
     figures = graph["parity"]
     assert (figures["batches"], figures["pasts"]) == ([1, 2, 3], [0, 1, 40])
     assert figures["lengths"] == [1, 2, 33, 128]  # the tiny model has no more than 128 positions

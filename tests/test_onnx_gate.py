@@ -40,7 +40,16 @@ def other_experts(built: ir.Model) -> None:
     value.const_value = ir.tensor(value.const_value.numpy()[::-1].copy(), name=value.name)
 
 
-@pytest.mark.parametrize(("change", "words"), [(other_rows, "largest difference"), (other_experts, "expert overlap")])
+def endless_rows(built: ir.Model) -> None:
+    """Experts that write what no float holds."""
+    value = next(value for name, value in built.graph.initializers.items() if name.endswith("mlp.experts"))
+    value.const_value = ir.tensor(np.full_like(value.const_value.numpy(), 3e38), name=value.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(other_rows, "largest difference"), (other_experts, "expert overlap"), (endless_rows, "tokens are no numbers")],
+)
 def test_a_graph_that_does_something_else_is_not_written(converted, text, tmp_path, mxd, monkeypatch, change, words):
     spoilt(monkeypatch, change)
     status, out, err = mxd("export-onnx", converted["gpt2"], tmp_path / "out", "--data", text, "--tokens", 512)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import TEXT, nothing_left
+from safetensors.numpy import load_file, save_file
 
 from mxd_convert.errors import InputError
 from mxd_convert.onnx import OnnxModel, export, export_onnx
@@ -52,6 +53,22 @@ def test_a_full_disk_leaves_nothing(refused, converted, text, tmp_path, monkeypa
 
     monkeypatch.setattr(export.ir, "save", full)
     refused("export-onnx", converted["gpt2"], tmp_path / "out", "--data", text, words=("no space left", "choose another folder"))
+    assert nothing_left(tmp_path / "out")
+
+
+def test_weights_beyond_half_precision_are_named(refused, copy, text, tmp_path):
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.endswith("experts"))
+    weights[name][3] = 1e5
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    refused("export-onnx", copy, tmp_path / "out", "--data", text, "--dtype", "fp16", words=(name, "65,504", "--dtype fp32"))
+    assert nothing_left(tmp_path / "out")
+
+
+def test_settings_that_no_runtime_understands_are_refused_first(refused, copy, text, tmp_path):
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": -1}))
+    refused("export-onnx", copy, tmp_path / "out", "--data", text, words=("generation_config.json", "eos_token_id is -1"))
     assert nothing_left(tmp_path / "out")
 
 
@@ -124,7 +141,7 @@ def test_the_runtime_says_what_is_wrong(llama, converted, tmp_path):
             act()
     damaged = shutil.copytree(llama, tmp_path / "damaged")
     (damaged / "onnx" / "model.onnx").write_bytes((llama / "onnx" / "model.onnx").read_bytes()[:1000])
-    with pytest.raises(InputError, match="can't load it"):
+    with pytest.raises(InputError, match="not a readable ONNX graph"):
         OnnxModel.from_pretrained(damaged)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mxd_convert.data import Blocks
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.decomposition import Unembedding
-from mxd_convert.evaluation.firings import Array, Firings, by_expert, mixed, rank_within
+from mxd_convert.evaluation.firings import Array, Firings, by_expert, mixed, rank_within, reserve
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
 
@@ -48,6 +48,7 @@ class LayerRecord:
         self.firings = Firings(self.folder, n)
         self.written_NO = torch.zeros(n, width, device=self.layer.experts.device)
         size = n * SAMPLES * width
+        reserve(self.folder / "samples", size * torch.bfloat16.itemsize)
         file = torch.from_file(str(self.folder / "samples"), shared=True, size=size, dtype=torch.bfloat16)
         self.samples_NSO = file.view(n, SAMPLES, width)
         self._keys_NS = np.tile(_NEVER, (n, 1))

@@ -1,0 +1,35 @@
+"""Converted models made in memory, by surgery alone: mixtures that matter to the logits, and exact stand-ins for MLPs."""
+
+import torch
+from conformance import constant_gain_layer
+
+from mxd_convert import surgery
+from mxd_convert.architectures import find_sites
+from mxd_convert.layers import DenseTwin
+
+
+def sites_of(base):
+    return find_sites(base, base.config, range(base.config.num_hidden_layers))
+
+
+def mixture_of(base, n_experts=24):
+    """Every MLP an MxD: the MLP's own hidden units, their output scaled by random experts. Another function than the base's."""
+    torch.manual_seed(1)
+    layers = {site.index: constant_gain_layer(base, site, n_experts=n_experts) for site in sites_of(base)}
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.gate.weight)
+        torch.nn.init.zeros_(layer.gate.bias)
+        torch.nn.init.normal_(layer.experts, std=0.5)
+    return surgery.convert(base, layers)
+
+
+def twin_of(base):
+    """Every MLP a dense twin with the MLP's own weights. The same function as the base's."""
+    return surgery.convert(base, {site.index: exact_twin(base, site) for site in sites_of(base)})
+
+
+def exact_twin(base, site):
+    exact = constant_gain_layer(base, site).state_dict()
+    twin = DenseTwin(site.d_in, site.d_hidden, site.d_out, activation=site.activation, glu=site.glu)
+    twin.load_state_dict({name: exact[name] for name in twin.state_dict()})
+    return twin
