@@ -1,10 +1,10 @@
-# make quickstart | make test | make slow | make lint | make bench | make study | make schema | make families | make cards | make clients
+# make quickstart | test | test-all | slow | lint | hf-tests | fuzz | faults | bench | study | schema | families | cards | clients
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test slow lint bench study format schema families cards clients clean
+.PHONY: quickstart test slow test-all hf-tests fuzz faults lint bench study format schema families cards clients clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
@@ -17,6 +17,19 @@ test: $(VENV)/installed
 # what takes longest of every family's checks
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m slow tests
+
+test-all: test slow
+
+# transformers' and PEFT's own tests on our classes, with the classes that these derive from as the control; six minutes
+hf-tests: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py
+
+# hostile files and strings, and signals, full disks, flipped bytes and memory limits: a table each; the better part of an hour
+fuzz: $(VENV)/installed
+	$(BIN)/python benchmarks/fuzz.py
+
+faults: $(VENV)/installed
+	$(BIN)/python benchmarks/faults.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -31,7 +44,6 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py --recipe quickstart --tokens 100000
 	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/inference.py
-	$(BIN)/python benchmarks/kill.py
 
 # what the fast preset is worth, against the paper's start and transcoders: most of a day on two cores; goes on where it was cut off
 study: $(VENV)/installed
@@ -80,4 +92,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) .hf-tests build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MXD_SHARED", ROOT.parent / "shared"))
 
@@ -57,23 +55,3 @@ def plan(recipe: str, **settings: Any) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout)
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """In what two finished checkpoints differ: weights to the bit; report and log but for times, memory and what says of a resumed run."""
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
-    found = [
-        f"weights: {name}"
-        for name in ours.keys() | theirs.keys()
-        if name not in ours or name not in theirs or not ours[name].equal(theirs[name])
-    ]
-    reports = [json.loads((folder / "mxd_report.json").read_text()) for folder in (one, other)]
-    for report in reports:
-        for name in ("training_log.jsonl", "recipe.yaml"):  # they hold times, and the folder's name
-            del report["files"][name]
-    found += [f"report: {key}" for key in reports[0] if key != "cost" and reports[0][key] != reports[1][key]]
-    logs = []
-    for folder in (one, other):
-        lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
-    return found + (["log"] if logs[0] != logs[1] else [])

@@ -32,6 +32,10 @@ class InputError(ValueError):
     told = False
 
 
+class NotFinite(InputError):
+    """A loss or a parameter of a run is not finite: of several runs, the others may go on."""
+
+
 class Stopped(KeyboardInterrupt):
     """A run was told to stop, by Ctrl-C or SIGTERM, and has saved its state. told: as above."""
 
@@ -48,7 +52,12 @@ def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that there is no space left, however it was wrapped (safetensors and shutil report it in words)."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
-    return any(f"os error {code}" in str(error) or f"[Errno {code}]" in str(error) for code in _NO_SPACE)
+    words = str(error)
+    return any(
+        said in words
+        for code in _NO_SPACE
+        for said in (f"os error {code}", f"[Errno {code}]", f"No space left on device ({code})")
+    )
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise InputError(f"--set {setting}: write it as KEY=VALUE, for example --set train.lr=1e-3")
+            raise InputError(f"--set {_short(setting)}: write it as KEY=VALUE, for example --set train.lr=1e-3")
         try:
             overrides[key.strip()] = parse_yaml(value)
         except yaml.YAMLError:
@@ -131,7 +131,7 @@ def parse_list(setting: str) -> tuple[str, list[Any]]:
     key, _, value = setting.partition("=")
     [(key, values)] = parse_overrides([f"{key}=[{value}]"]).items()
     if not values:
-        raise InputError(f"--set {setting}: give at least one value")
+        raise InputError(f"--set {_short(setting)}: give at least one value")
     return key, values
 
 
@@ -240,7 +240,7 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise InputError(f"--set {key}: {section} is not a section")
+            raise InputError(f"--set {_short(key)}: {_short(section)} is not a section")
     content[last] = value
 
 

@@ -22,7 +22,7 @@ import torch
 from mxd_convert.base import load_base, load_tokenizer
 from mxd_convert.checkpoint import REPORT
 from mxd_convert.data import check_vocabulary, prepare
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.errors import InputError, NotFinite, disk_guard
 from mxd_convert.files import read_mapping
 from mxd_convert.pipeline import convert, new_accelerator
 from mxd_convert.plan import Plan, budget, check_gradients, check_memory, fitting_together, make_plan
@@ -285,9 +285,7 @@ def _finish(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], s
             if not result.already_finished or run.name not in rows:
                 rows[run.name] = _row(result.output, result.report, run.plan)
             return start | rows[run.name]
-        except InputError as caught:
-            if "not finite" not in str(caught):
-                raise
+        except NotFinite as caught:
             error = caught
     say(f"{run.name}: failed: {error}")
     return start | {"error": str(error)}

@@ -207,10 +207,11 @@ def clean_environment(scratch: Path) -> dict[str, str]:
 
 
 def _search_path(folder: Path) -> list[str]:
-    """Where this process finds its packages, but for the working directory and the checkpoint."""
+    """Where this process finds its packages, but for the working directory, the checkpoint, and code that earlier loads have cached."""
     package = str(Path(__file__).resolve().parent.parent)
-    inside = {str(Path.cwd()), str(folder.resolve())}
-    return [package, *(entry for entry in sys.path if entry and str(Path(entry).resolve()) not in inside)]
+    others = {str(Path.cwd()), str(folder.resolve())}
+    found = [entry for entry in sys.path if entry and str(Path(entry).resolve()) not in others]
+    return [package, *(entry for entry in found if not (Path(entry) / "transformers_modules").exists())]
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import dashboard
 import inference
-import kill
 import steps
 import study
 import torch
@@ -151,13 +150,6 @@ def test_a_rate_at_the_end_of_what_was_searched_is_said():
     assert study.of_rates(1e-2, [2e-2, 5e-3, 1e-2]) == "0.01, of 0.005 0.01 0.02"
     assert study.of_rates(2e-2, [2e-2, 5e-3, 1e-2]) == "0.02, of 0.005 0.01 0.02, the highest"
     assert study.of_rates(5e-3, [2e-2, 5e-3]) == "0.005, of 0.005 0.02, the lowest"
-
-
-def test_a_killed_run_ends_as_one_left_alone(tmp_path):
-    """Two kills at random moments; benchmarks/kill.py does twenty."""
-    found = list(kill.kill(2, seed=3, folder=tmp_path, tokens=24_000))
-    assert [differing for _, _, differing in found] == [[], []], found
-    assert any("step" in stage or "state" in stage or "while" in stage for _, stage, _ in found), found
 
 
 def test_the_dashboards_benchmark(tmp_path):

@@ -54,7 +54,9 @@ def read(source):
 @pytest.mark.parametrize("first", [False, True])
 def test_a_row_without_text_is_refused(source, row, first):
     rows = [row, {"text": "one", "id": 1}] if first else [{"text": "one", "id": 1}, row]
-    with pytest.raises(InputError, match=r"no text in the field 'text': (it holds null|a row lacks it).*missing: skip|no field 'text'"):
+    with pytest.raises(
+        InputError, match=r"no text in the field 'text': (it holds null|a row lacks it).*missing: skip|no field 'text'"
+    ):
         read(source(rows))
 
 

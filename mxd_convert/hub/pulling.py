@@ -13,6 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from mxd_convert.checkpoint import DELTA, belongs
 from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.files import write_text
 from mxd_convert.hub.client import check_name, client, explained, patiently
 from mxd_convert.hub.content import Local
 from mxd_convert.hub.repository import files_of
@@ -105,7 +106,7 @@ def _claim(partial: Path, repo_id: str) -> None:
             f"{partial}: is in the way, and is no unfinished download of {repo_id}; move it away, or choose another folder"
         )
     partial.mkdir(parents=True, exist_ok=True)
-    mark.write_text(repo_id)
+    write_text(mark, repo_id)
     for file in (partial / ".cache").rglob("*.incomplete"):
         file.unlink()
 

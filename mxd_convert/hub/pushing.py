@@ -13,12 +13,13 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from mxd_convert.checkpoint import REPORT, check_folder, read_config, read_report
 from mxd_convert.deltas import is_delta, measured_on_others, verify_delta
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, first_line
 from mxd_convert.hub.client import check_name, client, explained, patiently
 from mxd_convert.hub.content import Difference, Local, compare, to_publish
 from mxd_convert.hub.repository import MAIN, Repository, files_of
@@ -142,7 +143,12 @@ def _check_card(local: list[Local]) -> None:
     content = next((file.source for file in local if file.path == CARD), None)
     if not isinstance(content, bytes):
         return
-    card = ModelCard(content.decode(), ignore_metadata_errors=True)
+    try:
+        card = ModelCard(content.decode("utf-8", "replace"), ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{CARD}: its metadata can't be read ({first_line(error, 120)}); mend it, or take the file away"
+        ) from None
     try:
         patiently(card.validate)
     except ValueError as error:

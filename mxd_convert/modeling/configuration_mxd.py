@@ -208,9 +208,10 @@ def make_config(stem: str, base: Any, module: str = __name__, prefix: str = "mxd
                 "AutoModel": f"{models}.Mxd{stem}Model",
                 "AutoModelForCausalLM": f"{models}.Mxd{stem}ForCausalLM",
             }
+        self.validate()  # a class that is made of a strict dataclass is not one itself
 
     # the tensor-parallel plan of the base names the projections of MLPs that may no longer be there
-    plan = {key: value for key, value in (base.base_model_tp_plan or {}).items() if ".mlp." not in key}
+    plan = base.base_model_tp_plan and {key: value for key, value in base.base_model_tp_plan.items() if ".mlp." not in key}
     members = {
         "__module__": module,
         "__doc__": f"{base.__name__} of a model with MxD layers.",

@@ -387,14 +387,27 @@ class MxdModelMixin:
         return [module for module in self.modules() if isinstance(module, FactoredLayer)]
 
     def initialize_weights(self) -> None:
-        super().initialize_weights()  # which passes by what a submodel's own class does not know
+        """As transformers' own, but our layers first: to a model without head within this one, their rows are unknown."""
         for layer in self._mxd_copies():
-            layer.init_rows()
+            layer.apply(self._initialize_weights)
+        super().initialize_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FactoredLayer):
+            module.init_rows()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As of the base: transformers initialises fewer modules of a class that it takes for another's code."""
+        return bool(cls.base_class.is_custom_code())
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers' own, but a missing or unexpected tensor is an error: a layer made up at random would go unnoticed."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info or (args[0] if args else kwargs.get("pretrained_model_name_or_path")) is None:
+            return (model, info) if output_loading_info else model  # it is asked for, or there is no checkpoint
         shapes = () if kwargs.get("ignore_mismatched_sizes") else ("mismatched_keys",)
         for problem in ("missing_keys", "unexpected_keys", *shapes):
             keys = _names(info.get(problem, ()))

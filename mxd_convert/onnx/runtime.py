@@ -5,6 +5,7 @@ Text goes through the folder's tokenizer.json (package tokenizers); token ids do
 
 import math
 import numbers
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it as it is imported
 import onnxruntime as ort
 
 from mxd_convert.errors import InputError
@@ -87,7 +90,9 @@ class OnnxModel:
         """The same with a graph from anywhere, and the rest from `folder`. Raises InputError."""
         validation.check_graph(file, folder)
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # errors are raised as well; one of the warnings says that steering may be given, which is its purpose
+        options.log_severity_level = (
+            4  # errors are raised as well; one of the warnings says that steering may be given, which is its purpose
+        )
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from mxd_convert.errors import InputError
+from mxd_convert.errors import NotFinite
 from mxd_convert.layers import Shape, Trainable, new_layer, normalised_mse
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.activations import Activations, Source
@@ -299,7 +299,7 @@ class Stage:
         shares = {name: spent / max(seconds, 1e-9) for name, spent in self.activations.seconds.items()}
         return {"base": shares["base"], "layers": max(0.0, 1.0 - sum(shares.values())), "data": shares["data"]}
 
-    def _not_finite(self, index: int) -> InputError:
+    def _not_finite(self, index: int) -> NotFinite:
         losses = self.losses[index]
         finite = [bool(loss.isfinite()) for loss in losses]
         step = self.done - len(losses) + (finite.index(False) if False in finite else len(losses) - 1) + 1
@@ -308,7 +308,7 @@ class Stage:
         advice = self._advice()
         if not self.windows[index].output_squares.isfinite():  # no step's size has to do with it
             advice = f"What the base model's MLP returns is not finite: set base.dtype ({self.recipe.base.dtype}) to bfloat16 or float32"
-        error = InputError(
+        error = NotFinite(
             f"layer {index}: the loss is not finite at step {self.first_step + step}{kept}. {advice}, and start over with --fresh"
         )
         error.told = not self.writes  # all processes that share out a batch find it

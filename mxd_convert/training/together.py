@@ -7,7 +7,7 @@ of its own, as if it had been alone, and is at its end afterwards, ready to be a
 import time
 from collections.abc import Sequence
 
-from mxd_convert.errors import InputError, memory_guard
+from mxd_convert.errors import InputError, NotFinite, memory_guard
 from mxd_convert.recipe import Recipe
 from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.interrupt import Interrupt
@@ -81,7 +81,7 @@ class _Together:
             stage.before, stage.start = stage.seconds + shared, time.monotonic()
             try:
                 figures = stage.advance(never)
-            except InputError as error:
+            except NotFinite as error:
                 self.failed[number] = error
                 continue
             if figures is not None:

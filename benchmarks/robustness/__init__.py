@@ -1,0 +1,1 @@
+"""What benchmarks/fuzz.py and benchmarks/faults.py are made of."""
