@@ -291,7 +291,7 @@ def test_odd_text_files(mxd, refused, recipe, tmp_path):
     assert mxd("run", recipe(data={"train": {"path": str(odd)}}, layers=[1]))[0] == 0  # half a surrogate pair, and a BOM
     latin = tmp_path / "latin.txt"
     latin.write_bytes("caf\u00e9 ".encode("latin-1") * 500)
-    refused("run", recipe(data={"train": {"path": str(latin)}}), "--fresh", words=("latin.txt", "can't be read"))
+    refused("run", recipe(data={"train": {"path": str(latin)}}), "--fresh", words=("latin.txt", "not UTF-8"))
     deep = tmp_path / "deep.jsonl"
     deep.write_text("[" * 100_000 + "\n")
     refused("run", recipe(data={"train": {"path": str(deep)}}), "--fresh", words=("deep.jsonl",))

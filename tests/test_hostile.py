@@ -1,5 +1,6 @@
 """Checkpoints from strangers: none of their code runs, none of their links is followed, and what is wrong with them is a line."""
 
+import contextvars
 import json
 import os
 import threading
@@ -158,7 +159,7 @@ def test_weights_are_those_that_transformers_reads_and_lie_in_the_folder(copy, r
         (lambda c: c.update(num_hidden_layers=50_000), ("50000 layers", "tensors")),
         (lambda c: c.update(num_hidden_layers=10**7), ("num_hidden_layers", "more than any model has")),
         (lambda c: c.update(num_labels=10**8), ("num_labels", "more than any model has")),
-        (lambda c: c.update(num_attention_heads=0), ("config.json", "can't be built")),
+        (lambda c: c.update(num_attention_heads=0), ("config.json", "ZeroDivisionError")),
         (lambda c: c["mxd"]["layers"]["0"].update(k=True), ("mxd.layers.0.k", "True")),
         (lambda c: c["mxd"]["layers"]["0"].update(n_experts=10**20), ("mxd.layers.0.n_experts",)),
         (lambda c: c["mxd"]["layers"]["0"].update(activation=3), ("mxd.layers.0.activation", "3")),
@@ -335,6 +336,24 @@ def test_a_thread_that_does_not_say_whether_it_steers_is_told_to(converted):
             thread.join()
     assert "steered in another thread" in found["silent"]
     assert torch.equal(found["plain"], plain)
+
+
+def test_a_thread_that_inherits_a_context_keeps_it(converted):
+    model, ids, found = load_checkpoint(converted["gpt2"]), torch.tensor([[1, 2, 3]]), {}
+    left = threading.Event()
+
+    def late():
+        left.wait()  # until the context is left in the thread that opened it
+        found["inherited"] = model(input_ids=ids).logits
+
+    with mxd_convert.steer(model, layer=0, expert=1, add=50.0):
+        steered = model(input_ids=ids).logits
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(late,))
+        thread.start()
+    left.set()
+    thread.join()
+    assert torch.equal(found["inherited"], steered)
+    assert not torch.equal(model(input_ids=ids).logits, steered)
 
 
 def test_steering_reaches_the_copy_that_peft_trains(converted):

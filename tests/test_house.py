@@ -54,7 +54,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 SMALL = 420  # lines; a file that grows past this wants to be two
-SHIPPED = 480  # the same of modeling_mxd.py: a checkpoint holds two files of code, whose names others rely on
+SHIPPED = 490  # the same of modeling_mxd.py: a checkpoint holds two files of code, whose names others rely on
 STANDARD = {"collections", "contextlib", "contextvars", "re", "threading", "types", "typing"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -108,7 +108,7 @@ def test_damage_is_a_failure_and_no_traceback(mxd, copy, file, content):
 
 
 def test_another_base_and_unknown_files_are_found(copy, models):
-    (copy / "adapter_config.json").write_text("{}")
+    (copy / "notes.json").write_text("{}")
     local = json.loads((copy / "mxd_local.json").read_text())
     (copy / "mxd_local.json").write_text(json.dumps({**local, "base": str(models["gpt2"])}))
     found = outcome(copy)

@@ -26,7 +26,9 @@ def main() -> None:
         try:
             status = _run()
         except BaseException as error:
+            signals.handled = True
             status = _explain(INTERRUPTED_BY_SIGNAL if signals.received else error, signals)
+        signals.handled = True
         try:
             sys.stdout.flush()
         except OSError:  # whoever read it is gone

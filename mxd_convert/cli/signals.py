@@ -16,12 +16,13 @@ _PATIENCE = 3  # signals after which the process ends without cleaning up
 class Signals:
     """A context manager, in which the first of these signals raises KeyboardInterrupt, and more are ignored while it cleans up.
 
-    received: how many have come. Without effect outside the main thread. Signals that whoever started the program ignores stay
+    received: how many have come. handled: set once the interruption has reached `main`; nothing is raised any more. Without effect outside the main thread. Signals that whoever started the program ignores stay
     ignored; where a launcher started it (torchrun), which ends all processes by SIGTERM, that one keeps its meaning.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.handled = self._lost = False
         self._before: dict[int, Any] = {}
         self._hook = sys.unraisablehook
 
@@ -50,15 +51,16 @@ class Signals:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self.received += 1
-        if self.received == 1:
-            raise KeyboardInterrupt
         if self.received > _PATIENCE:
             os._exit(130)
+        if not self.handled and (self.received == 1 or self._lost):
+            self._lost = False
+            raise KeyboardInterrupt
 
     def _again(self, caught: Any) -> None:
         """Raise the interruption again where Python could only note it: in a destructor or a callback."""
-        if isinstance(caught.exc_value, KeyboardInterrupt) and self.received:
-            self.received = 0
+        if isinstance(caught.exc_value, KeyboardInterrupt) and self.received and not self.handled:
+            self._lost = True
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
         else:
             self._hook(caught)

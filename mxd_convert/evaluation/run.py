@@ -72,7 +72,10 @@ def checkpoint_settings(folder: Path) -> tuple[int, bool]:
     settings = {"data.context": 128, "train.mask_bos": True}
     for key, default in settings.items():
         section, _, name = key.partition(".")
-        value = recipe.get(section, {}).get(name, default) if isinstance(recipe.get(section, {}), dict) else recipe[section]
+        keys = recipe.get(section, {})
+        if not isinstance(keys, dict):
+            raise InputError(f"{path}: {section} is {keys!r:.60}, not a readable recipe's section; take the file away, or mend it")
+        value = keys.get(name, default)
         if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MOST_CONTEXT):
             raise InputError(
                 f"{path}: {key} is {value!r:.60}; expected {'true or false' if default is True else f'a number from 2 to {MOST_CONTEXT:,}'}."

@@ -44,6 +44,10 @@ def steer(
 def steered(model: Any, orders: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     """The same for a list of orders: {"layer", "expert", "positions", and one of "add", "set", "scale", "ablate"}. Raises InputError."""
     checked_orders(model, orders)
+    if not hasattr(model, "steered"):
+        raise InputError(
+            f"{type(model).__name__}: its code is that of an older mxd-convert, from its own folder; load it with mxd_convert.load"
+        )
     with model.steered(orders):
         yield
 

@@ -155,7 +155,7 @@ def steering(layers: Sequence[Any], orders: Sequence[dict[str, Any]]) -> Iterato
     token = _steered.set({**outer, **{key: outer.get(key, ()) + inner[key] for key in inner}})
     with _counting:
         for layer in layers:
-            layer.contexts = [*layer.contexts, thread]
+            layer.contexts, layer.was_steered = [*layer.contexts, thread], True
     try:
         yield
     finally:

@@ -53,14 +53,11 @@ class Gain(nn.Module):
         return gain_BO
 
 
-# of the thread's own forward and `generate`, since several threads may run one model at once
-_prompts: ContextVar[Mapping[int, int]] = ContextVar(
-    "mxd_prompts", default=MappingProxyType({})
-)  # tokens of the prompt, by id of the model
-_at: ContextVar[tuple[int, int | None]] = ContextVar(
-    "mxd_at", default=(0, None)
-)  # position of the first token, and tokens of the prompt
-_lead: ContextVar[torch.Size | None] = ContextVar("mxd_lead", default=None)  # (B, T) of tokens that a decoder layer flattens
+# Of the thread's own forward and `generate`, since several threads may run one model at once: tokens of the prompt, by id of the model;
+# position of the forward's first token, and tokens of the prompt; (B, T) of tokens that a decoder layer flattens.
+_prompts: ContextVar[Mapping[int, int]] = ContextVar("mxd_prompts", default=MappingProxyType({}))
+_at: ContextVar[tuple[int, int | None]] = ContextVar("mxd_at", default=(0, None))
+_lead: ContextVar[torch.Size | None] = ContextVar("mxd_lead", default=None)
 _orders_of = torch.compiler.disable(orders_of)
 
 
@@ -98,6 +95,7 @@ class FactoredLayer(nn.Module):
         self.steering: list[dict[str, Any]] = []
         self.index = 0  # of the decoder layer, in a model
         self.contexts: list[int] = []  # threads that steer this layer at this moment
+        self.was_steered = False  # a thread that inherited a context may be in it for longer than the one that opened it
 
     def _add_linear(self, d_hidden: int, activation: str, glu: bool) -> None:
         if activation not in ACT2FN:
@@ -166,7 +164,8 @@ class FactoredLayer(nn.Module):
         """By how much steering changes the coefficient of each steered expert, (...), in float32."""
         before: dict[int, Tensor] = {}
         after: dict[int, Tensor] = {}
-        for order in _orders_of(self) if self.contexts else self.steering:
+        inherited = self.was_steered and not torch.compiler.is_compiling()
+        for order in _orders_of(self) if self.contexts or inherited else self.steering:
             n = order["expert"]
             if n not in before:
                 before[n] = after[n] = coefficient(codes, n).float()
@@ -321,7 +320,7 @@ class MxdModelMixin:
     @staticmethod
     def _note_place(model: Any, _: Any, arguments: dict[str, Any]) -> None:
         """Before a forward: where in its text it is, for steering that only acts on the prompt, or on what is written."""
-        if any(layer.steering or layer.contexts for layer in model._mxd_copies()):
+        if any(layer.steering or layer.was_steered for layer in model.mxd_layers().values()):
             model._note_position(arguments.get("past_key_values"))
 
     @torch.compiler.disable
