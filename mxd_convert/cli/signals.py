@@ -16,8 +16,10 @@ _PATIENCE = 3  # signals after which the process ends without cleaning up
 class Signals:
     """A context manager, in which the first of these signals raises KeyboardInterrupt, and more are ignored while it cleans up.
 
-    received: how many have come. handled: set once the interruption has reached `main`; nothing is raised any more. Without effect outside the main thread. Signals that whoever started the program ignores stay
-    ignored; where a launcher started it (torchrun), which ends all processes by SIGTERM, that one keeps its meaning.
+    received: how many have come. handled: set once the interruption has reached `main`; nothing is raised any more.
+
+    Without effect outside the main thread. Signals that whoever started the program ignores stay ignored; where a launcher started it
+    (torchrun), which ends all processes by SIGTERM, that one keeps its meaning.
     """
 
     def __init__(self) -> None:

@@ -74,7 +74,9 @@ def checkpoint_settings(folder: Path) -> tuple[int, bool]:
         section, _, name = key.partition(".")
         keys = recipe.get(section, {})
         if not isinstance(keys, dict):
-            raise InputError(f"{path}: {section} is {keys!r:.60}, not a readable recipe's section; take the file away, or mend it")
+            raise InputError(
+                f"{path}: {section} is {keys!r:.60}, not a readable recipe's section; take the file away, or mend it"
+            )
         value = keys.get(name, default)
         if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MOST_CONTEXT):
             raise InputError(
