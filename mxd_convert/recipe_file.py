@@ -226,6 +226,11 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         file_like = path.suffix in (".txt", ".jsonl", ".parquet", ".gz") or "*" in section[key]
         if always or file_like or section[key].startswith((".", "~", "/")) or (folder / path).exists():
             section[key] = os.path.normpath(folder / path)
+        elif path.exists():  # relative to the working directory, which is another: there the Hub's clients would look first
+            raise InputError(
+                f"{section[key]}: names something on the Hub, and {path.absolute()} in the working directory too; give the path of that"
+                " one in full, or start from another directory"
+            )
 
     data = content.get("data")
     resolve(content.get("base"), "model")

@@ -20,6 +20,7 @@ from mxd_convert.base import check_config, load_config
 from mxd_convert.checkpoint import load_checkpoint
 from mxd_convert.errors import InputError
 from mxd_convert.recipe import Base
+from mxd_convert.recipe_file import load_recipe
 
 
 def edit(path: Path, change) -> None:
@@ -245,6 +246,11 @@ def test_a_folder_named_like_a_model_on_the_hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"org/tiny: names a model on the Hub, and something in the working directory"):
         load_config(Base(model="org/tiny"))
+    (tmp_path / "recipes").mkdir()
+    for section in ("base: {model: org/tiny}", "base: {model: a/b}\ndata: {train: {path: org/tiny}}"):
+        (tmp_path / "recipes" / "r.yaml").write_text(section)
+        with pytest.raises(InputError, match=r"org/tiny: names something on the Hub, and .* in the working directory too"):
+            load_recipe("recipes/r.yaml")
 
 
 # --- healthy folders ---------------------------------------------------------------------------------------------------------------
