@@ -56,8 +56,9 @@ def verify_provenance(checkpoint: str | Path, base: str | None = None) -> Verifi
         if base is not None and not str(error).startswith(str(folder)):
             raise
         checks.append(Check("the report can be read", False, first_line(error)))
-    except KeyError as error:
-        checks.append(Check("the report can be read", False, f"it has no {error}"))
+    except (KeyError, TypeError) as error:  # what a part of ours has, and this one lacks
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"a part of it is empty ({first_line(error)})"
+        checks.append(Check("the report can be read", False, why))
     return Verification(folder, checks)
 
 
@@ -77,7 +78,7 @@ def _files(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
             "there are no other files", None, f"the report does not know {', '.join(more[:3])}" + (", ..." if more[3:] else "")
         )
     other = foreign_code(folder)
-    version = report.get("versions", {}).get("mxd-convert", "unknown")
+    version = (report.get("versions") or {}).get("mxd-convert", "unknown")
     why = f"{other[0]} is another; it was made by version {version}" if other else ""
     yield Check("its code is this package's own", None if other else True, why)
 
@@ -91,7 +92,7 @@ def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
         return
     same = recipe.published_sha256() == report["recipe_sha256"]
     yield Check(name, same, "" if same else "it differs")
-    seed = report.get("seeds", {}).get("train")
+    seed = (report.get("seeds") or {}).get("train")
     yield Check(
         "the seed is the recipe's",
         seed == recipe.train.seed,
