@@ -10,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
+from mxd_convert._registration import is_our_program
 from mxd_convert.cli.signals import Signals
 from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, InputError, first_line, is_disk_full, is_out_of_memory
 from mxd_convert.escaping import printable
@@ -22,18 +23,25 @@ _RESUMABLE = ("run", "push", "pull", "sweep")
 
 def main() -> None:
     """The program. Exit status: 0 done, 1 a check failed, 2 the input is at fault, 130 interrupted (resumable)."""
+    exhausted = False
     with Signals() as signals:
         try:
             status = _run()
         except BaseException as error:
-            signals.handled = True
+            signals.handled, exhausted = True, is_out_of_memory(error)
             status = _explain(INTERRUPTED_BY_SIGNAL if signals.received else error, signals)
         signals.handled = True
         try:
             sys.stdout.flush()
-        except OSError:  # whoever read it is gone
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = status or INTERRUPTED
+            if isinstance(error, BrokenPipeError):  # whoever read it is gone
+                status = status or INTERRUPTED
+            else:
+                _say(f"standard output can't be written ({error.strerror}); what was done is done")
+                status = status or 2
+    if exhausted and is_our_program():  # what other packages do at the end would fail too, with tracebacks
+        os._exit(status)
     sys.exit(status)
 
 

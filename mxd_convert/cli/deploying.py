@@ -66,7 +66,7 @@ def _print_parity(report: dict[str, Any]) -> None:
             dtype,
             f"{graph['bytes'] / 1e6:,.1f}",
             *(_figure(parity[name], ".1e") for name in ("largest_difference", "kl")),
-            *(f"{parity[name]:.2%}" for name in ("argmax_agreement", "expert_agreement", "expert_overlap")),
+            *("-" if parity[name] is None else f"{parity[name]:.2%}" for name in ("argmax_agreement", "expert_agreement", "expert_overlap")),
             f"{parity['greedy']['equal']}/{parity['greedy']['prompts']}",
             _figure(parity["delta_ce"], "+.4f"),
         )
@@ -75,7 +75,7 @@ def _print_parity(report: dict[str, Any]) -> None:
     first = next(iter(report["graphs"].values()))["parity"]
     out.print(
         f"against PyTorch in float32, {first['tokens']:,} tokens of {report['data']['path']}; rise of cross-entropy"
-        f" over {first['ce_checkpoint']:.4f} on {report['data']['tokens']:,}; opset {report['opset']}",
+        f" over {_figure(first['ce_checkpoint'], '.4f')} on {report['data']['tokens']:,}; opset {report['opset']}",
         soft_wrap=True,
     )
 

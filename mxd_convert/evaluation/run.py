@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mxd_convert.architectures import Site, find_sites
 from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import load_checkpoint, original_of, read_config
-from mxd_convert.data import Blocks, prepare_eval
+from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.layerwise import LayerFigures
 from mxd_convert.evaluation.progress import progress
@@ -57,6 +57,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
+        check_vocabulary(blocks, original.config.get_text_config().vocab_size)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=place, quiet=quiet)
         used = len(blocks) * blocks.context

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from mxd_convert.base import load_tokenizer
 from mxd_convert.checkpoint import load_checkpoint, original_of
-from mxd_convert.data import prepare_eval
+from mxd_convert.data import check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.run import checkpoint_settings
@@ -76,6 +76,7 @@ def measure_steering(
     with tempfile.TemporaryDirectory() as scratch:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, tokenizer, Path(scratch))
+        check_vocabulary(blocks, original.config.get_text_config().vocab_size)
         chosen = find_experts(model, blocks, experts, count, seed, mask_bos)
         ids = blocks.take(slice(0, contexts))
         start = encoded(tokenizer, prompt, model, new_tokens)["input_ids"][0]
