@@ -66,7 +66,10 @@ def _print_parity(report: dict[str, Any]) -> None:
             dtype,
             f"{graph['bytes'] / 1e6:,.1f}",
             *(_figure(parity[name], ".1e") for name in ("largest_difference", "kl")),
-            *("-" if parity[name] is None else f"{parity[name]:.2%}" for name in ("argmax_agreement", "expert_agreement", "expert_overlap")),
+            *(
+                "-" if parity[name] is None else f"{parity[name]:.2%}"
+                for name in ("argmax_agreement", "expert_agreement", "expert_overlap")
+            ),
             f"{parity['greedy']['equal']}/{parity['greedy']['prompts']}",
             _figure(parity["delta_ce"], "+.4f"),
         )
