@@ -31,5 +31,5 @@ def register_where_useful() -> None:
         register()
 
 
-# as it was when the package was imported: whoever calls the program's function from elsewhere may set sys.argv for it
+# read once, at import: a caller of `cli.main` may set sys.argv later
 _OURS = (bool(sys.argv) and Path(sys.argv[0]).stem == "mxd-convert") or sys.orig_argv[1:3] == ["-m", "mxd_convert.cli"]

@@ -217,7 +217,7 @@ def check_pointer(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, waiting for whoever holds it. It is the folder's own: no file is left, however the process ends."""
+    """Hold a folder's lock, waiting for other processes. The lock is on the folder itself: it leaves no file and ends with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

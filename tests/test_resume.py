@@ -219,7 +219,7 @@ def test_a_kill_while_a_result_is_replaced_loses_neither(mine, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "kept", "out", "texts"]
 
 
-def test_an_older_result_is_put_back_whoever_comes_next(mine, tmp_path):
+def test_an_older_result_is_put_back_by_the_next_call(mine, tmp_path):
     place = place_of(mine)
     (place.work / "aside" / "old").mkdir(parents=True)
     (place.work / "aside" / "old" / "config.json").write_text("older")

@@ -35,7 +35,7 @@ def main() -> None:
             sys.stdout.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if isinstance(error, BrokenPipeError):  # whoever read it is gone
+            if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
                 status = status or INTERRUPTED
             else:
                 _say(f"standard output can't be written ({error.strerror}); what was done is done")
@@ -120,7 +120,7 @@ def _say(message: str) -> None:
         print(f"mxd-convert: {printable(message, lines=True)}", file=sys.stderr, flush=True)
     except UnicodeEncodeError:
         print(f"mxd-convert: {message.encode('ascii', 'replace').decode()}", file=sys.stderr, flush=True)
-    except OSError:  # whoever read it is gone
+    except OSError:  # the reader has closed the pipe
         pass
 
 

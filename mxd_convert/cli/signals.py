@@ -18,7 +18,7 @@ class Signals:
 
     received: how many have come. handled: set once the interruption has reached `main`; nothing is raised any more.
 
-    Without effect outside the main thread. Signals that whoever started the program ignores stay ignored; where a launcher started it
+    Without effect outside the main thread. Signals that the parent process ignores stay ignored; where a launcher started the program
     (torchrun), which ends all processes by SIGTERM, that one keeps its meaning.
     """
 
