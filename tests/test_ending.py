@@ -79,6 +79,14 @@ def test_a_signal_while_the_program_starts():
         assert "Traceback" not in err
 
 
+def test_an_interruption_of_an_import_inside_generated_code_has_the_same_status(tmp_path):
+    (tmp_path / "typer.py").write_text("exec('raise KeyboardInterrupt')\n")
+    done = subprocess.run(
+        [*PROGRAM, "list"], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "mxd-convert: interrupted\n")
+
+
 def test_a_reader_that_has_enough_is_no_error(recipe):
     done = subprocess.run(
         f"{sys.executable} -m mxd_convert.cli plan {recipe()} | head -n 1", shell=True, capture_output=True, text=True, check=True

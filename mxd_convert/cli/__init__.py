@@ -40,6 +40,9 @@ def main() -> None:
             else:
                 _say(f"standard output can't be written ({error.strerror}); what was done is done")
                 status = status or 2
+    # after an interruption inside code that was made from a string (imports make named tuples and data classes so), CPython ends the
+    # process by SIGINT, whatever its status is, unless another string is run
+    exec("")  # noqa: S102
     if exhausted and is_our_program():  # what other packages do at the end would fail too, with tracebacks
         os._exit(status)
     sys.exit(status)
