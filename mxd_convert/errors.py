@@ -1,6 +1,7 @@
 """The one exception for what a user can put right, and the translation of a full disk and of used-up memory into it."""
 
 import errno
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = str(error).lower()
     return isinstance(error, RuntimeError | OSError | ImportError) and any(word in words for word in _NO_MEMORY)
+
+
+def address_space() -> int | None:
+    """Return the bytes of address space that this process may take (`ulimit -v`); None without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 @contextmanager

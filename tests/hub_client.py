@@ -34,6 +34,7 @@ class Work:
     cwd: str | None = None
     verified: bool = True  # whether a push verifies first, which takes longer than all the rest
     largest_file: int | None = None  # bytes that a file may grow to, as if the disk were full then
+    addresses: int | None = None  # bytes of address space that it may take, above what it has
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -101,6 +102,10 @@ def _run(work: Work, place: str) -> None:
         pushing.verify = lambda folder, base=None: Verification(folder, [])
     if work.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (work.largest_file, work.largest_file))
+    if work.addresses is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + work.addresses
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:
         if work.arguments[0] == "python":
             sys.argv = work.arguments[1:]

@@ -87,6 +87,14 @@ def test_an_interruption_of_an_import_inside_generated_code_has_the_same_status(
     assert (done.returncode, done.stderr) == (130, "mxd-convert: interrupted\n")
 
 
+def test_too_little_address_space_for_the_imports_is_a_line():
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 950000 && exec "$@"', "bash", *PROGRAM, "list"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "the address space is limited to 0.91 GiB" in done.stderr
+
+
 def test_a_reader_that_has_enough_is_no_error(recipe):
     done = subprocess.run(
         f"{sys.executable} -m mxd_convert.cli plan {recipe()} | head -n 1", shell=True, capture_output=True, text=True, check=True

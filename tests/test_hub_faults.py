@@ -244,6 +244,14 @@ def test_what_a_pull_refuses(hub, program, program_refused, folder, tmp_path):
     assert load_file(tmp_path / "b" / "model.safetensors").keys()
 
 
+def test_a_pull_with_little_memory_ends(hub, program, folder, tmp_path):
+    assert program("push", folder, "alice/small", verified=False).status == 0
+    for number, mib in enumerate((0, 2, 9, 40)):
+        done = program("pull", "alice/small", tmp_path / f"{number}", addresses=mib * 2**20)
+        assert done.status == 0 or (done.status == 2 and "out of memory" in done.err)
+        assert (tmp_path / f"{number}").exists() == (done.status == 0)
+
+
 def test_a_file_with_another_hash_is_thrown_away(hub, program, program_refused, folder, tmp_path):
     assert program("push", folder, "alice/hashes", verified=False).status == 0
     blob = hub.repos["alice/hashes"].refs["main"][-1].files["model.safetensors"]

@@ -23,7 +23,7 @@ def full_files(prepared: Prepared, count: int, draw: random.Random) -> Iterator[
     for number in range(count):
         size = int(SMALLEST_FILE * (2.0 * largest / SMALLEST_FILE) ** ((number + draw.random()) / count))
         one = prepared.fresh()
-        outcome = server.run(one.work(largest_file=size))
+        outcome = server.run(one.work(largest_file=size, piped=True))
         yield _judged("file size", one, outcome, f"files of at most {size:,} bytes")
         one.remove()
 
@@ -39,7 +39,7 @@ def full_disk(prepared: Prepared, count: int, draw: random.Random, place: Path) 
             used = os.statvfs(place)
             taken = (used.f_blocks - used.f_bfree) * used.f_frsize
             subprocess.run(["mount", "-o", f"remount,size={taken + size}", place], check=True)
-            outcome = server.run(one.work())
+            outcome = server.run(one.work(piped=True))
             subprocess.run(["mount", "-o", "remount,size=512m", place], check=True)
             yield _judged("disk full", one, outcome, f"a disk with {size:,} bytes free")
         finally:

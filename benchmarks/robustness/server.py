@@ -44,7 +44,8 @@ class Work:
     function: Callable[[list[str]], int] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     addresses: int = ADDRESSES
-    largest_file: int | None = None  # bytes that a file may grow to; the output then goes through pipes
+    largest_file: int | None = None  # bytes that a file may grow to
+    piped: bool = False  # output through pipes and not to files, which the fault would reach too
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def start(work: Work) -> Child:
     sys.stderr.flush()
     for log in logs_of(work.folder):
         log.unlink(missing_ok=True)
-    pipes = None if work.largest_file is None else (_pipe(), _pipe())
+    pipes = (_pipe(), _pipe()) if work.piped else None
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until the child can take them
     pid = os.fork()
     if not pid:

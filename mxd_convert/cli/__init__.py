@@ -12,11 +12,20 @@ from pathlib import Path
 
 from mxd_convert._registration import is_our_program
 from mxd_convert.cli.signals import Signals
-from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, InputError, first_line, is_disk_full, is_out_of_memory
+from mxd_convert.errors import (
+    INTERRUPTED,
+    INTERRUPTED_AND_TOLD,
+    InputError,
+    address_space,
+    first_line,
+    is_disk_full,
+    is_out_of_memory,
+)
 from mxd_convert.escaping import printable
 
 __all__ = ["main"]
 
+LEAST_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, the BLAS of scipy waits for memory for ever as it is imported
 OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
 _RESUMABLE = ("run", "push", "pull", "sweep")
 
@@ -52,6 +61,8 @@ INTERRUPTED_BY_SIGNAL = KeyboardInterrupt()  # whatever an interrupted import or
 
 
 def _run() -> int:
+    if (limit := address_space()) is not None:
+        _prepare_for(limit)
     # the commands are imported here: it takes a while, and may itself be interrupted or run out of memory
     from mxd_convert.cli import converting, dashboard, deploying, editing, exporting, hub, probing, reading, steering, sweeping
     from mxd_convert.cli.app import app, prepare_streams
@@ -64,6 +75,21 @@ def _run() -> int:
         error.told = status == INTERRUPTED_AND_TOLD  # type: ignore[attr-defined]
         raise error
     return int(status or 0)
+
+
+def _prepare_for(limit: int) -> None:
+    """Refuse a limit of address space that the imports would not survive, and start no thread that isn't needed.
+
+    Python waits for ever for a thread that runs out of memory as it starts; that of tqdm only updates bars that stand still.
+    """
+    if limit < LEAST_ADDRESS_SPACE:
+        raise InputError(
+            f"the address space is limited to {limit / 2**30:.2f} GiB (`ulimit -v`), and torch and scipy take"
+            f" {LEAST_ADDRESS_SPACE / 2**30:g} GiB before any work; raise the limit"
+        )
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
 
 
 def _explain(error: BaseException, signals: Signals) -> int:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
 import mxd_convert
-from mxd_convert.errors import InputError, is_disk_full
+from mxd_convert.errors import InputError, is_disk_full, is_out_of_memory
 
 AGAIN = "give the same command again: it goes on where it stopped"
 LOGIN = "run `hf auth login`, or set HF_TOKEN"
@@ -72,6 +72,8 @@ def _passes(error: BaseException) -> bool:
     """Whether it may go well the next time."""
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return error.response.status_code in _AGAIN and _asked_to_wait(error) <= MOST_PATIENCE
+    if is_out_of_memory(error):
+        return False
     if isinstance(error, RuntimeError):  # Xet's, or that of a file that was being sent, with its cause
         return error.__cause__ is None or _passes(error.__cause__)
     return isinstance(

@@ -1,5 +1,6 @@
 """`pull`: a checkpoint from the Hub into a folder, whole or not at all."""
 
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
 from mxd_convert.checkpoint import DELTA, belongs
-from mxd_convert.errors import InputError, disk_guard
+from mxd_convert.errors import InputError, address_space, disk_guard
 from mxd_convert.files import write_text
 from mxd_convert.hub.client import check_name, client, explained, patiently
 from mxd_convert.hub.content import Local
@@ -58,9 +59,7 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
         _claim(partial, repo_id)
         _check_kind(api, repo_id, commit, files, partial)
         _check_room(partial, files)
-        patiently(
-            lambda: api.snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=list(map(escape, files)))
-        )
+        _download(api, repo_id, commit, files, partial)
         _check(partial, files, repo_id)
         _clear(partial, files)
         if folder.exists():
@@ -68,6 +67,19 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
         partial.rename(folder)
         (folder / MARK).unlink()
     return Pull(folder, repo_id, commit, sizes, False)
+
+
+def _download(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoFile], partial: Path) -> None:
+    """Download the files; where the process has a limit of address space, one after another.
+
+    A pool's thread that runs out of memory as it starts never ends, and never says so.
+    """
+    if address_space() is None:
+        patterns = list(map(escape, files))
+        patiently(lambda: api.snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=patterns))
+        return
+    for path in files:
+        patiently(functools.partial(api.hf_hub_download, repo_id, path, revision=commit, local_dir=partial))
 
 
 def _check(partial: Path, files: Mapping[str, RepoFile], repo_id: str) -> None:
