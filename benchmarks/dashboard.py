@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from mxd_convert.base_model.swap import convert
 from mxd_convert.layers import Shape, new_layer
-from mxd_convert.surgery import convert
 from runs import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "tests"))

@@ -57,10 +57,10 @@ def make(name: str, folder: Path) -> dict[str, int]:
     import onnx_ir as ir
     import transformers
 
-    from mxd_convert.checkpoint import load_checkpoint
+    from mxd_convert.base_model.swap import convert
+    from mxd_convert.checkpoint.read import load_checkpoint
     from mxd_convert.onnx.graph import build_graph, without_experts
     from mxd_convert.onnx.quantize import as_products, quantize
-    from mxd_convert.surgery import convert
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -106,7 +106,7 @@ def _base(name: str) -> Any:
 def _layer(base: Any, index: int, shape: Shape) -> Any:
     import torch
 
-    from mxd_convert.architectures import find_sites
+    from mxd_convert.base_model.families import find_sites
     from mxd_convert.layers import MxD
 
     [site] = find_sites(base, base.config, [index])

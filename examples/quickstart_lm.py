@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from mxd_convert.data import is_held_out
+from mxd_convert.data.documents import is_held_out
 
 HERE = Path(__file__).parent
 TEXT, MODEL = HERE / "python-docs.jsonl.gz", HERE / "quickstart-lm"

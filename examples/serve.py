@@ -14,7 +14,7 @@ import transformers
 from transformers.cli.transformers import main
 
 import mxd_convert
-from mxd_convert.checkpoint import read_config
+from mxd_convert.checkpoint.read import read_config
 from mxd_convert.modeling import modeling_mxd
 
 if len(sys.argv) < 2 or sys.argv[1].startswith("-"):

@@ -6,93 +6,104 @@ Importing this package makes `transformers`' auto classes know converted checkpo
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mxd_convert._registration import register_where_useful
+from mxd_convert.checkpoint.registration import register_where_useful
 
 if TYPE_CHECKING:
-    from mxd_convert.checkpoint import load_checkpoint
-    from mxd_convert.deltas import Delta, apply, delta
-    from mxd_convert.editing import edit, record
+    from mxd_convert.base_model.remote_code import trusting
+    from mxd_convert.checkpoint.labels import Label, read_labels
+    from mxd_convert.checkpoint.provenance import verify_provenance
+    from mxd_convert.checkpoint.read import load_checkpoint
+    from mxd_convert.commands.apply import apply
+    from mxd_convert.commands.compare import compare
+    from mxd_convert.commands.dashboard import make_dashboard
+    from mxd_convert.commands.delta import Delta, delta
+    from mxd_convert.commands.edit import edit, record
+    from mxd_convert.commands.evaluate import evaluate
+    from mxd_convert.commands.export import cache_activations, export_transcoder
+    from mxd_convert.commands.export_onnx import export_onnx
+    from mxd_convert.commands.generate import generate, parse_expert, parse_numbers, parse_scale, parse_steering
+    from mxd_convert.commands.init import starter_recipe, write_starter
+    from mxd_convert.commands.inspect import inspect
+    from mxd_convert.commands.label import add_labels
+    from mxd_convert.commands.list import Listed, list_checkpoints
+    from mxd_convert.commands.measure_steering import measure_steering
+    from mxd_convert.commands.plan import outlook
+    from mxd_convert.commands.probe import probe
+    from mxd_convert.commands.pull import Pull, pull
+    from mxd_convert.commands.push import Push, push
+    from mxd_convert.commands.revert import revert
+    from mxd_convert.commands.run import Result, convert
+    from mxd_convert.commands.sweep import Sweep, parse_grid, sweep
+    from mxd_convert.commands.verify import verify
     from mxd_convert.errors import InputError
-    from mxd_convert.evaluation import decompose, evaluate, expert_rank, logit_effect, steer, steered
-    from mxd_convert.exporting import cache_activations, export_steering, export_transcoder
-    from mxd_convert.generation import generate, parse_expert, parse_numbers, parse_scale, parse_steering
-    from mxd_convert.hub import Listed, Pull, Push, list_checkpoints, load, pull, push
-    from mxd_convert.inspecting import inspect
-    from mxd_convert.labels import Label, add_labels, read_labels
-    from mxd_convert.onnx import OnnxModel, export_onnx
-    from mxd_convert.own_code import trusting
-    from mxd_convert.pipeline import Result, convert
-    from mxd_convert.plan import Plan, make_plan, outlook
-    from mxd_convert.probing import probe
-    from mxd_convert.provenance import verify_provenance
-    from mxd_convert.recipe import Recipe
-    from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
-    from mxd_convert.report import compare, measure_steering
-    from mxd_convert.report.dashboard import dashboard
-    from mxd_convert.reverting import revert
-    from mxd_convert.starter import starter_recipe, write_starter
-    from mxd_convert.sweeping import Sweep, parse_grid, sweep
-    from mxd_convert.verification import verify
+    from mxd_convert.evaluation.experts.decomposition import decompose, expert_rank, logit_effect
+    from mxd_convert.evaluation.steering import steer, steered
+    from mxd_convert.export.lm_eval import export_steering
+    from mxd_convert.hub.loading import load
+    from mxd_convert.onnx.runtime import OnnxModel
+    from mxd_convert.plan.resolve import Plan, make_plan
+    from mxd_convert.recipe.load import load_recipe, parse_overrides, shipped_recipes
+    from mxd_convert.recipe.schema import Recipe
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Delta": "deltas",
+    "Delta": "commands.delta",
     "InputError": "errors",
-    "Label": "labels",
-    "Listed": "hub",
-    "OnnxModel": "onnx",
-    "Plan": "plan",
-    "Pull": "hub",
-    "Push": "hub",
-    "Recipe": "recipe",
-    "Result": "pipeline",
-    "Sweep": "sweeping",
-    "add_labels": "labels",
-    "apply": "deltas",
-    "cache_activations": "exporting",
-    "compare": "report",
-    "convert": "pipeline",
-    "dashboard": "report.dashboard",
-    "decompose": "evaluation",
-    "delta": "deltas",
-    "edit": "editing",
-    "evaluate": "evaluation",
-    "expert_rank": "evaluation",
-    "export_onnx": "onnx",
-    "export_steering": "exporting",
-    "export_transcoder": "exporting",
-    "generate": "generation",
-    "inspect": "inspecting",
-    "list_checkpoints": "hub",
-    "load": "hub",
-    "load_checkpoint": "checkpoint",
-    "load_recipe": "recipe_file",
-    "logit_effect": "evaluation",
-    "make_plan": "plan",
-    "measure_steering": "report",
-    "outlook": "plan",
-    "parse_expert": "generation",
-    "parse_grid": "sweeping",
-    "parse_numbers": "generation",
-    "parse_overrides": "recipe_file",
-    "parse_scale": "generation",
-    "parse_steering": "generation",
-    "probe": "probing",
-    "pull": "hub",
-    "push": "hub",
-    "read_labels": "labels",
-    "record": "editing",
-    "revert": "reverting",
-    "shipped_recipes": "recipe_file",
-    "starter_recipe": "starter",
-    "steer": "evaluation",
-    "steered": "evaluation",
-    "sweep": "sweeping",
-    "trusting": "own_code",
-    "verify": "verification",
-    "verify_provenance": "provenance",
-    "write_starter": "starter",
+    "Label": "checkpoint.labels",
+    "Listed": "commands.list",
+    "OnnxModel": "onnx.runtime",
+    "Plan": "plan.resolve",
+    "Pull": "commands.pull",
+    "Push": "commands.push",
+    "Recipe": "recipe.schema",
+    "Result": "commands.run",
+    "Sweep": "commands.sweep",
+    "add_labels": "commands.label",
+    "apply": "commands.apply",
+    "cache_activations": "commands.export",
+    "compare": "commands.compare",
+    "convert": "commands.run",
+    "decompose": "evaluation.experts.decomposition",
+    "delta": "commands.delta",
+    "edit": "commands.edit",
+    "evaluate": "commands.evaluate",
+    "expert_rank": "evaluation.experts.decomposition",
+    "export_onnx": "commands.export_onnx",
+    "export_steering": "export.lm_eval",
+    "export_transcoder": "commands.export",
+    "generate": "commands.generate",
+    "inspect": "commands.inspect",
+    "list_checkpoints": "commands.list",
+    "load": "hub.loading",
+    "load_checkpoint": "checkpoint.read",
+    "load_recipe": "recipe.load",
+    "logit_effect": "evaluation.experts.decomposition",
+    "make_dashboard": "commands.dashboard",
+    "make_plan": "plan.resolve",
+    "measure_steering": "commands.measure_steering",
+    "outlook": "commands.plan",
+    "parse_expert": "commands.generate",
+    "parse_grid": "commands.sweep",
+    "parse_numbers": "commands.generate",
+    "parse_overrides": "recipe.load",
+    "parse_scale": "commands.generate",
+    "parse_steering": "commands.generate",
+    "probe": "commands.probe",
+    "pull": "commands.pull",
+    "push": "commands.push",
+    "read_labels": "checkpoint.labels",
+    "record": "commands.edit",
+    "revert": "commands.revert",
+    "shipped_recipes": "recipe.load",
+    "starter_recipe": "commands.init",
+    "steer": "evaluation.steering",
+    "steered": "evaluation.steering",
+    "sweep": "commands.sweep",
+    "trusting": "base_model.remote_code",
+    "verify": "commands.verify",
+    "verify_provenance": "checkpoint.provenance",
+    "write_starter": "commands.init",
 }
 __all__ = [
     "Delta",
@@ -111,7 +122,7 @@ __all__ = [
     "cache_activations",
     "compare",
     "convert",
-    "dashboard",
+    "make_dashboard",
     "decompose",
     "delta",
     "edit",

@@ -25,6 +25,7 @@ from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.escaping import csv_cell
 
 MOST_JSON = 256 * 2**20  # bytes of a JSON file: beyond it, reading one would take gigabytes
+_SEAL = "seal"  # key of the checksum in a sealed file
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _OWNED = re.compile(rf"-{_HOST}\.(\d+)\.[^.]+(\.tmp)?$")
 os.umask(_UMASK := os.umask(0))
@@ -289,3 +290,23 @@ def _in_scratch(path: Path) -> bool:
 
 def _reason(error: ValueError) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error).splitlines()[0][:120]
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file with the checksum of its content, by which a resumed run sees damage."""
+    content = json.loads(json.dumps(finite(content)))  # as it will be read
+    write_json(path, {**content, _SEAL: _checksum(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return the content of a sealed file; None where it is missing, damaged or of another kind."""
+    try:
+        content = read_mapping(path)
+    except InputError:
+        return None
+    seal = content.pop(_SEAL, None)
+    return content if seal == _checksum(content) else None
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -19,13 +19,13 @@ from families import VOCABULARY, save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mxd_convert import surgery
-from mxd_convert.architectures import ARCHITECTURES, architecture_of, find_sites
-from mxd_convert.base import load_base, load_tokenizer, quiet
-from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.families import ARCHITECTURES, architecture_of, find_sites
+from mxd_convert.base_model.load import load_base, load_tokenizer, quiet
+from mxd_convert.checkpoint.read import load_checkpoint
+from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.layers import MxD
-from mxd_convert.onnx import export_onnx
-from mxd_convert.recipe import Base
+from mxd_convert.recipe.schema import Base
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.randint(1, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
@@ -236,9 +236,9 @@ def identity(base_folder: Path, _: Path) -> str | None:
     base = load_base(Base(model=str(base_folder)))
     sites = find_sites(base, base.config, range(base.config.num_hidden_layers))
     with tempfile.TemporaryDirectory() as place:
-        surgery.convert(base, {site.index: constant_gain_layer(base, site) for site in sites}).save_pretrained(place)
+        swap.insert_layers(base, {site.index: constant_gain_layer(base, site) for site in sites}).save_pretrained(place)
         problem = differs(logits(load_checkpoint(place)), logits(base), relative=False)
-    with surgery.standing_in(base, sites, {site.index: surgery.Constant(torch.zeros(site.d_out)) for site in sites}):
+    with swap.standing_in(base, sites, {site.index: swap.Constant(torch.zeros(site.d_out)) for site in sites}):
         if differs(logits(base), logits(load(base_folder)), 1e-3) is None:
             return "the MLPs do not matter"
     return problem
@@ -248,7 +248,7 @@ def reverts(base_folder: Path, folder: Path) -> str | None:
     """With its MLPs back it is the base, to the bit, class included."""
     base = load_base(Base(model=str(base_folder)), dtype="auto")
     converted = load_checkpoint(folder)
-    reverted = surgery.revert(converted, base, list(converted.mxd_layers()))
+    reverted = swap.remove_layers(converted, base, list(converted.mxd_layers()))
     if type(reverted) is not type(base):
         return f"a {type(reverted).__name__}"
     return differs(logits(reverted), logits(base), 0.0)

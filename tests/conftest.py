@@ -21,11 +21,11 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 from xdist.scheduler import LoadScopeScheduling
 
 from mxd_convert import cli
-from mxd_convert.architectures import find_sites
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.data import prepare
-from mxd_convert.recipe import Base, Recipe
-from mxd_convert.training.activations import Source
+from mxd_convert.base_model.families import find_sites
+from mxd_convert.base_model.load import load_base, load_tokenizer
+from mxd_convert.data.blocks import prepare
+from mxd_convert.recipe.schema import Base, Recipe
+from mxd_convert.training.stream import Source
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +252,7 @@ def brief_parity():
 @pytest.fixture(scope="session")
 def exported(converted, text, tmp_path_factory) -> dict[str, Path]:
     """Every family exported in float32, with experts and steering."""
-    from mxd_convert.onnx import export_onnx
+    from mxd_convert.commands.export_onnx import export_onnx
 
     folders = {}
     for family in FAMILIES:
@@ -270,7 +270,7 @@ def nothing_left(folder: Path) -> bool:
 
 def spoilt(monkeypatch, change) -> None:
     """Every ONNX graph that is built from now on has something wrong with it."""
-    from mxd_convert.onnx import export
+    from mxd_convert.commands import export_onnx as export
 
     build = export.build_graph
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-PRELOADED = ["mxd_convert.cli", "mxd_convert.hub", "mxd_convert.pipeline", "mxd_convert.modeling.modeling_mxd", "datasets"]
+PRELOADED = ["mxd_convert.cli", "mxd_convert.hub", "mxd_convert.commands.run", "mxd_convert.modeling.modeling_mxd", "datasets"]
 SECONDS = 180
 
 
@@ -96,8 +96,8 @@ def _run(work: Work, place: str) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.chdir(work.cwd or place)
     if not work.verified:
-        from mxd_convert.hub import pushing
-        from mxd_convert.verification import Verification
+        from mxd_convert.checkpoint.verify import Verification
+        from mxd_convert.commands import push as pushing
 
         pushing.verify = lambda folder, base=None: Verification(folder, [])
     if work.largest_file is not None:

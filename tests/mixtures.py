@@ -3,8 +3,8 @@
 import torch
 from conformance import constant_gain_layer
 
-from mxd_convert import surgery
-from mxd_convert.architectures import find_sites
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.families import find_sites
 from mxd_convert.layers import DenseTwin
 
 
@@ -20,12 +20,12 @@ def mixture_of(base, n_experts=24):
         torch.nn.init.normal_(layer.gate.weight)
         torch.nn.init.zeros_(layer.gate.bias)
         torch.nn.init.normal_(layer.experts, std=0.5)
-    return surgery.convert(base, layers)
+    return swap.insert_layers(base, layers)
 
 
 def twin_of(base):
     """Every MLP a dense twin with the MLP's own weights. The same function as the base's."""
-    return surgery.convert(base, {site.index: exact_twin(base, site) for site in sites_of(base)})
+    return swap.insert_layers(base, {site.index: exact_twin(base, site) for site in sites_of(base)})
 
 
 def exact_twin(base, site):

@@ -13,7 +13,7 @@ from conftest import ROOT, documents
 from safetensors.torch import load_file, save_file
 
 from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION
-from mxd_convert.recipe_file import load_recipe
+from mxd_convert.recipe.load import load_recipe
 
 
 def test_bad_options(mxd, refused, recipe):

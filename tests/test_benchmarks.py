@@ -14,8 +14,8 @@ import study
 import torch
 import train_step
 
-from mxd_convert.recipe_file import load_recipe
-from mxd_convert.training import resolve_train
+from mxd_convert.recipe.load import load_recipe
+from mxd_convert.recipe.presets import resolve_train
 
 SMALL = steps.Shape(24, 40, 24, 200, 4, 64, "gelu_new")
 

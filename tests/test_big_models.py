@@ -23,7 +23,7 @@ from accelerate.utils import compute_module_sizes, find_tied_parameters, retie_p
 from families import VOCABULARY, tiny_model
 from mixtures import mixture_of
 
-from mxd_convert.architectures import ARCHITECTURES
+from mxd_convert.base_model.families import ARCHITECTURES
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "gemma3_text")
 IDS = torch.randint(1, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(5))

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from test_hub import on_hub
 
 from mxd_convert import convert, delta, edit
-from mxd_convert.recipe import Recipe
-from mxd_convert.report import write_card
+from mxd_convert.recipe.schema import Recipe
+from mxd_convert.report.card import write_card
 
 
 def blocks_of(card: str, language: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 
-from mxd_convert.recipe_file import load_recipe
+from mxd_convert.recipe.load import load_recipe
 
 
 def test_help_is_quick_and_has_examples():

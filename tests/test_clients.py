@@ -18,8 +18,8 @@ from conftest import FAMILIES, ROOT, TEXT, documents
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import mxd_convert
-from mxd_convert.base import load_base
-from mxd_convert.recipe import Base
+from mxd_convert.base_model.load import load_base
+from mxd_convert.recipe.schema import Base
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 

@@ -78,7 +78,7 @@ def test_from_pretrained_loads_and_generates(converted, family):
 
 def test_the_report_is_of_the_checkpoint_on_disk(converted, models, text, tmp_path):
     """`evaluate` on the held-out documents, written out, gives the report's own figures."""
-    from mxd_convert.data import is_held_out
+    from mxd_convert.data.documents import is_held_out
 
     report = json.loads((converted["llama"] / "mxd_report.json").read_text())
     held_out = tmp_path / "held-out.jsonl"

@@ -11,10 +11,11 @@ from test_expert_statistics import blocks_of, loop, with_layers
 
 import mxd_convert
 from mxd_convert import InputError, convert, load_checkpoint
-from mxd_convert.base import load_tokenizer
-from mxd_convert.evaluation import firings
-from mxd_convert.report.dashboard import pages, write_dashboard
-from mxd_convert.report.dashboard.tokens import token_texts
+from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.commands.dashboard import write_dashboard
+from mxd_convert.dashboard import pages
+from mxd_convert.dashboard.tokens import token_texts
+from mxd_convert.evaluation.experts import firings
 
 
 def data_of(folder: Path, name: str):
@@ -32,7 +33,7 @@ def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
     """Its pages against the functions above; the same bytes again, and in other ranges; replaced in place."""
     monkeypatch.setattr(pages, "SHARD", 16)
     output = tmp_path / "board"
-    written = mxd_convert.dashboard(converted["llama"], text, output, tokens=1600, quiet=True)
+    written = mxd_convert.make_dashboard(converted["llama"], text, output, tokens=1600, quiet=True)
     assert {path.name for path in output.iterdir()} == {"index.html", "expert.html", "assets", "data"}
     summary, tokens = data_of(output, "data/summary"), data_of(output, "data/tokens")
     assert [layer["layer"] for layer in summary["layers"]] == [0, 2]
@@ -80,7 +81,7 @@ def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
     before = {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()}
     monkeypatch.setattr(pages, "_PAIRS", 50)
     monkeypatch.setattr(firings, "_PIECE", 77)
-    mxd_convert.dashboard(converted["llama"], text, output, tokens=1600, quiet=True)
+    mxd_convert.make_dashboard(converted["llama"], text, output, tokens=1600, quiet=True)
     assert before == {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["board", "text"]
 
@@ -118,7 +119,7 @@ def test_nothing_in_the_text_gets_out_of_it(copy, tmp_path):
     nasty = tmp_path / "nasty.jsonl"
     nasty.write_text("".join(json.dumps({"text": f"{NASTY[i % 3]} {document}"}) + "\n" for i, document in enumerate(documents())))
     mxd_convert.add_labels(copy, [{"layer": 2, "expert": 3, "text": NASTY[1], "author": NASTY[2]}])
-    mxd_convert.dashboard(copy, nasty, tmp_path / "board", tokens=1600, quiet=True)
+    mxd_convert.make_dashboard(copy, nasty, tmp_path / "board", tokens=1600, quiet=True)
     for path in (tmp_path / "board" / "data").rglob("*.js"):
         content = path.read_bytes()
         assert b"<" not in content
@@ -194,7 +195,7 @@ def test_a_run_writes_it(models, text, tmp_path, monkeypatch, capsys, recipe, re
     """In the finished folder, of the held-out text; where it fails the training is kept, and without it the run still ends."""
     settings = small_recipe(models["llama"], text, tmp_path / "out", layers=[1], output={"dashboard": True})
     with monkeypatch.context() as broken:
-        broken.setattr("mxd_convert.pipeline.write_dashboard", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        broken.setattr("mxd_convert.commands.run.write_dashboard", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(InputError, match="out of memory"):
             convert(settings, quiet=True)
     assert list((tmp_path / "out.partial" / "state").rglob("step-*.json"))

@@ -15,10 +15,11 @@ from test_dashboard import NASTY, data_of, experts_of
 
 import mxd_convert
 from mxd_convert import load_checkpoint, steer
-from mxd_convert.base import load_tokenizer
-from mxd_convert.data import is_held_out, prepare_eval
-from mxd_convert.recipe import EvalText
-from mxd_convert.report.dashboard.pages import write_data
+from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.dashboard.pages import write_data
+from mxd_convert.data.blocks import prepare_eval
+from mxd_convert.data.documents import is_held_out
+from mxd_convert.recipe.schema import EvalText
 
 needs_browser = pytest.mark.skipif(
     browser.program() is None, reason="needs a browser: none of chromium, chromium-browser, google-chrome is installed"
@@ -38,11 +39,11 @@ def board(converted, tmp_path_factory) -> Path:
     (folder / "nasty.jsonl").write_text(
         "".join(json.dumps({"text": f"{NASTY[i % 3]} {text}"}) + "\n" for i, text in enumerate(documents()))
     )
-    alive = mxd_convert.dashboard(checkpoint, folder / "nasty.jsonl", folder / "board", tokens=3200, quiet=True)
+    alive = mxd_convert.make_dashboard(checkpoint, folder / "nasty.jsonl", folder / "board", tokens=3200, quiet=True)
     assert alive["layers"]["2"]["dead"] < 20
     n = next(n for n, expert in enumerate(experts_of(folder / "board", 2)) if expert["count"] > 20)
     mxd_convert.add_labels(checkpoint, [{"layer": 2, "expert": n, "text": f"Ends {NASTY[1]}", "author": NASTY[0]}])
-    mxd_convert.dashboard(checkpoint, folder / "nasty.jsonl", folder / "board", tokens=3200, quiet=True)
+    mxd_convert.make_dashboard(checkpoint, folder / "nasty.jsonl", folder / "board", tokens=3200, quiet=True)
     return folder / "board"
 
 
@@ -232,7 +233,7 @@ def test_steering_promotes_what_the_pages_say(stories, shared, tmp_path):
         held_out = [row for row in map(json.loads, lines) if is_held_out(row["text"])]
     for name, rows in (("shown", held_out[::2]), ("other", held_out[1::2])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mxd_convert.dashboard(stories.output, tmp_path / "shown.jsonl", tmp_path / "board", tokens=16_384, quiet=True)
+    mxd_convert.make_dashboard(stories.output, tmp_path / "shown.jsonl", tmp_path / "board", tokens=16_384, quiet=True)
     ids_of = data_of(tmp_path / "board", "data/tokens")["ids"]
     experts = [
         (layer, n, expert)

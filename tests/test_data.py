@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import QUICKSTART, documents
 
-from mxd_convert.base import load_tokenizer
-from mxd_convert.data import block_order, is_held_out, prepare, read_documents, separators
+from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.data import blocks as data
+from mxd_convert.data.blocks import block_order, prepare, separators
+from mxd_convert.data.documents import is_held_out, read_documents
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import Data, EvalText, Text
+from mxd_convert.recipe.schema import Data, EvalText, Text
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from mxd_convert.data import documents as reading
-from mxd_convert.data import fields, read_documents
+from mxd_convert.data import fields
+from mxd_convert.data.documents import read_documents
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import EvalText, Recipe, Text
-from mxd_convert.recipe_file import load_recipe
+from mxd_convert.recipe.load import load_recipe
+from mxd_convert.recipe.schema import EvalText, Recipe, Text
 
 FORMATS = ["a.jsonl", "a.jsonl.gz", "a.parquet", "hub"]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]

@@ -6,10 +6,11 @@ from families import LAYERS, tiny_model
 from test_kinds import KINDS, random_layer
 from test_steering import active_expert, ids_of
 
-from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer, surgery
-from mxd_convert.architectures import ARCHITECTURES, find_sites
-from mxd_convert.evaluation.decomposition import Unembedding, take_apart
-from mxd_convert.harvest import watching
+from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.capture import watching
+from mxd_convert.base_model.families import ARCHITECTURES, find_sites
+from mxd_convert.evaluation.experts.decomposition import Unembedding, take_apart
 from mxd_convert.layers import MxD
 
 
@@ -116,7 +117,7 @@ def random_conversion(family: str):
         layers[site.index] = MxD(site.d_in, site.d_hidden, site.d_out, 24, 4, site.activation, site.glu)
         torch.nn.init.normal_(layers[site.index].decoder.weight, std=0.5)
         torch.nn.init.normal_(layers[site.index].output_bias, std=0.5)
-    return surgery.convert(base, layers)
+    return swap.insert_layers(base, layers)
 
 
 def held(norm, x, part):
@@ -166,6 +167,6 @@ def test_the_direct_effect_in_every_family(family):
 def test_a_model_without_a_way_to_the_logits_is_refused():
     base = tiny_model("opt", do_layer_norm_before=False, word_embed_proj_dim=16)
     [site] = find_sites(base, base.config, [1])
-    model = surgery.convert(base, {1: MxD(site.d_in, site.d_hidden, site.d_out, 24, 4, site.activation, site.glu)})
+    model = swap.insert_layers(base, {1: MxD(site.d_in, site.d_hidden, site.d_out, 24, 4, site.activation, site.glu)})
     with pytest.raises(InputError, match="no norm and head after its layers"):
         logit_effect(model, 1, 0, ids_of())

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from test_exporting import CONTEXT, N, blocks_of, checkpoint_of, random_layer
 
 from mxd_convert import InputError, cache_activations, load_checkpoint
-from mxd_convert.exporting.delphi import active_entries
+from mxd_convert.export.delphi import active_entries
 
 
 def read(folder):

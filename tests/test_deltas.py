@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_hub import contents, logits_of
 
 from mxd_convert import InputError, apply, delta, load, load_checkpoint
-from mxd_convert.base import untied_tensors
+from mxd_convert.base_model.load import untied_tensors
 
 
 def of_the_checkpoint(folder):

@@ -35,7 +35,7 @@ def test_what_goes_wrong_anywhere_is_a_line(mxd, monkeypatch, error, words, tmp_
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("mxd_convert.labels.read_labels", fail)
+    monkeypatch.setattr("mxd_convert.checkpoint.labels.read_labels", fail)
     status, out, err = mxd("label", tmp_path)
     assert (status, out) == (2, "")
     assert words in err

@@ -18,7 +18,8 @@ from markdown_it import MarkdownIt
 
 from mxd_convert import InputError
 from mxd_convert.cli import app as frame
-from mxd_convert.report import write_card, write_table
+from mxd_convert.report.card import write_card
+from mxd_convert.report.frontier import write_table
 
 CARD = ROOT / "model_cards" / "quickstart"
 ORDERS = "\x1b]0;owned\x07\x9b31m\u202e"

@@ -5,15 +5,16 @@ import pytest
 import torch
 from conftest import QUICKSTART
 
-from mxd_convert import surgery
-from mxd_convert.architectures import find_sites
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.data import prepare
-from mxd_convert.evaluation import evaluate_models, layerwise
-from mxd_convert.evaluation.layerwise import LayerFigures
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.families import find_sites
+from mxd_convert.base_model.load import load_base, load_tokenizer
+from mxd_convert.data.blocks import prepare
+from mxd_convert.evaluation import layer_figures as layerwise
+from mxd_convert.evaluation.fidelity import evaluate_models
+from mxd_convert.evaluation.layer_figures import LayerFigures
 from mxd_convert.evaluation.verdict import CARRY, NOT_APPLICABLE, NOT_SHOWN, sentence, verdict
 from mxd_convert.layers import MxD
-from mxd_convert.recipe import Base, Data, EvalText, Text
+from mxd_convert.recipe.schema import Base, Data, EvalText, Text
 
 
 def random_layer(**settings) -> MxD:
@@ -146,7 +147,7 @@ def measured(models, text, tmp_path_factory):
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites}
     for layer in layers.values():
         torch.nn.init.normal_(layer.decoder.weight, std=0.5)
-    converted = surgery.convert(base, layers)
+    converted = swap.insert_layers(base, layers)
     settings = Data(train=Text(path=str(text)), eval=EvalText(tokens=1000), context=20, tokens=1000)
     _, blocks = prepare(settings, load_tokenizer(str(QUICKSTART)), tmp_path_factory.mktemp("blocks"))
     return base, converted, sites, blocks, evaluate_models(base, converted, sites, blocks, quiet=True)

@@ -11,17 +11,19 @@ from test_kinds import KINDS
 
 import mxd_convert
 from mxd_convert import load_checkpoint, logit_effect
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.data import prepare_eval
-from mxd_convert.evaluation import expert_examples, expert_statistics, firings
-from mxd_convert.evaluation.decomposition import Unembedding, take_apart
-from mxd_convert.evaluation.expert_effects import EffectsOfLayer, weights
-from mxd_convert.evaluation.expert_examples import AFTER, BANDS, BEFORE, BINS, EACH, TOP, examples, figures
-from mxd_convert.evaluation.expert_statistics import SAMPLES, collect
-from mxd_convert.harvest import watching
+from mxd_convert.base_model.capture import watching
+from mxd_convert.base_model.load import load_base, load_tokenizer
+from mxd_convert.base_model.swap import insert_layers
+from mxd_convert.data.blocks import prepare_eval
+from mxd_convert.evaluation.experts import examples as expert_examples
+from mxd_convert.evaluation.experts import firings
+from mxd_convert.evaluation.experts import statistics as expert_statistics
+from mxd_convert.evaluation.experts.decomposition import Unembedding, take_apart
+from mxd_convert.evaluation.experts.effects import EffectsOfLayer, weights
+from mxd_convert.evaluation.experts.examples import AFTER, BANDS, BEFORE, BINS, EACH, TOP, examples, figures
+from mxd_convert.evaluation.experts.statistics import SAMPLES, collect
 from mxd_convert.layers import Shape, new_layer
-from mxd_convert.recipe import Base, EvalText
-from mxd_convert.surgery import convert as put_layers
+from mxd_convert.recipe.schema import Base, EvalText
 
 
 def blocks_of(text: Path, tokenizer, folder: Path, tokens: int = 1600, context: int = 32):
@@ -44,7 +46,7 @@ def with_layers(models, entries: dict[int, tuple[str, dict]]):
                 parameter.normal_().mul_(0.3)
             if kind != "dense_twin":
                 layers[index].gate.bias[16:32] = -1e3  # a whole range that never fires
-    return put_layers(base, layers)
+    return insert_layers(base, layers)
 
 
 @torch.no_grad()

@@ -11,13 +11,14 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
 import mxd_convert
-from mxd_convert import InputError, export_transcoder, load_checkpoint, surgery
-from mxd_convert.base import load_base, load_tokenizer, model_sha256
-from mxd_convert.data import prepare_eval
-from mxd_convert.exporting import job as job_module
-from mxd_convert.exporting import transcoders
+from mxd_convert import InputError, export_transcoder, load_checkpoint
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.load import load_base, load_tokenizer, model_sha256
+from mxd_convert.commands import export as transcoders
+from mxd_convert.data.blocks import prepare_eval
+from mxd_convert.export import job as job_module
 from mxd_convert.layers import Shape, new_layer
-from mxd_convert.recipe import Base, EvalText
+from mxd_convert.recipe.schema import Base, EvalText
 
 N, K, CONTEXT = 24, 4, 32
 
@@ -38,7 +39,7 @@ def checkpoint_of(folder, model, layers):
     """A checkpoint with these layers, as a run would leave it."""
     base = load_base(Base(model=str(model)))
     origin = {"model": model.name, "revision": None, "sha256": model_sha256(base), "local": True}
-    surgery.convert(base, layers, origin).save_pretrained(folder)
+    swap.insert_layers(base, layers, origin).save_pretrained(folder)
     load_tokenizer(str(model)).save_pretrained(folder)
     (folder / "mxd_local.json").write_text(json.dumps({"base": str(model)}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": {"context": CONTEXT}, "train": {"mask_bos": True}}))

@@ -9,10 +9,11 @@ from conformance import BASE_FAILS, IDS, NAMES, NEW, PASSED, SLOW, constant_gain
 from conftest import ROOT
 from families import LAYERS, tiny_model
 
-from mxd_convert import steer, surgery
-from mxd_convert.architectures import ARCHITECTURES, find_sites, stem_of
-from mxd_convert.checkpoint import load_checkpoint
-from mxd_convert.harvest import apply_mlp, harvest, recording
+from mxd_convert import steer
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.capture import apply_mlp, harvest, recording
+from mxd_convert.base_model.families import ARCHITECTURES, find_sites, stem_of
+from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.layers import MxD
 
 DOCS = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
@@ -66,7 +67,7 @@ def test_compiled_by_inductor():
     base = tiny_model("llama")
     sites = find_sites(base, base.config, range(LAYERS))
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 40, 3, site.activation, site.glu) for site in sites}
-    model = surgery.convert(base, layers).requires_grad_(True)
+    model = swap.insert_layers(base, layers).requires_grad_(True)
 
     def run(forward):
         model.zero_grad()
@@ -118,13 +119,13 @@ def test_variants_of_families(name, changes, tmp_path):
     for index, activations in harvest(base, sites, IDS).items():
         assert activations.inputs.shape == (*IDS.shape, sites[index].d_in)
         assert apply_mlp(base, sites[index], activations.inputs).equal(activations.outputs)
-    converted = surgery.convert(base, {site.index: constant_gain_layer(base, site) for site in sites})
+    converted = swap.insert_layers(base, {site.index: constant_gain_layer(base, site) for site in sites})
     assert differs(logits(converted), logits(base)) is None
     converted.save_pretrained(tmp_path)
     assert differs(logits(load_checkpoint(tmp_path)), logits(converted), 0.0) is None
-    zeros = {site.index: surgery.Constant(torch.zeros(site.d_out)) for site in sites}
+    zeros = {site.index: swap.Constant(torch.zeros(site.d_out)) for site in sites}
     before = logits(base)
-    with surgery.standing_in(base, sites, zeros):
+    with swap.standing_in(base, sites, zeros):
         assert differs(logits(base), before, 1e-3) is not None
 
 
@@ -143,7 +144,7 @@ def test_harvest_is_what_the_mlp_sees_and_returns_whatever_surrounds_it(name):
     }
     for layer in layers.values():
         layer.output_bias.normal_()
-    converted = surgery.convert(base, layers)
+    converted = swap.insert_layers(base, layers)
     own = {}
     for index, layer in converted.mxd_layers().items():
         layer.register_forward_hook(lambda module, arguments, output, index=index: own.__setitem__(index, arguments[0].clone()))
@@ -164,7 +165,7 @@ def test_steering_knows_its_place_whatever_the_layer_stands_in(name):
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites}
     for layer in layers.values():
         layer.decoder.weight.normal_()
-    model = surgery.convert(base, layers)
+    model = swap.insert_layers(base, layers)
     plain = model.generate(IDS[:2, :20], **NEW)
     texts = {}
     for positions in ("prompt", "generation"):

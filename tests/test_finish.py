@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import convert
-from mxd_convert.harvest import harvest
+from mxd_convert.base_model.capture import harvest
+from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import Shape, new_layer, normalised_mse
 from mxd_convert.plan import memory
-from mxd_convert.surgery import convert as put_layers
-from mxd_convert.training.finish import Finish, InPlace, piece_tokens
 from mxd_convert.training.interrupt import Interrupt
+from mxd_convert.training.joint import Finish, InPlace, piece_tokens
 from mxd_convert.training.loop import FINISH, Training, lower
 from mxd_convert.training.stage import Stage
 
@@ -64,7 +64,7 @@ def test_its_losses_are_those_of_the_checkpoint(finishing):
     rows = stage._rows(0)[:3]
     kl, own, counted = stage._forward(rows)
     ids = source.blocks.take(rows)
-    converted = put_layers(source.base, stage.layers)
+    converted = insert_layers(source.base, stage.layers)
     logs = [model(input_ids=ids).logits.double().log_softmax(-1) for model in (source.base, converted)]
     assert kl.item() == pytest.approx((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item(), rel=1e-4)
     assert counted == source.blocks.counted(ids, True).sum()

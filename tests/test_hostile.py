@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import mxd_convert
-from mxd_convert import verification
-from mxd_convert._probe import differ
-from mxd_convert.base import check_config, load_config
-from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.base_model.load import check_config, load_config
+from mxd_convert.checkpoint import verify as verification
+from mxd_convert.checkpoint.fresh_process import differ
+from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import Base
-from mxd_convert.recipe_file import load_recipe
+from mxd_convert.recipe.load import load_recipe
+from mxd_convert.recipe.schema import Base
 
 
 def edit(path: Path, change) -> None:
@@ -233,7 +233,7 @@ def test_the_licence_of_a_norwegian_model(models, tmp_path):
     base.mkdir()
     for file in models["gpt2"].iterdir():
         (base / file.name).write_bytes(file.read_bytes())
-    from mxd_convert.base import card_of
+    from mxd_convert.base_model.load import card_of
 
     (base / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n- no\nlicense_name: 2024-01-01\n---\n# A model\n")
     assert card_of(Base(model=str(base))) == {"license": "mit", "language": ["en", "no"], "license_name": "2024-01-01"}

@@ -1,73 +1,142 @@
-"""Imports run downwards, files stay small, and the docs' map is the code's."""
+"""The layout of the package: imports run downwards and never in a circle, files stay short, and the architecture page names every room."""
 
 import ast
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "mxd_convert"
-# floors of the house, from the ground up; a room may import from its own floor and from those below
+PAGE = ROOT / "docs" / "architecture.md"
+# From the ground up. A file imports from its own floor and from those below. `report.schema` is a file that stands on a floor of its own:
+# it is the form of mxd_report.json, a contract as the recipe is.
 FLOORS = [
-    {"errors"},
-    {"escaping"},
-    {"files", "recipe", "processes", "modeling", "_probe"},
-    {"sealed", "recipe_file", "report_schema", "architectures", "base", "data", "own_code"},
-    {"layers", "harvest", "surgery", "checkpoint", "labels"},
-    {
-        "training",
-        "evaluation",
-        "plan",
-        "verification",
-        "provenance",
-        "reverting",
-        "generation",
-        "inspecting",
-        "starter",
-        "workspace",
-        "exporting",
-        "onnx",
-    },
-    {"report"},
-    {"pipeline", "editing", "probing", "hub", "deltas"},
-    {"sweeping"},
-    {"cli", "_registration"},
+    {"errors", "escaping", "files"},
+    {"modeling", "recipe", "report.schema"},
+    {"layers", "base_model", "data"},
+    {"plan", "training", "evaluation", "checkpoint"},
+    {"report", "dashboard", "export", "hub", "onnx"},
+    {"commands"},
+    {"cli"},
 ]
-
-
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def floor_of(room: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
-
-
-def imports_of(path: Path) -> set[str]:
-    """The rooms of ours that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mxd_convert"):
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return found
-
-
-SMALL = 420  # lines; a file that grows past this wants to be two
-SHIPPED = 490  # the same of modeling_mxd.py: a checkpoint holds two files of code, whose names others rely on
+MOST_FLOORS, MOST_ENTRIES = 8, 24
+LONGEST = 450  # lines of a file of the package
+SHIPPED = 490  # lines of modeling_mxd.py: a checkpoint holds two files of code, whose names others rely on
+LONGEST_TEST = 450
 STANDARD = {"collections", "contextlib", "contextvars", "re", "threading", "types", "typing"}
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_downwards(path):
-    for room in imports_of(path):
-        assert floor_of(room) <= floor_of(room_of(path)), f"{path.name} imports {room}, which is above it"
+def module_of(path: Path, package: Path = PACKAGE) -> str:
+    """`training.stage` for training/stage.py; a package is named without its `__init__`; the package itself is ""."""
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(source: str, module: str, modules: set[str]) -> Iterator[str]:
+    """Yield the modules of ours that a file imports, in whatever form and wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parent = node.module or ""
+            if node.level:  # `from .configuration_mxd import x`
+                above = module.split(".")[: -node.level] if module else []
+                parent = ".".join(["mxd_convert", *above, *([node.module] if node.module else [])])
+            names = [f"{parent}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name == "mxd_convert" or name.startswith("mxd_convert."):
+                inner = name.removeprefix("mxd_convert").lstrip(".")
+                yield inner if inner in modules else inner.rpartition(".")[0]
+
+
+@cache
+def graph() -> Mapping[str, frozenset[str]]:
+    """Return what every module imports, by module; the public face, which imports by name when used, is left out."""
+    paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    return {
+        module: frozenset(imported(path.read_text(), module, set(paths))) - {"", module}
+        for module, path in paths.items()
+        if module
+    }
+
+
+def floor_of(module: str) -> int:
+    rooms = (module, module.split(".", maxsplit=1)[0])
+    return next(number for room in rooms for number, floor in enumerate(FLOORS) if room in floor)
+
+
+def circle(edges: Mapping[str, frozenset[str]]) -> list[str]:
+    """Return the modules of a circle of imports; none where there is no circle."""
+    done: set[str] = set()
+
+    def walk(module: str, path: tuple[str, ...]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in edges.get(module, ()):
+            if found := walk(other, (*path, module)):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in edges if (found := walk(module, ()))), [])
+
+
+@pytest.mark.parametrize("module", sorted(graph()))
+def test_imports_run_downwards(module):
+    for other in graph()[module]:
+        assert floor_of(other) <= floor_of(module), f"{module} imports {other}, which is above it"
+
+
+def test_imports_make_no_circle():
+    assert circle(graph()) == []
+
+
+def test_every_form_of_import_is_seen():
+    modules = {"a", "b", "b.c", "b.d"}
+    forms = {
+        "import mxd_convert.b.c": "b.c",
+        "def f():\n    import mxd_convert.a as x": "a",
+        "from mxd_convert.b.c import name": "b.c",
+        "from mxd_convert.b import c": "b.c",
+        "from mxd_convert import a": "a",
+        "from .d import name": "b.d",
+        "from . import d": "b.d",
+    }
+    for source, module in forms.items():
+        assert set(imported(source, "b.c", modules)) == {module}, source
+    assert circle({"a": frozenset({"b.c"}), "b.c": frozenset({"a"}), "b": frozenset()}) == ["a", "b.c", "a"]
+
+
+def test_the_house_is_low_and_has_few_rooms():
+    entries = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("**/*.py"))}
+    assert len(FLOORS) <= MOST_FLOORS
+    assert len(entries) <= MOST_ENTRIES, entries
+    rooms = {name.removesuffix(".py") for name in entries} - {"__init__"}
+    assert rooms == {room for floor in FLOORS for room in floor if "." not in room}
+
+
+def test_a_command_has_the_same_name_below_and_above():
+    commands = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {"__init__"}
+    shown = {path.stem for path in (PACKAGE / "cli").glob("*.py")} - {"__init__", "__main__", "app", "figures", "signals"}
+    assert commands == shown
+
+
+def test_the_command_line_calls_the_public_face_only():
+    allowed = {"cli", "errors", "escaping", "files", "checkpoint.registration", "training.distributed"}
+    for module, others in graph().items():
+        if module.split(".")[0] == "cli":
+            assert {other for other in others if other.split(".")[0] != "cli"} <= allowed, module
 
 
 def test_what_ships_in_a_checkpoint_imports_nothing_of_ours():
     for path in (PACKAGE / "modeling").glob("*.py"):
-        assert not imports_of(path)
+        assert {other.split(".")[0] for other in graph()[module_of(path)]} <= {"modeling"}
         absolute = {
             node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and not node.level
         }
@@ -75,28 +144,49 @@ def test_what_ships_in_a_checkpoint_imports_nothing_of_ours():
 
 
 def test_layers_know_neither_files_nor_models():
-    for path in (PACKAGE / "layers").glob("*.py"):
-        assert imports_of(path) <= {"layers", "modeling"}
+    for module, others in graph().items():
+        if module.split(".")[0] == "layers":
+            assert {other.split(".")[0] for other in others} <= {"layers", "modeling"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= (SHIPPED if path.name == "modeling_mxd.py" else SMALL)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_of)
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= (SHIPPED if path.name == "modeling_mxd.py" else LONGEST)
 
 
-def test_test_files_stay_small():
-    for path in (ROOT / "tests").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= SMALL, path.name
+def test_test_files_stay_short():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= LONGEST_TEST, path.name
 
 
-def test_every_room_is_on_the_map():
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    for room in {room_of(path) for path in FILES}:
-        assert room in text, f"{room} is not in docs/architecture.md"
+def rows_of(page: str) -> dict[str, str]:
+    """Return the rows of the page's table of rooms: what it says, by room."""
+    rows = [line.strip("| ").split(" | ", 1) for line in page.splitlines() if line.startswith("| `")]
+    return {name.strip("`/").removesuffix(".py"): text for name, text in rows}
+
+
+def test_every_room_has_a_row_in_the_architecture_page():
+    rows = rows_of(PAGE.read_text())
+    for floor in FLOORS:
+        for room in floor:
+            if "." not in room:
+                assert rows.get(room), f"docs/architecture.md has no row of {room}"
+    for module in graph():
+        room, _, file = module.partition(".")
+        if file and room not in ("cli", "commands"):  # whose files have the commands' names
+            name = file.split(".")[0]
+            assert f"`{name}" in rows[room], f"docs/architecture.md does not say what {room}/{name} is"
+
+
+def test_the_pages_table_is_read():
+    assert rows_of("# Rooms\n\n| room | what is there |\n|---|---|\n| `data/` | `blocks.py`: tokens |\n") == {
+        "data": "`blocks.py`: tokens"
+    }
+    assert rows_of("the rooms are data, plan and training") == {}
 
 
 def test_nothing_is_pickled():
-    for path in FILES:
+    for path in PACKAGE.rglob("*.py"):
         assert "pickle" not in path.read_text().replace("No pickle", ""), path
         assert "torch.load" not in path.read_text(), path
         assert "torch.save" not in path.read_text(), path

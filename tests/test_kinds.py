@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import convert
+from mxd_convert.base_model.swap import describe
 from mxd_convert.layers import Shape, new_layer, normalised_mse
 from mxd_convert.modeling.modeling_mxd import build_layer
-from mxd_convert.surgery import describe
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import Stage
 

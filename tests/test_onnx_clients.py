@@ -20,7 +20,7 @@ import pytest
 from conftest import PARITY, ROOT
 from transformers import AutoTokenizer
 
-from mxd_convert.checkpoint import load_checkpoint
+from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.onnx import OnnxModel, export_onnx, parity
 
 CLIENTS = ROOT / ".clients"

@@ -10,7 +10,7 @@ from conftest import ROOT, TEXT, other_rows, small_recipe, spoilt
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
-from mxd_convert.checkpoint import belonging, load_checkpoint
+from mxd_convert.checkpoint.read import belonging, load_checkpoint
 from mxd_convert.files import file_sha256
 from mxd_convert.onnx import OnnxModel, export_onnx
 

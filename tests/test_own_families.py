@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import InputError
-from mxd_convert.architectures import ARCHITECTURES, architecture_of, find_sites, guess
-from mxd_convert.base import load_tokenizer
-from mxd_convert.checkpoint import load_checkpoint
-from mxd_convert.own_code import is_trusted
-from mxd_convert.recipe import Mlp
-from mxd_convert.recipe_file import load_recipe
+from mxd_convert.base_model.detect import guess
+from mxd_convert.base_model.families import ARCHITECTURES, architecture_of, find_sites
+from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.base_model.remote_code import is_trusted
+from mxd_convert.checkpoint.read import load_checkpoint
+from mxd_convert.recipe.load import load_recipe
+from mxd_convert.recipe.schema import Mlp
 
 IDS = torch.randint(1, 2048, (2, 12), generator=torch.Generator().manual_seed(3))
 EXAONE = {
@@ -306,7 +307,7 @@ def test_nothing_of_it_runs_unless_it_is_trusted(odd, odd_converted, text, tmp_p
 
 def test_the_description_is_read_back_from_a_checkpoint(odd_converted):
     with mxd_convert.trusting():
-        config = mxd_convert.checkpoint.read_config(odd_converted)
+        config = mxd_convert.checkpoint.read.read_config(odd_converted)
     row = architecture_of(config)
     assert (row.mlp, row.up, row.gate, row.down) == ("model.layers.{i}.mlp", "into", "into", "out_of")
     with mxd_convert.trusting():

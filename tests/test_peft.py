@@ -6,7 +6,7 @@ from families import VOCABULARY, tiny_model
 from mixtures import mixture_of
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from mxd_convert.architectures import ARCHITECTURES
+from mxd_convert.base_model.families import ARCHITECTURES
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "bloom")
 IDS = torch.randint(1, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(4))

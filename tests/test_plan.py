@@ -7,13 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mxd_convert
 from mxd_convert import convert
-from mxd_convert.base import load_base
+from mxd_convert.base_model.capture import harvest
+from mxd_convert.base_model.load import load_base
+from mxd_convert.base_model.swap import standing_in
 from mxd_convert.errors import InputError
-from mxd_convert.harvest import harvest
 from mxd_convert.layers import normalised_mse
-from mxd_convert.plan import check_memory, check_processes, flops_per_token, memory, shares
-from mxd_convert.surgery import standing_in
-from mxd_convert.training.finish import InPlace
+from mxd_convert.plan import memory
+from mxd_convert.plan.flops import flops_per_token
+from mxd_convert.plan.memory import check_memory, shares
+from mxd_convert.plan.resolve import check_processes
+from mxd_convert.training.joint import InPlace
 from mxd_convert.training.stage import make_layer
 
 TOKENS = 64

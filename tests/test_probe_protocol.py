@@ -12,13 +12,13 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mxd_convert.architectures import find_sites
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import load_checkpoint
-from mxd_convert.evaluation import probing
-from mxd_convert.evaluation.pooling import coefficients_of, encode_documents, hidden_units, pool, random_coefficients
-from mxd_convert.harvest import recording
-from mxd_convert.recipe import Base
+from mxd_convert.base_model.capture import recording
+from mxd_convert.base_model.families import find_sites
+from mxd_convert.base_model.load import load_base, load_tokenizer
+from mxd_convert.checkpoint.read import load_checkpoint
+from mxd_convert.evaluation.probes import fit as probing
+from mxd_convert.evaluation.probes.pooling import coefficients_of, encode_documents, hidden_units, pool, random_coefficients
+from mxd_convert.recipe.schema import Base
 
 
 def documents(count: int) -> list[str]:

@@ -13,17 +13,17 @@ import torch
 from conftest import QUICKSTART, small_recipe
 
 import mxd_convert
-from mxd_convert import surgery
-from mxd_convert.architectures import find_sites
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import load_checkpoint
-from mxd_convert.data import read_labelled
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.capture import recording
+from mxd_convert.base_model.families import find_sites
+from mxd_convert.base_model.load import load_base, load_tokenizer
+from mxd_convert.checkpoint.read import load_checkpoint
+from mxd_convert.data.labelled import read_labelled
 from mxd_convert.errors import InputError
-from mxd_convert.evaluation import probing
-from mxd_convert.evaluation.pooling import coefficients_of, encode_documents, pool, random_coefficients
-from mxd_convert.harvest import recording
+from mxd_convert.evaluation.probes import fit as probing
+from mxd_convert.evaluation.probes.pooling import coefficients_of, encode_documents, pool, random_coefficients
 from mxd_convert.layers import DenseTwin, MxD
-from mxd_convert.recipe import Base
+from mxd_convert.recipe.schema import Base
 
 WORDS = ["the", "value", "of", "this", "class", "is", "not", "in", "a", "list", "when", "name", "type", "string", "object"]
 PLANTED = (0, 7)  # layer, expert
@@ -82,7 +82,7 @@ def save_planted(models, folder, sparsity="topk"):
     sites = find_sites(base, base.config, [0, 2])
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 24, 4, site.activation, site.glu, sparsity) for site in sites}
     plant(base, layers, tokenizer)
-    surgery.convert(base, layers).save_pretrained(folder)  # their decoders are zero: below the planted layer nothing is random
+    swap.insert_layers(base, layers).save_pretrained(folder)  # their decoders are zero: below the planted layer nothing is random
     tokenizer.save_pretrained(folder)
     (folder / "mxd_local.json").write_text(json.dumps({"base": str(models["llama"])}))
     return folder
@@ -338,7 +338,7 @@ def test_a_checkpoint_without_experts_is_refused(refused, models, labelled, tmp_
     base = load_base(Base(model=str(models["llama"])))
     [site] = find_sites(base, base.config, [1])
     folder = tmp_path / "twin"
-    surgery.convert(base, {1: DenseTwin(site.d_in, 8, site.d_out)}).save_pretrained(folder)
+    swap.insert_layers(base, {1: DenseTwin(site.d_in, 8, site.d_out)}).save_pretrained(folder)
     load_tokenizer(str(QUICKSTART)).save_pretrained(folder)
     refused("probe", folder, "--data", labelled, words=("twin", "dense_twin", "no experts"))
     assert [path.name for path in tmp_path.iterdir()] == ["twin"]
@@ -349,7 +349,7 @@ def test_ag_news_through_a_real_model(shared, tmp_path):
     torch.manual_seed(0)
     sites = find_sites(base, base.config, [1, 3])
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 200, 8, site.activation, site.glu) for site in sites}
-    surgery.convert(base, layers).save_pretrained(tmp_path / "model")
+    swap.insert_layers(base, layers).save_pretrained(tmp_path / "model")
     load_tokenizer(str(shared / "models" / "stories260K")).save_pretrained(tmp_path / "model")
     content = mxd_convert.probe(
         tmp_path / "model",

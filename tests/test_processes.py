@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import mxd_convert
 from mxd_convert import convert
 from mxd_convert.errors import InputError
-from mxd_convert.processes import lost_guard
+from mxd_convert.training.distributed import lost_guard
 
 
 def two_processes(recipe: Path) -> subprocess.Popen:

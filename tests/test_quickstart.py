@@ -29,7 +29,7 @@ def test_its_held_out_perplexity_is_the_readmes():
     import quickstart_lm
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
-    from mxd_convert.data import is_held_out
+    from mxd_convert.data.documents import is_held_out
 
     model = GPT2LMHeadModel.from_pretrained(QUICKSTART, dtype=torch.float32)
     train, held_out = quickstart_lm.read_text()

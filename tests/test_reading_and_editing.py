@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_steering import ids_of
 
 from mxd_convert import InputError, add_labels, convert, edit, inspect, load_checkpoint, read_labels, revert, steered
-from mxd_convert.base import load_tokenizer
+from mxd_convert.base_model.load import load_tokenizer
 
 PROMPT = "The value 7 is returned when index 3 is given."
 

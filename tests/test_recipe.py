@@ -11,9 +11,9 @@ import yaml
 from conftest import ROOT
 
 from mxd_convert.errors import InputError
-from mxd_convert.recipe import PRESET_KEYS, Recipe, json_schema, layer_indices
-from mxd_convert.recipe_file import load_recipe, parse_overrides, shipped_recipes
-from mxd_convert.training import resolve_hidden, resolve_train
+from mxd_convert.recipe.load import load_recipe, parse_overrides, shipped_recipes
+from mxd_convert.recipe.presets import resolve_hidden, resolve_train
+from mxd_convert.recipe.schema import PRESET_KEYS, Recipe, json_schema, layer_indices
 
 MINIMAL = {"base": {"model": "openai-community/gpt2"}}
 
@@ -206,11 +206,11 @@ def test_the_wheel_holds_recipes_and_the_quickstart(tmp_path):
         archive.extractall(tmp_path / "site")
     place = tmp_path / "site"
     code = (
-        "import sys, mxd_convert; from mxd_convert.recipe_file import *; from pathlib import Path;"
+        "import sys, mxd_convert; from mxd_convert.recipe.load import *; from pathlib import Path;"
         f"assert mxd_convert.__file__.startswith({str(place)!r}), mxd_convert.__file__;"
         "r = load_recipe('quickstart'); print(len(shipped_recipes())); assert Path(r.base.model, 'model.safetensors').is_file();"
         "assert Path(r.data.train.path).is_file(); from mxd_convert.report.card import template_folder;"
-        "assert (template_folder() / 'template.md').is_file(); from mxd_convert.report.dashboard import STATIC;"
+        "assert (template_folder() / 'template.md').is_file(); from mxd_convert.commands.dashboard import STATIC;"
         "assert {p.name for p in STATIC.rglob('*.*')} == {'index.html', 'expert.html', 'style.css', 'common.js', 'index.js', 'expert.js'}"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(place)!r}); {code}"]

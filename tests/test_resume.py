@@ -12,12 +12,12 @@ from conftest import small_recipe
 from test_training import assert_the_same
 
 from mxd_convert import Result, convert, load_recipe, make_plan, sweep
-from mxd_convert.base import load_tokenizer
-from mxd_convert.data import prepare
+from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.checkpoint.workspace import Workspace
+from mxd_convert.data.blocks import prepare
 from mxd_convert.errors import InputError
-from mxd_convert.training.finish import Finish
+from mxd_convert.training.joint import Finish
 from mxd_convert.training.stage import Stage
-from mxd_convert.workspace import Workspace
 
 SETTINGS = {"layers": [0, 2], "train": {"finish": 0.5, "checkpoint_every": 3}, "data": {"eval": {"tokens": 256}}}
 
@@ -248,7 +248,7 @@ def test_an_output_that_nothing_can_be_renamed_to_is_refused_before_the_work(min
     (tmp_path / "file").touch()
     ismount = os.path.ismount
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted" or ismount(path))
-    monkeypatch.setattr("mxd_convert.pipeline.prepare", None)
+    monkeypatch.setattr("mxd_convert.commands.run.prepare", None)
     with pytest.raises(InputError, match=f"output.dir: .*{words}"):
         convert(mine, tmp_path / output, quiet=True)
     assert not (tmp_path / f"{output}.partial").exists()
@@ -257,7 +257,7 @@ def test_an_output_that_nothing_can_be_renamed_to_is_refused_before_the_work(min
 def test_a_sweep_reads_no_other_text_and_no_damaged_mark(mine, tmp_path, monkeypatch):
     grid, folder = {"layer.k": [2, 4]}, tmp_path / "sweep"
     with monkeypatch.context() as patched:
-        patched.setattr("mxd_convert.sweeping.train_together", lambda jobs, quiet: 1 / 0)
+        patched.setattr("mxd_convert.commands.sweep.train_together", lambda jobs, quiet: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # once the text is tokenised
             sweep(mine, grid, folder, quiet=True)
     (tmp_path / "texts" / "0.jsonl").unlink()

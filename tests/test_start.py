@@ -7,16 +7,16 @@ import torch
 from conftest import small_recipe
 
 from mxd_convert import convert
-from mxd_convert.architectures import find_sites
-from mxd_convert.base import load_base
-from mxd_convert.data import block_order
-from mxd_convert.harvest import harvest
+from mxd_convert.base_model.capture import harvest
+from mxd_convert.base_model.families import find_sites
+from mxd_convert.base_model.load import load_base
+from mxd_convert.data.blocks import block_order
 from mxd_convert.layers import Shape
-from mxd_convert.recipe import Base
-from mxd_convert.training import start
-from mxd_convert.training.activations import Activations
+from mxd_convert.recipe.schema import Base
+from mxd_convert.training import token_init as start
 from mxd_convert.training.stage import active_experts, make_layer
-from mxd_convert.training.start import GATE_NORM, start_on_text
+from mxd_convert.training.stream import Activations
+from mxd_convert.training.token_init import GATE_NORM, start_on_text
 
 CPU = torch.device("cpu")
 

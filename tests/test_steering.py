@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import InputError, load_checkpoint, steer
+from mxd_convert.base_model.swap import describe
 from mxd_convert.modeling.modeling_mxd import build_layer, coefficient
-from mxd_convert.surgery import describe
 
 LAYER = 2
 

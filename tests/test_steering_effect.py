@@ -10,11 +10,11 @@ from conftest import QUICKSTART
 from PIL import Image
 
 from mxd_convert import InputError, load_checkpoint, steer
-from mxd_convert.base import load_base, load_tokenizer
-from mxd_convert.checkpoint import base_of
-from mxd_convert.data import prepare_eval
+from mxd_convert.base_model.load import load_base, load_tokenizer
+from mxd_convert.checkpoint.read import base_of
+from mxd_convert.data.blocks import prepare_eval
 from mxd_convert.evaluation.steering_effect import SteeringEffect, find_experts, ngram_overlap
-from mxd_convert.recipe import EvalText
+from mxd_convert.recipe.schema import EvalText
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mxd_convert import load_checkpoint
-from mxd_convert.base import load_tokenizer
+from mxd_convert.base_model.load import load_tokenizer
 
 WITHOUT_THE_PACKAGE = """
 import json, sys

@@ -7,14 +7,14 @@ import torch
 from conformance import constant_gain_layer
 from conftest import FAMILIES, make_model
 
-from mxd_convert import surgery
-from mxd_convert.architectures import ARCHITECTURES, architecture_of, find_sites
-from mxd_convert.base import load_base, model_sha256
-from mxd_convert.checkpoint import load_checkpoint, same_outside_layers
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.capture import harvest
+from mxd_convert.base_model.families import ARCHITECTURES, architecture_of, find_sites
+from mxd_convert.base_model.load import load_base, model_sha256
+from mxd_convert.checkpoint.read import load_checkpoint, same_outside_layers
 from mxd_convert.errors import InputError
-from mxd_convert.harvest import harvest
 from mxd_convert.layers import MxD
-from mxd_convert.recipe import Base
+from mxd_convert.recipe.schema import Base
 
 IDS = torch.randint(0, 2048, (3, 40), generator=torch.Generator().manual_seed(1))
 
@@ -26,7 +26,7 @@ def sites_of(base, indices=None):
 @torch.no_grad()
 def test_identity_surgery_gives_the_base_logits(base, tmp_path):
     layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
-    surgery.convert(base, layers).save_pretrained(tmp_path)
+    swap.insert_layers(base, layers).save_pretrained(tmp_path)
     converted = load_checkpoint(tmp_path)
     expected = base(input_ids=IDS).logits
     assert (converted(input_ids=IDS).logits - expected).abs().max() < 1e-5
@@ -42,7 +42,7 @@ def test_identity_surgery_on_the_real_models(shared):
             base.to(dtype)
             layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
             expected = base(input_ids=ids).logits
-            difference = surgery.convert(base, layers)(input_ids=ids).logits - expected
+            difference = swap.insert_layers(base, layers)(input_ids=ids).logits - expected
             # their logits reach 30, where float32 has steps of 2e-6, so there the bound is on the share of the largest
             assert difference.abs().max() / expected.abs().max().clamp_min(1) < tolerance, (name, dtype)
 
@@ -53,7 +53,7 @@ def test_any_subset_and_everything_else_is_the_bases(base, indices):
         site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu)
         for site in sites_of(base, indices)
     }
-    converted = surgery.convert(base, layers)
+    converted = swap.insert_layers(base, layers)
     assert sorted(converted.mxd_layers()) == indices
     assert same_outside_layers(converted, base) is None
     names = {name for name, _ in converted.named_parameters()}
@@ -70,7 +70,7 @@ def test_half_precision_bases_stay_as_they_are(family, tmp_path):
     layers = {
         site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites_of(base, [1])
     }
-    surgery.convert(base, layers).save_pretrained(tmp_path / "out")
+    swap.insert_layers(base, layers).save_pretrained(tmp_path / "out")
     converted = load_checkpoint(tmp_path / "out")
     assert converted.dtype == torch.bfloat16
     assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
@@ -84,7 +84,7 @@ def test_fine_tuning_keeps_the_dropout_of_the_mlp(models):
             site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu)
             for site in sites_of(base, [1])
         }
-        layer = surgery.convert(base, layers).train().mxd_layers()[1]
+        layer = swap.insert_layers(base, layers).train().mxd_layers()[1]
         assert layer.dropout.p == expected
         x = torch.randn(4, layer.d_in)
         with torch.no_grad():
@@ -96,17 +96,17 @@ def test_fine_tuning_keeps_the_dropout_of_the_mlp(models):
 @torch.no_grad()
 def test_reverting_gives_the_base_back(base):
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites_of(base)}
-    converted = surgery.convert(base, layers)
-    partly = surgery.revert(converted, base, [0, 2])
+    converted = swap.insert_layers(base, layers)
+    partly = swap.remove_layers(converted, base, [0, 2])
     assert sorted(partly.mxd_layers()) == [1]
-    whole = surgery.revert(partly, base, [1])
+    whole = swap.remove_layers(partly, base, [1])
     assert type(whole) is type(base)
     assert whole.config.model_type == base.config.model_type
     assert not hasattr(whole.config, "mxd")
     assert whole(input_ids=IDS).logits.equal(base(input_ids=IDS).logits)
     assert model_sha256(whole) == model_sha256(base)
     with pytest.raises(InputError, match="layer 5 is not converted"):
-        surgery.revert(converted, base, [5])
+        swap.remove_layers(converted, base, [5])
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_harvest_stops_after_the_last_layer_needed(base):
 def test_replaced_modules_come_back(base):
     before = base(input_ids=IDS).logits
     site = sites_of(base, [1])[0]
-    with surgery.replaced(base, {site.path: surgery.Constant(torch.zeros(site.d_out))}):
+    with swap.replaced(base, {site.path: swap.Constant(torch.zeros(site.d_out))}):
         assert not base(input_ids=IDS).logits.equal(before)
     assert base(input_ids=IDS).logits.equal(before)
 
@@ -153,7 +153,7 @@ def test_a_head_of_its_own_survives_a_config_that_says_tied(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     base = load_base(Base(model=str(folder)))
     layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
-    surgery.convert(base, layers).save_pretrained(tmp_path / "out")
+    swap.insert_layers(base, layers).save_pretrained(tmp_path / "out")
     converted = load_checkpoint(tmp_path / "out")
     assert same_outside_layers(converted, base) is None
     assert not converted.get_output_embeddings().weight.equal(converted.get_input_embeddings().weight)

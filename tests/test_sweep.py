@@ -10,8 +10,9 @@ from conftest import small_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
-from mxd_convert import InputError, convert, harvest, load_recipe, make_plan, parse_grid, sweep
-from mxd_convert.plan import estimate, fitting_together
+from mxd_convert import InputError, convert, load_recipe, make_plan, parse_grid, sweep
+from mxd_convert.base_model import capture as harvest
+from mxd_convert.plan.memory import estimate, fitting_together
 from mxd_convert.training import stage
 
 GRID = {"layer.kind": ["mxd", "transcoder", "dense_twin"], "layer.k": [2, 4]}
@@ -38,7 +39,7 @@ def test_every_run_of_a_sweep_is_what_it_is_alone(base_recipe, tmp_path, monkeyp
         forwards.append(1)
         return whole(*arguments)
 
-    monkeypatch.setattr("mxd_convert.training.activations.harvest", counting)
+    monkeypatch.setattr("mxd_convert.training.stream.harvest", counting)
     base_recipe["train"]["finish"] = 0.25  # which every run has for itself
     beside = {
         "train": {**base_recipe["train"], "twin": True},

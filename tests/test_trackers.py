@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mxd_convert
 from mxd_convert import convert
-from mxd_convert.plan import estimate
+from mxd_convert.plan.memory import estimate
 from mxd_convert.training.tracking import track
 
 LINE = {"step": 8, "lr": 0.1, "tokens_per_second": 5.0, "layers": {"3": {"fvu": 0.5}, "4": {"fvu": 0.25}}}

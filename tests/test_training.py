@@ -10,17 +10,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mxd_convert
-import mxd_convert.pipeline
+import mxd_convert.commands.run
 from mxd_convert import convert
-from mxd_convert.data import block_order
+from mxd_convert.base_model.capture import harvest
+from mxd_convert.base_model.swap import replaced
+from mxd_convert.data.blocks import block_order
 from mxd_convert.errors import InputError, is_out_of_memory
-from mxd_convert.harvest import harvest
 from mxd_convert.layers import MxD
-from mxd_convert.plan import estimate, groups
-from mxd_convert.surgery import replaced
+from mxd_convert.plan.memory import estimate, groups
 from mxd_convert.training import state
-from mxd_convert.training.activations import Activations, buffer_steps
 from mxd_convert.training.log import merge_logs, split_log
+from mxd_convert.training.stream import Activations, buffer_steps
 from mxd_convert.training.window import Window
 
 CPU = torch.device("cpu")
@@ -330,9 +330,9 @@ def test_a_base_too_large_for_the_memory_is_spread_and_gives_the_same(models, te
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     monkeypatch.setattr("mxd_convert.plan.memory.BASE_SHARE", 1e-5)  # some 200 KB: the embedding and a layer or two, not all
     loaded = []
-    load = mxd_convert.pipeline.load_base
+    load = mxd_convert.commands.run.load_base
     monkeypatch.setattr(
-        "mxd_convert.pipeline.load_base", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1]
+        "mxd_convert.commands.run.load_base", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1]
     )
     spread = convert(small_recipe(models["llama"], text, tmp_path / "spread", **settings))
     assert "disk" in {str(place) for place in loaded[0].hf_device_map.values()}

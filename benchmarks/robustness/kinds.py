@@ -44,7 +44,7 @@ def _chosen(commands: list[tuple[int, list[str]]], draw: random.Random) -> list[
 
 def _whole_recipe(made: Fixtures) -> dict[str, object]:
     """A recipe with every key."""
-    from mxd_convert.recipe import Recipe
+    from mxd_convert.recipe.schema import Recipe
 
     return {**Recipe(**made.recipe()).model_dump(mode="json"), "layers": "0-2", "output": {"dir": "out"}}
 

@@ -15,9 +15,9 @@ def program(arguments: list[str]) -> int:
 
 def brief_program(arguments: list[str]) -> int:
     """Run it without what takes longest: the fresh processes of `push`, the many texts that `export-onnx` compares."""
-    from mxd_convert.hub import pushing
+    from mxd_convert.checkpoint.verify import Verification
+    from mxd_convert.commands import push as pushing
     from mxd_convert.onnx import parity
-    from mxd_convert.verification import Verification
 
     with (
         mock.patch.multiple(parity, PROMPTS=2, NEW_TOKENS=4),

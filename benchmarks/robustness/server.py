@@ -25,7 +25,7 @@ from unittest import mock
 
 from robustness.programs import program
 
-PRELOADED = ("mxd_convert.cli", "mxd_convert.pipeline", "mxd_convert.modeling.modeling_mxd", "mxd_convert.onnx", "datasets")
+PRELOADED = ("mxd_convert.cli", "mxd_convert.commands.run", "mxd_convert.modeling.modeling_mxd", "mxd_convert.onnx", "datasets")
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "PYTHONMALLOC": "malloc"}
 SECONDS = 45.0
 MOST_BYTES = 3 * 2**30  # resident, above the server's own

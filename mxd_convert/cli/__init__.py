@@ -4,13 +4,14 @@
 caught from the start.
 """
 
+import importlib
 import os
 import sys
 import time
 import traceback
 from pathlib import Path
 
-from mxd_convert._registration import is_our_program
+from mxd_convert.checkpoint.registration import is_our_program
 from mxd_convert.cli.signals import Signals
 from mxd_convert.errors import (
     INTERRUPTED,
@@ -25,6 +26,12 @@ from mxd_convert.escaping import printable
 
 __all__ = ["main"]
 
+# files of this room, in the order of `--help`
+COMMANDS = (
+    *("init", "plan", "run", "sweep", "evaluate", "verify", "revert", "edit", "label"),
+    *("generate", "inspect", "compare", "measure_steering", "probe", "dashboard"),
+    *("export", "export_onnx", "push", "pull", "list", "delta", "apply"),
+)
 LEAST_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, the BLAS of scipy waits for memory for ever as it is imported
 OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
 _RESUMABLE = ("run", "push", "pull", "sweep")
@@ -64,10 +71,10 @@ def _run() -> int:
     if (limit := address_space()) is not None:
         _prepare_for(limit)
     # the commands are imported here: it takes a while, and may itself be interrupted or run out of memory
-    from mxd_convert.cli import converting, dashboard, deploying, editing, exporting, hub, probing, reading, steering, sweeping
     from mxd_convert.cli.app import app, prepare_streams
 
-    assert all((converting, dashboard, deploying, editing, exporting, hub, probing, reading, steering, sweeping))
+    for name in COMMANDS:
+        importlib.import_module(f"mxd_convert.cli.{name}")
     prepare_streams()
     status = app(standalone_mode=False)
     if status in (INTERRUPTED, INTERRUPTED_AND_TOLD):  # typer turns Ctrl-C into the first

@@ -125,3 +125,16 @@ class Settings:
 
 
 settings = Settings()
+
+
+RepositoryArgument = Annotated[
+    str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub: owner/name, or a name of your own.")
+]
+
+
+def size_of(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"

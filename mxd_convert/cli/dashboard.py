@@ -20,7 +20,7 @@ def dashboard(
     as_json: JsonOption = False,
 ) -> None:
     """Write what every expert does on a text as a folder of HTML, which opens from disk without network."""
-    written = mxd_convert.dashboard(checkpoint, data, output, tokens, text_field, layers)
+    written = mxd_convert.make_dashboard(checkpoint, data, output, tokens, text_field, layers)
     if as_json:
         print_json(written)
         return

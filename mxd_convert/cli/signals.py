@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from mxd_convert._registration import is_our_program
+from mxd_convert.checkpoint.registration import is_our_program
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 3  # signals after which the process ends without cleaning up

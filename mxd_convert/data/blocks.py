@@ -19,9 +19,8 @@ from torch import Tensor
 
 from mxd_convert.data.documents import HELD_OUT_SHARE, is_held_out, read_documents
 from mxd_convert.errors import InputError
-from mxd_convert.files import file_sha256, replacing
-from mxd_convert.recipe import Data, EvalText, is_local
-from mxd_convert.sealed import read_sealed, write_sealed
+from mxd_convert.files import file_sha256, read_sealed, replacing, write_sealed
+from mxd_convert.recipe.schema import Data, EvalText, is_local
 
 # of training text that are read where there are so many, so that a short run takes its blocks from many documents, not from the first few
 LEAST_TOKENS = 4_000_000

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from mxd_convert.data.fields import TextField, listed, missing
 from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
-from mxd_convert.recipe import EvalText, Text, is_local
+from mxd_convert.recipe.schema import EvalText, Text, is_local
 
 HELD_OUT_SHARE = 0.1
 PLAIN = (".txt", ".txt.gz")

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxd_convert.data import Blocks
+from mxd_convert.base_model.capture import watching
+from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import InputError
-from mxd_convert.evaluation.decomposition import sparse
+from mxd_convert.evaluation.experts.decomposition import sparse
 from mxd_convert.evaluation.steering import steer
-from mxd_convert.harvest import watching
 
 PERCENTILE = 0.99
 _ROWS = 16  # blocks at a time

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from mxd_convert.checkpoint import REPORT, belonging
-from mxd_convert.report import CARD, REPOSITORY
+from mxd_convert.checkpoint.read import REPORT, belonging
+from mxd_convert.report.card import CARD, REPOSITORY
 
 ATTRIBUTES = ".gitattributes"  # the Hub's own
 # what goes where the folder has not got it: weights of another layout, which would be loaded in place of these, and what is said of others
@@ -102,3 +102,9 @@ def compare(local: list[Local], remote: Mapping[str, RepoFile], replace: bool) -
         {path: size for path, size in only_there.items() if path not in removed},
         same,
     )
+
+
+def wrong_files(folder: Path, files: Mapping[str, RepoFile]) -> list[str]:
+    """The files that a folder lacks or holds with another content than the repository."""
+    here = {path: Local(path, folder / path) for path in files if (folder / path).is_file()}
+    return sorted(path for path, file in files.items() if path not in here or not here[path].is_in(file))

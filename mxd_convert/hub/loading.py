@@ -5,11 +5,11 @@ from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 
-from mxd_convert.checkpoint import LOCAL, load_checkpoint
-from mxd_convert.deltas import is_delta, load_delta
+from mxd_convert.checkpoint.delta import is_delta, load_delta
+from mxd_convert.checkpoint.read import LOCAL, load_checkpoint
 from mxd_convert.errors import InputError
 from mxd_convert.hub.client import check_name, client, explained, patiently
-from mxd_convert.hub.pulling import wrong_files
+from mxd_convert.hub.content import wrong_files
 from mxd_convert.hub.repository import files_of
 
 _NOT_TO_RUN = ["dashboard/*", "plots/*", "full/dashboard/*", "full/plots/*", "onnx/*", "full/onnx/*", LOCAL, ".*"]

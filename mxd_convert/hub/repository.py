@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from mxd_convert.checkpoint import DELTA
+from mxd_convert.checkpoint.read import DELTA
 from mxd_convert.errors import InputError
 from mxd_convert.hub.client import patiently
 from mxd_convert.hub.content import ATTRIBUTES

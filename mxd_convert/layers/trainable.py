@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from mxd_convert.layers.shape import Shape
 from mxd_convert.layers.sparse_ops import RowGradient, sparse_gate, weighted_rows
+from mxd_convert.layers.spec import Shape
 from mxd_convert.modeling import modeling_mxd
 from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxd_convert.data import Blocks
-from mxd_convert.evaluation.run import rows_a_batch
+from mxd_convert.data.blocks import Blocks
+from mxd_convert.evaluation.fidelity import rows_a_batch
 from mxd_convert.evaluation.steering import steered
 from mxd_convert.modeling.modeling_mxd import Codes
 from mxd_convert.onnx.runtime import Array, OnnxModel

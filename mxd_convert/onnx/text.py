@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mxd_convert.base import load_tokenizer
-from mxd_convert.checkpoint import read_local
-from mxd_convert.data import Blocks, check_vocabulary, prepare_eval
+from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.checkpoint.read import checkpoint_settings, read_local
+from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
-from mxd_convert.evaluation.run import checkpoint_settings
 from mxd_convert.files import scratch_beside
-from mxd_convert.recipe import EvalText
-from mxd_convert.recipe_file import read_recipe_yaml, shipped_folder
+from mxd_convert.recipe.load import read_recipe_yaml, shipped_folder
+from mxd_convert.recipe.schema import EvalText
 
 SHIPPED = "python-docs.jsonl.gz"
 

@@ -12,13 +12,13 @@ import psutil
 import torch
 
 from mxd_convert.errors import InputError
-from mxd_convert.evaluation.run import rows_a_batch
+from mxd_convert.evaluation.fidelity import rows_a_batch
 from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.plan.resolve import LayerPlan, Plan, twin_of
-from mxd_convert.recipe import Recipe
-from mxd_convert.training.activations import FORWARD_TOKENS, buffer_steps
-from mxd_convert.training.finish import piece_tokens
+from mxd_convert.recipe.schema import Recipe
+from mxd_convert.training.joint import piece_tokens
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
+from mxd_convert.training.stream import FORWARD_TOKENS, buffer_steps
 
 LIBRARIES = 520 * 2**20  # of a CPU process: torch, transformers and what they load, resident once a model has run
 BASE_SHARE = 0.5  # of the memory to be had, that the base model may take; a larger one is spread over device, memory and disk

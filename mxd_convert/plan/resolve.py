@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from mxd_convert.architectures import Architecture, Site, architecture_of, find_sites, suggestion
-from mxd_convert.base import empty_model, explained, likely_mlp, load_config, pinned, untied_tensors
-from mxd_convert.data import local_files, tokens_to_read
+from mxd_convert.base_model.detect import suggestion
+from mxd_convert.base_model.families import Architecture, Site, architecture_of, find_sites
+from mxd_convert.base_model.load import empty_model, explained, likely_mlp, load_config, pinned, untied_tensors
+from mxd_convert.base_model.remote_code import trusting
+from mxd_convert.data.blocks import tokens_to_read
+from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.layers import Shape
-from mxd_convert.own_code import trusting
-from mxd_convert.recipe import Recipe, is_local, layer_indices
-from mxd_convert.training.presets import finish_steps, resolve_hidden, resolve_train, steps_of
+from mxd_convert.recipe.presets import finish_steps, resolve_hidden, resolve_train, steps_of
+from mxd_convert.recipe.schema import Recipe, is_local, layer_indices
 
 GROWTH_WARNING = 3.0
 

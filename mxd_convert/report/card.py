@@ -14,11 +14,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
-from mxd_convert.checkpoint import REPORT
+from mxd_convert.checkpoint.read import REPORT
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.escaping import code, fence, markdown, printable
 from mxd_convert.files import read_mapping, write_text
-from mxd_convert.recipe_file import parse_yaml
+from mxd_convert.recipe.load import parse_yaml
 
 CARD = "README.md"
 REPOSITORY = "THIS_REPOSITORY"  # in a card that is not published yet: where it will be

@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from mxd_convert.files import write_csv, write_json
-from mxd_convert.plan import LayerPlan
-from mxd_convert.recipe import Recipe
+from mxd_convert.plan.resolve import LayerPlan
+from mxd_convert.recipe.schema import Recipe
 from mxd_convert.report.plots import save_figure
 
 _FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement", "compounding")

@@ -9,19 +9,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mxd_convert.architectures import Site
-from mxd_convert.data import Blocks
+from mxd_convert.base_model.families import Site
+from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import memory_guard
 from mxd_convert.layers import Shape, Trainable
-from mxd_convert.recipe import Recipe
-from mxd_convert.training.activations import Activations, Source, buffer_steps
+from mxd_convert.recipe.presets import finish_steps, steps_of
+from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.allocator import kept_memory
-from mxd_convert.training.finish import Finish
 from mxd_convert.training.interrupt import Interrupt
+from mxd_convert.training.joint import Finish
 from mxd_convert.training.log import NAME, lines_of, merge_logs
-from mxd_convert.training.presets import finish_steps, steps_of
 from mxd_convert.training.stage import Pass, Stage, make_layer
 from mxd_convert.training.state import groups_with_state, load_state, remove_leftovers, remove_state, split_state
+from mxd_convert.training.stream import Activations, Source, buffer_steps
 from mxd_convert.training.tracking import track
 
 FINISH = "finish"  # folder of its state, beside those of the groups

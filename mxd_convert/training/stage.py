@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from mxd_convert.errors import NotFinite
 from mxd_convert.layers import Shape, Trainable, new_layer, normalised_mse
-from mxd_convert.recipe import Recipe
-from mxd_convert.training.activations import Activations, Source
+from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, append_line, cut_log
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.progress import TrainingProgress
-from mxd_convert.training.start import start_on_text
 from mxd_convert.training.state import drop_damaged, load_state, save_state
+from mxd_convert.training.stream import Activations, Source
+from mxd_convert.training.token_init import start_on_text
 from mxd_convert.training.tracking import track
 from mxd_convert.training.window import Window
 

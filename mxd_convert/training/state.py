@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxd_convert.files import file_sha256, replacing
-from mxd_convert.sealed import read_sealed, write_sealed
+from mxd_convert.files import file_sha256, read_sealed, replacing, write_sealed
 from mxd_convert.training.log import NAME, cut_log, is_whole, log_extent, split_log
 
 _REMOVED = "removed-"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from mxd_convert.errors import InputError, NotFinite, memory_guard
-from mxd_convert.recipe import Recipe
+from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.loop import Job, Training, lower

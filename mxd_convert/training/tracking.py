@@ -4,7 +4,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from mxd_convert.recipe import Recipe
+from mxd_convert.recipe.schema import Recipe
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe, name: str) -> None:

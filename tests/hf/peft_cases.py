@@ -15,7 +15,7 @@ from peft import LoraConfig
 from peft_tests import test_target_parameters
 from small_models import small_config
 
-from mxd_convert.architectures import ARCHITECTURES
+from mxd_convert.base_model.families import ARCHITECTURES
 
 ATTENTION = {"gpt_neox": "query_key_value", "bloom": "query_key_value"}
 PLACE = tempfile.TemporaryDirectory()

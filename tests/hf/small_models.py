@@ -10,8 +10,8 @@ from mixtures import sites_of
 from outcomes import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from mxd_convert import surgery
-from mxd_convert.architectures import Site
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.families import Site
 from mxd_convert.layers import MxD
 from mxd_convert.modeling import modeling_mxd
 
@@ -23,7 +23,7 @@ def layer(site: Site) -> MxD:
 
 def convert(base: Any) -> Any:
     """Convert every MLP of a base model."""
-    return surgery.convert(base, {site.index: layer(site) for site in sites_of(base)})
+    return swap.insert_layers(base, {site.index: layer(site) for site in sites_of(base)})
 
 
 @cache

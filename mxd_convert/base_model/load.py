@@ -1,0 +1,293 @@
+"""The pretrained model: its config, tokenizer and weights, loaded with errors that say what to do; and the hash that names it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download, resolve_revision
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from mxd_convert.base_model.detect import guess
+from mxd_convert.base_model.families import architecture_of, is_mixture
+from mxd_convert.base_model.remote_code import is_trusted
+from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
+from mxd_convert.files import check_pointer, read_mapping
+from mxd_convert.recipe.load import parse_yaml
+from mxd_convert.recipe.schema import MOST_LAYERS, Base, Mlp, is_local
+
+WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
+
+
+@contextmanager
+def explained(what: str, name: str, done: str = "loaded") -> Iterator[None]:
+    """Turn the many ways in which transformers and the Hub fail to load something into one line.
+
+    Whatever a folder from anywhere holds, what it breaks is its own fault: every error is one of it, but for a full disk and used-up memory.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(f"{name}: {what} can't be {done}, {WEIGHTS_HELP} ({first_line(error)})") from None
+    except Exception as error:
+        if is_disk_full(error) or is_out_of_memory(error):
+            raise
+        raise InputError(f"{name}: {what} can't be {done}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    line = (
+        f"{type(error).__name__}: {line}"
+        if isinstance(error, KeyError | RecursionError | AssertionError | ArithmeticError)
+        else line
+    )
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' own warnings and progress bars, which compete with ours; failures still raise."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load_config(base: Base) -> Any:
+    """The base model's config. Raises InputError where there is none or its kind is refused."""
+    check_unambiguous(base.model)
+    if is_local(base.model):
+        folder = Path(base.model)
+        if not folder.is_dir():
+            raise InputError(f"base.model: {base.model}: no such folder")
+        check_adapters(folder)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"base.model: {base.model}: the folder holds no config.json, so it is not a model")
+        read_mapping(folder / "config.json", "download the model again")
+        for file in folder.glob("*.safetensors"):
+            check_pointer(file)
+    with explained("its config", base.model), quiet():
+        content, _ = PreTrainedConfig.get_config_dict(base.model, revision=base.revision)
+        if str(content.get("model_type")).startswith("mxd_"):
+            raise InputError(f"base.model: {base.model} is already converted; give the model that it came from")
+        check_config(content, f"base.model: {base.model}: config.json", _trusted(base))
+        if not is_local(base.model) and find_adapter_config_file(
+            base.model, revision=base.revision, local_files_only=HF_HUB_OFFLINE
+        ):
+            raise InputError(f"base.model: {base.model}: {_ADAPTER}")
+        with _named_trust(base.model):
+            config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=_trusted(base))
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"base.model: {base.model} is quantised; give the unquantised model, whose activations are exact")
+    return config
+
+
+_ADAPTER = (
+    "holds adapter_config.json, an adapter of PEFT that transformers would silently add to the weights; merge it into them"
+    " (merge_and_unload, then save_pretrained), or move it elsewhere"
+)
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+
+def check_adapters(folder: Path) -> None:
+    """Raise InputError where an adapter lies beside the weights: the model that transformers loads would be another than the weights say."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder}: {_ADAPTER}")
+
+
+def check_unambiguous(name: str) -> None:
+    """Raise InputError where a Hub id is also the name of something in the working directory, which transformers would load in its place."""
+    if not is_local(name) and Path(name).exists():
+        raise InputError(
+            f"{name}: names a model on the Hub, and something in the working directory too; write ./{name} for that one, or start from"
+            " another directory"
+        )
+
+
+def check_config(content: Mapping[str, Any], where: str, trusted: bool = False) -> None:
+    """Raise InputError for a config.json that would run code from elsewhere, take hours to build, or contradicts itself.
+
+    where: begins the message. trusted: whether code from elsewhere may run.
+    """
+    vocabulary, pad = content.get("vocab_size"), content.get("pad_token_id")
+    if isinstance(vocabulary, int) and isinstance(pad, int) and pad >= vocabulary > 0:
+        raise InputError(
+            f"{where}: pad_token_id is {pad} and vocab_size {vocabulary}, whose ids end at {vocabulary - 1}; set pad_token_id to one of"
+            " these, or to null"
+        )
+    for key, value in content.items():
+        if key in _COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
+            raise InputError(f"{where}: {key} is {value:.6g}, more than any model has; download it again")
+        if key.removesuffix("_internal").strip("_") in _IMPLEMENTATIONS and not trusted:
+            values = value.values() if isinstance(value, dict) else [value]
+            if not all(found is None or (isinstance(found, str) and found.isidentifier()) for found in values):
+                raise InputError(f"{where}: {key} is {value!r:.80}, code from elsewhere; expected a name such as sdpa or eager")
+        if isinstance(value, dict):
+            check_config(value, f"{where}: {key}", trusted)
+
+
+@contextmanager
+def _named_trust(name: str) -> Iterator[None]:
+    """Name our own key where transformers says that code from elsewhere would have to be trusted."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise InputError(
+            f"base.model: {name} comes with code of its own, which is not run unless you say so: read its .py files, and set"
+            " base.trust_remote_code: true (for a converted checkpoint: put --trust-remote-code before the command)"
+        ) from None
+
+
+def _trusted(base: Base) -> bool:
+    return base.trust_remote_code or is_trusted()
+
+
+def pinned(base: Base) -> Base:
+    """The base with its revision resolved to a commit, so that every later load and the report mean the same weights."""
+    if is_local(base.model):
+        return base
+    try:
+        revision = resolve_revision(base.model, revision=base.revision, local_files_only=HF_HUB_OFFLINE)
+    except Exception:  # whatever is wrong, loading the model says it better
+        return base
+    return base.model_copy(update={"revision": revision.resolved})
+
+
+_OF_THE_CARD = ("license", "license_name", "license_link", "language")
+
+
+def card_of(base: Base) -> dict[str, Any]:
+    """What the base's own card says of its licence and language; empty where there is no card, or the Hub can't be reached."""
+    try:
+        if is_local(base.model):
+            path = Path(base.model) / "README.md"
+        else:
+            path = Path(hf_hub_download(base.model, "README.md", revision=base.revision, local_files_only=HF_HUB_OFFLINE))
+        head = re.match(r"\s*---\n(.*?)\n---", path.read_text(encoding="utf-8-sig").replace("\r\n", "\n"), re.DOTALL)
+        data = parse_yaml(head[1]) if head is not None else {}  # as YAML 1.2, in which `no` is Norwegian
+        return {key: data[key] for key in _OF_THE_CARD if _is_said(data.get(key), lists=key == "language")}
+    except Exception:  # a card is the base's owner's; whatever is wrong with it is no reason to stop
+        return {}
+
+
+def _is_said(value: Any, lists: bool) -> bool:
+    if lists and isinstance(value, list):
+        return bool(value) and all(_is_said(one, lists=False) for one in value)
+    return isinstance(value, str) and 0 < len(value) <= 1000
+
+
+_TOKENIZER = ("tokenizer", "tokenization", "vocab", "merges", "tekken")
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that comes with a model or checkpoint. Raises InputError."""
+    trusted = trust_remote_code or is_trusted()
+    folder = Path(name)
+    if folder.is_dir() and not any(file.name.startswith(_TOKENIZER) or file.suffix == ".model" for file in folder.iterdir()):
+        raise InputError(f"{name}: holds no tokenizer (tokenizer.json, or what its family has); save the tokenizer there")
+    with explained("its tokenizer", name), quiet(), _named_trust(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+        tokenizer("a", add_special_tokens=True)["input_ids"]  # some are broken in a way that only use shows
+        return tokenizer
+
+
+@dataclass(frozen=True)
+class Spread:
+    """room: bytes of each device (0, 1, ... of the GPUs, "cpu") that a model may take; what is left goes to files in `folder`."""
+
+    room: dict[int | str, int]
+    folder: Path
+
+
+def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None) -> Any:
+    """The base model in evaluation mode, on the CPU. dtype: a name as in the recipe; None: the recipe's `base.dtype`. Raises InputError.
+
+    spread: for a model too large for one device, which accelerate then distributes; it runs as it is, without being moved.
+    """
+    check_unambiguous(base.model)
+    placed = {} if spread is None else {"device_map": "auto", "max_memory": spread.room, "offload_folder": str(spread.folder)}
+    with explained("the model", base.model), quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base.model,
+            revision=base.revision,
+            trust_remote_code=_trusted(base),
+            dtype=dtype or base.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            use_safetensors=True,
+            **placed,
+        )
+    model, info = loaded
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, theirs, ours = mismatched[0]
+        raise InputError(
+            f"{base.model}: the weights don't fit config.json: {name} has shape {list(theirs)} where vocab_size and the other sizes make"
+            f" {list(ours)}; mend config.json, or give the whole model"
+        )
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{base.model}: the weights lack {missing[0]}{more}; they would be random. Is this the whole model?")
+    layers = model.config.num_hidden_layers
+    beyond = architecture_of(model.config, base.mlp).layer.format(i=layers).removeprefix(f"{model.base_model_prefix}.")
+    if any(f"{beyond}." in key for key in info["unexpected_keys"]):
+        raise InputError(f"{base.model}: its config.json says {layers} layers and the weights hold more; mend the config")
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a config without weights (on the meta device)."""
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
+
+
+def likely_mlp(config: Any) -> Mlp | None:
+    """What looks like the MLP of a family without a row; None where nothing does, or the model can't be built from its config."""
+    if is_mixture(config):
+        return None
+    try:
+        return guess(empty_model(config), config)
+    except Exception:  # whatever can't be built can't be described
+        return None
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over tensors by name: name, dtype, shape and bytes. The same however they are spread over files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_sha256(model: Any) -> str:
+    """The hash of a loaded model's tensors, tied ones once."""
+    return tensors_sha256(untied_tensors(model).items())
+
+
+def untied_tensors(model: Any) -> dict[str, Tensor]:
+    """The state dict as a checkpoint holds it: of tied tensors, only the one that others are tied to."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

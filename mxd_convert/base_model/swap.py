@@ -1,0 +1,168 @@
+"""Put layers in, take them out again (revert); and, for measurements, hold another module in an MLP's place for a while."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import initialization
+
+from mxd_convert.base_model.families import Site, architecture_of, kept_mlp
+from mxd_convert.base_model.load import quiet, untied_tensors
+from mxd_convert.base_model.remote_code import has_own_code, joined
+from mxd_convert.errors import InputError
+from mxd_convert.modeling import modeling_mxd
+from mxd_convert.modeling.configuration_mxd import KINDS, format_version, mlp_paths
+
+_NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "mxd")
+
+
+def describe(layer: modeling_mxd.FactoredLayer) -> dict[str, Any]:
+    """A layer's entry in config.json: what it takes to build it again."""
+    entry: dict[str, Any] = {"kind": layer.kind}
+    sizes, settings = KINDS[layer.kind]
+    entry |= {key: getattr(layer, key) for key in ("d_in", "d_hidden", "d_out", "n_experts", "k") if key in sizes}
+    values = {"skip": layer.skip is not None, "dropout": layer.dropout.p}
+    return entry | {key: values[key] if key in values else getattr(layer, key) for key in settings}
+
+
+def insert_layers(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], origin: dict[str, Any] | None = None) -> Any:
+    """The base model with MxD layers (or another kind) in place of MLPs, as a model of its own class; `base` itself is left as it is.
+
+    layers: by layer index. origin: the base's model id, revision and tensor hash, and where its MLPs are if the recipe had to say,
+    kept in config.json. Everything but the replaced MLPs is the base's own tensors, in the base's dtype; the layers are cast to it.
+    """
+    row = architecture_of(base.config, kept_mlp(origin))
+    dropout = float(getattr(base.config, row.dropout)) if row.dropout is not None else 0.0
+    entries = {str(index): {**describe(layers[index]), "dropout": dropout} for index in sorted(layers)}
+    mxd: dict[str, Any] = {"format_version": format_version(row.then), "mlp": row.place}
+    mxd |= {"then": list(row.then)} if row.then else {}
+    mxd |= {"flat": row.flat} if row.flat else {}
+    mxd |= {"layers": entries, **({"base": origin} if origin else {})}
+    model_class = _counterpart(base)
+    config = model_class.config_class(**{**_carried(base), "mxd": mxd})
+    tensors = untied_tensors(base)
+    for index, layer in layers.items():
+        path = row.place.format(i=index)
+        tensors = _without(tensors, mlp_paths(mxd, index))
+        parameters = dict(layer.named_parameters())  # these alone are cast: an activation may have buffers of a dtype of its own
+        state = layer.state_dict()
+        tensors |= {f"{path}.{name}": state[name].to(base.dtype) if name in parameters else state[name] for name in state}
+    return assemble(model_class, config, tensors, base)
+
+
+def _counterpart(base: Any) -> Any:
+    """The class of a base's converted model."""
+    if has_own_code(base):
+        return joined(base)
+    return getattr(modeling_mxd, f"Mxd{type(base.config).__name__.removesuffix('Config')}ForCausalLM")
+
+
+def remove_layers(converted: Any, base: Any, indices: list[int]) -> Any:
+    """A converted model with the original MLPs back in the given layers; with none left, a model of the base's own class.
+
+    Raises InputError where a layer is not converted or the base's MLP does not fit.
+    """
+    mxd = converted.config.mxd
+    for index in indices:
+        if str(index) not in mxd["layers"]:
+            raise InputError(f"layer {index} is not converted; converted are {', '.join(mxd['layers'])}")
+    left = {index: layer for index, layer in mxd["layers"].items() if int(index) not in indices}
+    tensors, originals = untied_tensors(converted), untied_tensors(base)
+    for index in indices:
+        paths = mlp_paths(mxd, index)
+        tensors = _without(tensors, paths)
+        tensors |= {name: tensor.to(converted.dtype) for name, tensor in originals.items() if name.startswith(paths)}
+    if left:
+        by_hand = {
+            key: [order for order in mxd[key] if order["layer"] not in indices] for key in ("edits", "steering") if key in mxd
+        }
+        config = type(converted.config)(**_carried(converted), mxd={**mxd, **by_hand, "layers": left})
+        return assemble(type(converted), config, tensors, converted)
+    base_class = converted.base_class
+    config = base_class.config_class(**_carried(converted))
+    for one, auto_class in ((base_class, "AutoModelForCausalLM"), (base_class.config_class, "AutoConfig")):
+        if not one.__module__.startswith("transformers."):
+            one.register_for_auto_class(auto_class)  # its own code then travels with it
+    return assemble(base_class, config, tensors, converted)
+
+
+def _carried(model: Any) -> dict[str, Any]:
+    """The settings of a model's config that its successor keeps."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CARRIED}
+    if settings.get("tie_word_embeddings") and not model.all_tied_weights_keys:
+        settings["tie_word_embeddings"] = False  # its files hold two different matrices, and transformers left them so
+    return settings
+
+
+def _without(tensors: dict[str, Tensor], paths: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(paths)}
+
+
+def assemble(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
+    """A model of `model_class` around the given tensors (not copied), with the dtype and generation settings of `like`."""
+    with initialization.no_init_weights(), quiet():
+        model = model_class._from_config(config, dtype=like.dtype)
+    tied = set(model.all_tied_weights_keys)
+    missing, unexpected = model.load_state_dict(tensors, assign=True, strict=False)
+    if problems := sorted((set(missing) - tied) | set(unexpected)):
+        raise InputError(
+            f"the weights don't fit the model: {problems[0]}" + (f" and {len(problems) - 1} more" if len(problems) > 1 else "")
+        )
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(like.generation_config)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it, the modules at the given paths are others. The model is as before afterwards."""
+
+    def put(path: str, module: nn.Module) -> nn.Module:
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        before = getattr(holder, name)
+        setattr(holder, name, module)
+        return before
+
+    before = {path: put(path, module) for path, module in modules.items()}
+    try:
+        yield
+    finally:
+        for path, module in before.items():
+            put(path, module)
+
+
+def standing_in(model: nn.Module, sites: Sequence[Site], modules: Mapping[int, nn.Module]) -> Any:
+    """A context in which other modules, by layer index, stand in for the MLPs at some sites."""
+    return replaced(model, {path: module for site in sites for path, module in site.stand_in(modules[site.index]).items()})
+
+
+class Constant(nn.Module):
+    """Stands in for an MLP that returns the same vector, (O), for every token: zero and mean ablation."""
+
+    def __init__(self, value_O: Tensor) -> None:
+        super().__init__()
+        self.value_O = value_O
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1).clone()  # some models add to it in place
+
+
+def permuted_experts(layer: modeling_mxd.FactoredLayer, order_N: Tensor) -> Any:
+    """A context in which expert n of `layer` is what expert `order[n]` was, while the gate stays."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before = layer.experts.data
+        layer.experts.data = before[order_N]
+        try:
+            yield
+        finally:
+            layer.experts.data = before
+
+    return context()
+
+
+__all__ = ["Constant", "assemble", "describe", "insert_layers", "permuted_experts", "remove_layers", "replaced", "standing_in"]

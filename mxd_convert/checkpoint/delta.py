@@ -1,0 +1,181 @@
+"""Delta checkpoints: what a conversion changed, without the base's own weights; and the full checkpoint made of it again, to the bit.
+
+`layers.safetensors` holds the tensors that the base does not have, `full/` the other files of the checkpoint, `mxd_delta.json` the base's id
+and hash, the hash of every file, and the headers of the weight files, so that they can be written again whatever wrote them first.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mxd_convert.base_model import swap
+from mxd_convert.base_model.load import WEIGHTS_HELP, explained, load_base, model_sha256, quiet, untied_tensors
+from mxd_convert.checkpoint.read import (
+    DELTA,
+    REPORT,
+    check_folder,
+    chosen_base,
+    class_of,
+    read_config,
+    read_report,
+)
+from mxd_convert.checkpoint.verify import Check, Verification
+from mxd_convert.errors import InputError
+from mxd_convert.files import file_sha256, read_mapping
+
+LAYERS = "layers.safetensors"
+FULL = "full"
+FORMAT_VERSION = 1
+
+
+def is_delta(folder: str | Path) -> bool:
+    return (Path(folder) / DELTA).is_file()
+
+
+def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto") -> Any:
+    """The converted model of a delta, without writing the full checkpoint anywhere, in evaluation mode. Raises InputError."""
+    folder = Path(folder)
+    content = read_delta(folder)
+    original = base_of_delta(folder, content, base)
+    config = read_config(folder / FULL)
+    tensors = merged_tensors(folder, content, untied_tensors(original))
+    with explained("the delta", str(folder)):
+        model = swap.assemble(class_of(folder / FULL, config), config, tensors, original)
+    if (folder / FULL / "generation_config.json").is_file():
+        with quiet():
+            model.generation_config = GenerationConfig.from_pretrained(folder / FULL)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+
+
+def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
+    """Whether its files and the weights that come out of it have the recorded hashes; of weights not checked where the base is not at hand.
+
+    Raises InputError where it is no delta, or `base` not its base.
+    """
+    folder = Path(delta)
+    content = read_delta(folder)
+    weights = {entry["path"]: entry["header"] for entry in content["weights"]}
+    others = {path: digest for path, digest in content["files"].items() if path not in weights}
+    wrong = [path for path, digest in others.items() if not has_hash(folder / FULL / path, digest)]
+    checks = [
+        Check("the checkpoint's files have the recorded hashes", not wrong, f"{wrong[0]} differs or is missing" if wrong else "")
+    ]
+    name = "the checkpoint's weights come out with the recorded hashes"
+    try:
+        original = base_of_delta(folder, content, base)
+    except InputError as error:
+        if base is not None:
+            raise
+        return Verification(folder, [*checks, Check(name, None, str(error))])
+    tensors = merged_tensors(folder, content, untied_tensors(original))
+    for path, header in weights.items():
+        digest = hashlib.sha256()
+        for piece in weight_file(header, tensors):
+            digest.update(piece)
+        same = digest.hexdigest() == content["files"][path]
+        checks.append(Check(name, same, "" if same else f"{path} does not"))
+    return Verification(folder, checks)
+
+
+def measured_on_others(delta: Path) -> list[str]:
+    """Files of the checkpoint that are not those that its report's figures were measured on."""
+    content = read_delta(delta)
+    if not (delta / FULL / REPORT).is_file():
+        return []
+    recorded = (read_report(delta / FULL) or {}).get("files") or {}
+    return [path for path, digest in recorded.items() if content["files"].get(path) != digest]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_delta(folder: Path) -> dict[str, Any]:
+    check_folder(folder)
+    if not is_delta(folder):
+        raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` makes those")
+    content = read_mapping(folder / DELTA, "download it again")
+    version = content.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: a delta of format {version}, and this mxd-convert knows {FORMAT_VERSION}; upgrade mxd-convert"
+        )
+    try:
+        assert version == FORMAT_VERSION
+        _check_form(content)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError):
+        raise InputError(f"{folder}: its {DELTA} can't be read; download it again") from None
+    return content
+
+
+def _check_form(content: Mapping[str, Any]) -> None:
+    """Raises some error where it is not what `delta` writes: it may come from anywhere."""
+    assert isinstance(content["base"], dict)
+    assert isinstance(content["layers_sha256"], str)
+    for entry in content["weights"]:
+        assert entry["path"] in content["files"]
+        assert isinstance(entry["header"], str)
+        header = json.loads(entry["header"])
+        for name in header.keys() - {"__metadata__"}:
+            start, end = header[name]["data_offsets"]
+            assert type(start) is int
+            assert type(end) is int
+    assert all(path and _inside(path) and isinstance(digest, str) for path, digest in content["files"].items())
+    assert all(isinstance(value, str | bool | dict | None) for value in content["base"].values())
+
+
+def _inside(path: str) -> bool:
+    """Whether a path from a file that came from elsewhere stays inside the folder."""
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
+def base_of_delta(folder: Path, content: Mapping[str, Any], base: str | None) -> Any:
+    recorded = content["base"]
+    settings = chosen_base(folder, recorded, base)
+    original = load_base(settings, dtype="auto")
+    if model_sha256(original) != recorded.get("sha256"):
+        raise InputError(
+            f"{settings.model}: not the model that this delta belongs to (the hash of its tensors differs); give {recorded.get('model')} with --base"
+        )
+    return original
+
+
+def merged_tensors(folder: Path, content: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's tensors, by name: its own, and for the others the base's."""
+    if not has_hash(folder / LAYERS, content["layers_sha256"]):
+        raise InputError(f"{folder / LAYERS}: missing, or {WEIGHTS_HELP}")
+    try:
+        with safe_open(folder / LAYERS, framework="pt") as stored:
+            own = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / LAYERS}: {WEIGHTS_HELP} ({error})") from None
+    names = {name for entry in content["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"}
+    for name in sorted(names - own.keys() - theirs.keys()):
+        raise InputError(f"{folder}: damaged: neither {LAYERS} nor the base has {name}; download it again")
+    return {name: own[name] if name in own else theirs[name] for name in names}
+
+
+def has_hash(path: Path, digest: str) -> bool:
+    return path.is_file() and file_sha256(path) == digest
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------------
+
+
+def weight_file(header: str, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """A weight file, from its head and its tensors in the order that the head gives."""
+    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    text = header.encode()
+    yield len(text).to_bytes(8, "little") + text
+    for name, _ in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        yield _bytes(tensors[name])
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,151 @@
+"""`verify --provenance`: recomputes what a checkpoint's report says of its files, recipe, base and texts, as far as they are at hand."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mxd_convert.base_model.load import load_base, load_tokenizer, model_sha256
+from mxd_convert.checkpoint.labels import LABELS
+from mxd_convert.checkpoint.read import REPORT, base_of, belonging, read_config, read_local, read_report, recorded_base
+from mxd_convert.checkpoint.verify import Check, Verification, foreign_code
+from mxd_convert.data.blocks import prepare
+from mxd_convert.errors import InputError, first_line
+from mxd_convert.files import file_sha256
+from mxd_convert.recipe.load import read_recipe_yaml
+from mxd_convert.recipe.schema import Data, Recipe
+
+_WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the report itself, the card, which is made of it, and what people add
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's files, by path; without those of its dashboard, and those that are written after the report."""
+    return {path: file_sha256(folder / path) for path in belonging(folder) if path not in _WITHOUT_HASH}
+
+
+def changed_files(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    """Files that are not what the report's figures were measured on: changed, or missing. Empty where it has no hashes."""
+    recorded: dict[str, str] = report.get("files") or {}
+    return [path for path, digest in recorded.items() if not (folder / path).is_file() or file_sha256(folder / path) != digest]
+
+
+def verify_provenance(checkpoint: str | Path, base: str | None = None) -> Verification:
+    """Whether files, recipe, seed, base and texts are those of the report. What is not at hand is reported as not checked.
+
+    base: the base model, where not the recorded one. Texts are read where they were, if that was on this machine. Raises InputError where
+    `checkpoint` is no converted checkpoint.
+    """
+    folder = Path(checkpoint)
+    config = read_config(folder)
+    if not (folder / REPORT).is_file():
+        missing = f"no {REPORT}: the checkpoint was changed since it was made, and not measured"
+        return Verification(folder, [Check("the report is there", None, missing)])
+    checks: list[Check] = []
+    try:
+        report = read_report(folder) or {}
+        for some in (
+            _files(folder, report),
+            _recipe(folder, report),
+            _base(folder, config, report, base),
+            _texts(folder, report),
+        ):
+            checks += some
+    except InputError as error:
+        if base is not None and not str(error).startswith(str(folder)):
+            raise
+        checks.append(Check("the report can be read", False, first_line(error)))
+    except (KeyError, TypeError) as error:  # what a part of ours has, and this one lacks
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"a part of it is empty ({first_line(error)})"
+        checks.append(Check("the report can be read", False, why))
+    return Verification(folder, checks)
+
+
+def _files(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
+    name = "files are those that were measured, by SHA-256"
+    if not report.get("files"):
+        yield Check(name, None, "the report has no hashes of them")
+        return
+    wrong = changed_files(folder, report)
+    yield Check(
+        name,
+        not wrong,
+        f"{wrong[0]} differs or is missing" + (f", and {len(wrong) - 1} more" if wrong[1:] else "") if wrong else "",
+    )
+    if more := [path for path in belonging(folder) if path not in report["files"] and path not in _WITHOUT_HASH]:
+        yield Check(
+            "there are no other files", None, f"the report does not know {', '.join(more[:3])}" + (", ..." if more[3:] else "")
+        )
+    other = foreign_code(folder)
+    version = (report.get("versions") or {}).get("mxd-convert", "unknown")
+    why = f"{other[0]} is another; it was made by version {version}" if other else ""
+    yield Check("its code is this package's own", None if other else True, why)
+
+
+def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
+    name = "recipe.yaml is the recipe that the report names, by SHA-256"
+    try:
+        recipe = Recipe(**read_recipe_yaml(folder / "recipe.yaml"))
+    except (InputError, ValidationError, TypeError) as error:
+        yield Check(name, False, f"recipe.yaml can't be read ({first_line(error)})")
+        return
+    same = recipe.published_sha256() == report["recipe_sha256"]
+    yield Check(name, same, "" if same else "it differs")
+    seed = (report.get("seeds") or {}).get("train")
+    yield Check(
+        "the seed is the recipe's",
+        seed == recipe.train.seed,
+        "" if seed == recipe.train.seed else f"{seed} and {recipe.train.seed}",
+    )
+
+
+def _base(folder: Path, config: Any, report: Mapping[str, Any], base: str | None) -> Iterator[Check]:
+    recorded = report["base"]
+    same = recorded_base(config).get("sha256") == recorded["sha256"]
+    yield Check("config.json and the report name the same base", same, "" if same else "their hashes of it differ")
+    name = "the base's tensors have the recorded SHA-256"
+    try:
+        settings = base_of(folder, base)
+        found = model_sha256(load_base(settings, dtype="auto"))
+    except InputError as error:
+        if base is not None:
+            raise
+        yield Check(name, None, str(error))
+    else:
+        yield Check(
+            name, found == recorded["sha256"], "" if found == recorded["sha256"] else f"that of {settings.model} is {found}"
+        )
+
+
+def _texts(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
+    names = (
+        "the training text has the recorded fingerprint",
+        "the held-out text has the recorded fingerprint",
+        "no held-out document is in the training text",
+    )
+    paths = read_local(folder).get("data") or {}
+    try:
+        settings = read_recipe_yaml(folder / "recipe.yaml")["data"]
+        for part in ("train", "eval"):
+            if settings[part]["path"] is not None:
+                settings[part]["path"] = paths[part]
+        with tempfile.TemporaryDirectory() as scratch:
+            train, held_out = prepare(Data(**settings), load_tokenizer(str(folder)), Path(scratch))
+            infos = (train.info, held_out.info)
+            del train, held_out
+    except KeyError:
+        yield from (
+            Check(name, None, "the text was not on this machine; `mxd-convert run` on it recomputes all") for name in names
+        )
+        return
+    except (InputError, OSError, ValidationError, TypeError, AttributeError) as error:
+        yield from (Check(name, None, first_line(error)) for name in names)
+        return
+    for name, part, info in zip(names, ("train", "eval"), infos, strict=False):
+        same = report["data"][part]["fingerprint"] == info.fingerprint
+        yield Check(name, same, "" if same else f"it is {info.fingerprint} now")
+    yield Check(names[2], infos[1].disjoint, "" if infos[1].disjoint else "some are")
+
+
+__all__ = ["changed_files", "file_hashes", "verify_provenance"]

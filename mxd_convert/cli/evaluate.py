@@ -1,0 +1,38 @@
+"""The command `eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mxd_convert
+from mxd_convert.cli.app import (
+    BaseOption,
+    CheckpointArgument,
+    JsonOption,
+    app,
+    print_json,
+)
+from mxd_convert.cli.figures import print_figures
+
+
+@app.command(name="eval", epilog="Example: `mxd-convert eval runs/quickstart --data held-out.jsonl --tokens 50000`")
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],
+    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to evaluate on, at most.")] = 262_144,
+    base: BaseOption = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the figures to the checkpoint's report and card, as of another text.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint on a text: fidelity to the base model and reliance on the experts."""
+    figures = mxd_convert.evaluate(checkpoint, data, tokens, text_field, base)
+    if record:
+        mxd_convert.record(checkpoint, figures)
+    if as_json:
+        print_json(figures)
+    else:
+        print_figures(figures)

@@ -1,0 +1,24 @@
+"""The command `init`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import mxd_convert
+from mxd_convert.cli.app import (
+    app,
+    human,
+)
+
+
+@app.command(epilog="Example: `mxd-convert init openai-community/gpt2 --output gpt2.yaml`")
+def init(
+    base_model: Annotated[str, typer.Argument(help="Hub id or local folder of the model to convert.")],
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write; default: <name>-mxd.yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a commented recipe for a base model."""
+    path = output or Path(f"{Path(base_model).name}-mxd.yaml")
+    mxd_convert.write_starter(base_model, path, force)
+    human.print(f"{path} written; next: mxd-convert plan {path}")

@@ -1,0 +1,60 @@
+"""The command `run`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+import mxd_convert
+from mxd_convert.cli.app import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    app,
+    human,
+    print_json,
+    show,
+)
+from mxd_convert.cli.figures import print_figures
+from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, Stopped
+from mxd_convert.training.distributed import once_a_machine, part
+
+
+@app.command(
+    epilog="Example: `mxd-convert run recipes/quickstart.yaml --set data.tokens=300000`. A run that was cut off goes on with the same command."
+)
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder of the finished checkpoint.")] = None,
+    settings: SetOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: replace a converted checkpoint or an unfinished run there.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model: train the layers, put them in, evaluate, report."""
+    with once_a_machine():  # a mistake in the recipe is told before torch is loaded
+        loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
+    try:
+        result = mxd_convert.convert(loaded, output, fresh=fresh)
+    except Stopped as stopped:
+        raise typer.Exit(INTERRUPTED_AND_TOLD if stopped.told else INTERRUPTED) from None
+    part()
+    if not result.main_process:
+        return
+    if as_json:
+        content = {"output": str(result.output), "already_finished": result.already_finished, "url": result.url}
+        print_json({**content, "onnx_failures": list(result.onnx_failures), "report": result.report})
+        if result.onnx_failures:
+            raise typer.Exit(1)
+        return
+    if result.already_finished:
+        human.print("this recipe has finished before; --fresh runs it again")
+    print_figures(result.report)
+    if result.url is not None:
+        human.print(f"published: {result.url}")
+    show(result.output)
+    if result.onnx_failures:
+        for line in result.onnx_failures:
+            human.print(f"ONNX export, out of tolerance and not written: {line}", soft_wrap=True)
+        raise typer.Exit(1)

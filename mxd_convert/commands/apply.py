@@ -1,0 +1,38 @@
+"""`apply`: the full checkpoint of a delta, bit for bit."""
+
+import shutil
+from pathlib import Path
+
+from mxd_convert.base_model.load import untied_tensors
+from mxd_convert.checkpoint.delta import FULL, base_of_delta, has_hash, merged_tensors, read_delta, weight_file
+from mxd_convert.checkpoint.read import (
+    LOCAL,
+    check_new,
+    new_folder,
+    read_local,
+)
+from mxd_convert.errors import InputError
+from mxd_convert.files import replacing, write_json
+
+
+def apply(delta: str | Path, output: str | Path, base: str | None = None) -> Path:
+    """The full checkpoint of a delta, its files bit for bit those that the delta was made of. Raises InputError where the base is another."""
+    folder, output = Path(delta), Path(output)
+    check_new(output, folder)
+    content = read_delta(folder)
+    tensors = merged_tensors(folder, content, untied_tensors(base_of_delta(folder, content, base)))
+    with new_folder(output, folder) as work:
+        weights = {entry["path"]: entry["header"] for entry in content["weights"]}
+        for path in content["files"]:
+            (work / path).parent.mkdir(parents=True, exist_ok=True)
+            if path in weights:
+                with replacing(work / path) as temporary, temporary.open("wb") as file:
+                    file.writelines(weight_file(weights[path], tensors))
+            elif (folder / FULL / path).is_file():
+                shutil.copyfile(folder / FULL / path, work / path)
+        for path, digest in content["files"].items():
+            if not has_hash(work / path, digest):
+                raise InputError(f"{folder}: damaged: {path} does not come out with the recorded hash; download it again")
+        if local := read_local(folder).get("base"):
+            write_json(work / LOCAL, {"base": local})
+    return output

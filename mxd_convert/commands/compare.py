@@ -1,0 +1,88 @@
+"""`compare`: two checkpoints' reports side by side."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mxd_convert.checkpoint.read import REPORT, read_config, read_report
+from mxd_convert.errors import InputError
+from mxd_convert.recipe.load import read_recipe_yaml
+
+_WHOLE = ("ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement", "compounding", "recovered_zero")
+_LAYER = ("delta_ce", "fvu", "fvu_in_place_local", "l0", "dead_fraction")
+_SHARES = ("gate_share", "identity_share", "routing_necessity")
+
+
+def compare(one: str | Path, other: str | Path) -> dict[str, Any]:
+    """Compare the reports of two checkpoints, figure by figure: [of one, of the other], None where one lacks it.
+
+    Returns {"same_base", "same_eval_text", "settings", "whole", "layers", "verdicts"}; settings: the recipe's keys that differ.
+    Raises InputError where one has no report.
+    """
+    reports = [_report(Path(folder)) for folder in (one, other)]
+    recipes = [_recipe(Path(folder)) for folder in (one, other)]
+    settings = {}
+    for key in sorted(recipes[0].keys() | recipes[1].keys()):
+        values = [recipe.get(key) for recipe in recipes]
+        if values[0] != values[1]:
+            settings[key] = values
+    measured = [_at(report, "fidelity", "layers") for report in reports]
+    indices = {index for found in measured if isinstance(found, Mapping) for index in found}
+    parts = [(name, "fidelity") for name in _LAYER] + [(name, "reliance") for name in _SHARES]
+    layers = {
+        index: {name: [_at(report, part, "layers", index, name) for report in reports] for name, part in parts}
+        for index in sorted(indices, key=_in_order)
+    }
+    texts = [[_at(report, "data", "eval", "fingerprint"), _at(report, "fidelity", "tokens")] for report in reports]
+    return {
+        "same_base": _same(*([_at(report, "base", "sha256")] for report in reports)),
+        "same_eval_text": _same(*texts),
+        "settings": settings,
+        "whole": {name: [_at(report, "fidelity", name) for report in reports] for name in _WHOLE},
+        "layers": layers,
+        "verdicts": [_at(report, "reliance", "sentence") or _at(report, "reliance", "verdict") for report in reports],
+    }
+
+
+def _at(content: Any, *keys: str) -> Any:
+    """Return the value at a path of keys; None where a report lacks it."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Whether both are known, and equal."""
+    return None not in one and one == other
+
+
+def _in_order(index: str) -> tuple[bool, int, str]:
+    return not index.isdecimal(), len(index), index
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    read_config(folder)
+    report = read_report(folder)
+    if report is None:
+        raise InputError(f"{folder}: has no {REPORT}, so nothing to compare; only checkpoints that `run` has finished have one")
+    for part in ("data", "fidelity", "reliance"):
+        if not report.get(part) or (part == "data" and not report[part].get("eval")):
+            raise InputError(
+                f"{folder / REPORT}: has no {part}, so nothing to compare; `mxd-convert eval` measures the checkpoint"
+            )
+    return report
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """The keys of a checkpoint's recipe, written with dots, without those of its output."""
+    path = folder / "recipe.yaml"
+    content = read_recipe_yaml(path) if path.is_file() else {}
+    content.pop("output", None)
+    return _flat(content)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,145 @@
+"""The dashboard: a folder of HTML that shows what every expert does, opened from disk without network."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mxd_convert
+from mxd_convert import files
+from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.checkpoint.labels import Label, read_labels
+from mxd_convert.checkpoint.read import checkpoint_settings, load_checkpoint, recorded_base
+from mxd_convert.dashboard.pages import RARE, SHARD, TEXT_SHARD, LayerPages, Source, about_layer, write_data, write_text
+from mxd_convert.dashboard.tokens import Tokens
+from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.experts.decomposition import Unembedding
+from mxd_convert.evaluation.experts.examples import AFTER, BEFORE
+from mxd_convert.evaluation.experts.statistics import SAMPLES, chosen_layers, collect
+from mxd_convert.evaluation.layer_figures import ALWAYS_ON
+from mxd_convert.files import put_in_place, scratch_beside
+from mxd_convert.recipe.schema import EvalText, layer_indices
+
+STATIC = Path(__file__).parent.parent / "dashboard" / "static"
+_MARK = '<meta name="generator" content="mxd-convert dashboard">'
+_OURS = {"index.html", "expert.html", "assets", "data"}
+
+
+def make_dashboard(
+    checkpoint: str | Path,
+    data: str | Path,
+    output: str | Path,
+    tokens: int = 262_144,
+    text_field: str = "text",
+    layers: list[int] | str = "all",
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write the dashboard of a checkpoint, loaded from disk, on a text; a dashboard that is there already is replaced.
+
+    data: a local text file, folder or glob, held out from training. output: a folder that is new, empty or a dashboard. tokens: how many
+    to use at most. layers: [3, 4], "3,4", "0-2" or "all". device: None takes a CUDA device if there is one.
+    Returns {"output", "data", "layers": {index: {"experts", "dead", "rare", "always_on"}}}. Raises InputError.
+    """
+    output = Path(output).expanduser()
+    check_output(output)
+    context, mask_bos = checkpoint_settings(Path(checkpoint))
+    if tokens < context:
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
+    try:
+        indices = None if layers == "all" else layer_indices(layers, None)
+    except ValueError as error:
+        raise InputError(f"--{error}") from None
+    labels = read_labels(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, dtype="float32", finite=True), load_tokenizer(str(checkpoint))
+    chosen_layers(model, indices)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
+        blocks = prepare_eval(source, context, tokenizer, Path(folder))
+        name = Path(checkpoint).resolve().name
+        return write_dashboard(output, model, tokenizer, blocks, name, labels, indices, mask_bos, place, quiet)
+
+
+def write_dashboard(
+    output: Path,
+    model: Any,
+    tokenizer: Any,
+    blocks: Blocks,
+    name: str,
+    labels: list[Label] | None = None,
+    layers: list[int] | None = None,
+    mask_bos: bool = True,
+    device: torch.device | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The same for a converted model that is loaded and a text that is tokenised. name: of the checkpoint, as the pages show it."""
+    check_output(output)
+    check_vocabulary(blocks, model.config.get_text_config().vocab_size)
+    with scratch_beside(output) as scratch:
+        folder = scratch / "dashboard"
+        shutil.copytree(STATIC, folder, copy_function=shutil.copyfile)
+        records = collect(model, blocks, scratch / "records", layers, mask_bos, device, quiet)
+        unembedding = Unembedding(model)
+        text = Tokens(tokenizer, len(unembedding.matrix_VO))
+        source = Source(blocks, text, unembedding, min(len(tokenizer), len(unembedding.matrix_VO)))
+        write_text(folder, blocks, text)
+        about = []
+        for index in list(records):
+            pages = LayerPages(index, records.pop(index), source)
+            pages.write(folder)
+            about.append(pages.about())
+        write_data(folder, "data/tokens", {"ids": text.ids, "texts": text.texts})
+        summary = _summary(model, blocks, name, labels or [], about, mask_bos)
+        write_data(folder, "data/summary", summary)
+        put_in_place(folder, output, scratch)
+    figures = {
+        str(layer["layer"]): {"experts": layer["n_experts"], **{key: layer[key] for key in ("dead", "rare", "always_on")}}
+        for layer in about
+    }
+    return {"output": str(output), "data": summary["data"], "layers": figures}
+
+
+def _summary(
+    model: Any, blocks: Blocks, name: str, labels: list[Label], about: list[dict[str, Any]], mask_bos: bool
+) -> dict[str, Any]:
+    layers = model.mxd_layers()
+    return {
+        "checkpoint": name,
+        "base": recorded_base(model.config).get("model"),
+        "version": mxd_convert.__version__,
+        "data": {
+            "path": blocks.info.path,
+            "fingerprint": blocks.info.fingerprint,
+            "tokens": about[0]["tokens"],
+            "blocks": len(blocks),
+            "context": blocks.context,
+            "masked": mask_bos,
+        },
+        "layers": about,
+        "without": [about_layer(index, layer) for index, layer in layers.items() if layer.n_experts == 0],
+        "labels": [label.model_dump() for label in labels],
+        "window": [BEFORE, AFTER],
+        "rates": {"rare": RARE, "always": ALWAYS_ON},
+        "samples": SAMPLES,
+        "shard": SHARD,
+        "text_shard": TEXT_SHARD,
+    }
+
+
+def check_output(output: Path) -> None:
+    """Raise InputError where something else than a dashboard of ours is in the way."""
+    if output.exists() and not _is_replaceable(output):
+        raise InputError(f"--output {output}: exists already and is not a dashboard; choose another folder")
+    files.check_output(output)
+
+
+def _is_replaceable(output: Path) -> bool:
+    """Whether it is an empty folder, or a dashboard of ours and nothing else."""
+    if not output.is_dir():
+        return False
+    names, index = {path.name for path in output.iterdir()}, output / "index.html"
+    return not names or (names <= _OURS and index.is_file() and _MARK in index.read_text(encoding="utf-8", errors="replace"))

@@ -1,0 +1,195 @@
+"""Static transcoders of a checkpoint's layers in another tool's layout, with what each of them loses."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxd_convert.base_model.capture import harvest, observe
+from mxd_convert.checkpoint.read import new_folder, read_config, recorded_base
+from mxd_convert.data.blocks import Blocks
+from mxd_convert.errors import InputError, memory_guard
+from mxd_convert.evaluation.progress import progress
+from mxd_convert.export.circuit_tracer import CircuitTracer
+from mxd_convert.export.delphi import SPLITS, SUMMARY, LayerCache, active_entries
+from mxd_convert.export.job import Job
+from mxd_convert.export.layout import Layout
+from mxd_convert.export.losses import measure
+from mxd_convert.export.sources import NO_MEMORY, batches, chosen_layers, find_base, hookpoint, load_converted, read_text
+from mxd_convert.export.sparsify import Sparsify
+from mxd_convert.export.surrogate import ConditionalMeans, is_exact, surrogate_of
+from mxd_convert.files import scratch_beside, write_json
+from mxd_convert.modeling.modeling_mxd import Codes
+
+FIGURES = "mxd_surrogate.json"
+LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Sparsify, CircuitTracer)}
+
+
+def export_transcoder(
+    checkpoint: str | Path,
+    output: str | Path,
+    layout: str,
+    data: str | Path,
+    tokens: int = 131_072,
+    text_field: str = "text",
+    layers: str | list[int] = "all",
+    base: str | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes a checkpoint's layers as static transcoders, in float32, and mxd_surrogate.json with what that loses; returns the latter.
+
+    A (skip) transcoder is written as it is. Of an MxD, row n of the decoder is `c_n * E[u | n active]`, from the first three
+    quarters of the text; the figures are from the last.
+
+    layout: "sparsify" or "circuit-tracer". data: held-out text, a local file, folder or glob, of which at most `tokens` are read.
+    layers: [3, 4], "3,4", "0-2" or "all". base: the base model, where not the recorded one; where it is not to be had, the
+    activations are the converted model's own and figures against the base are None. device: None takes a CUDA device if there is one.
+    Keys as in docs/other-tools.md. Raises InputError where the layers, the text or the folder won't do.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    form, checkpoint, output = LAYOUTS[layout](), Path(checkpoint), Path(output)
+    config = read_config(checkpoint)
+    entries, notes = chosen_layers(checkpoint, config, layers)
+    form.check(config, entries)
+    vocabulary = config.get_text_config().vocab_size
+    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, scratch_beside(output) as scratch:
+        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
+        converted = load_converted(checkpoint)
+        if converted.config.mxd.get("steering"):
+            converted.set_steering([])
+            notes.append("the steering that the checkpoint carries is neither in the files nor in the figures")
+        original, missing = find_base(checkpoint, converted, base)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        job = Job(converted.to(place), original if original is None else original.to(place), blocks, mask_bos, list(entries))
+        with progress(job.steps, quiet, "surrogates", "making surrogates and measuring what they lose") as advance:
+            never = _write_all(form, folder, job, advance)
+            surrogates = {i: form.read(folder, i, job.hookpoints[i], layer) for i, layer in job.layers.items()}
+            measured = measure(job, surrogates, advance)
+        form.describe(folder, job.layers, job.hookpoints, str(recorded_base(config).get("model") or "unknown"))
+        for index, figures in measured["layers"].items():
+            figures["never_fired"] = never[int(index)]
+        content = {
+            "layout": layout,
+            "checkpoint": checkpoint.resolve().name,
+            "base": recorded_base(config),
+            "data": {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, **job.text()},
+            "activations": "converted" if original is None else "base",
+            **measured,
+            "notes": notes + missing + form.notes(entries),
+        }
+        write_json(folder / FIGURES, content)
+    return content
+
+
+def _write_all(form: Layout, folder: Path, job: Job, advance: Any) -> dict[int, int | None]:
+    """Writes every layer's surrogate; returns how many experts never fired while the means were taken, None where none are needed."""
+    never: dict[int, int | None] = {}
+    for index, layer in job.layers.items():
+        if is_exact(layer):
+            form.write(folder, index, job.hookpoints[index], surrogate_of(layer, layer.experts))
+            never[index] = None
+    for group in job.groups:
+        means = {index: ConditionalMeans(job.layers[index]) for index in group}
+        for batch in job.estimation:
+            ids_BT = job.take(batch)
+            counted_BT = job.counted(ids_BT)
+            for index, activations in harvest(job.source, [job.sites[i] for i in group], ids_BT).items():
+                means[index].add(activations.inputs[counted_BT])
+            advance()
+        for index in group:
+            layer, estimate = job.layers[index], means.pop(index)
+            never[index] = estimate.never
+            form.write(folder, index, job.hookpoints[index], surrogate_of(layer, estimate.decoder()))
+    return never
+
+
+def cache_activations(
+    checkpoint: str | Path,
+    output: str | Path,
+    data: str | Path,
+    tokens: int = 131_072,
+    text_field: str = "text",
+    layers: str | list[int] = "all",
+    splits: int = SPLITS,
+    mask_first: bool | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Writes what `encode` returns on a text, in the converted model, for delphi to read from `output`/latents; returns mxd_cache.json.
+
+    data: a local text file, folder or glob, of which at most `tokens` are read. layers: [3, 4], "3,4", "0-2" or "all". splits: files a
+    layer. mask_first: leave out BOS tokens and the first position of each block; None: where training did. device: None takes a CUDA
+    device if there is one. Coefficients up to 1e-5 count as zero, as in delphi. Memory does not grow with the text. Raises InputError.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    config = read_config(checkpoint)
+    entries, notes = chosen_layers(checkpoint, config, layers)
+    fewest = min(entry["n_experts"] for entry in entries.values())
+    if not 1 <= splits <= fewest:
+        raise InputError(f"splits = {splits}: give a whole number from 1 to the number of experts, {fewest}")
+    vocabulary = config.get_text_config().vocab_size
+    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, scratch_beside(output) as scratch:
+        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
+        mask = mask_bos if mask_first is None else mask_first
+        model = load_converted(checkpoint)
+        if model.config.mxd.get("steering"):
+            notes.append("the steering that the checkpoint carries acts on the layers above it, as when the model runs")
+        model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        sizes = {index: entry["n_experts"] for index, entry in entries.items()}
+        caches = {i: LayerCache(scratch / str(i), size, splits, blocks) for i, size in sizes.items()}
+        _fill(model, caches, blocks, mask, max(sizes.values()), quiet)
+        settings = {
+            "dataset_repo": blocks.info.path,
+            "dataset_split": "",
+            "dataset_name": "",
+            "dataset_column": text_field,
+            "batch_size": 1,
+            "cache_ctx_len": blocks.context,
+            "n_tokens": len(blocks) * blocks.context,
+            "n_splits": splits,
+            "model_name": str(checkpoint),
+        }
+        found = {}
+        for index, cache in caches.items():
+            place = folder / "latents" / hookpoint(model, index)
+            cache.write(place, blocks)
+            write_json(place / "config.json", settings)
+            found[str(index)] = {"module": place.name, "n_experts": sizes[index], **cache.figures()}
+        masked = "BOS tokens and the first position of each block left out" if mask else "nothing left out"
+        content = {
+            "layout": "delphi",
+            "checkpoint": checkpoint.resolve().name,
+            "data": {
+                "path": blocks.info.path,
+                "fingerprint": blocks.info.fingerprint,
+                "tokens": len(blocks) * blocks.context,
+                "context": blocks.context,
+                "masked": masked,
+            },
+            "layers": found,
+            "notes": notes,
+        }
+        write_json(folder / SUMMARY, content)
+    return content
+
+
+def _fill(model: Any, caches: Mapping[int, "LayerCache"], blocks: Blocks, mask: bool, n_experts: int, quiet: bool) -> None:
+    layers = model.mxd_layers()
+    steps = batches(0, len(blocks), blocks.context, len(blocks), n_experts)
+    with progress(len(steps), quiet, "activations", "caching activations") as advance:
+        for batch in steps:
+            ids_BT = blocks.take(batch).to(model.device)
+            counted_BT = blocks.counted(ids_BT, mask)
+            see = {index: partial(_add, cache, batch.start, counted_BT) for index, cache in caches.items()}
+            observe(model, ids_BT, [(layers[index].expert_acts, see[index]) for index in caches])
+            advance()
+
+
+def _add(cache: "LayerCache", first: int, counted_BT: Tensor, _: Tensor, codes: Codes) -> None:
+    block_P, position_P, expert_P, value_P = active_entries(codes, counted_BT)
+    cache.add(block_P + first, position_P, expert_P, value_P)

@@ -1,0 +1,69 @@
+"""`init`: a commented recipe for a base model."""
+
+import os
+import textwrap
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from mxd_convert.base_model.families import architecture_of
+from mxd_convert.base_model.load import likely_mlp, load_config
+from mxd_convert.errors import InputError
+from mxd_convert.files import write_text
+from mxd_convert.recipe.load import load_recipe
+from mxd_convert.recipe.schema import Base, Mlp, Recipe, Section, is_local
+
+_WIDTH = 118
+
+
+def starter_recipe(base_model: str, folder: Path | None = None) -> str:
+    """A recipe for `base_model` with every key, its default and what it means; of a family without a row, with what looks like its MLP.
+
+    folder: where the recipe will be, which a local model's path is written relative to. Raises InputError for a model that can't be converted."""
+    recipe = load_recipe({"base": {"model": base_model}})
+    config = load_config(Base(model=recipe.base.model))
+    recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"mlp": _mlp_of(config)})})
+    head = (
+        f"# Converts {base_model} ({config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}).\n"
+        "# mxd-convert plan THIS_FILE shows what it comes to, mxd-convert run THIS_FILE runs it.\n"
+    )
+    shown = os.path.relpath(recipe.base.model, folder or Path.cwd()) if is_local(recipe.base.model) else base_model
+    return head + "\n" + _section(Recipe, recipe.model_dump(), shown, 0)
+
+
+def _mlp_of(config: Any) -> Mlp | None:
+    """None for a family that has a row."""
+    try:
+        architecture_of(config)
+    except InputError:
+        if (found := likely_mlp(config)) is None:
+            raise
+        return found
+    return None
+
+
+def write_starter(base_model: str, path: Path, force: bool = False) -> None:
+    """Writes that recipe to `path`. Raises InputError where the file exists and `force` is not given."""
+    if path.is_dir() or (path.exists() and not force):
+        raise InputError(f"--output {path} exists; choose another" + ("" if path.is_dir() else ", or --force to replace it"))
+    text = starter_recipe(base_model, path.resolve().parent)
+    write_text(path, text)
+
+
+def _section(section: type[Section], values: dict[str, Any], base_model: str, depth: int) -> str:
+    lines = []
+    for name, field in section.model_fields.items():
+        value, indent = values[name], "  " * depth
+        if depth == 0:
+            lines.append("")
+        lines += textwrap.wrap(field.description or "", _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if isinstance(value, dict):
+            annotation = next(part for part in (*get_args(field.annotation), field.annotation) if part is not type(None))
+            assert issubclass(annotation, Section)
+            lines.append(f"{indent}{name}:")
+            lines.append(_section(annotation, value, base_model, depth + 1))
+        else:
+            shown = base_model if name == "model" else value
+            lines.append(f"{indent}{name}: {yaml.safe_dump(shown, default_flow_style=True).strip().removesuffix('...').strip()}")
+    return "\n".join(lines).lstrip("\n") + ("\n" if depth == 0 else "")

@@ -1,0 +1,1 @@
+"""A page for every expert, and the data files behind it."""

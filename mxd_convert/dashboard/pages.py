@@ -1,0 +1,216 @@
+"""The data files of a dashboard: scripts that hand JSON to its pages, which a browser may load from disk where it may not fetch.
+
+Everything in them is text or numbers; the pages put text in as text, never as markup. What is in them: docs/dashboard.md.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mxd_convert import files
+from mxd_convert.dashboard.tokens import Array, Tokens
+from mxd_convert.data.blocks import Blocks
+from mxd_convert.evaluation.experts.decomposition import Unembedding
+from mxd_convert.evaluation.experts.effects import Effects, EffectsOfLayer, similar, unit_rows, weights
+from mxd_convert.evaluation.experts.examples import BEFORE, Examples, Figures, examples, figures
+from mxd_convert.evaluation.experts.statistics import LayerRecord
+from mxd_convert.evaluation.layer_figures import ALWAYS_ON
+
+SHARD = 64  # experts of a data file
+TEXT_SHARD = 2**16  # tokens of a data file of text
+RARE = 1e-4  # firing rate below which an expert is rare
+_SNIPPET = (10, 3)  # tokens before and after the top one on the index
+_STEPS = 4  # bins of a decade of the density histogram
+_PAIRS = 2**21  # pairs that are held in memory at a time
+_TOGETHER = 256  # experts whose effects on all of the vocabulary are made at a time
+_OF_SIMILAR = 3  # tokens shown beside a similar expert
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the pages are made from: the text, the strings of its tokens, and the way from what is written to logits."""
+
+    blocks: Blocks
+    tokens: Tokens
+    unembedding: Unembedding
+    vocabulary: int  # ids that the tokenizer knows
+
+
+def write_data(folder: Path, name: str, content: Any) -> None:
+    """Write `name`.js, which hands `content` to the page. Plain ASCII, and no `<`, so that nothing in it can end a script."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    path = folder / f"{name}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, f"MXD.give({json.dumps(name)},{text});\n")
+
+
+def write_text(folder: Path, blocks: Blocks, tokens: Tokens) -> None:
+    """The whole text as token numbers, in files of TEXT_SHARD tokens."""
+    flat = blocks.ids.reshape(-1)
+    for number, start in enumerate(range(0, len(flat), TEXT_SHARD)):
+        write_data(folder, f"data/text-{number}", tokens.number(flat[start : start + TEXT_SHARD].astype(np.int64)).tolist())
+
+
+class LayerPages:
+    """The pages of one layer's experts, and its rows on the index."""
+
+    def __init__(self, index: int, record: LayerRecord, source: Source) -> None:
+        self.index, self.record, self.source = index, record, source
+        self.layer, self.count_N = record.layer, record.firings.count_N
+        self.rows: dict[str, list[Any]] = {name: [] for name in ("count", "mean", "largest", "p99", "top")}
+        self.unit_NO, self.weights = unit_rows(self.layer), weights(self.layer)
+        self.previous_N, self.next_N = _neighbours(self.count_N)
+
+    def write(self, folder: Path) -> None:
+        """Writes the layer's files."""
+        self._find_effects()
+        shard: list[dict[str, Any]] = []
+        for first, last in self.record.firings.ranges(SHARD, _PAIRS):
+            shard += self._experts(first, last)
+            if last % SHARD == 0 or last == len(self.count_N):
+                write_data(folder, f"data/{self.index}/experts-{(last - 1) // SHARD}", shard)
+                shard = []
+        write_data(folder, f"data/{self.index}/index", {**self.rows, "up": self.up_tokens})
+
+    def _find_effects(self) -> None:
+        """The tokens that every expert promotes and suppresses, as [number, mean, spread]; None for those that never fire."""
+        effects = EffectsOfLayer(self.index, self.record, self.source.unembedding, self.source.vocabulary)
+        self.effects: list[tuple[list[Any], list[Any]] | None] = []
+        for first in range(0, len(self.count_N), _TOGETHER):
+            last = min(first + _TOGETHER, len(self.count_N))
+            up, down = (self._listed(found) for found in effects.of(first, last))
+            fires = (self.count_N[first:last] > 0).tolist()
+            self.effects += [pair if there else None for pair, there in zip(zip(up, down, strict=True), fires, strict=True)]
+        self.up_tokens = [None if pair is None else [number for number, _, _ in pair[0]] for pair in self.effects]
+
+    def _listed(self, found: Effects) -> list[list[Any]]:
+        numbers = self.source.tokens.number(found.tokens).tolist()
+        lists = zip(numbers, rounded(found.mean), rounded(found.spread), strict=True)
+        return [[list(row) for row in zip(*columns, strict=True)] for columns in lists]
+
+    def _experts(self, first: int, last: int) -> list[dict[str, Any]]:
+        pairs = self.record.firings.read(first, last)
+        of, shown = figures(pairs), examples(pairs, self.source.blocks)
+        columns = {"count": of.count.tolist()} | {name: rounded(getattr(of, name)) for name in ("mean", "largest", "p99")}
+        for name, values in columns.items():
+            self.rows[name] += values
+        self.rows["top"] += self._snippets(shown.top[:, 0])
+        like = self._similar(first, last)
+        contexts = _contexts(of, shown)
+        experts = []
+        for place, n in enumerate(range(first, last)):
+            expert = {name: values[place] for name, values in columns.items()}
+            expert |= {"beside": [int(self.previous_N[n]), int(self.next_N[n])], "like": like[place]}
+            if self.weights is not None:
+                expert |= {"rank": int(self.weights.rank[n]), "norm": rounded(self.weights.norm[n])}
+            effects = self.effects[n]
+            if effects is not None:
+                expert |= {"up": effects[0], "down": effects[1], **contexts[place]}
+            experts.append(expert)
+        return experts
+
+    def _similar(self, first: int, last: int) -> list[list[list[Any]]]:
+        """Of each expert, [number, cosine, some tokens that it promotes] of those most like it."""
+        experts, cosines = similar(self.unit_NO, first, last)
+        return [
+            [
+                [m, round(cosine, 3), (self.up_tokens[m] or [])[:_OF_SIMILAR]]
+                for m, cosine in zip(*pair, strict=True)
+                if cosine > 0
+            ]
+            for pair in zip(experts.tolist(), cosines.tolist(), strict=True)
+        ]
+
+    def _snippets(self, positions: Array) -> list[list[str] | None]:
+        """The texts before, at and after each position; None for position -1."""
+        blocks, tokens = self.source.blocks, self.source.tokens
+        found: list[list[str] | None] = []
+        for position in positions.tolist():
+            if position < 0:
+                found.append(None)
+                continue
+            block, place = divmod(position, blocks.context)
+            start = max(0, place - _SNIPPET[0])
+            row = tokens.number(blocks.ids[block, start : place + 1 + _SNIPPET[1]].astype(np.int64)).tolist()
+            cut = place - start
+            found.append([tokens.text(row[:cut]), tokens.text(row[cut : cut + 1]), tokens.text(row[cut + 1 :])])
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """What the index says of the layer. `density`: experts by firing rate, in bins of a quarter of a decade from 10 ** `from` up."""
+        layer, tokens = self.layer, self.record.tokens
+        rate_N = self.count_N / tokens
+        alive = rate_N[rate_N > 0]
+        lowest = min(-1, math.floor(math.log10(1 / tokens)))
+        bins = np.minimum(((np.log10(alive) - lowest) * _STEPS + 1e-9).astype(np.int64), -lowest * _STEPS - 1)
+        return {
+            **about_layer(self.index, layer),
+            "tokens": tokens,
+            "active": rounded(np.float64(self.count_N.sum() / tokens)),
+            **counts(self.count_N, tokens),
+            "density": {"from": lowest, "steps": _STEPS, "experts": np.bincount(bins, minlength=-lowest * _STEPS).tolist()},
+        }
+
+
+def about_layer(index: int, layer: Any) -> dict[str, Any]:
+    """What any layer is, with experts or without."""
+    return {
+        "layer": index,
+        "kind": layer.kind,
+        **{key: getattr(layer, key) for key in ("d_in", "d_hidden", "d_out", "n_experts", "k")},
+    }
+
+
+def counts(count_N: Array, tokens: int) -> dict[str, int]:
+    """How many experts never fire, fire on less than RARE of the tokens, and on more than ALWAYS_ON of them."""
+    rate_N = count_N / tokens
+    rare = (rate_N > 0) & (rate_N < RARE)
+    return {"dead": int((rate_N == 0).sum()), "rare": int(rare.sum()), "always_on": int((rate_N > ALWAYS_ON).sum())}
+
+
+def rounded(values: Any) -> Any:
+    """Numbers to four significant digits, as Python's own."""
+    x = np.asarray(values, dtype=np.float64)
+    x = np.nan_to_num(x, posinf=1e300, neginf=-1e300)  # JSON has no such numbers
+    unit = 10.0 ** (3 - np.floor(np.log10(np.maximum(np.abs(x), 1e-290))))
+    return (np.round(x * unit) / unit).tolist()
+
+
+def _contexts(of: Figures, shown: Examples) -> list[dict[str, Any]]:
+    """Histogram, top contexts and bands [least, largest, contexts] of each expert. A context is [position, [offset, coefficient, ...]]."""
+    top = _with_heat(shown.top, shown.top_heat)
+    bands = _with_heat(shown.bands, shown.bands_heat)
+    bounds = rounded(shown.bounds)
+    return [
+        {
+            "histogram": histogram,
+            "top": top[place],
+            "bands": [[*bound, band] for bound, band in zip(bounds[place], bands[place], strict=True) if band],
+        }
+        for place, histogram in enumerate(of.histogram.tolist())
+    ]
+
+
+def _with_heat(positions: Array, heat: Array) -> list[Any]:
+    """Positions (..., E) as nested lists of contexts, without those that are -1; of the coefficients around (..., E, W), those above 0."""
+    if positions.ndim > 1:
+        return [_with_heat(one, around) for one, around in zip(positions, heat, strict=True)]
+    found = []
+    values = rounded(heat)
+    for position, row in zip(positions.tolist(), values, strict=True):
+        if position >= 0:
+            found.append([position, [part for offset, value in enumerate(row, -BEFORE) if value for part in (offset, value)]])
+    return found
+
+
+def _neighbours(count_N: Array) -> tuple[Array, Array]:
+    """The experts that fire next below and above each, (N); -1 where there is none."""
+    place_N = np.arange(len(count_N))
+    below_N = np.maximum.accumulate(np.where(count_N > 0, place_N, -1))
+    above_N = np.minimum.accumulate(np.where(count_N > 0, place_N, len(count_N))[::-1])[::-1]
+    above_N = np.where(above_N == len(count_N), -1, above_N)
+    return np.concatenate([[-1], below_N[:-1]]), np.concatenate([above_N[1:], [-1]])

@@ -1,0 +1,1 @@
+"""What every expert does on a text: activations, examples, effects."""

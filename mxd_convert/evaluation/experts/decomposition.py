@@ -1,0 +1,231 @@
+"""The exact decomposition: what every active expert adds to the residual stream, and what that does to the next token's logits.
+
+An expert's part of a layer's output is `a_n (c_n * u)`, u = D^T z (ones in a transcoder); the parts, the output bias and the skip path
+add up to the output. Its direct effect on the logits is that part, through the final norm with the scale that it has there, times the
+unembedding: what it writes for the next token past all layers above.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mxd_convert.base_model.capture import watching
+from mxd_convert.base_model.families import architecture_of
+from mxd_convert.errors import InputError
+from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer, MxD
+
+_CHUNK = 256  # tokens whose logits are made at a time
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A layer's output taken apart, for each token (...): K active experts, O output width. Coefficients of 0 are not active.
+
+    values, experts: (..., K). directions: `c_n * u`, (..., K, O), what a coefficient of 1 adds. rest: bias and skip path, (..., O).
+    """
+
+    values: Tensor
+    experts: Tensor
+    directions: Tensor
+    rest: Tensor
+
+    @property
+    def contributions(self) -> Tensor:
+        """What each expert adds to the output, (..., K, O)."""
+        return self.values.unsqueeze(-1) * self.directions
+
+    @property
+    def output(self) -> Tensor:
+        """Their sum and the rest, (..., O): the layer's output."""
+        return self.contributions.sum(-2) + self.rest
+
+
+@torch.no_grad()
+def take_apart(layer: FactoredLayer, x_BI: Tensor) -> Parts:
+    """The parts of a layer's output for inputs (..., I), steering included (as coefficients of their own). Raises InputError without experts."""
+    if layer.n_experts == 0:
+        raise InputError(f"a {layer.kind} has no experts to take its output apart by")
+    values_BK, experts_BK = sparse(layer.encode(x_BI))
+    for n, change_B in layer.changes((values_BK, experts_BK)):
+        values_BK = torch.cat([values_BK, change_B.to(values_BK.dtype).unsqueeze(-1)], -1)
+        experts_BK = torch.cat([experts_BK, torch.full_like(experts_BK[..., :1], n)], -1)
+    directions = layer.experts[experts_BK].to(values_BK.dtype)
+    if layer.decoder is not None:
+        directions = directions * layer.linear(x_BI).unsqueeze(-2)
+    rest_BO = layer.output_bias.expand(*x_BI.shape[:-1], -1)
+    return Parts(values_BK, experts_BK, directions, rest_BO if layer.skip is None else rest_BO + layer.skip(x_BI))
+
+
+def sparse(codes: Codes) -> tuple[Tensor, Tensor]:
+    """Coefficients as (values, indices), (..., K); of dense ones, with K the most that are active for any token."""
+    if not isinstance(codes, Tensor):
+        return codes
+    most = max(1, int((codes > 0).sum(-1).max()))
+    values, indices = codes.topk(most, dim=-1)
+    return values, indices
+
+
+@torch.no_grad()
+def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int, Parts]:
+    """For given tokens (B, T), the parts of every layer that has experts, by layer index: (B, T, K) and (B, T, K, O)."""
+    layers = {index: layer for index, layer in model.mxd_layers().items() if layer.n_experts}
+    with watching(layers) as seen:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return {index: take_apart(layer, seen[index].inputs) for index, layer in layers.items()}
+
+
+class Norm:
+    """A norm with its scale held: a linear map, `weight * x`, for centred norms of x less its mean. Measured on the module, whose own idea of
+    its weight (Gemma's is one less) need not be known. Raises InputError where it is none."""
+
+    def __init__(self, module: nn.Module, width: int, name: str) -> None:
+        epsilon = next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), None)
+        if epsilon is None:
+            raise InputError(f"{name} is a {type(module).__name__}, which is no norm that this package can hold the scale of")
+        self.module, self.epsilon = module, float(epsilon)
+        x_O = torch.ones(width)  # of mean 0, and nowhere 0
+        x_O[1::2] = -1
+        if width % 2:
+            x_O[:3] = torch.tensor([1.0, 1.0, -2.0])
+        plain = copy.deepcopy(module).cpu().float()
+        ahead, back, moved = (plain(x).detach() for x in (x_O, -x_O, x_O + 1))
+        self.centred = torch.allclose(moved, ahead, atol=1e-5 * ahead.abs().max().item())
+        weight_O = (ahead - back) / 2 / x_O * (x_O.square().mean() + self.epsilon).sqrt()
+        self.weight_O = weight_O.to(next(iter(module.parameters())).device if list(module.parameters()) else "cpu")
+
+    def scale(self, x_BTO: Tensor) -> Tensor:
+        """What the norm multiplies by at each token, (B, T), beside its weight."""
+        x_BTO = x_BTO.detach().float()
+        spread = x_BTO.var(-1, correction=0) if self.centred else x_BTO.square().mean(-1)
+        return (spread + self.epsilon).rsqrt()
+
+
+class Scales:
+    """Of the latest forward: by what the norms multiply what a layer writes at each token, (B, T)."""
+
+    def __init__(self) -> None:
+        self.final = torch.zeros(0)
+        self.after: dict[int, Tensor] = {}
+
+    def of(self, index: int) -> Tensor:
+        return self.final * self.after[index] if index in self.after else self.final
+
+
+class Unembedding:
+    """From what a layer writes to logits: what the family does to it before the residual stream, the final norm, its scale as it is at the
+    token, and the unembedding. Before logits are capped, where the family caps them. Raises InputError where there is no such way.
+
+    matrix: unembedding and final norm, (V, O). outlet_O: by layer index, what an output is multiplied by on its way to the stream.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config, row = model.config, architecture_of(model.config)
+        head_VO: Tensor = model.get_output_embeddings().weight.detach().float()
+        last = _found(model, row.norm)
+        if last is None or head_VO.shape[1] != config.hidden_size:
+            named = " (base.mlp.norm names it, for a family of your own)" if row.norm is None else ""
+            raise InputError(
+                f"what experts do to the logits is not known: this model has no norm and head after its layers{named}"
+            )
+        self.norm = Norm(last, config.hidden_size, str(row.norm))
+        factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.matrix_VO = head_VO * self.norm.weight_O.to(head_VO.device) * factor
+        if self.norm.centred:  # the norm takes the mean out of what is written, whatever the token
+            self.matrix_VO = self.matrix_VO - self.matrix_VO.mean(-1, keepdim=True)
+        multiplier = float(getattr(config, row.scale)) if row.scale is not None else 1.0
+        self.after: dict[int, Norm] = {}
+        self.outlet_O: dict[int, Tensor] = {}
+        for index, layer in model.mxd_layers().items():
+            self.outlet_O[index] = torch.full((layer.d_out,), multiplier, device=head_VO.device)
+            if row.after is not None:
+                path = f"{row.layer.format(i=index)}.{row.after}"
+                self.after[index] = Norm(model.get_submodule(path), layer.d_out, path)
+                self.outlet_O[index] = multiplier * self.after[index].weight_O.to(head_VO.device)
+
+    @contextmanager
+    def scales(self) -> Iterator[Scales]:
+        """Within it, every forward leaves the norms' scales in what is yielded."""
+        seen = Scales()
+
+        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen.final = self.norm.scale(arguments[0])
+
+        def note_after(index: int) -> Any:
+            return lambda module, arguments: seen.after.__setitem__(index, self.after[index].scale(arguments[0]))
+
+        handles = [self.norm.module.register_forward_pre_hook(note)]
+        handles += [norm.module.register_forward_pre_hook(note_after(index)) for index, norm in self.after.items()]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def logits(self, scaled_BO: Tensor) -> Tensor:
+        """(..., V), centred over the vocabulary (a constant changes no probability). scaled: what reaches the stream, times the norm's scale."""
+        logits_BV = scaled_BO.float() @ self.matrix_VO.T
+        return logits_BV - logits_BV.mean(-1, keepdim=True)
+
+
+def _found(model: nn.Module, path: str | None) -> nn.Module | None:
+    try:
+        return model.get_submodule(path) if path else None
+    except AttributeError:
+        return None
+
+
+@dataclass(frozen=True)
+class LogitEffect:
+    """An expert's direct effect on the logits of the next token, over the tokens where it fires: mean and standard deviation, (V)."""
+
+    tokens: int
+    mean: Tensor
+    spread: Tensor
+
+    def promoted(self, count: int = 10) -> list[int]:
+        """The tokens whose logits it raises most."""
+        return [int(index) for index in self.mean.topk(min(count, len(self.mean))).indices]
+
+    def suppressed(self, count: int = 10) -> list[int]:
+        """The tokens whose logits it lowers most."""
+        return [int(index) for index in (-self.mean).topk(min(count, len(self.mean))).indices]
+
+
+@torch.no_grad()
+def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: int = 16) -> LogitEffect:
+    """The direct effect of an expert of a converted model over token ids (B, T), `rows` of them at a time; zeros where it never fires.
+
+    Logits are centred over the vocabulary. Raises InputError where there is no such expert.
+    """
+    layers = model.mxd_layers()
+    if layer not in layers:
+        raise InputError(f"layer {layer} is not converted; converted are {', '.join(map(str, layers))}")
+    if not 0 <= expert < layers[layer].n_experts:
+        raise InputError(f"layer {layer} has experts 0 to {layers[layer].n_experts - 1}; there is no expert {expert}")
+    unembedding = Unembedding(model)
+    tokens, sums, squares = 0, torch.zeros(()), torch.zeros(())
+    for ids_BT in input_ids.split(rows):
+        with watching({layer: layers[layer]}) as seen, unembedding.scales() as scales:
+            model(input_ids=ids_BT, use_cache=False)
+        parts = take_apart(layers[layer], seen[layer].inputs)
+        fires = (parts.experts == expert) & (parts.values > 0)
+        written = (parts.contributions.float() * unembedding.outlet_O[layer] * scales.of(layer)[..., None, None])[fires]
+        for chunk in written.split(_CHUNK):
+            logits = unembedding.logits(chunk).double()
+            tokens, sums, squares = tokens + len(chunk), sums + logits.sum(0), squares + logits.square().sum(0)
+    if tokens == 0:
+        nothing = torch.zeros(len(unembedding.matrix_VO))
+        return LogitEffect(0, nothing, nothing)
+    mean = sums / tokens
+    return LogitEffect(tokens, mean.float(), (squares / tokens - mean.square()).clamp_min(0).sqrt().float())
+
+
+@torch.no_grad()
+def expert_rank(layer: MxD, expert: int) -> int:
+    """The rank of an expert's materialised weight, `D diag(c_n)`: that of D, but for outputs where c_n is 0. Raises IndexError."""
+    return int(torch.linalg.matrix_rank(layer.expert_weight(expert).double()))

@@ -1,0 +1,186 @@
+"""One pass of a converted model over a text, for what is shown of every expert: where it fires, and what it then writes.
+
+Memory is bounded by the number of experts, whatever the length of the text. Pairs of an expert and a token go to files (firings.py); of what
+an expert writes, the sum over its firings is kept, and a few drawn at random for its spread.
+Shape suffixes: B tokens, K active experts, N experts, O output width, P pairs of an expert and a token on which it fires, S samples.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxd_convert.data.blocks import Blocks
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.experts.decomposition import Unembedding
+from mxd_convert.evaluation.experts.firings import Array, Firings, by_expert, mixed, rank_within, reserve
+from mxd_convert.evaluation.progress import progress
+from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
+
+SAMPLES = 8  # firings of an expert from which the spread of its effect is told
+_GATES = 2**25  # gate values of one batch, all experts
+_NEVER = np.uint64(2**64 - 1) - np.arange(SAMPLES, dtype=np.uint64)  # keys of free slots: the first is filled first
+
+
+@dataclass
+class LayerRecord:
+    """What one layer did. written: sum over an expert's firings of `a_n u s`, (N, O), with the final norm's scale s at the token.
+
+    Of a transcoder, whose u is 1, O is 1 there. samples: the same for SAMPLES firings each, drawn by a hash of expert and position, (N, S, O),
+    in a file; drawn: how many there are, (N). tokens: how many the figures are over.
+    """
+
+    layer: FactoredLayer
+    folder: Path
+    tokens: int = 0
+    firings: Firings = field(init=False)
+    written_NO: Tensor = field(init=False)
+    samples_NSO: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        n, width = self.layer.n_experts, 1 if self.layer.decoder is None else self.layer.d_out
+        self.firings = Firings(self.folder, n)
+        self.written_NO = torch.zeros(n, width, device=self.layer.experts.device)
+        size = n * SAMPLES * width
+        reserve(self.folder / "samples", size * torch.bfloat16.itemsize)
+        file = torch.from_file(str(self.folder / "samples"), shared=True, size=size, dtype=torch.bfloat16)
+        self.samples_NSO = file.view(n, SAMPLES, width)
+        self._keys_NS = np.tile(_NEVER, (n, 1))
+
+    @property
+    def drawn_N(self) -> Array:
+        return np.minimum(self.firings.count_N, SAMPLES)
+
+    def add(self, codes: Codes, linear_BO: Tensor | None, scale_B: Tensor, counted_B: Tensor, positions: Array) -> None:
+        """The layer's codes on one batch, its u (None: ones), the norm's scale, which tokens count, and where these are in the text."""
+        token_P, expert_P, value_P = _pairs(codes, counted_B)
+        self.tokens += len(positions)
+        expert, token = expert_P.cpu().numpy(), token_P.cpu().numpy()
+        self.firings.add(expert, positions[token], value_P.cpu().numpy())
+        if len(expert) == 0:
+            return
+        scaled_BO = scale_B.unsqueeze(-1) if linear_BO is None else linear_BO.float() * scale_B.unsqueeze(-1)
+        scaled_BO = scaled_BO[counted_B]
+        order = by_expert(expert, self.layer.n_experts)
+        expert, position = expert[order], positions[token[order]]
+        begins = np.flatnonzero(np.diff(expert, prepend=-1))
+        order_P, fired, offsets = (torch.from_numpy(array).to(token_P.device) for array in (order, expert[begins], begins))
+        token_P, value_P = token_P[order_P], value_P[order_P]
+        sums = F.embedding_bag(token_P, scaled_BO, offsets, mode="sum", per_sample_weights=value_P)
+        self.written_NO.index_add_(0, fired, sums)
+        self._draw(expert, position, token_P, value_P, scaled_BO)
+
+    def _draw(self, expert_P: Array, position_P: Array, token_P: Tensor, value_P: Tensor, scaled_BO: Tensor) -> None:
+        """Keeps, of each expert, the SAMPLES firings of the smallest hash so far."""
+        key_P = mixed(mixed(position_P, seed=5) + expert_P.astype(np.uint64), seed=6)
+        key_P >>= np.uint64(1)  # below that of any free slot
+        new = np.flatnonzero(key_P < self._keys_NS[expert_P].max(-1))
+        touched, row = np.unique(expert_P[new], return_inverse=True)
+        old = self._keys_NS[touched]
+        rows = np.concatenate([np.repeat(np.arange(len(touched)), SAMPLES), row])
+        keys = np.concatenate([old.ravel(), key_P[new]])
+        order = np.lexsort((keys, rows))
+        kept = np.zeros(len(keys), dtype=bool)
+        kept[order] = rank_within(rows[order]) < SAMPLES
+        free_row, free_slot = np.nonzero(~kept[: old.size].reshape(old.shape))
+        enter = np.flatnonzero(kept[old.size :])
+        enter = enter[np.argsort(row[enter], kind="stable")]  # of each expert as many as its slots that come free, in their order
+        self._keys_NS[touched[free_row], free_slot] = key_P[new[enter]]
+        chosen = torch.from_numpy(new[enter]).to(token_P.device)
+        vectors = scaled_BO[token_P[chosen]] * value_P[chosen].unsqueeze(-1)
+        self.samples_NSO[torch.from_numpy(touched[free_row]), torch.from_numpy(free_slot)] = vectors.bfloat16().cpu()
+
+
+def _pairs(codes: Codes, counted_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, expert, coefficient) of every pair, in the order of tokens; tokens are numbered among those that count."""
+    if isinstance(codes, Tensor):
+        dense_BN = codes.flatten(0, -2)[counted_B]
+        token_P, expert_P = (dense_BN > 0).nonzero(as_tuple=True)
+        return token_P, expert_P, dense_BN[token_P, expert_P].float()
+    values_BK, experts_BK = (tensor.flatten(0, -2)[counted_B] for tensor in codes)
+    token_P, place_P = (values_BK > 0).nonzero(as_tuple=True)
+    return token_P, experts_BK[token_P, place_P], values_BK[token_P, place_P].float()
+
+
+@torch.no_grad()
+def collect(
+    model: Any,
+    blocks: Blocks,
+    folder: Path,
+    layers: list[int] | None = None,
+    mask_bos: bool = True,
+    device: torch.device | None = None,
+    quiet: bool = False,
+) -> dict[int, LayerRecord]:
+    """One pass of a converted model over all of `blocks`: by layer index, what each layer with experts did.
+
+    layers: of those with experts; None: all. folder: for the files, which the records go on needing. mask_bos: BOS tokens and the first position
+    of each block don't count. Raises InputError where there is no expert, or no token that counts.
+    """
+    device = device or torch.device("cpu")
+    model = model.to(device)
+    chosen = chosen_layers(model, layers)
+    records = {index: LayerRecord(layer, folder / str(index)) for index, layer in chosen.items()}
+    unembedding = Unembedding(model)
+    rows = max(1, min(64, _GATES // (blocks.context * max(layer.n_experts for layer in chosen.values()))))
+    starts = range(0, len(blocks), rows)
+    with progress(len(starts), quiet, "looking at experts") as advance:
+        for start in starts:
+            ids_BT = blocks.take(slice(start, start + rows)).to(device)
+            with _watched(chosen) as (codes, linear), unembedding.scales() as scales:
+                model.base_model(input_ids=ids_BT, use_cache=False)  # the logits are not needed
+            counted_B = blocks.counted(ids_BT, mask_bos).flatten()
+            positions = start * blocks.context + counted_B.nonzero().squeeze(-1).cpu().numpy()
+            for index, record in records.items():
+                record.add(codes[index], linear.get(index), scales.of(index).flatten(), counted_B, positions)
+            advance()
+    if not next(iter(records.values())).tokens:
+        raise InputError(f"data: {blocks.info.path}: nothing in it but BOS tokens, on which experts are not looked at")
+    for record in records.values():
+        record.firings.sort()
+    return records
+
+
+def chosen_layers(model: Any, layers: list[int] | None) -> dict[int, FactoredLayer]:
+    """The layers with experts, by index: those named, or all. Raises InputError where there is none or one named is not among them."""
+    every = model.mxd_layers()
+    having = {index: layer for index, layer in every.items() if layer.n_experts}
+    if not having:
+        kinds = ", ".join(sorted({layer.kind for layer in every.values()}))
+        raise InputError(f"the checkpoint's layers have no experts to show (they are of kind {kinds})")
+    for index in layers or []:
+        if index not in every:
+            raise InputError(f"--layers: layer {index} is not converted; converted are {', '.join(map(str, every))}")
+        if index not in having:
+            raise InputError(f"--layers: layer {index} is a {every[index].kind}, which has no experts to show")
+    return having if layers is None else {index: having[index] for index in sorted(layers)}
+
+
+@contextmanager
+def _watched(layers: dict[int, FactoredLayer]) -> Iterator[tuple[dict[int, Codes], dict[int, Tensor]]]:
+    """Within it, every forward of the model leaves each layer's codes, and its u where it has one, flattened to (B, O), in the yielded dicts."""
+    codes: dict[int, Codes] = {}
+    linear: dict[int, Tensor] = {}
+
+    def note_codes(index: int) -> Any:
+        return lambda module, arguments, output: codes.__setitem__(index, output)
+
+    def note_linear(index: int) -> Any:
+        return lambda module, arguments, output: linear.__setitem__(index, output.flatten(0, -2))
+
+    handles = []
+    for index, layer in layers.items():
+        handles.append(layer.expert_acts.register_forward_hook(note_codes(index)))
+        if layer.decoder is not None:
+            handles.append(layer.decoder.register_forward_hook(note_linear(index)))
+    try:
+        yield codes, linear
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Linear probes on documents' mean coefficients."""

@@ -1,0 +1,1 @@
+"""Layouts of other tools: sparsify, circuit-tracer, delphi, lm-eval."""

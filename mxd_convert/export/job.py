@@ -1,0 +1,88 @@
+"""One export of surrogates: the models, the layers, and the text, one part to take means on and one to measure."""
+
+from typing import Any
+
+from torch import Tensor
+
+from mxd_convert.base_model.families import Site, architecture_of
+from mxd_convert.data.blocks import Blocks
+from mxd_convert.errors import InputError
+from mxd_convert.evaluation.fidelity import rows_a_batch
+from mxd_convert.export.sources import batches, hookpoint
+from mxd_convert.export.surrogate import is_exact
+from mxd_convert.modeling.modeling_mxd import FactoredLayer
+
+ESTIMATED = 0.75  # of the text
+_SUMS = 2**30  # bytes of sums that are kept at a time
+
+
+class Job:
+    """What to export and on what text. `source` is the model whose activations count: the base, or the converted one without it.
+
+    layers, sites, hookpoints: by layer index. groups: layers whose means are taken in one pass. estimation, measurement: batches of
+    blocks, none of them in both. Raises InputError where the text is too short to be two.
+    """
+
+    def __init__(self, converted: Any, original: Any, blocks: Blocks, mask_bos: bool, indices: list[int]) -> None:
+        self.converted, self.original, self.blocks, self.mask_bos = converted, original, blocks, mask_bos
+        self.source = converted if original is None else original
+        self.layers: dict[int, FactoredLayer] = {index: converted.mxd_layers()[index] for index in indices}
+        self.hookpoints = {index: hookpoint(converted, index) for index in indices}
+        self.sites = {index: self._site(index) for index in indices}
+        self.groups = self._groups()
+        first = self._estimated() if self.groups else 0
+        widest = max(layer.n_experts for layer in self.layers.values())
+        rows = rows_a_batch(blocks.context, converted.config.get_text_config().vocab_size)
+        self.estimation = batches(0, first, blocks.context, len(blocks), widest)
+        self.measurement = batches(first, len(blocks), blocks.context, rows, widest)
+        self.first = first
+
+    def _site(self, index: int) -> Site:
+        layer, row = self.layers[index], architecture_of(self.converted.config)
+        widths = (layer.d_in, layer.d_hidden, layer.d_out)
+        then = tuple(path.format(i=index) for path in row.then)
+        return Site(index, row.place.format(i=index), *widths, "", False, then=then, layer=row.layer.format(i=index))
+
+    def _groups(self) -> list[list[int]]:
+        groups: list[list[int]] = []
+        room = 0
+        for index, layer in self.layers.items():
+            if is_exact(layer):
+                continue
+            size = 8 * layer.n_experts * layer.d_out
+            if size > room:
+                groups.append([])
+                room = max(_SUMS, size)
+            groups[-1].append(index)
+            room -= size
+        return groups
+
+    def _estimated(self) -> int:
+        if len(self.blocks) < 2:
+            raise InputError(
+                f"the text makes a single block of {self.blocks.context} tokens, and means and what they lose need a block each;"
+                " give more text, or more --tokens"
+            )
+        return min(len(self.blocks) - 1, max(1, round(ESTIMATED * len(self.blocks))))
+
+    @property
+    def steps(self) -> int:
+        """Of the progress bar."""
+        return len(self.groups) * len(self.estimation) + len(self.measurement)
+
+    def take(self, batch: slice) -> Tensor:
+        """Token ids (B, T) where the models are."""
+        return self.blocks.take(batch).to(self.source.device)
+
+    def counted(self, ids_BT: Tensor) -> Tensor:
+        """Which positions count in means, FVU and shares, (B, T) bool."""
+        return self.blocks.counted(ids_BT, self.mask_bos)
+
+    def text(self) -> dict[str, Any]:
+        """How the text is used, for the report."""
+        masked = "BOS tokens and the first position of each block" if self.mask_bos else "nothing"
+        return {
+            "tokens_estimated": self.first * self.blocks.context,
+            "tokens_measured": (len(self.blocks) - self.first) * self.blocks.context,
+            "masked": f"{masked} left out of means, FVU, l0 and fewer_than_k; cross-entropies are over every predicted token",
+        }

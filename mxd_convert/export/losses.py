@@ -1,0 +1,94 @@
+"""What surrogates lose: of every layer's output, and in the model. On text that the means were not taken on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxd_convert.base_model.capture import Activations, recording
+from mxd_convert.base_model.swap import replaced
+from mxd_convert.evaluation.fidelity import Totals
+from mxd_convert.evaluation.layer_figures import Variance
+from mxd_convert.export.job import Job
+from mxd_convert.export.surrogate import is_exact
+from mxd_convert.modeling.modeling_mxd import FactoredLayer, Transcoder
+
+
+class LayerLoss:
+    """Streams what one layer's surrogate loses of its output."""
+
+    def __init__(self, layer: FactoredLayer, surrogate: Transcoder) -> None:
+        self.layer, self.surrogate = layer, surrogate
+        device = layer.output_bias.device
+        self.own, self.theirs, self.lost = (Variance(layer.d_out, device) for _ in range(3))
+        self.active = torch.zeros((), dtype=torch.float64, device=device)
+        self.few = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x_BI: Tensor, target_BO: Tensor | None) -> None:
+        """Counts tokens in: the layer's inputs and what the original MLP makes of them, where that is known."""
+        layer_BO, surrogate_BO = self.layer(x_BI).double(), self.surrogate(x_BI).double()
+        self.lost.add(surrogate_BO, layer_BO)
+        if target_BO is not None:
+            self.own.add(layer_BO, target_BO.double())
+            self.theirs.add(surrogate_BO, target_BO.double())
+        codes = self.surrogate.encode(x_BI)
+        active_B = ((codes if isinstance(codes, Tensor) else codes[0]) > 0).sum(-1)
+        self.active += active_B.sum()
+        self.few += (active_B < self.layer.k).sum()
+
+    def figures(self) -> dict[str, Any]:
+        """Of this layer, keys as in docs/other-tools.md."""
+        tokens, known = max(self.lost.tokens, 1), self.own.tokens > 0
+        return {
+            "kind": self.layer.kind,
+            "exact": is_exact(self.layer),
+            "n_experts": self.layer.n_experts,
+            "k": self.layer.k if self.layer.sparsity == "topk" else None,
+            "fvu_layer": self.own.fvu() if known else None,
+            "fvu_surrogate": self.theirs.fvu() if known else None,
+            "fvu_against_layer": self.lost.fvu(),
+            "l0": (self.active / tokens).item(),
+            "fewer_than_k": (self.few / tokens).item() if self.layer.sparsity == "topk" else None,
+        }
+
+
+@torch.no_grad()
+def measure(job: Job, surrogates: dict[int, Transcoder], advance: Callable[..., None]) -> dict[str, Any]:
+    """FVU and cross-entropies for surrogates as read from their files, over the job's text to measure on."""
+    losses = {index: LayerLoss(layer, surrogates[index]) for index, layer in job.layers.items()}
+    totals = Totals(job.source.device)
+    sites = list(job.sites.values())
+    paths = {index: site.path for index, site in job.sites.items()}
+    for batch in job.measurement:
+        ids_BT = job.take(batch)
+        counted_BT = job.counted(ids_BT)
+        totals.tokens += ids_BT[:, 1:].numel()
+        with recording(job.source, sites) as seen:
+            logits = job.source(input_ids=ids_BT, use_cache=False).logits
+        totals.add_cross_entropy("converted" if job.original is None else "base", logits, ids_BT)
+        if job.original is not None:
+            totals.add_cross_entropy("converted", job.converted(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+        for index, activations in seen.items():
+            _add(losses[index], activations, counted_BT, job.original is not None)
+        swaps = {"surrogates": list(paths)} | {str(index): [index] for index in paths}
+        for name, indices in swaps.items():
+            with replaced(job.converted, {paths[index]: surrogates[index] for index in indices}):
+                totals.add_cross_entropy(name, job.converted(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+        advance()
+    base = totals.mean("base") if job.original is not None else None
+    converted, all_in_place = totals.mean("converted"), totals.mean("surrogates")
+    return {
+        "ce_base": base,
+        "ce_converted": converted,
+        "ce_surrogates": all_in_place,
+        "delta_ce_converted": all_in_place - converted,
+        "delta_ce_base": None if base is None else all_in_place - base,
+        "layers": {
+            str(index): {**loss.figures(), "delta_ce": totals.mean(str(index)) - converted} for index, loss in losses.items()
+        },
+    }
+
+
+def _add(loss: LayerLoss, activations: Activations, counted_BT: Tensor, known: bool) -> None:
+    loss.add(activations.inputs[counted_BT], activations.outputs[counted_BT] if known else None)

@@ -1,0 +1,151 @@
+"""A short probe of this machine: how many tokens a second a plan will make, and so how long it takes.
+
+Weights don't matter for the time, so none are loaded: a layer of each shape takes a few steps on random activations, and the base's
+forward is timed on one and two of its layers, uninitialised.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mxd_convert.base_model.load import empty_model, load_config
+from mxd_convert.evaluation.fidelity import PERMUTATIONS
+from mxd_convert.layers import Shape
+from mxd_convert.plan.memory import budget, device_of, groups
+from mxd_convert.plan.resolve import LayerPlan, Plan
+from mxd_convert.training.allocator import kept_memory
+from mxd_convert.training.optimiser import Optimiser
+from mxd_convert.training.stage import learn, make_layer
+from mxd_convert.training.window import Window
+
+START_TOKENS = 2  # an expert, that a start looks at in most layers
+MOST_FLOPS = 3e11  # of a probed step; larger ones are timed on fewer tokens and extrapolated
+STARTING_SECONDS = 12.0  # of imports, loading, hashing, saving and plots
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Seconds a step in the base's forward and in the layers; tokens a second while training; seconds of training and evaluation."""
+
+    base_step_seconds: float
+    layers_step_seconds: float
+    tokens_per_second: float
+    training_seconds: float
+    evaluation_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return STARTING_SECONDS + self.training_seconds + self.evaluation_seconds
+
+
+def probe(plan: Plan) -> Probe:
+    """Times the parts of a run of one process on this machine, in a few seconds."""
+    with kept_memory():
+        return _probe(plan)
+
+
+def _probe(plan: Plan) -> Probe:
+    passes = groups(plan, [layer.index for layer in plan.layers], budget(plan.recipe))
+    device = torch.device(device_of(plan.recipe))
+    step_tokens = plan.tokens // plan.steps
+    a_layer, head = _forward_seconds(plan, device)
+    teacher = plan.recipe.train.target == "teacher"
+    depths = sum(max(group) + 1 for group in passes) + (sum(max(group) + 1 for group in passes[1:]) if teacher else 0)
+    base = a_layer * depths * step_tokens
+    alike: dict[Shape, tuple[float, float]] = {}
+    learning = evaluating = 0.0
+    for layer in plan.layers:
+        shape = layer.shape
+        if shape not in alike:
+            alike[shape] = _layer_seconds(plan, layer, step_tokens, device)
+        learning, evaluating = learning + alike[shape][0], evaluating + alike[shape][1]
+    read = START_TOKENS * max(shape.n_experts for shape in alike) if plan.recipe.train.start == "data" else 0
+    compared = sum(alike[layer.shape][1] for layer in plan.layers) / 2  # with half of the experts in the mean
+    starting = read * (a_layer * depths + compared)
+    depth = int(load_config(plan.recipe.base).get_text_config().num_hidden_layers)
+    sites = len(plan.layers)
+    # the base, its activations, two ablations of all layers, the converted model, six variants a layer; each layer's own work in
+    # the converted model, alone and permuted, and three times as much for its statistics
+    forward = (5 + (3 + PERMUTATIONS) * sites) * (a_layer * depth + head) + (5 + PERMUTATIONS) * evaluating
+    finish = plan.finish_steps
+    whole = 4 * (a_layer * depth + head) * step_tokens  # the base; the converted model there, and twice as much back
+    seconds = starting + (plan.steps - finish) * (base + learning) + finish * (whole + learning)
+    return Probe(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
+
+
+def _forward_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
+    """Seconds a token of one decoder layer of the base, and of what comes before and after the layers."""
+    config = load_config(plan.recipe.base)
+    context = plan.recipe.data.context
+    rows = max(1, min(plan.tokens // plan.steps, 2048) // context)
+    ids_BT = torch.randint(0, plan.vocabulary, (rows, context), device=device)
+    depths = (1, 2) if config.get_text_config().num_hidden_layers > 1 else (1,)
+    times = []
+    for depth in depths:
+        model = _shallow(config, depth, plan.recipe.base.dtype).to_empty(device=device)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.fill_(0.01)
+            times.append(_seconds(lambda model=model: model(input_ids=ids_BT, use_cache=False), device) / ids_BT.numel())  # type: ignore[misc]
+        del model
+    a_layer = max(times[-1] - times[0], 0.2 * times[0]) if len(times) > 1 else times[0]
+    return a_layer, max(0.0, times[0] - a_layer)
+
+
+def _shallow(config: Any, depth: int, dtype: str) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    model = empty_model(config).eval()
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+
+
+def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one training step of a layer, and a token of its forward in a checkpoint."""
+    recipe = plan.recipe
+    module = make_layer(layer.shape, recipe.train.seed, layer.index, recipe.train.start).to(device)
+    optimiser = Optimiser({layer.index: module}, 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
+    window = Window.empty(module, device)
+    tokens = max(64, min(step_tokens, int(MOST_FLOPS // (6 * layer.parameters))))
+
+    def step_of(count: int) -> Callable[[], None]:
+        x_BI, y_BO = (torch.randn(count, width, device=device) for width in (layer.shape.d_in, layer.shape.d_out))
+        counted_B = torch.ones(count, dtype=torch.bool, device=device)
+
+        def step() -> None:
+            learn(module, x_BI, y_BO, counted_B, recipe.train.precision, recipe.layer.l1, None, window)
+            optimiser.step(1)
+
+        return step
+
+    if module.n_experts:  # as many active as in the mean over the run
+        module.k = layer.shape.k + ((recipe.train.k_start or layer.shape.k) - layer.shape.k) // 4
+    seconds = _seconds(step_of(tokens), device)
+    if tokens < step_tokens:  # the optimiser's pass takes the same however many tokens there are
+        half = _seconds(step_of(tokens // 2), device)
+        a_token = max(seconds - half, 0.1 * seconds) / (tokens - tokens // 2)
+        seconds += a_token * (step_tokens - tokens)
+    module.k = layer.shape.k
+    x_BI = torch.randn(min(tokens, 512), layer.shape.d_in, device=device)
+    with torch.no_grad():
+        forward = _seconds(lambda: module(x_BI), device) / len(x_BI)
+    return seconds, forward
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of a few runs, after one that is not counted."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[1]

@@ -1,0 +1,334 @@
+"""From a recipe file to a Recipe: YAML with YAML 1.2's numbers, `--set` overrides, paths and variables resolved.
+
+Every mistake ends in one line that names the key, the value and the fix.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from mxd_convert.errors import InputError, first_line
+from mxd_convert.files import kind_of
+from mxd_convert.recipe.schema import PRESET_KEYS, Recipe, Section
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's numbers and booleans (PyYAML reads 2e-3 as a string and `no` as false)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "a recipe has no aliases")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain word", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return cast(dict[Any, Any], super().construct_mapping(node, deep))
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf)|\.(?:nan|NaN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def shipped_folder() -> Path:
+    """The folder that holds the recipes: inside the wheel, or at the top of a checkout."""
+    package = Path(__file__).parent.parent
+    packaged = package / "shipped" / "recipes"
+    return packaged if packaged.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a recipe file, a shipped recipe by its name, a mapping or a Recipe; applies `overrides` ({"train.lr": 1e-3}).
+
+    Relative paths are taken relative to the recipe file, those of `overrides` and of mappings to the working directory.
+    Raises InputError, one clear line, for whatever is wrong with it.
+    """
+    content: dict[str, Any]
+    references: dict[str, str] = {}
+    if isinstance(recipe, Recipe):
+        references |= recipe.references
+        content, folder, name = recipe.model_dump(), Path.cwd(), "recipe"
+    elif isinstance(recipe, Mapping):
+        content, folder, name = json.loads(json.dumps(recipe)), Path.cwd(), "recipe"
+    else:
+        path, by_name = _find(recipe)
+        name, folder = path.name, path.resolve().parent
+        content = read_recipe_yaml(path)
+        if by_name:  # its folder is the installed package: results belong to the working directory
+            output = content.setdefault("output", {})
+            if isinstance(output, dict):
+                output["dir"] = str(Path.cwd() / "runs" / path.stem)
+    if not (isinstance(recipe, Recipe) and recipe.is_resolved):  # else what is in it is meant as it is
+        references |= _expand(content, name)
+        _resolve_paths(content, folder)
+    given = dict(overrides or {})
+    changes: dict[str, Any] = {}
+    for key, value in given.items():
+        _set(changes, key, value)
+    references = {key: text for key, text in references.items() if not _is_set(changes, key)} | _expand(changes, "--set")
+    _resolve_paths(changes, Path.cwd())
+    # a preset given on the command line outranks the keys that the file sets under its own preset
+    if "train.preset" in given:
+        for section, keys in PRESET_KEYS.items():
+            for key in keys:
+                if isinstance(content.get(section), dict):
+                    content[section].pop(key, None)
+    content = _merge(content, changes)
+    try:
+        loaded = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{name}: {_explain(error)}") from None
+    loaded.mark_resolved(references)
+    return loaded
+
+
+def parse_overrides(settings: list[str]) -> dict[str, Any]:
+    """`["train.lr=1e-3"]` -> `{"train.lr": 0.001}`, values read as YAML."""
+    overrides: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not all(key.strip().split(".")):
+            raise InputError(f"--set {_short(setting)}: write it as KEY=VALUE, for example --set train.lr=1e-3")
+        try:
+            overrides[key.strip()] = parse_yaml(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {_short(setting)}: the value is not valid YAML") from None
+        except RecursionError:
+            raise InputError(f"--set {_short(setting)}: the value is nested too deeply") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise InputError(f"--set {_short(setting)}: the value can't be read ({first_line(error, 80)})") from None
+    return overrides
+
+
+def parse_list(setting: str) -> tuple[str, list[Any]]:
+    """`"layer.k=8,16"` -> ("layer.k", [8, 16]); a list in brackets is one value."""
+    key, _, value = setting.partition("=")
+    [(key, values)] = parse_overrides([f"{key}=[{value}]"]).items()
+    if not values:
+        raise InputError(f"--set {_short(setting)}: give at least one value")
+    return key, values
+
+
+def _find(recipe: str | Path) -> tuple[Path, bool]:
+    text = str(recipe)
+    if "/" not in text and os.sep not in text and not text.endswith((".yaml", ".yml")):
+        path = shipped_folder() / f"{text}.yaml"
+        if path.is_file():
+            return path, True
+        known = shipped_recipes()
+        raise InputError(f"no recipe named {text!r} is shipped; there are {', '.join(known)}{_suggest(text, known)}")
+    path = Path(text).expanduser()
+    if not path.is_file():
+        folder = " (it is a folder)" if path.is_dir() else ""
+        raise InputError(f"{path}: no such recipe file{folder}; `mxd-convert init BASE_MODEL` writes one")
+    return path, False
+
+
+def read_recipe_yaml(path: Path) -> dict[str, Any]:
+    """Read a file of sections that may come from anyone. Raises InputError, which names the file and the line."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: {_explain_yaml(error)}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path}: a recipe is a mapping of sections (base, data, layers, layer, train, output); this file holds {kind_of(content)}"
+        )
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML with the numbers and booleans of YAML 1.2, without aliases. Raises yaml.YAMLError, RecursionError, ValueError."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+def _explain_yaml(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply to be a recipe"
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark is not None else ""
+    return f"{where}{getattr(error, 'problem', None) or 'not valid YAML'}"
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(content: Any, name: str, prefix: str = "") -> dict[str, str]:
+    """Expand ${VAR} and ${VAR:-default} in every string, in place. Returns the strings that had some as they were, by key ("data.train.path")."""
+    found: dict[str, str] = {}
+
+    def replaced(match: re.Match[str]) -> str:
+        value = os.environ.get(match[1]) or match[2]
+        if value is None:
+            raise InputError(f"{name}: the environment variable {match[1]} is not set; set it, or write ${{{match[1]}:-default}}")
+        return value
+
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in list(items):
+        if isinstance(value, str):
+            content[key] = _VARIABLE.sub(replaced, value)
+            if "\0" in content[key]:
+                raise InputError(f"{name}: {prefix}{key}: holds a null character, which no name or path has")
+            if content[key] != value:
+                found[f"{prefix}{key}"] = value
+        elif isinstance(value, (dict, list)):
+            found |= _expand(value, name, f"{prefix}{key}.")
+    return found
+
+
+def _is_set(content: dict[str, Any], key: str) -> bool:
+    """Whether `content` has a key, given with dots, or a section above it as something else than one."""
+    place: Any = content
+    for part in key.split("."):
+        if not isinstance(place, dict):
+            return True
+        if part not in place:
+            return False
+        place = place[part]
+    return True
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Makes local paths absolute, in place. A name that looks like a Hub id stays one unless such a path exists."""
+
+    def resolve(section: Any, key: str, always: bool = False) -> None:
+        if not isinstance(section, dict) or not isinstance(section.get(key), str) or not section[key]:
+            return
+        path = Path(section[key]).expanduser()
+        file_like = path.suffix in (".txt", ".jsonl", ".parquet", ".gz") or "*" in section[key]
+        if always or file_like or section[key].startswith((".", "~", "/")) or (folder / path).exists():
+            section[key] = os.path.normpath(folder / path)
+        elif path.exists():  # relative to the working directory, which is another: there the Hub's clients would look first
+            raise InputError(
+                f"{section[key]}: names something on the Hub, and {path.absolute()} in the working directory too; give the path of that"
+                " one in full, or start from another directory"
+            )
+
+    data = content.get("data")
+    resolve(content.get("base"), "model")
+    resolve(content.get("output"), "dir", always=True)
+    if isinstance(data, dict):
+        resolve(data.get("train"), "path")
+        resolve(data.get("eval"), "path")
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise InputError(f"--set {_short(key)}: {_short(section)} is not a section")
+    content[last] = value
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if both else value
+    return merged
+
+
+# --- errors in words -----------------------------------------------------------------------------------------------------------
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
+    section: Any = Recipe
+    for part in location:
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        parts = (
+            [] if field is None else [part for part in get_args(field.annotation) or [field.annotation] if part is not type(None)]
+        )
+        section = parts[0] if len(parts) == 1 else None  # a section, or one that may be left out
+    return section if isinstance(section, type) and issubclass(section, Section) else None
+
+
+def _everywhere(word: str) -> str:
+    """A section that has the key `word`, for keys written one level too high or in the wrong section."""
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and word in field.annotation.model_fields:
+            return f" (it belongs under {name}:)"
+    return ""
+
+
+def _explain(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    # a union reports each of its members; the location ends in their names, which mean nothing to a user
+    location = tuple(part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", str(part)))
+    if problem["type"] == "extra_forbidden":  # a key of the user's, however it is written
+        return _unknown_key(tuple(problem["loc"]), problems)
+    while location and _section_at(location[:-1]) is None and not isinstance(location[-1], int) and len(location) > 1:
+        location = location[:-1]
+    key = ".".join(map(str, location))
+    value = problem["input"]
+    if problem["type"] == "missing":
+        message = f"{key}: missing; it has no default"
+    elif problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+    elif problem["type"].startswith("literal_error"):
+        choices = [part.strip().strip("'") for part in re.split(r", | or ", problem["ctx"]["expected"])]
+        message = f"{key}: {value!r} is not one of {', '.join(choices)}{_suggest(str(value), choices)}"
+    else:
+        hint = (
+            f" (write {int(value):_})"
+            if isinstance(value, float) and value.is_integer() and problem["type"] == "int_type"
+            else ""
+        )
+        message = f"{key}: {_short(value)} is not valid{hint}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return message + _and_more(location, problems)
+
+
+def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
+    section = _section_at(location[:-1])
+    known = list(section.model_fields) if section else []
+    word = str(location[-1])
+    lower = word.lower().replace("-", "_")
+    hint = f" (did you mean {lower!r}?)" if lower in known else _suggest(lower, known) or _everywhere(lower)
+    key = ".".join([*map(str, location[:-1]), _short(word)[1:-1]])
+    hint = hint or f"; known here: {', '.join(known)}"
+    return f"{key}: unknown key{hint}" + _and_more(location, problems)
+
+
+def _and_more(location: tuple[Any, ...], problems: list[Any]) -> str:
+    same_key = {tuple(other["loc"][: len(location)]) for other in problems}
+    return f" (and {len(same_key) - 1} more)" if len(same_key) > 1 else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,90 @@
+"""mxd_report.json: what was converted, on what, and how faithful it is."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from mxd_convert.data.blocks import Blocks, TextInfo
+from mxd_convert.plan.resolve import Plan
+from mxd_convert.recipe.schema import Recipe, is_local
+from mxd_convert.training.loop import Trained
+
+_PACKAGES = (
+    "mxd-convert",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "huggingface-hub",
+    "numpy",
+)
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of everything that the figures may depend on. more: packages that only some figures do."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in (*_PACKAGES, *more):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return found
+
+
+def build_report(
+    plan: Plan, origin: dict[str, Any], train: Blocks, held_out: Blocks, trained: Trained, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """The report of a run.
+
+    origin: the base's id, revision and tensor hash, its licence and language. figures: the evaluation of the checkpoint as loaded from disk.
+    """
+    available = len(train) * train.context
+    masked = "BOS tokens and the first position of each block" if plan.recipe.train.mask_bos else "nothing"
+    where = "the loss, fvu, l0, dead_fraction, always_on, gate_share and identity_share; cross-entropies are over every predicted token"
+    return {
+        "base": {key: value for key, value in origin.items() if key != "local"},
+        "recipe_sha256": plan.recipe.published_sha256(),
+        "data": {
+            "train": {
+                **_text(train.info),
+                "tokens": trained.tokens,
+                "available_tokens": available,
+                "repeats": trained.tokens / available,
+            },
+            "eval": {**_text(held_out.info), "tokens": len(held_out) * held_out.context, "disjoint": held_out.info.disjoint},
+            "masked": f"{masked} left out of {where}",
+        },
+        **figures,
+        "cost": {
+            "resumed_at_steps": trained.resumed_at_steps,
+            "train_seconds": trained.seconds,
+            "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        },
+        "versions": versions(),
+        "seeds": {"train": plan.recipe.train.seed},
+        "local": _local_keys(plan.recipe),
+    }
+
+
+def _local_keys(recipe: Recipe) -> list[str]:
+    """The recipe's keys that named something of this machine: who runs it again has to set them."""
+    named = {"base.model": recipe.base.model, "data.train.path": recipe.data.train.path, "data.eval.path": recipe.data.eval.path}
+    return [key for key, value in named.items() if value is not None and is_local(value)]
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _text(info: TextInfo) -> dict[str, Any]:
+    return {key: getattr(info, key) for key in ("path", "fingerprint", "documents", "held_out_share", "dropped_overlap")}

@@ -1,0 +1,159 @@
+"""The end of a training: all layers together, in the model, towards what the base model says of the next token.
+
+Layers that are trained alone know neither each other's errors nor which errors the model minds. Here the model with all of them in
+place learns the base's own distribution, KL(base || converted); beside it stands the layers' own loss against the base's outputs, as
+large as the KL at the beginning, which keeps every layer close to the MLP that it replaces.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mxd_convert.base_model.capture import recording
+from mxd_convert.base_model.swap import standing_in
+from mxd_convert.data.blocks import block_order
+from mxd_convert.layers import Shape, Trainable, normalised_mse
+from mxd_convert.modeling.modeling_mxd import Codes
+from mxd_convert.recipe.schema import Recipe
+from mxd_convert.training.interrupt import Interrupt
+from mxd_convert.training.stage import Pass, Stage
+from mxd_convert.training.stream import Source
+
+RATE = 0.2  # of the peak learning rate: above a third, layers lose what they have learnt
+WARMUP = 0.1  # of the finish's steps; then linear to 0
+PIECE_TOKENS = 1024  # that go through the model at once, at least: gradients add up over a step
+GPU_PIECE_TOKENS, GPU_LOGITS = 4096, 2**27  # on a GPU more, which fill it better, while they make no more logits than these
+
+
+def piece_tokens(device: str, vocabulary: int) -> int:
+    """How many tokens of a step go through the model at once."""
+    return PIECE_TOKENS if device == "cpu" else max(PIECE_TOKENS, min(GPU_PIECE_TOKENS, GPU_LOGITS // vocabulary))
+
+
+class InPlace(nn.Module):
+    """A layer in its place in the model, in float32 whatever the model's dtype; keeps what it gave."""
+
+    def __init__(self, layer: Trainable, precision: str) -> None:
+        super().__init__()
+        self.layer, self.precision = layer, precision
+        self.output: Tensor
+        self.codes: Codes
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        with torch.autocast(x_BTI.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            x_BI = x_BTI.float().flatten(0, -2)
+            self.codes = self.layer.encode(x_BI)
+            self.output = self.layer.combine(x_BI, self.codes)
+        # a copy: some families add to what an MLP returned in its place
+        return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype, copy=True)
+
+
+class Finish(Stage):
+    """Trains layers that were trained alone. trained: they, by index. first_step: how many steps each has taken."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        shapes: dict[int, Shape],
+        folder: Path,
+        accelerator: Accelerator,
+        quiet: bool,
+        trained: dict[int, Trainable],
+        first_step: int,
+    ) -> None:
+        self.trained, self.first_step = trained, first_step
+        self.weight = 0.0  # of the layers' own loss
+        self.kl, self.kl_steps = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0  # since the last log line
+        together = source.process[1] > 1
+        super().__init__(recipe, source, shapes, folder, accelerator, together, quiet, Pass("all layers together", 1, 1))
+
+    def _rates(self) -> tuple[float, int, str]:
+        lr = self.recipe.train.lr
+        assert lr is not None
+        return RATE * lr, max(1, round(WARMUP * self.steps)), "linear"
+
+    def _make_layers(self, shapes: dict[int, Shape]) -> dict[int, Trainable]:
+        return {index: self.trained[index].to(self.device) for index in sorted(self.trained)}
+
+    def _begin(self) -> None:
+        """Weighs the two losses, on the step's first blocks, the same in all processes."""
+        with torch.no_grad():
+            kl, own, _ = self._forward(self._rows(0)[: self._blocks_a_piece()])
+        self.weight = (kl / torch.stack(list(own.values())).sum().clamp_min(1e-12)).item()
+
+    def _shares(self, seconds: float) -> dict[str, float]:
+        return {}  # the base runs among the layers
+
+    def _advice(self) -> str:
+        return f"Lower train.lr ({self.recipe.train.lr:g}) or train.finish ({self.recipe.train.finish:g})"
+
+    def _more(self) -> dict[str, float]:
+        mean = self.kl.item() / self.kl_steps
+        self.kl.zero_()
+        self.kl_steps = 0
+        return {"kl": mean}
+
+    def _facts(self) -> dict[str, Any]:
+        return {"weight": self.weight, "kl": self.kl.item(), "kl_steps": self.kl_steps}
+
+    def _take(self, facts: dict[str, Any]) -> None:
+        self.weight, self.kl_steps = facts["weight"], facts["kl_steps"]
+        self.kl.fill_(math.nan if facts["kl"] is None else facts["kl"])  # JSON has no word for what is not finite
+
+    def _blocks_a_piece(self) -> int:
+        config: Any = self.source.base.config
+        return max(1, piece_tokens(self.device.type, config.get_text_config().vocab_size) // self.source.blocks.context)
+
+    def _rows(self, step: int) -> Any:
+        source = self.source
+        return block_order(len(source.blocks), (self.first_step + step) * source.rows_a_step, source.rows_a_step, source.seed)
+
+    def _learn(self, step: int, interrupt: Interrupt) -> None:
+        process, processes = self.source.process
+        rows = self._rows(step)[process::processes]
+        blocks = self.source.blocks
+        total = self._agree(blocks.counted(blocks.take(rows), self.source.mask_bos).sum().to(self.device), interrupt).clamp_min(1)
+        losses = {index: torch.zeros((), device=self.device) for index in self.layers}
+        kl_of_step = torch.zeros_like(self.kl)
+        for begin in range(0, len(rows), self._blocks_a_piece()):
+            piece = rows[begin : begin + self._blocks_a_piece()]
+            kl, own, counted = self._forward(piece, keep=True)
+            # both losses are means; weighted by their shares of the step, what all pieces and processes add up to is the step's mean
+            share, rows_share = counted / total, len(piece) / self.source.rows_a_step
+            objective = kl * rows_share + self.weight * share * torch.stack(list(own.values())).sum()
+            objective.backward()
+            kl_of_step += kl.detach() * rows_share
+            for index, loss in own.items():
+                losses[index] += loss.detach() * share
+        for index, loss in losses.items():
+            self.losses[index].append(loss)
+        self.kl += self._sum_over_processes(kl_of_step)
+        self.kl_steps += 1
+
+    def _forward(self, rows: Any, keep: bool = False) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+        """Of some blocks: the mean of KL(base || converted) over all tokens, the layers' own losses, and how many tokens count for these.
+
+        keep: for the log.
+        """
+        source, base = self.source, self.source.base
+        ids_BT = source.blocks.take(rows)
+        counted_B = source.blocks.counted(ids_BT, source.mask_bos).flatten().to(self.device)
+        ids_BT = ids_BT.to(self.device)
+        with torch.no_grad(), recording(base, source.sites) as seen:
+            meant = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+        places = {index: InPlace(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
+        with standing_in(base, source.sites, places):
+            said = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+        kl = (meant.exp() * (meant - said)).sum(-1).mean()
+        own: dict[int, Tensor] = {}
+        for index, place in places.items():
+            target_BO = seen[index].outputs.flatten(0, 1).float()
+            own[index] = normalised_mse(place.output, target_BO, counted_B)
+            if keep:
+                self.windows[index].add(own[index].detach(), place.output.detach(), target_BO, place.codes, counted_B)
+        return kl, own, counted_B.sum()
