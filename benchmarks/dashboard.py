@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from mxd_convert.base_model.swap import convert
 from mxd_convert.layers import Shape, new_layer
 from runs import ROOT, environment
 
@@ -46,7 +45,7 @@ def checkpoint(folder: Path, width: int = 768, experts: int = 21_504, k: int = 3
     )
     layer = new_layer(Shape("mxd", width, 4 * width, width, experts, k, activation="gelu_new"))
     torch.nn.init.normal_(layer.decoder.weight, std=0.02)
-    convert(GPT2LMHeadModel(config), {1: layer}).save_pretrained(folder)
+    insert_layers(GPT2LMHeadModel(config), {1: layer}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -57,7 +57,6 @@ def make(name: str, folder: Path) -> dict[str, int]:
     import onnx_ir as ir
     import transformers
 
-    from mxd_convert.base_model.swap import convert
     from mxd_convert.checkpoint.read import load_checkpoint
     from mxd_convert.onnx.graph import build_graph, without_experts
     from mxd_convert.onnx.quantize import as_products, quantize
@@ -67,7 +66,7 @@ def make(name: str, folder: Path) -> dict[str, int]:
     shape, base = SHAPES[name], _base(name)
     base.save_pretrained(folder / "base")
     layers = {index: _layer(base, index, shape) for index in range(base.config.num_hidden_layers)}
-    converted = convert(base, layers)
+    converted = insert_layers(base, layers)
     converted.save_pretrained(folder / "mxd")
     sizes = _bytes(base, converted)
     del base, layers, converted

@@ -266,7 +266,7 @@ def alone(_: Path, folder: Path) -> str | None:
             "OMP_NUM_THREADS": "1",
             "PATH": "",
         }
-        probe = ROOT / "mxd_convert" / "_probe.py"
+        probe = ROOT / "mxd_convert" / "checkpoint" / "fresh_process.py"
         done = subprocess.run(
             [sys.executable, "-I", str(probe), str(request)],
             capture_output=True,

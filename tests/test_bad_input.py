@@ -66,7 +66,7 @@ def test_bad_text(refused, recipe, tmp_path):
             (
                 "'mixtral', whose MLPs are mixtures of experts already, is not supported",
                 "gpt2, gpt_neo, gpt_neox",
-                "architectures.py",
+                "families.py",
             ),
         ),
         ("bert", ("'bert', no causal language model, is not supported",)),

@@ -17,7 +17,7 @@ from robustness.server import MOST_BYTES, Outcome
 from robustness.verdict import BAD, OK, REFUSED, judge
 
 LINE = b"mxd-convert: layer.k: 64 exceeds the 32 experts of layer 3. Set layer.k to 32 or less.\n"
-TRACE = b'Traceback (most recent call last):\n  File "/x/mxd_convert/labels.py", line 3, in read\nKeyError: 1\n'
+TRACE = b'Traceback (most recent call last):\n  File "/x/mxd_convert/checkpoint/labels.py", line 3, in read\nKeyError: 1\n'
 
 
 def outcome(status=0, out=b"", err=b"", peak=0):
@@ -37,7 +37,7 @@ def test_a_line_and_status_2_is_a_refusal():
 @pytest.mark.parametrize(
     ("ended", "reason"),
     [
-        (outcome(1, err=TRACE), "traceback: KeyError: 1 <- mxd_convert/labels.py:3 read"),
+        (outcome(1, err=TRACE), "traceback: KeyError: 1 <- mxd_convert/checkpoint/labels.py:3 read"),
         (outcome(3), "exit status 3"),
         (outcome(-11), "ended by signal 11"),
         (outcome(None), "took more than"),

@@ -17,8 +17,9 @@ import mxd_convert
 from mxd_convert import steer
 from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.commands import export_onnx as export
+from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.evaluation.steering import steered
-from mxd_convert.onnx import OnnxModel, export_onnx, graph, parity, runtime
+from mxd_convert.onnx import OnnxModel, graph, parity, runtime
 from mxd_convert.onnx.sparse_gain import CHUNK
 
 

@@ -21,7 +21,8 @@ from conftest import PARITY, ROOT
 from transformers import AutoTokenizer
 
 from mxd_convert.checkpoint.read import load_checkpoint
-from mxd_convert.onnx import OnnxModel, export_onnx, parity
+from mxd_convert.commands.export_onnx import export_onnx
+from mxd_convert.onnx import OnnxModel, parity
 
 CLIENTS = ROOT / ".clients"
 PROMPTS = {

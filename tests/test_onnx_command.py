@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
 from mxd_convert.checkpoint.read import belonging, load_checkpoint
+from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.files import file_sha256
-from mxd_convert.onnx import OnnxModel, export_onnx
+from mxd_convert.onnx import OnnxModel
 
 
 @pytest.fixture

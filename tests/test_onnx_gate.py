@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import nothing_left, other_rows, spoilt
 
-from mxd_convert.onnx import OnnxModel, export_onnx, graph, parity
+from mxd_convert.commands.export_onnx import export_onnx
+from mxd_convert.onnx import OnnxModel, graph, parity
 
 
 @pytest.mark.parametrize("spoil", ["ignored", "negated", "another expert"])

@@ -9,8 +9,9 @@ from conftest import TEXT, nothing_left
 from safetensors.numpy import load_file, save_file
 
 from mxd_convert.commands import export_onnx as export
+from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.errors import InputError
-from mxd_convert.onnx import OnnxModel, export_onnx
+from mxd_convert.onnx import OnnxModel
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_models_that_can_not_be_converted_are_named(tmp_path, refused, text, tok
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_recipe(folder, text, tmp_path / "out")))
-        everywhere = ("supported: bloom, cohere, falcon", "stablelm", "mxd_convert/architectures.py", "docs/add-a-family.md")
+        everywhere = ("supported: bloom, cohere, falcon", "stablelm", "mxd_convert/base_model/families.py", "docs/add-a-family.md")
         for command in ("plan", "run"):
             refused(command, tmp_path / "recipe.yaml", words=(*words, *everywhere))
         refused("init", folder, "--output", tmp_path / "mine.yaml", words=(*words, *everywhere))

@@ -142,7 +142,7 @@ def test_unsupported_families_are_named_with_the_supported_ones():
     config = type("Config", (), {"model_type": "mixtral"})()
     with pytest.raises(InputError) as error:
         architecture_of(config)
-    for word in ("mixtral", *ARCHITECTURES, "architectures.py"):
+    for word in ("mixtral", *ARCHITECTURES, "families.py"):
         assert word in str(error.value)
 
 

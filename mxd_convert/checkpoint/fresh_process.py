@@ -1,6 +1,6 @@
 """What a checkpoint does in a fresh process. Run as a script by `verify`, with our package importable or blocked; imports nothing of ours.
 
-    python -I _probe.py REQUEST.json
+    python -I fresh_process.py REQUEST.json
 
 The request names the checkpoint, where to put the answer, token ids to run, whether the package is blocked, and whether code in the folder is
 trusted, which it has to be without the package, and for a family that has no row. The answer is a

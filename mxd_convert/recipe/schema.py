@@ -1,6 +1,6 @@
 """What the user asked for: one frozen model per section, strict, written back in full.
 
-`recipe_file.py` reads one from YAML. Nothing heavy is imported here.
+`load.py` reads one from YAML. Nothing heavy is imported here.
 """
 
 import hashlib
