@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import Shape, new_layer
 from runs import ROOT, environment
 

@@ -57,6 +57,7 @@ def make(name: str, folder: Path) -> dict[str, int]:
     import onnx_ir as ir
     import transformers
 
+    from mxd_convert.base_model.swap import insert_layers
     from mxd_convert.checkpoint.read import load_checkpoint
     from mxd_convert.onnx.graph import build_graph, without_experts
     from mxd_convert.onnx.quantize import as_products, quantize
