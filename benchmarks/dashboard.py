@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mxd_convert.base_model.swap import insert_layers
-from mxd_convert.layers import Shape, new_layer
+from mxd_convert.layers import LayerSpec, new_layer
 from runs import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -44,7 +44,7 @@ def checkpoint(folder: Path, width: int = 768, experts: int = 21_504, k: int = 3
     config = GPT2Config(
         vocab_size=vocabulary, bos_token_id=None, eos_token_id=None, n_embd=width, n_layer=2, n_head=12, n_positions=256
     )
-    layer = new_layer(Shape("mxd", width, 4 * width, width, experts, k, activation="gelu_new"))
+    layer = new_layer(LayerSpec("mxd", width, 4 * width, width, experts, k, activation="gelu_new"))
     torch.nn.init.normal_(layer.decoder.weight, std=0.02)
     insert_layers(GPT2LMHeadModel(config), {1: layer}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -5,7 +5,7 @@ from conformance import constant_gain_layer
 
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.families import find_sites
-from mxd_convert.layers import DenseTwin
+from mxd_convert.layers.trainable import trainable_class
 
 
 def sites_of(base):
@@ -30,6 +30,6 @@ def twin_of(base):
 
 def exact_twin(base, site):
     exact = constant_gain_layer(base, site).state_dict()
-    twin = DenseTwin(site.d_in, site.d_hidden, site.d_out, activation=site.activation, glu=site.glu)
+    twin = trainable_class("dense_twin")(site.d_in, site.d_hidden, site.d_out, activation=site.activation, glu=site.glu)
     twin.load_state_dict({name: exact[name] for name in twin.state_dict()})
     return twin

@@ -22,7 +22,7 @@ from mxd_convert.errors import InputError
 
 CONTRACT_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "configuration_mxd.py",
-    "modeling_mxd.py", "README.md", "recipe.yaml", "mxd_report.json", "training_log.jsonl", "plots", "mxd_local.json",
+    "layers_mxd.py", "modeling_mxd.py", "README.md", "recipe.yaml", "mxd_report.json", "training_log.jsonl", "plots", "mxd_local.json",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from mxd_convert.evaluation.experts.decomposition import Unembedding, take_apart
 from mxd_convert.evaluation.experts.effects import EffectsOfLayer, weights
 from mxd_convert.evaluation.experts.examples import AFTER, BANDS, BEFORE, BINS, EACH, TOP, examples, figures
 from mxd_convert.evaluation.experts.statistics import SAMPLES, collect
-from mxd_convert.layers import Shape, new_layer
+from mxd_convert.layers import LayerSpec, new_layer
 from mxd_convert.recipe.schema import Base, EvalText
 
 
@@ -39,7 +39,9 @@ def with_layers(models, entries: dict[int, tuple[str, dict]]):
         torch.manual_seed(index)
         hidden = 0 if "coder" in kind else 48
         experts = (0, 0) if kind == "dense_twin" else (40, 4)
-        shape = Shape(kind, 32, hidden, 32, *experts, activation="gelu_new", **{"skip": kind == "skip_transcoder", **settings})
+        shape = LayerSpec(
+            kind, 32, hidden, 32, *experts, activation="gelu_new", **{"skip": kind == "skip_transcoder", **settings}
+        )
         layers[index] = new_layer(shape)
         with torch.no_grad():
             for parameter in layers[index].parameters():

@@ -17,7 +17,7 @@ from mxd_convert.base_model.load import load_base, load_tokenizer, model_sha256
 from mxd_convert.commands import export as transcoders
 from mxd_convert.data.blocks import prepare_eval
 from mxd_convert.export import job as job_module
-from mxd_convert.layers import Shape, new_layer
+from mxd_convert.layers import LayerSpec, new_layer
 from mxd_convert.recipe.schema import Base, EvalText
 
 N, K, CONTEXT = 24, 4, 32
@@ -28,7 +28,7 @@ def random_layer(kind: str, seed: int = 0, **settings):
     hidden = 0 if "coder" in kind else 40
     experts = (0, 0) if kind == "dense_twin" else (settings.pop("n_experts", N), settings.pop("k", K))
     settings = {"skip": kind == "skip_transcoder", **settings}
-    layer = new_layer(Shape(kind, 32, hidden, 32, *experts, **settings))
+    layer = new_layer(LayerSpec(kind, 32, hidden, 32, *experts, **settings))
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.normal_(std=1.0 if "bias" in name else 0.3)

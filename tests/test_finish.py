@@ -18,7 +18,7 @@ import mxd_convert
 from mxd_convert import convert
 from mxd_convert.base_model.capture import harvest
 from mxd_convert.base_model.swap import insert_layers
-from mxd_convert.layers import Shape, new_layer, normalised_mse
+from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
 from mxd_convert.plan import memory
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.joint import Finish, InPlace, piece_tokens
@@ -34,7 +34,7 @@ def layers_for(source, kind="mxd"):
     for site in source.sites:
         hidden = 0 if "coder" in kind else 48
         gain = (0, 0) if kind == "dense_twin" else (24, 4)
-        shape = Shape(kind, site.d_in, hidden, site.d_out, *gain, "silu", bool(hidden), skip=kind == "skip_transcoder")
+        shape = LayerSpec(kind, site.d_in, hidden, site.d_out, *gain, "silu", bool(hidden), skip=kind == "skip_transcoder")
         made[site.index] = new_layer(shape, "data")
         with torch.no_grad():
             for parameter in made[site.index].parameters():

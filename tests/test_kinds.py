@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import convert
-from mxd_convert.base_model.swap import describe
-from mxd_convert.layers import Shape, new_layer, normalised_mse
-from mxd_convert.modeling.modeling_mxd import build_layer
+from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
+from mxd_convert.modeling.layers_mxd import build_layer
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import Stage
 
@@ -21,10 +20,10 @@ I, H, O, N, K = 7, 11, 5, 13, 4
 KINDS = ("mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate")
 
 
-def shape_of(kind: str, **settings) -> Shape:
+def shape_of(kind: str, **settings) -> LayerSpec:
     hidden = 0 if "coder" in kind else H
     experts = (0, 0) if kind == "dense_twin" else (N, K)
-    return Shape(kind, I, hidden, O, *experts, **{"skip": kind == "skip_transcoder", **settings})
+    return LayerSpec(kind, I, hidden, O, *experts, **{"skip": kind == "skip_transcoder", **settings})
 
 
 def random_layer(kind: str, **settings):
@@ -56,11 +55,11 @@ def definition(layer, x):
 def test_every_kind_is_its_formula_in_training_and_in_the_checkpoint(kind, settings):
     layer, x = random_layer(kind, **settings), torch.randn(6, I, dtype=torch.float64, requires_grad=True)
     assert (layer(x) - definition(layer, x)).abs().max() < 1e-10
-    shipped = build_layer(describe(layer)).double()
+    shipped = build_layer(layer.entry()).double()
     shipped.load_state_dict(layer.state_dict())
     assert (shipped(x) - definition(layer, x)).abs().max() < 1e-10
     assert shipped.kind == kind
-    assert describe(shipped) == describe(layer)
+    assert shipped.entry() == layer.entry()
     inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     ours = torch.autograd.grad(layer(x).square().sum(), inputs)
     dense = torch.autograd.grad(definition(layer, x).square().sum(), inputs)

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
-from mxd_convert.layers import MxD, Shape, new_layer, normalised_mse
+from mxd_convert.layers import LayerSpec, MxD, new_layer, normalised_mse
 from mxd_convert.layers.trainable import normalise, project
-from mxd_convert.modeling import modeling_mxd
+from mxd_convert.modeling import layers_mxd
 
 I, H, O, N, K = 7, 11, 5, 13, 4
 
@@ -162,7 +162,7 @@ def test_the_losses_gradient_is_autograds():
     [(768, 3072, False, 21_504), (1024, 4096, False, 28_672), (2048, 8192, False, 57_344), (3072, 8192, True, 86_015)],
 )
 def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
-    shape = Shape("mxd", d_in, d_hidden, d_in, 0, 32, glu=glu).matched(32)
+    shape = LayerSpec("mxd", d_in, d_hidden, d_in, 0, 32, glu=glu).matched(32)
     assert shape.n_experts == expected
     width = 32 * d_in
     room = width * (d_in + 1) + width * d_in + d_in  # a transcoder's encoder and decoder with a bias each
@@ -172,22 +172,22 @@ def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "transcoder", "skip_transcoder"])
 @pytest.mark.parametrize("skip", [False, True])
 def test_all_kinds_are_matched_to_the_same_transcoder(kind, skip):
-    room = Shape("transcoder", 64, 0, 64, 32 * 64, 8).parameters
-    shape = Shape(kind, 64, 0 if "coder" in kind else 172, 64, 0, 8, skip=skip).matched(32)
+    room = LayerSpec("transcoder", 64, 0, 64, 32 * 64, 8).parameters
+    shape = LayerSpec(kind, 64, 0 if "coder" in kind else 172, 64, 0, 8, skip=skip).matched(32)
     assert room - (64 + 64 + 1) < shape.parameters <= room
-    assert Shape("dense_twin", 64, 172, 64, 0, 0).matched(32).n_experts == 0
+    assert LayerSpec("dense_twin", 64, 172, 64, 0, 0).matched(32).n_experts == 0
 
 
 @pytest.mark.parametrize("settings", [{"glu": True}, {"skip": True}, {"sparsity": "l1"}, {}])
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin"])
 def test_counted_parameters_are_those_of_the_layer(kind, settings):
-    shape = Shape(kind, I, H, O, *((0, 0) if kind == "dense_twin" else (N, K)), **settings)
+    shape = LayerSpec(kind, I, H, O, *((0, 0) if kind == "dense_twin" else (N, K)), **settings)
     assert shape.parameters == sum(parameter.numel() for parameter in new_layer(shape).parameters())
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
 def test_counted_parameters_of_transcoders(kind):
-    shape = Shape(kind, I, 0, O, N, K, skip=kind == "skip_transcoder")
+    shape = LayerSpec(kind, I, 0, O, N, K, skip=kind == "skip_transcoder")
     assert shape.parameters == sum(parameter.numel() for parameter in new_layer(shape).parameters())
 
 
@@ -236,7 +236,7 @@ class ByExperts(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_a_forward_makes_nothing_of_tokens_by_experts_but_the_gates_own_product(tokens):
     """In what ships with a checkpoint: neither a scatter to all experts nor another pass over them, for one token as for many."""
-    layer = modeling_mxd.MxD(12, 20, 12, 977, 5).eval()
+    layer = layers_mxd.MxD(12, 20, 12, 977, 5).eval()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_()

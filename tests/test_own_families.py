@@ -131,7 +131,12 @@ def test_models_that_can_not_be_converted_are_named(tmp_path, refused, text, tok
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_recipe(folder, text, tmp_path / "out")))
-        everywhere = ("supported: bloom, cohere, falcon", "stablelm", "mxd_convert/base_model/families.py", "docs/add-a-family.md")
+        everywhere = (
+            "supported: bloom, cohere, falcon",
+            "stablelm",
+            "mxd_convert/base_model/families.py",
+            "docs/add-a-family.md",
+        )
         for command in ("plan", "run"):
             refused(command, tmp_path / "recipe.yaml", words=(*words, *everywhere))
         refused("init", folder, "--output", tmp_path / "mine.yaml", words=(*words, *everywhere))
@@ -232,7 +237,7 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     """The whole way, where it is trusted: evaluated, verified without the package, edited, reverted."""
     names = {path.name for path in odd_converted.glob("*.py")}
     glue = {"configuration_mxd_base.py", "modeling_mxd_base.py"}
-    assert names == {*CODE, *glue, "configuration_mxd.py", "modeling_mxd.py"}
+    assert names == {*CODE, *glue, "configuration_mxd.py", "layers_mxd.py", "modeling_mxd.py"}
     card = (odd_converted / "README.md").read_text()
     assert "among them the base model's own" in card
     assert "mxd-convert --trust-remote-code inspect full" in card

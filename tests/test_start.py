@@ -11,7 +11,7 @@ from mxd_convert.base_model.capture import harvest
 from mxd_convert.base_model.families import find_sites
 from mxd_convert.base_model.load import load_base
 from mxd_convert.data.blocks import block_order
-from mxd_convert.layers import Shape
+from mxd_convert.layers import LayerSpec
 from mxd_convert.recipe.schema import Base
 from mxd_convert.training import token_init as start
 from mxd_convert.training.stage import active_experts, make_layer
@@ -33,7 +33,7 @@ def tokens_of(source, index):
 def fresh(site, kind="mxd", experts=24, sparsity="topk"):
     hidden = 0 if "coder" in kind else 48
     skip = kind == "skip_transcoder"
-    shape = Shape(kind, site.d_in, hidden, site.d_out, experts, 4, "silu", bool(hidden), sparsity, skip)
+    shape = LayerSpec(kind, site.d_in, hidden, site.d_out, experts, 4, "silu", bool(hidden), sparsity, skip)
     return make_layer(shape, 7, site.index, "data")
 
 

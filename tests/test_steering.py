@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import InputError, load_checkpoint, steer
-from mxd_convert.base_model.swap import describe
-from mxd_convert.modeling.modeling_mxd import build_layer, coefficient
+from mxd_convert.modeling.layers_mxd import build_layer, coefficient
 
 LAYER = 2
 
@@ -81,7 +80,7 @@ def test_each_way_of_steering_sets_the_coefficient(model):
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "random_gate"])
 @torch.no_grad()
 def test_every_kind_with_experts_is_steered_also_with_dense_coefficients(kind):
-    layer, x = build_layer(describe(random_layer(kind, sparsity="l1"))).double(), torch.randn(2, 5, 7, dtype=torch.float64)
+    layer, x = build_layer(random_layer(kind, sparsity="l1").entry()).double(), torch.randn(2, 5, 7, dtype=torch.float64)
     layer.load_state_dict(random_layer(kind, sparsity="l1").state_dict())
     before = layer(x)
     for how, change in {"add": lambda a: 2.0, "set": lambda a: 2.0 - a, "scale": lambda a: a, "ablate": lambda a: -a}.items():

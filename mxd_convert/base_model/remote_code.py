@@ -15,7 +15,7 @@ from typing import Any
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 
 from mxd_convert.errors import InputError
-from mxd_convert.modeling import configuration_mxd, modeling_mxd
+from mxd_convert.modeling import SHIPPED
 
 CONFIGURATION, MODELING = "configuration_mxd_base", "modeling_mxd_base"
 PREFIX = "mxd_own_"  # of the model_type, which may be one that transformers knows otherwise
@@ -52,7 +52,7 @@ def joined(base: Any) -> Any:
     config, model, headless = type(base.config), type(base), type(base.base_model)
     with tempfile.TemporaryDirectory(prefix="mxd_") as scratch:
         place = Path(scratch)
-        for source in (*_files(config, model, headless), Path(str(configuration_mxd.__file__)), Path(str(modeling_mxd.__file__))):
+        for source in (*_files(config, model, headless), *SHIPPED):
             shutil.copyfile(source, place / source.name)
         (place / f"{CONFIGURATION}.py").write_text(
             f"{_HEAD}{_import(config)}\nfrom .configuration_mxd import make_config\n\n"

@@ -12,22 +12,13 @@ from mxd_convert.base_model.families import Site, architecture_of, kept_mlp
 from mxd_convert.base_model.load import quiet, untied_tensors
 from mxd_convert.base_model.remote_code import has_own_code, joined
 from mxd_convert.errors import InputError
-from mxd_convert.modeling import modeling_mxd
-from mxd_convert.modeling.configuration_mxd import KINDS, format_version, mlp_paths
+from mxd_convert.modeling import layers_mxd, modeling_mxd
+from mxd_convert.modeling.configuration_mxd import format_version, mlp_paths
 
 _NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version", "mxd")
 
 
-def describe(layer: modeling_mxd.FactoredLayer) -> dict[str, Any]:
-    """A layer's entry in config.json: what it takes to build it again."""
-    entry: dict[str, Any] = {"kind": layer.kind}
-    sizes, settings = KINDS[layer.kind]
-    entry |= {key: getattr(layer, key) for key in ("d_in", "d_hidden", "d_out", "n_experts", "k") if key in sizes}
-    values = {"skip": layer.skip is not None, "dropout": layer.dropout.p}
-    return entry | {key: values[key] if key in values else getattr(layer, key) for key in settings}
-
-
-def insert_layers(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], origin: dict[str, Any] | None = None) -> Any:
+def insert_layers(base: Any, layers: Mapping[int, layers_mxd.FactoredLayer], origin: dict[str, Any] | None = None) -> Any:
     """The base model with MxD layers (or another kind) in place of MLPs, as a model of its own class; `base` itself is left as it is.
 
     layers: by layer index. origin: the base's model id, revision and tensor hash, and where its MLPs are if the recipe had to say,
@@ -35,7 +26,7 @@ def insert_layers(base: Any, layers: Mapping[int, modeling_mxd.FactoredLayer], o
     """
     row = architecture_of(base.config, kept_mlp(origin))
     dropout = float(getattr(base.config, row.dropout)) if row.dropout is not None else 0.0
-    entries = {str(index): {**describe(layers[index]), "dropout": dropout} for index in sorted(layers)}
+    entries = {str(index): {**layers[index].entry(), "dropout": dropout} for index in sorted(layers)}
     mxd: dict[str, Any] = {"format_version": format_version(row.then), "mlp": row.place}
     mxd |= {"then": list(row.then)} if row.then else {}
     mxd |= {"flat": row.flat} if row.flat else {}
@@ -150,7 +141,7 @@ class Constant(nn.Module):
         return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1).clone()  # some models add to it in place
 
 
-def permuted_experts(layer: modeling_mxd.FactoredLayer, order_N: Tensor) -> Any:
+def permuted_experts(layer: layers_mxd.FactoredLayer, order_N: Tensor) -> Any:
     """A context in which expert n of `layer` is what expert `order[n]` was, while the gate stays."""
 
     @contextmanager
@@ -165,4 +156,4 @@ def permuted_experts(layer: modeling_mxd.FactoredLayer, order_N: Tensor) -> Any:
     return context()
 
 
-__all__ = ["Constant", "assemble", "describe", "insert_layers", "permuted_experts", "remove_layers", "replaced", "standing_in"]
+__all__ = ["Constant", "assemble", "insert_layers", "permuted_experts", "remove_layers", "replaced", "standing_in"]

@@ -25,7 +25,7 @@ from mxd_convert.checkpoint.read import (
 )
 from mxd_convert.errors import InputError
 from mxd_convert.files import read_mapping, write_json
-from mxd_convert.modeling import configuration_mxd, modeling_mxd
+from mxd_convert.modeling import SHIPPED
 
 # what a tokenizer is made of; nothing in it is run
 TOKENIZER_DATA = (
@@ -60,8 +60,7 @@ class Verification:
 
 def foreign_code(folder: Path) -> list[str]:
     """The files of Python in a checkpoint that are not, to the byte, those that this package writes there; and those that are missing."""
-    paths = [Path(str(module.__file__)) for module in (configuration_mxd, modeling_mxd)]
-    ours = {path.name: path for path in paths}
+    ours = {path.name: path for path in SHIPPED}
     theirs = {file.name for file in folder.glob("*.py")}
     changed = [name for name in ours.keys() & theirs if (folder / name).read_bytes() != ours[name].read_bytes()]
     return sorted([*changed, *(ours.keys() ^ theirs)])
@@ -145,8 +144,8 @@ def clean_copy(folder: Path, copy: Path) -> Path:
     for name in TOKENIZER_DATA:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, copy / name)
-    for module in (configuration_mxd, modeling_mxd):
-        shutil.copyfile(str(module.__file__), copy / Path(str(module.__file__)).name)
+    for path in SHIPPED:
+        shutil.copyfile(path, copy / path.name)
     return copy
 
 

@@ -22,7 +22,7 @@ from mxd_convert.export.sources import NO_MEMORY, batches, chosen_layers, find_b
 from mxd_convert.export.sparsify import Sparsify
 from mxd_convert.export.surrogate import ConditionalMeans, is_exact, surrogate_of
 from mxd_convert.files import scratch_beside, write_json
-from mxd_convert.modeling.modeling_mxd import Codes
+from mxd_convert.modeling.layers_mxd import Codes
 
 FIGURES = "mxd_surrogate.json"
 LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Sparsify, CircuitTracer)}

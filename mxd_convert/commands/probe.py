@@ -27,6 +27,7 @@ from mxd_convert.evaluation.probes.pooling import (
 )
 from mxd_convert.evaluation.probes.results import Family, probe_families, whole_vector_of
 from mxd_convert.evaluation.progress import progress
+from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.schema import layer_indices
 from mxd_convert.report.probe import finished_probe, probe_folder, write_probe
 from mxd_convert.report.write import versions
@@ -52,7 +53,7 @@ class _Checkpoint:
     @property
     def units(self) -> str:
         """What one unit of it is called."""
-        return "latent" if "transcoder" in self.kind else "expert"
+        return KINDS[self.kind].unit if self.kind in KINDS else "expert"
 
 
 def probe(
@@ -188,7 +189,7 @@ def _pool_all(
     del original, neurons
     layers = converted.mxd_layers()
     sources = {(ours.units, index): coefficients_of(layers[index]) for index in ours.layers}
-    if all(other.kind != "random_gate" for other in others):
+    if all(other.kind not in KINDS or KINDS[other.kind].learns_gate for other in others):
         control = {index: random_coefficients(layers[index], seed * 10_000 + index) for index in ours.layers}
         sources |= {("random gate", index): source for index, source in control.items()}
     pooled = pool(converted, sources, documents, device, advance) | pooled

@@ -29,7 +29,7 @@ from mxd_convert.errors import InputError, Stopped, disk_guard, first_line, is_o
 from mxd_convert.escaping import printable, say
 from mxd_convert.evaluation.fidelity import evaluate_models
 from mxd_convert.files import read_mapping, scratch_beside, write_json, write_text
-from mxd_convert.layers import Shape, Trainable
+from mxd_convert.layers import Trainable
 from mxd_convert.plan.memory import (
     BASE_SHARE,
     available,
@@ -274,7 +274,7 @@ class _Conversion:
         many = f" over {processes} processes;" if processes > 1 else ""
         finish = f", the last {self.plan.finish_steps:,} all layers together" if self.plan.finish_steps else ""
         return (
-            f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {_kind(layers[0].shape)};"
+            f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {layers[0].shape};"
             f" {self.plan.steps:,} steps of {self.plan.tokens // self.plan.steps:,} tokens (lr {resolved.lr:g}, {resolved.schedule}{finish});"
             f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
@@ -361,11 +361,6 @@ class _Conversion:
         report["files"] = file_hashes(folder)
         write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
         write_json(folder / REPORT, report)
-
-
-def _kind(shape: Shape) -> str:
-    name = shape.kind.replace("_", " ")
-    return f"{name}, {shape.n_experts:,} experts each, {shape.k} active" if shape.has_experts else name
 
 
 _LEFT_OVER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -112,7 +112,7 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
         # a twin beside every run would be the same one each time: here it is a kind
         settings = {"train.twin": False, **dict(zip(grid, values, strict=True))}
         layer = load_recipe(recipe, settings).layer
-        if layer.kind == "dense_twin":
+        if not layer.facts.has_experts:
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}
             settings |= {"train.finish": 0.0} if layer.sparsity == "l1" else {}  # which those beside it can't have
         shown = {key: value for key, value in settings.items() if key in swept}

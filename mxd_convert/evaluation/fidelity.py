@@ -18,7 +18,7 @@ from mxd_convert.data.blocks import Blocks
 from mxd_convert.evaluation.layer_figures import LayerFigures
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.verdict import sentence, verdict
-from mxd_convert.modeling.modeling_mxd import FactoredLayer
+from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 PERMUTATIONS = 3
 _LOGITS = 2**22  # of one batch

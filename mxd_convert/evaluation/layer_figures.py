@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxd_convert.modeling.modeling_mxd import FactoredLayer
+from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 ALWAYS_ON = 0.5  # firing rate above which an expert is always on
 MOST_PAIRS = 1024  # of tokens in a batch, for the dimensions

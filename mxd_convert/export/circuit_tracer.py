@@ -9,7 +9,8 @@ import yaml
 from mxd_convert.errors import InputError
 from mxd_convert.export.layout import Entries, Layout
 from mxd_convert.files import write_text
-from mxd_convert.modeling.modeling_mxd import FactoredLayer
+from mxd_convert.modeling.layers_mxd import FactoredLayer
+from mxd_convert.recipe.kinds import KINDS
 
 
 class CircuitTracer(Layout):
@@ -70,5 +71,5 @@ class CircuitTracer(Layout):
 
 def _value(entry: Mapping[str, Any], key: str) -> Any:
     if key == "skip":
-        return bool(entry.get("skip")) or entry["kind"] == "skip_transcoder"
+        return bool(entry.get("skip")) or KINDS[entry["kind"]].has_skip
     return None if key == "k" and entry["sparsity"] == "l1" else entry[key]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.files import replacing
-from mxd_convert.modeling.modeling_mxd import Codes
+from mxd_convert.modeling.layers_mxd import Codes
 
 SPLITS = 5  # as in delphi
 SUMMARY = "mxd_cache.json"

@@ -10,7 +10,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.fidelity import rows_a_batch
 from mxd_convert.export.sources import batches, hookpoint
 from mxd_convert.export.surrogate import is_exact
-from mxd_convert.modeling.modeling_mxd import FactoredLayer
+from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 ESTIMATED = 0.75  # of the text
 _SUMS = 2**30  # bytes of sums that are kept at a time

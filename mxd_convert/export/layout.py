@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from mxd_convert.errors import InputError
 from mxd_convert.export.surrogate import empty_surrogate
 from mxd_convert.files import replacing
-from mxd_convert.modeling.modeling_mxd import FactoredLayer, Transcoder
+from mxd_convert.modeling.layers_mxd import FactoredLayer, Transcoder
 
 Entries = Mapping[int, Mapping[str, Any]]  # of config.json, by layer index
 

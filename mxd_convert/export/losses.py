@@ -12,7 +12,7 @@ from mxd_convert.evaluation.fidelity import Totals
 from mxd_convert.evaluation.layer_figures import Variance
 from mxd_convert.export.job import Job
 from mxd_convert.export.surrogate import is_exact
-from mxd_convert.modeling.modeling_mxd import FactoredLayer, Transcoder
+from mxd_convert.modeling.layers_mxd import FactoredLayer, Transcoder
 
 
 class LayerLoss:

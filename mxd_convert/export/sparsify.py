@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from mxd_convert.export.layout import Entries, Layout
 from mxd_convert.files import write_json
-from mxd_convert.modeling.modeling_mxd import FactoredLayer
+from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 
 class Sparsify(Layout):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer, Transcoder
+from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, SkipTranscoder, Transcoder
 
 
 class ConditionalMeans:
@@ -77,4 +77,5 @@ def surrogate_of(layer: FactoredLayer, decoder_NO: Tensor) -> Transcoder:
 def empty_surrogate(layer: FactoredLayer) -> Transcoder:
     """A transcoder of the layer's shape, without values (on the meta device)."""
     with torch.device("meta"):
-        return Transcoder(layer.d_in, layer.d_out, layer.n_experts, layer.k, layer.sparsity, skip=layer.skip is not None)
+        kind = Transcoder if layer.skip is None else SkipTranscoder
+        return kind(layer.d_in, layer.d_out, layer.n_experts, layer.k, layer.sparsity)

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from mxd_convert.layers.sparse_ops import RowGradient, sparse_gate, weighted_rows
-from mxd_convert.layers.spec import Shape
-from mxd_convert.modeling import modeling_mxd
-from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
+from mxd_convert.layers.spec import LayerSpec
+from mxd_convert.modeling import layers_mxd
+from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
+from mxd_convert.recipe.kinds import KINDS
 
 _FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same function, in one kernel
-
 
 CONSTANT = 2.0  # what the constant hidden unit gives its activation: every one in use is far from 0 there
 
@@ -34,15 +34,15 @@ class Trainable(FactoredLayer):
     a constant, that D starts on. (training/start.py then puts tokens of the text into gate and experts.)
     """
 
-    unit_norm = True  # of the experts' rows
-
     def __init__(self, *args: Any, start: str = "paper", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.unit_norm = self.unit_norm and start == "paper"
+        self.unit_norm = KINDS[self.kind].unit_norm and start == "paper"  # of the experts
         self.sinks: dict[Tensor, RowGradient] = {}  # of the gate's weight and the experts, where an optimiser wants it so
         if self.decoder is not None:
             self.act = ACT2FN[_FUSED.get(self.activation, self.activation)]
         self.reset_parameters()
+        if self.gate is not None and not KINDS[self.kind].learns_gate:
+            self.gate.requires_grad_(False)
 
     def init_rows(self) -> None:
         """Left to `reset_parameters`: what it draws depends on the order of the draws."""
@@ -102,39 +102,24 @@ class Trainable(FactoredLayer):
         return (values.float().sum(-1) * weight_B).sum() / weight_B.sum().clamp_min(1)
 
 
-class MxD(Trainable, modeling_mxd.MxD):
-    """A Mixture of Decoders layer, to be trained. Arguments as in modeling_mxd.py.
-
-    frozen_gate: the gate stays as it was drawn, the control that says how much learning the routing brings.
-    """
-
-    def __init__(self, *args: Any, frozen_gate: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if frozen_gate:
-            self.kind = "random_gate"
-            self.gate.requires_grad_(False)
+class MxD(Trainable, layers_mxd.MxD):
+    """A Mixture of Decoders layer, to be trained. Arguments as in modeling/layers_mxd.py."""
 
 
-class Transcoder(Trainable, modeling_mxd.Transcoder):
-    """A transcoder, to be trained. Its rows start at 0 and have no constraint, as in EleutherAI's sparsify."""
-
-    unit_norm = False
+_CLASSES: dict[str, type[Trainable]] = {"mxd": MxD}
 
 
-class DenseTwin(Trainable, modeling_mxd.DenseTwin):
-    """The same as an MxD's linear factor alone, to be trained."""
+def trainable_class(kind: str) -> type[Trainable]:
+    """Return the class of a kind's layers as they are trained."""
+    if kind not in _CLASSES:
+        shipped = layers_mxd.LAYERS[kind]
+        _CLASSES[kind] = type(f"Trainable{shipped.__name__}", (Trainable, shipped), {"__doc__": shipped.__doc__})
+    return _CLASSES[kind]
 
 
-def new_layer(shape: Shape, start: str = "paper") -> MxD | Transcoder | DenseTwin:
-    """A layer to be trained, its parameters drawn from torch's generator. start: "paper" or "data", see Trainable."""
-    if shape.kind in ("transcoder", "skip_transcoder"):
-        return Transcoder(shape.d_in, shape.d_out, shape.n_experts, shape.k, shape.sparsity, shape.skip, start=start)
-    hidden = (shape.activation, shape.glu)
-    if shape.kind == "dense_twin":
-        return DenseTwin(shape.d_in, shape.d_hidden, shape.d_out, *hidden, skip=shape.skip, start=start)
-    gain = (shape.sparsity, shape.skip)
-    frozen = shape.kind == "random_gate"
-    return MxD(shape.d_in, shape.d_hidden, shape.d_out, shape.n_experts, shape.k, *hidden, *gain, frozen_gate=frozen, start=start)
+def new_layer(spec: LayerSpec, start: str = "paper") -> Trainable:
+    """Return a layer to be trained, its parameters drawn from torch's generator. start: "paper" or "data", see Trainable."""
+    return trainable_class(spec.kind)(**{key: value for key, value in spec.entry().items() if key != "kind"}, start=start)
 
 
 def normalise(rows_ND: Tensor, which_N: Tensor | None = None) -> None:

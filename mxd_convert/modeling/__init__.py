@@ -1,1 +1,5 @@
-"""What ships inside every checkpoint: two flat files that need nothing but torch and transformers."""
+"""What ships inside every checkpoint: three flat files that need nothing but torch and transformers."""
+
+from pathlib import Path
+
+SHIPPED = tuple(sorted(Path(__file__).parent.glob("*_mxd.py")))

@@ -10,11 +10,7 @@ One file serves every architecture: `MxdLlamaConfig` is made, on demand, from tr
 """
 
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -138,47 +134,6 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
         how[0]: value if how[0] == "ablate" else float(value),
         "positions": positions,
     }
-
-
-# Steering belongs to the thread (or asyncio task) that asks for it: several may steer one model at once, each in its own way.
-_steered: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar(
-    "mxd_steered", default=MappingProxyType({})
-)  # by id of the layer
-_counting = threading.Lock()
-
-
-@contextmanager
-def steering(layers: Sequence[Any], orders: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Within it, this thread steers `layers`, each by those of the orders that name its `index`."""
-    thread, outer = threading.get_ident(), _steered.get()
-    inner = {id(layer): tuple(order for order in orders if order["layer"] == layer.index) for layer in layers}
-    token = _steered.set({**outer, **{key: outer.get(key, ()) + inner[key] for key in inner}})
-    with _counting:
-        for layer in layers:
-            layer.contexts, layer.was_steered = [*layer.contexts, thread], True
-    try:
-        yield
-    finally:
-        _steered.reset(token)
-        with _counting:
-            for layer in layers:
-                left = list(layer.contexts)
-                left.remove(thread)
-                layer.contexts = left
-
-
-def orders_of(layer: Any) -> list[dict[str, Any]]:
-    """The steering of a layer that holds in this thread: the checkpoint's own, then that of the contexts around.
-
-    Raises ValueError in a thread that has none of its own while another one steers: whether it was meant to be steered too is unknown.
-    """
-    given = _steered.get()
-    if layer.contexts and id(layer) not in given and threading.get_ident() not in layer.contexts:
-        raise ValueError(
-            "the model is steered in another thread, and this one does not say whether it is to be steered: run it within"
-            " `with model.steered([]):` for no steering, or start the thread with `contextvars.copy_context().run` to inherit it"
-        )
-    return [*layer.steering, *given.get(id(layer), ())]
 
 
 def config_class(stem: str) -> type[PretrainedConfig]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer, Gain
+from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, Gain
 from mxd_convert.onnx.sparse_gain import sparse_gain, spell_out
 
 STEERING = ("steering.layers", "steering.experts", "steering.amounts")

@@ -17,7 +17,7 @@ from torch import Tensor
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.evaluation.fidelity import rows_a_batch
 from mxd_convert.evaluation.steering import steered
-from mxd_convert.modeling.modeling_mxd import Codes
+from mxd_convert.modeling.layers_mxd import Codes
 from mxd_convert.onnx.runtime import Array, OnnxModel
 
 BATCHES, LENGTHS, PASTS = (1, 2, 3), (1, 2, 33, 200), (0, 1, 40)

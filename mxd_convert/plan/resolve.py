@@ -16,7 +16,7 @@ from mxd_convert.base_model.remote_code import trusting
 from mxd_convert.data.blocks import tokens_to_read
 from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError
-from mxd_convert.layers import Shape
+from mxd_convert.layers import LayerSpec
 from mxd_convert.recipe.presets import finish_steps, resolve_hidden, resolve_train, steps_of
 from mxd_convert.recipe.schema import Recipe, is_local, layer_indices
 
@@ -28,7 +28,7 @@ class LayerPlan:
     """One layer to convert: its shape and parameters, and those of the MLP that it replaces."""
 
     index: int
-    shape: Shape
+    shape: LayerSpec
     mlp_parameters: int
 
     @property
@@ -66,7 +66,7 @@ class Plan:
     warnings: list[str]
 
     @property
-    def shapes(self) -> dict[int, Shape]:
+    def shapes(self) -> dict[int, LayerSpec]:
         return {layer.index: layer.shape for layer in self.layers}
 
     @property
@@ -185,9 +185,7 @@ def _dashboard_on_disk(plan: Plan) -> int:
 
 def twin_of(plan: Plan) -> Plan:
     """The plan of the dense twin: the same layers with constant gain, on the same text with the same settings."""
-    layers = [
-        replace(layer, shape=replace(layer.shape, kind="dense_twin", n_experts=0, k=0, sparsity="topk")) for layer in plan.layers
-    ]
+    layers = [replace(layer, shape=layer.shape.twin()) for layer in plan.layers]
     recipe = plan.recipe.model_copy(
         update={
             "layer": plan.recipe.layer.model_copy(update={"kind": "dense_twin"}),
@@ -235,19 +233,17 @@ def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan
     return LayerPlan(site.index, shape, mlp)
 
 
-def _shape(recipe: Recipe, site: Site) -> Shape:
+def _shape(recipe: Recipe, site: Site) -> LayerSpec:
     """The shape that a recipe asks for at a site; with `experts: auto` their number is still to be matched."""
     layer = recipe.layer
     hidden, experts = layer.hidden or site.d_hidden, 0 if layer.experts == "auto" else layer.experts
-    if layer.kind in ("transcoder", "skip_transcoder"):
-        linear: dict[str, Any] = {"d_hidden": 0, "activation": "relu", "glu": False}
-    else:
+    linear: dict[str, Any] = {"d_hidden": 0, "activation": "relu", "glu": False}
+    if layer.facts.has_linear:
         linear = {"d_hidden": hidden, "activation": layer.activation or site.activation, "glu": site.glu}
-    if layer.kind == "dense_twin":
-        gain: dict[str, Any] = {"n_experts": 0, "k": 0, "sparsity": "topk"}
-    else:
+    gain: dict[str, Any] = {"n_experts": 0, "k": 0, "sparsity": "topk"}
+    if layer.facts.has_experts:
         gain = {"n_experts": experts, "k": layer.k, "sparsity": layer.sparsity}
-    return Shape(kind=layer.kind, d_in=site.d_in, d_out=site.d_out, skip=layer.has_skip, **linear, **gain)
+    return LayerSpec(kind=layer.kind, d_in=site.d_in, d_out=site.d_out, skip=layer.has_skip, **linear, **gain)
 
 
 def _is_half(recipe: Recipe, config: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from mxd_convert.base_model.load import empty_model, load_config
 from mxd_convert.evaluation.fidelity import PERMUTATIONS
-from mxd_convert.layers import Shape
+from mxd_convert.layers import LayerSpec
 from mxd_convert.plan.memory import budget, device_of, groups
 from mxd_convert.plan.resolve import LayerPlan, Plan
 from mxd_convert.training.allocator import kept_memory
@@ -56,7 +56,7 @@ def _probe(plan: Plan) -> Probe:
     teacher = plan.recipe.train.target == "teacher"
     depths = sum(max(group) + 1 for group in passes) + (sum(max(group) + 1 for group in passes[1:]) if teacher else 0)
     base = a_layer * depths * step_tokens
-    alike: dict[Shape, tuple[float, float]] = {}
+    alike: dict[LayerSpec, tuple[float, float]] = {}
     learning = evaluating = 0.0
     for layer in plan.layers:
         shape = layer.shape

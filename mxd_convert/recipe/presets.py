@@ -30,7 +30,7 @@ def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
     Whoever has all of the MLP's hidden units learns that MLP once more, given enough text, and its experts stop mattering.
     """
     layer = recipe.layer
-    if recipe.train.preset == "paper" or layer.hidden is not None or layer.kind in ("transcoder", "skip_transcoder"):
+    if recipe.train.preset == "paper" or layer.hidden is not None or not layer.facts.has_linear:
         return recipe
     return recipe.model_copy(update={"layer": layer.model_copy(update={"hidden": max(1, d_hidden // HIDDEN)})})
 
@@ -51,7 +51,7 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         batch = batch_of(recipe.data.tokens) // context * context  # whole blocks
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, start = "trapezoid", "data"
-        many = recipe.layer.sparsity == "l1" and recipe.layer.kind != "dense_twin"  # nothing holds their number down in a finish
+        many = recipe.layer.sparsity == "l1" and recipe.layer.facts.has_experts  # nothing holds their number down in a finish
         finish = 0.0 if half or many else FINISH
         k_start = max(recipe.layer.k, min(K_START * recipe.layer.k, n_experts))
         warmup = -1

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from mxd_convert.recipe.kinds import KINDS, Kind
 
 Positive = Annotated[int, Field(gt=0, le=10**13)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -125,8 +127,14 @@ class Data(Section):
     Text that has fewer is repeated in a new order."""
 
 
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"layer.kind: {kind!r} is not one of {', '.join(KINDS)}")
+    return kind
+
+
 class Layer(Section):
-    kind: Literal["mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate"] = "mxd"
+    kind: Annotated[str, AfterValidator(_known_kind), Field(json_schema_extra={"enum": list(KINDS)})] = "mxd"
     """What replaces the MLP: an MxD, or one of what it is compared with: a TopK transcoder, one with a linear path beside it, the MxD with constant
     gain, or with a gate that is drawn at random and not trained."""
     k: Positive = 32
@@ -148,8 +156,13 @@ class Layer(Section):
     """Add a linear path from the MLP's input to its output beside the experts."""
 
     @property
+    def facts(self) -> Kind:
+        """The row of the kind in the table of kinds."""
+        return KINDS[self.kind]
+
+    @property
     def has_skip(self) -> bool:
-        return self.skip or self.kind == "skip_transcoder"
+        return self.skip or self.facts.has_skip
 
     @property
     def size_key(self) -> str:
@@ -171,7 +184,7 @@ class Layer(Section):
 
     @model_validator(mode="after")
     def _k_fits(self) -> "Layer":
-        has_k = self.kind != "dense_twin" and self.sparsity == "topk"
+        has_k = self.facts.has_experts and self.sparsity == "topk"
         if isinstance(self.experts, int) and self.k > self.experts and has_k:
             raise ValueError(f"layer.k: {self.k} active experts of only {self.experts}; lower layer.k or raise layer.experts")
         return self
@@ -274,7 +287,7 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         layer_indices(self.layers, None)
         train = self.train
-        if train.finish and self.layer.sparsity == "l1" and self.layer.kind != "dense_twin":
+        if train.finish and self.layer.sparsity == "l1" and self.layer.facts.has_experts:
             raise ValueError(
                 "train.finish: nothing holds the number of active experts down there with layer.sparsity: l1; set train.finish: 0"
             )
@@ -287,7 +300,7 @@ class Recipe(Section):
                 'train.target: "teacher" needs train.order: sequential; in parallel order every layer sees the base model\'s own inputs,'
                 " for which both targets are the same"
             )
-        if train.twin and self.layer.kind not in ("mxd", "random_gate"):
+        if train.twin and not self.layer.facts.is_product:
             raise ValueError(
                 f"train.twin: a {self.layer.kind} has no gain to hold constant; set train.twin: false or layer.kind: mxd"
             )
@@ -296,8 +309,8 @@ class Recipe(Section):
                 'train.distribute: "layers" can\'t be had with train.order: sequential, where each layer waits for those below it;'
                 ' set one of them to its default ("data", "parallel")'
             )
-        if self.output.dashboard and self.layer.kind == "dense_twin":
-            raise ValueError("output.dashboard: a dense_twin has no experts to show; set it to false")
+        if self.output.dashboard and not self.layer.facts.has_experts:
+            raise ValueError(f"output.dashboard: a {self.layer.kind} has no experts to show; set it to false")
         if self.data.eval.tokens < self.data.context:
             raise ValueError(
                 f"data.eval.tokens: {self.data.eval.tokens} is less than one block of data.context = {self.data.context} tokens"

@@ -18,6 +18,7 @@ from mxd_convert.checkpoint.read import REPORT
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.escaping import code, fence, markdown, printable
 from mxd_convert.files import read_mapping, write_text
+from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.load import parse_yaml
 
 CARD = "README.md"
@@ -26,13 +27,6 @@ TAG = "mxd-convert"  # by which checkpoints are found on the Hub
 _PLOTS = {
     "plots/layers.png": "Rise of cross-entropy and reliance on the experts, by layer",
     "plots/training.png": "Training: FVU and idle experts",
-}
-_KINDS = {
-    "mxd": "Mixture-of-Decoders",
-    "random_gate": "Mixture-of-Decoders",
-    "dense_twin": "dense twin",
-    "transcoder": "transcoder",
-    "skip_transcoder": "skip transcoder",
 }
 _LOCAL = ("base.model", "data.train.path", "data.eval.path")  # keys of a recipe that may name something of one machine
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -82,7 +76,7 @@ def _filled(
     report = {**optional, "edits": [], "steering": [], "elsewhere": [], "local": [], **report}
     indices = list(config["layers"])
     entry = config["layers"][indices[0]]
-    title = f"{report['base']['model']} with {_KINDS[entry['kind']]} layers"
+    title = f"{report['base']['model']} with {KINDS[entry['kind']].family} layers"
     environment = Environment(  # noqa: S701 (Markdown)
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped
     )
@@ -142,7 +136,7 @@ def _layers_of(path: Path) -> Mapping[str, Any]:
     if not isinstance(mxd, Mapping) or not isinstance(layers, Mapping) or not layers:
         raise InputError(f"{path}: names no layers that were converted; download it or convert again")
     for index, entry in layers.items():
-        known = isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and entry["kind"] in _KINDS
+        known = isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and entry["kind"] in KINDS
         counted = known and all(type(entry.get(name, 0)) is int for name in ("n_experts", "k"))
         if not (counted and re.fullmatch(r"[0-9]{1,6}", index)):
             raise InputError(f"{path}: mxd.layers: {index!r:.40}: not a converted layer; download it or convert again")
@@ -162,7 +156,6 @@ def _training_of(path: Path, recipe_yaml: str) -> Mapping[str, Any]:
 def _metadata(report: Mapping[str, Any], config: Mapping[str, Any], title: str, base_on_hub: bool, delta: bool) -> ModelCardData:
     base, indices = report["base"], list(config["layers"])
     entry = config["layers"][indices[0]]
-    kinds = ["mxd", "mixture-of-decoders"] if entry["kind"] in ("mxd", "random_gate") else [entry["kind"].replace("_", "-")]
     text = report["data"]["train"]["path"] if report["data"] and report["data"].get("train") else None
     on_hub = "data.train.path" not in report["local"] and _REPOSITORY.fullmatch(str(text))
     base_on_hub = base_on_hub and _REPOSITORY.fullmatch(str(base["model"])) is not None
@@ -187,7 +180,7 @@ def _metadata(report: Mapping[str, Any], config: Mapping[str, Any], title: str, 
         license_name=_line(base.get("license_name")),
         license_link=_link(base.get("license_link")),
         language=[line for one in language if (line := _line(one))] or None if isinstance(language, list) else _line(language),
-        tags=[TAG, *kinds, *(["mxd-delta"] if delta else []), "interpretability", "sparse-mlp"],
+        tags=[TAG, *KINDS[entry["kind"]].tags, *(["mxd-delta"] if delta else []), "interpretability", "sparse-mlp"],
         base_model=base["model"] if base_on_hub else None,
         base_model_relation="finetune" if base_on_hub else None,
         datasets=[str(text)] if on_hub else None,
@@ -244,9 +237,8 @@ def _licence(base: Mapping[str, Any]) -> str:
 def _shape(entry: Mapping[str, Any]) -> str:
     if "n_experts" not in entry:
         return ""
-    unit = "latents" if "transcoder" in entry["kind"] else "experts"
     active = f"{entry['k']} active a token" if entry.get("sparsity", "topk") == "topk" else "those with a positive gate active"
-    return f"{entry['n_experts']:,} {unit} a layer, {active}."
+    return f"{entry['n_experts']:,} {KINDS[entry['kind']].unit}s a layer, {active}."
 
 
 def _total(report: Mapping[str, Any], config: Mapping[str, Any], of: Any) -> str:

@@ -14,25 +14,11 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from mxd_convert.files import write_csv, write_json
 from mxd_convert.plan.resolve import LayerPlan
+from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.report.plots import save_figure
 
 _FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement", "compounding")
-_NAMES = {
-    "mxd": "MxD",
-    "transcoder": "TopK transcoder",
-    "skip_transcoder": "skip transcoder",
-    "random_gate": "MxD, random gate",
-    "dense_twin": "dense twin (constant gain)",
-}
-COLOURS = {
-    "mxd": "#7b2d8b",
-    "transcoder": "#2a788e",
-    "skip_transcoder": "#5aa64b",
-    "random_gate": "#c9952b",
-    "dense_twin": "#555555",
-}
-MARKS = {"mxd": "o", "transcoder": "s", "skip_transcoder": "D", "random_gate": "^"}
 
 
 def row_of(report: Mapping[str, Any], recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[str, Any]:
@@ -103,12 +89,12 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         rises = [[row["delta_ce"] for row in line[k]] for k in at]
         style = ("-", "--", ":", "-.")[list(dict.fromkeys(o for k, o in _lines(rows) if k == kind)).index(others) % 4]
         label = _label(kind, others)
-        colour = COLOURS[kind]
+        colour = KINDS[kind].colour
         axis.plot(
             at,
             [_middle(values) for values in rises],
             style,
-            marker=MARKS[kind],
+            marker=KINDS[kind].marker,
             color=colour,
             label=label,
             ms=5,
@@ -122,9 +108,9 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     base = _middle([row["ce_base"] for row in rows])
     twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
     if twins:
-        axis.axhline(_middle(twins), color=COLOURS["dense_twin"], ls="--", lw=1.2, label=_NAMES["dense_twin"])
+        axis.axhline(_middle(twins), color=KINDS["dense_twin"].colour, ls="--", lw=1.2, label=KINDS["dense_twin"].title)
         if len(twins) > 1:
-            axis.axhspan(min(twins), max(twins), color=COLOURS["dense_twin"], alpha=0.15, lw=0)
+            axis.axhspan(min(twins), max(twins), color=KINDS["dense_twin"].colour, alpha=0.15, lw=0)
     axis.axhline(0, color="black", lw=1.0, label=f"base model ({base:.3f})")
     above.axhline(zero, color="#b22222", lw=1.2, label=f"all zeroed (+{zero:.2f})")
     above.set_ylim(zero * 0.97, zero * 1.03)
@@ -145,7 +131,7 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for (kind, others), line in _lines(rows).items():
         points = [row for k in sorted(line) for row in line[k]]
         shares, rises = ([row[name] for row in points] for name in ("gate_share", "delta_ce"))
-        style: dict[str, Any] = {"marker": MARKS[kind], "color": COLOURS[kind], "label": _label(kind, others)}
+        style: dict[str, Any] = {"marker": KINDS[kind].marker, "color": KINDS[kind].colour, "label": _label(kind, others)}
         axis.scatter(shares, rises, s=34, zorder=3, **style)
         for row in points:
             at = row["gate_share"], row["delta_ce"]
@@ -153,7 +139,7 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.annotate(str(row["k"]), at, xytext=beside, textcoords="offset points", fontsize=7, color="#555555")
     twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
     if twins:
-        style = {"marker": "*", "color": COLOURS["dense_twin"], "label": _NAMES["dense_twin"]}
+        style = {"marker": "*", "color": KINDS["dense_twin"].colour, "label": KINDS["dense_twin"].title}
         axis.scatter([0.0] * len(twins), twins, s=80, zorder=3, **style)
     axis.axhline(0, color="black", lw=1.0)
     axis.set_xlim(-0.04, 1.06)
@@ -167,7 +153,7 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _label(kind: str, others: str) -> str:
-    return ", ".join(word for word in (_NAMES[kind], others) if word)
+    return ", ".join(word for word in (KINDS[kind].title, others) if word)
 
 
 def _middle(values: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
-from mxd_convert.report.frontier import COLOURS, MARKS
+from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.report.plots import save_figure
 
 _NEURON, _WHOLE = ("#b5403a", "v"), ("#000000", "|")
@@ -67,7 +67,7 @@ def _styles(families: dict[str, Any]) -> dict[str, tuple[str, str]]:
     styles: dict[str, tuple[str, str]] = {}
     for family, about in families.items():
         kind = about["kind"]
-        style = _WHOLE if about["whole_vector"] else _NEURON if kind == "neuron" else (COLOURS.get(kind, ""), MARKS.get(kind, ""))
+        style = _WHOLE if about["whole_vector"] else _NEURON if kind == "neuron" else _style(kind)
         styles[family] = style if style[1] and style not in styles.values() else next(more)
     return styles
 
@@ -81,3 +81,8 @@ def _plain(label: str) -> str:
     """A name that comes from outside: on one line, not too long, with nothing that matplotlib would take for mathematics."""
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in label).split())
     return (line if len(line) <= _MOST else line[: _MOST - 1] + "…").replace("$", r"\$")
+
+
+def _style(kind: str) -> tuple[str, str]:
+    """Return colour and marker of a kind; empty for what is none, such as a folder with layers of several."""
+    return (KINDS[kind].colour, KINDS[kind].marker) if kind in KINDS else ("", "")

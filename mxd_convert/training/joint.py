@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mxd_convert.base_model.capture import recording
 from mxd_convert.base_model.swap import standing_in
 from mxd_convert.data.blocks import block_order
-from mxd_convert.layers import Shape, Trainable, normalised_mse
-from mxd_convert.modeling.modeling_mxd import Codes
+from mxd_convert.layers import LayerSpec, Trainable, normalised_mse
+from mxd_convert.modeling.layers_mxd import Codes
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.stage import Pass, Stage
@@ -59,7 +59,7 @@ class Finish(Stage):
         self,
         recipe: Recipe,
         source: Source,
-        shapes: dict[int, Shape],
+        shapes: dict[int, LayerSpec],
         folder: Path,
         accelerator: Accelerator,
         quiet: bool,
@@ -77,7 +77,7 @@ class Finish(Stage):
         assert lr is not None
         return RATE * lr, max(1, round(WARMUP * self.steps)), "linear"
 
-    def _make_layers(self, shapes: dict[int, Shape]) -> dict[int, Trainable]:
+    def _make_layers(self, shapes: dict[int, LayerSpec]) -> dict[int, Trainable]:
         return {index: self.trained[index].to(self.device) for index in sorted(self.trained)}
 
     def _begin(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mxd_convert.base_model.families import Site
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import memory_guard
-from mxd_convert.layers import Shape, Trainable
+from mxd_convert.layers import LayerSpec, Trainable
 from mxd_convert.recipe.presets import finish_steps, steps_of
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.allocator import kept_memory
@@ -50,7 +50,7 @@ class Job:
     recipe: Recipe
     base: nn.Module
     sites: list[Site]
-    shapes: dict[int, Shape]
+    shapes: dict[int, LayerSpec]
     blocks: Blocks
     folder: Path
     accelerator: Accelerator

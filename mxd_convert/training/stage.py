@@ -12,7 +12,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from mxd_convert.errors import NotFinite
-from mxd_convert.layers import Shape, Trainable, new_layer, normalised_mse
+from mxd_convert.layers import LayerSpec, Trainable, new_layer, normalised_mse
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, append_line, cut_log
@@ -28,7 +28,7 @@ SAVE_SECONDS = 60.0
 Figures = tuple[float, float, dict[str, float]]  # mean FVU, dead share, shares of the time
 
 
-def make_layer(shape: Shape, seed: int, index: int, start: str | None = None) -> Trainable:
+def make_layer(shape: LayerSpec, seed: int, index: int, start: str | None = None) -> Trainable:
     """A new layer. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 1_000_003 + index)
@@ -91,7 +91,7 @@ class Stage:
         self,
         recipe: Recipe,
         source: Source,
-        shapes: dict[int, Shape],
+        shapes: dict[int, LayerSpec],
         folder: Path,
         accelerator: Accelerator,
         together: bool,
@@ -136,7 +136,7 @@ class Stage:
 
     # --- what a stage of another kind does in its own way ------------------------------------------------------------------------
 
-    def _make_layers(self, shapes: dict[int, Shape]) -> dict[int, Trainable]:
+    def _make_layers(self, shapes: dict[int, LayerSpec]) -> dict[int, Trainable]:
         train = self.recipe.train
         return {
             site.index: make_layer(shapes[site.index], train.seed, site.index, train.start).to(self.device)

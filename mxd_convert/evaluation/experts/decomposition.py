@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mxd_convert.base_model.capture import watching
 from mxd_convert.base_model.families import architecture_of
 from mxd_convert.errors import InputError
-from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer, MxD
+from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, MxD
 
 _CHUNK = 256  # tokens whose logits are made at a time
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mxd_convert.evaluation.experts.decomposition import Unembedding
 from mxd_convert.evaluation.experts.firings import Array
 from mxd_convert.evaluation.experts.statistics import LayerRecord
-from mxd_convert.modeling.modeling_mxd import FactoredLayer
+from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 SHOWN = 10  # tokens promoted, and as many suppressed
 SIMILAR = 8  # experts

@@ -21,7 +21,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.experts.decomposition import Unembedding
 from mxd_convert.evaluation.experts.firings import Array, Firings, by_expert, mixed, rank_within, reserve
 from mxd_convert.evaluation.progress import progress
-from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
+from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
 
 SAMPLES = 8  # firings of an expert from which the spread of its effect is told
 _GATES = 2**25  # gate values of one batch, all experts

@@ -18,7 +18,7 @@ from mxd_convert.base_model.families import Site
 from mxd_convert.data.blocks import separators
 from mxd_convert.errors import InputError
 from mxd_convert.layers.sparse_ops import sparse_gate
-from mxd_convert.modeling.modeling_mxd import Codes, FactoredLayer
+from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Matrix = Any  # pooled coefficients, (D, N) float32: scipy's CSR array, or a dense array where every unit is active everywhere
