@@ -1,6 +1,7 @@
 """The layers that an MxD is compared with: what they compute, that they train in the same engine, and what a report says of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import convert
+from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
+from mxd_convert.modeling import configuration_mxd, layers_mxd
 from mxd_convert.modeling.layers_mxd import build_layer
+from mxd_convert.recipe import kinds
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import Stage
 
@@ -119,9 +123,59 @@ def test_every_kind_goes_through_the_same_engine(finished, mxd, kind):
     if kind == "skip_transcoder":
         assert 0 < reliance["gate_share"] < 1
     model = AutoModelForCausalLM.from_pretrained(result.output)
-    assert {type(module).__name__ for module in model.mxd_layers().values()} == {
-        {"dense_twin": "DenseTwin", "random_gate": "MxD", "mxd": "MxD"}.get(kind, "Transcoder")
-    }
+    assert {type(module) for module in model.mxd_layers().values()} == {layers_mxd.LAYERS[kind]}
+
+
+class Sum(layers_mxd.MxD):
+    """Gain and linear factor added, where an MxD multiplies them."""
+
+    kind = "sum"
+
+    def combine(self, x, codes):
+        return self.gain_of(codes) + self.linear(x) + self.output_bias
+
+
+def test_a_new_kind_is_a_class_a_row_and_the_form_of_its_entry(models, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(layers_mxd.LAYERS, "sum", Sum)
+    monkeypatch.setitem(kinds.KINDS, "sum", replace(kinds.KINDS["mxd"], name="sum", title="sum of both"))
+    monkeypatch.setitem(configuration_mxd.KINDS, "sum", configuration_mxd.KINDS["mxd"])
+    recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[0], data={"tokens": 8192})
+    recipe["layer"] |= {"kind": "sum", "sparsity": "topk", "experts": "auto", "expansion": 2}
+    result = mxd_convert.convert(recipe, quiet=True)
+    assert "with Mixture-of-Decoders layers" in (result.output / "README.md").read_text()
+    layer = load_checkpoint(result.output).mxd_layers()[0]
+    assert type(layer) is Sum
+    x = torch.randn(3, layer.d_in)
+    torch.testing.assert_close(layer(x) - layer.output_bias, layer.gain_of(layer.encode(x)) + layer.linear(x))
+
+
+def test_the_three_places_that_know_a_kind_agree():
+    assert kinds.KINDS.keys() == layers_mxd.LAYERS.keys() == configuration_mxd.KINDS.keys()
+    for name, (sizes, _) in configuration_mxd.KINDS.items():
+        assert kinds.KINDS[name].has_experts == ("n_experts" in sizes)
+        assert kinds.KINDS[name].has_linear == ("d_hidden" in sizes)
+
+
+def test_k_is_one_value():
+    layer = random_layer("mxd")
+    assert (layer.k, layer.expert_acts.k) == (K, K)
+    layer.k = 2
+    assert layer.expert_acts.k == 2
+    assert layer.encode(torch.randn(5, I, dtype=torch.float64))[0].shape == (5, 2)
+    layer.expert_acts.k = 3
+    assert (layer.k, layer.entry()["k"]) == (3, 3)
+    with pytest.raises(ValueError, match="k = 0 active experts"):
+        layer.k = 0
+
+
+def test_k_of_a_model_is_saved_as_it_was_set(converted, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(converted["gpt2"])
+    for layer in model.mxd_layers().values():
+        layer.k = 1
+    model.save_pretrained(tmp_path)
+    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.arange(1, 9)[None]
+    assert {layer.k for layer in again.mxd_layers().values()} == {1}
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_kinds_start_from_the_same_draw_and_see_the_same_text(finished, models, text, tmp_path):

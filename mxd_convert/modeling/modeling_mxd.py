@@ -81,6 +81,14 @@ class MxdModelMixin:
         if orders:
             self.config.mxd["steering"] = orders
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, with every layer's `k` as it is now."""
+        entries, layers = self.config.mxd["layers"], self.mxd_layers()
+        now = {index: {**entry, "k": layers[int(index)].k} if "k" in entry else entry for index, entry in entries.items()}
+        if now != entries:
+            self.config.mxd = {**self.config.mxd, "layers": now}
+        return super().save_pretrained(*args, **kwargs)
+
     def _mxd_path(self, index: int | str) -> str:
         return self.config.mxd["mlp"].format(i=index).removeprefix(self._mxd_prefix)
 
