@@ -54,7 +54,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 schema: $(VENV)/installed
-	$(BIN)/python -m mxd_convert.recipe.schema > docs/recipe.schema.json
+	$(BIN)/python -m mxd_convert.recipe > docs/recipe.schema.json
 
 # docs/families.md: every check of every family; five minutes
 families: $(VENV)/installed

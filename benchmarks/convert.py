@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="stories260k")
     parser.add_argument("--tokens", type=int, default=300_000)
     arguments = parser.parse_args()
-    settings = {"data__tokens": arguments.tokens, "data__eval__tokens": 8192, "train__finish": 0.0}  # which is of all layers
+    settings = {"data__tokens": arguments.tokens, "data__eval__tokens": 8192, "train__joint": 0.0}  # which is of all layers
     made = plan(arguments.recipe, **settings)
     indices = [layer["index"] for layer in made["layers"]]
     with tempfile.TemporaryDirectory() as folder:

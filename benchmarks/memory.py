@@ -16,7 +16,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": ("quickstart", {}),
     "quickstart, bf16 moments, one layer a pass": (
         "quickstart",
-        {"train__moments": "bf16", "train__memory_gib": 0.6, "train__finish": 0.0},
+        {"train__moments": "bf16", "train__memory_gib": 0.6, "train__joint": 0.0},
     ),
     "quickstart, 64 x, batches of 4,096": ("quickstart", {"layer__expansion": 64, "train__batch_tokens": 4096}),
     "quickstart, batches of 16,384": ("quickstart", {"train__batch_tokens": 16_384}),

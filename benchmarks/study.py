@@ -32,7 +32,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from runs import run
 
-PUBLISHED = {"train.start": "paper", "train.finish": 0.0}  # with k_start = k and batches of PUBLISHED_BATCHES, below
+PUBLISHED = {"train.init": "paper", "train.joint": 0.0}  # with k_init = k and batches of PUBLISHED_BATCHES, below
 ALL_HIDDEN = "the MLP's"  # hidden width, in place of the quarter that `fast` takes
 ARMS: dict[str, dict[str, Any]] = {
     "MxD, fast": {},
@@ -75,8 +75,8 @@ class Case:
         changes = {**MODELS[self.model], "train.preset": "fast", "layer.k": self.k, **arm, "data.tokens": self.tokens}
         if arm.get("layer.hidden") == ALL_HIDDEN:
             changes["layer.hidden"] = HIDDEN[self.model]
-        if "train.start" in arm:
-            changes["train.k_start"] = self.k
+        if "train.init" in arm:
+            changes["train.k_init"] = self.k
             changes["train.batch_tokens"] = next((size for below, size in PUBLISHED_BATCHES.items() if self.tokens < below), 2048)
         if changes["train.preset"] == "paper":
             changes["train.warmup_steps"] = max(1, int(WARMUP * self.tokens / PAPER_BATCH))

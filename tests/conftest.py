@@ -183,8 +183,8 @@ def small_recipe(model: Path, text: Path, folder: Path, **sections) -> dict:
             "log_every": 4,
             "checkpoint_every": 4,
             "device": "cpu",
-            "start": "paper",
-            "finish": 0.0,
+            "init": "paper",
+            "joint": 0.0,
         },
         "output": {"dir": str(folder)},
     }

@@ -133,8 +133,8 @@ def test_it_says_how_the_layers_were_trained(converted, tmp_path):
     alone = "the layers were trained each on the base model's own activations"
     assert f"{alone}.\n" in (folder / "README.md").read_text()
     recipe = (folder / "recipe.yaml").read_text()
-    assert "  finish: 0.0\n" in recipe
-    write_card(folder, report, recipe.replace("  finish: 0.0\n", "  finish: 0.4\n"), base_on_hub=False)
+    assert "  joint: 0.0\n" in recipe
+    write_card(folder, report, recipe.replace("  joint: 0.0\n", "  joint: 0.4\n"), base_on_hub=False)
     assert f"{alone}; over the last 40.0% of the steps all together, in the model" in (folder / "README.md").read_text()
 
 

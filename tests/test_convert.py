@@ -315,9 +315,9 @@ def test_weights_in_float16_that_no_config_names_take_no_gradients(models, text,
     AutoTokenizer.from_pretrained(models["gpt2"]).save_pretrained(half)
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({name: value for name, value in config.items() if "dtype" not in name}))
-    recipe = small_recipe(half, text, tmp_path / "out", layers=[2], train={"finish": 0.4})
+    recipe = small_recipe(half, text, tmp_path / "out", layers=[2], train={"joint": 0.4})
     recipe["base"]["dtype"] = "auto"
-    with pytest.raises(InputError, match=r"train.finish: 0.4: gradients that go through a base in float16 vanish"):
+    with pytest.raises(InputError, match=r"train.joint: 0.4: gradients that go through a base in float16 vanish"):
         convert(recipe, quiet=True)
 
 

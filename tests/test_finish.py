@@ -21,11 +21,11 @@ from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
 from mxd_convert.plan import memory
 from mxd_convert.training.interrupt import Interrupt
-from mxd_convert.training.joint import Finish, InPlace, piece_tokens
+from mxd_convert.training.joint import InPlace, JointStage, piece_tokens
 from mxd_convert.training.loop import FINISH, Training, lower
 from mxd_convert.training.stage import Stage
 
-SHARE = {"finish": 0.4}
+SHARE = {"joint": 0.4}
 
 
 def layers_for(source, kind="mxd"):
@@ -47,11 +47,11 @@ def finishing(source, models, text, tmp_path):
     """A finish of two layers of a tiny Llama."""
 
     def make(kind="mxd", steps=30, **changes):
-        plain = small_recipe(models["llama"], text, tmp_path / "out", train={"lr": 3e-2, "k_start": 4, "start": "data"})
+        plain = small_recipe(models["llama"], text, tmp_path / "out", train={"lr": 3e-2, "k_init": 4, "init": "tokens"})
         recipe = mxd_convert.load_recipe(plain)
         here = source(steps=steps, **changes)
         device = Accelerator(cpu=True)
-        return Finish(recipe, here, {}, tmp_path / "state", device, True, layers_for(here, kind), 8)
+        return JointStage(recipe, here, {}, tmp_path / "state", device, True, layers_for(here, kind), 8)
 
     return make
 
@@ -157,7 +157,7 @@ def test_a_finish_that_was_cut_off_goes_on_and_ends_the_same(models, text, tmp_p
     take = Stage._step
 
     def interrupted(self, number, interrupt):
-        interrupt.told = isinstance(self, Finish) and number == step
+        interrupt.told = isinstance(self, JointStage) and number == step
         take(self, number, interrupt)
 
     with monkeypatch.context() as patched:
@@ -175,7 +175,7 @@ def test_groups_and_order_change_nothing_in_it(models, text, tmp_path, monkeypat
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings, train=SHARE), quiet=True)
     plan = mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "split", **settings)))
     room = memory.estimate(plan, plan.layers[:1]).training
-    monkeypatch.setattr(memory, "_finish", lambda plan, processes: 1)
+    monkeypatch.setattr(memory, "_joint", lambda plan, processes: 1)
     train = {**SHARE, "memory_gib": room / 2**30}
     groups = []
     one = Training._train_group
@@ -205,11 +205,11 @@ def test_a_gpu_takes_larger_pieces_while_their_logits_allow(device, vocabulary, 
 IN_PIECES = """
 import json, sys
 from mxd_convert import convert
-from mxd_convert.training.finish import Finish
+from mxd_convert.training.joint import JointStage
 from mxd_convert.training.stage import Stage
 recipe, take = json.loads(sys.argv[1]), Stage._step
 def interrupted(self, number, interrupt):
-    interrupt.told = isinstance(self, Finish) and number == 5
+    interrupt.told = isinstance(self, JointStage) and number == 5
     take(self, number, interrupt)
 Stage._step = interrupted
 try:
@@ -226,7 +226,7 @@ def test_on_a_gpu_it_learns_what_it_learns_on_a_cpu(models, text, tmp_path, fami
     """In processes of their own, since accelerate settles on a device once; on the GPU cut off in the finish, and gone on with."""
     lines = {}
     for device in ("cpu", "cuda"):
-        train = {**SHARE, "device": device, "start": "data", "k_start": 8}
+        train = {**SHARE, "device": device, "init": "tokens", "k_init": 8}
         recipe = small_recipe(models[family], text, tmp_path / device, data={"tokens": 8192}, train=train)
         done = subprocess.run([sys.executable, "-c", IN_PIECES, json.dumps(recipe)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -267,22 +267,22 @@ def test_two_processes_share_the_finish(models, text, tmp_path, distribute):
 
 
 def test_what_a_finish_can_not_do_is_refused(refused, recipe, monkeypatch):
-    refused("run", recipe(train={"finish": 1.0}), words=("train.finish", "1.0"))
-    refused("run", recipe(train={"finish": 0.3}, layer={"sparsity": "l1"}), words=("train.finish", "l1", "0"))
-    refused("run", recipe(train={"finish": 0.3}, base={"dtype": "float16"}), words=("train.finish", "0.3", "base.dtype: float32"))
+    refused("run", recipe(train={"joint": 1.0}), words=("train.joint", "1.0"))
+    refused("run", recipe(train={"joint": 0.3}, layer={"sparsity": "l1"}), words=("train.joint", "l1", "0"))
+    refused("run", recipe(train={"joint": 0.3}, base={"dtype": "float16"}), words=("train.joint", "0.3", "base.dtype: float32"))
     with monkeypatch.context() as patched:
         patched.setattr(memory, "base_room", lambda plan, room: 2**20)
-        refused("run", recipe(train={"finish": 0.3}), words=("train.finish", "spread", "set train.finish: 0"))
-    monkeypatch.setattr(memory, "_finish", lambda plan, processes: 2**50)
-    refused("run", recipe(train={"finish": 0.3}), words=("train.finish", "GiB", "set train.finish: 0", "layer.experts"))
+        refused("run", recipe(train={"joint": 0.3}), words=("train.joint", "spread", "set train.joint: 0"))
+    monkeypatch.setattr(memory, "_joint", lambda plan, processes: 2**50)
+    refused("run", recipe(train={"joint": 0.3}), words=("train.joint", "GiB", "set train.joint: 0", "layer.experts"))
 
 
 def test_out_of_memory_does_not_send_to_where_it_is_refused(models, text, tmp_path):
     """Less memory a pass does not help a finish, which takes all layers at once."""
     plain, finishing = (
-        mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "out", train={"finish": share}))
+        mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "out", train={"joint": share}))
         for share in (0.0, 0.3)
     )
     assert "train.memory_gib" in lower(plain)
     assert "train.memory_gib" not in lower(finishing)
-    assert "train.finish: 0 (0.3)" in lower(finishing)
+    assert "train.joint: 0 (0.3)" in lower(finishing)

@@ -82,8 +82,8 @@ def test_the_products_are_those_that_torch_counts(planned, family, layer):
 @pytest.mark.parametrize("kind", ["mxd", "skip_transcoder", "dense_twin", "random_gate"])
 def test_the_products_of_a_finish_too(planned, family, kind):
     settings = {"layers": [1, 2], "layer": {"kind": kind}}
-    plan, without = (planned(family, **settings, train={"finish": share}) for share in (0.5, 0.0))
-    assert (plan.steps, plan.finish_steps) == (16, 8)
+    plan, without = (planned(family, **settings, train={"joint": share}) for share in (0.5, 0.0))
+    assert (plan.steps, plan.joint_steps) == (16, 8)
     base = load_base(plan.recipe.base).requires_grad_(False)
     base.config._attn_implementation = "sdpa"
     shapes = plan.shapes
@@ -135,8 +135,8 @@ def test_more_processes_than_blocks_in_a_batch_are_refused(planned):
         check_processes(plan, 9)
     check_processes(planned(train={"distribute": "layers"}), 9)
     # which share out the finish's batches
-    with pytest.raises(InputError, match=r"fewer than the 9 processes.* or set train\.finish: 0"):
-        check_processes(planned(train={"distribute": "layers", "finish": 0.25}), 9)
+    with pytest.raises(InputError, match=r"fewer than the 9 processes.* or set train\.joint: 0"):
+        check_processes(planned(train={"distribute": "layers", "joint": 0.25}), 9)
 
 
 def test_a_step_takes_whole_blocks(planned):
@@ -160,7 +160,7 @@ def test_a_run_that_was_begun_is_told_what_it_can_go_on_with(planned):
 
 def test_a_context_beyond_what_a_forward_takes_is_counted(planned):
     """A forward takes whole blocks, and a start reads one forward at least, however small the steps."""
-    short, long = (planned(data={"context": context}, train={"start": "data"}) for context in (32, 128))
+    short, long = (planned(data={"context": context}, train={"init": "tokens"}) for context in (32, 128))
     whole = [memory._training(plan, plan.layers, 1, None) for plan in (short, long)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "FORWARD_TOKENS", 64)

@@ -60,7 +60,7 @@ def finish_in_two(recipe: Path, folder: Path) -> None:
 
 def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_path):
     """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
-    settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3, "start": "data"}}
+    settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3, "init": "tokens"}}
     one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))

@@ -144,15 +144,15 @@ def test_layers():
 def test_the_presets_fill_in_what_is_open():
     open_recipe = load_recipe({**MINIMAL, "layer": {"k": 32}})
     paper = resolve_train(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 768, 21_490).train
-    expected = {"lr": 1e-4, "batch_tokens": 4096, "warmup_steps": 5000, "schedule": "constant", "start": "paper"}
-    assert {key: getattr(paper, key) for key in PRESET_KEYS["train"]} == {**expected, "k_start": 32, "finish": 0.0}
+    expected = {"lr": 1e-4, "batch_tokens": 4096, "warmup_steps": 5000, "schedule": "constant", "init": "paper"}
+    assert {key: getattr(paper, key) for key in PRESET_KEYS["train"]} == {**expected, "k_init": 32, "joint": 0.0}
     fast = resolve_train(open_recipe, 256, 7168).train
-    expected = {"lr": 5e-3, "batch_tokens": 4096, "warmup_steps": 3515, "schedule": "trapezoid", "start": "data"}
-    assert {key: getattr(fast, key) for key in PRESET_KEYS["train"]} == {**expected, "k_start": 128, "finish": 0.4}
-    assert resolve_train(load_recipe({**MINIMAL, "layer": {"sparsity": "l1"}}), 64, 50).train.finish == 0
-    assert resolve_train(open_recipe, 64, 50).train.k_start == 50
-    own = load_recipe({**MINIMAL, "train": {"start": "paper", "k_start": 40, "lr": 1e-3}})
-    assert (resolve_train(own, 64, 50).train.start, resolve_train(own, 64, 50).train.k_start) == ("paper", 40)
+    expected = {"lr": 5e-3, "batch_tokens": 4096, "warmup_steps": 3515, "schedule": "trapezoid", "init": "tokens"}
+    assert {key: getattr(fast, key) for key in PRESET_KEYS["train"]} == {**expected, "k_init": 128, "joint": 0.4}
+    assert resolve_train(load_recipe({**MINIMAL, "layer": {"sparsity": "l1"}}), 64, 50).train.joint == 0
+    assert resolve_train(open_recipe, 64, 50).train.k_init == 50
+    own = load_recipe({**MINIMAL, "train": {"init": "paper", "k_init": 40, "lr": 1e-3}})
+    assert (resolve_train(own, 64, 50).train.init, resolve_train(own, 64, 50).train.k_init) == ("paper", 40)
 
 
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin", "transcoder", "skip_transcoder"])

@@ -16,10 +16,10 @@ from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.checkpoint.workspace import Workspace
 from mxd_convert.data.blocks import prepare
 from mxd_convert.errors import InputError
-from mxd_convert.training.joint import Finish
+from mxd_convert.training.joint import JointStage
 from mxd_convert.training.stage import Stage
 
-SETTINGS = {"layers": [0, 2], "train": {"finish": 0.5, "checkpoint_every": 3}, "data": {"eval": {"tokens": 256}}}
+SETTINGS = {"layers": [0, 2], "train": {"joint": 0.5, "checkpoint_every": 3}, "data": {"eval": {"tokens": 256}}}
 
 
 def cut_off(monkeypatch, recipe, kind=Stage, step: int = 4) -> None:
@@ -47,7 +47,7 @@ def unfinished(models, text, tmp_path_factory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("unfinished")
     recipe = small_recipe(models["gpt2"], text, folder / "out", **SETTINGS)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        cut_off(monkeypatch, recipe, Finish)
+        cut_off(monkeypatch, recipe, JointStage)
     return recipe, (folder / "out.partial").rename(folder / "kept")
 
 
@@ -233,7 +233,7 @@ def test_leftovers_of_a_kill_go_when_the_run_is_resumed(unfinished):
     work = Path(recipe["output"]["dir"] + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(kept, work)
-    left = [work / "state" / "finish" / ".step-000000009.json-abcdef.1.x.tmp", work / "old.tmp", work / "offload" / "weight.dat"]
+    left = [work / "state" / "joint" / ".step-000000009.json-abcdef.1.x.tmp", work / "old.tmp", work / "offload" / "weight.dat"]
     for file in left:
         file.parent.mkdir(exist_ok=True)
         file.touch()

@@ -16,7 +16,7 @@ from mxd_convert.recipe.schema import Base
 from mxd_convert.training import token_init as start
 from mxd_convert.training.stage import active_experts, make_layer
 from mxd_convert.training.stream import Activations
-from mxd_convert.training.token_init import GATE_NORM, start_on_text
+from mxd_convert.training.token_init import GATE_NORM, init_from_tokens
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def fresh(site, kind="mxd", experts=24, sparsity="topk"):
 
 def started(source, *settings):
     layer = fresh(source.sites[0], *settings)
-    start_on_text({source.sites[0].index: layer}, Activations(source, CPU))
+    init_from_tokens({source.sites[0].index: layer}, Activations(source, CPU))
     return layer
 
 
@@ -89,10 +89,10 @@ def test_layers_of_other_sizes_change_nothing_for_each_other(source, monkeypatch
     monkeypatch.setattr(start, "FORWARD_TOKENS", 64)
     few, many = source().sites
     together = {few.index: fresh(few), many.index: fresh(many, experts=400)}
-    start_on_text(together, Activations(source(), CPU))
+    init_from_tokens(together, Activations(source(), CPU))
     for site in (few, many):
         alone = fresh(site, experts=together[site.index].n_experts)
-        start_on_text({site.index: alone}, Activations(source(), CPU))
+        init_from_tokens({site.index: alone}, Activations(source(), CPU))
         assert all(torch.equal(together[site.index].state_dict()[name], tensor) for name, tensor in alone.state_dict().items())
 
 
@@ -128,7 +128,7 @@ def test_a_layer_that_sees_few_inputs_does_not_read_all_of_the_text(source, monk
     monkeypatch.setattr(
         activations, "read", lambda rows, indices, real=activations.read: read.append(len(rows)) or real(rows, indices)
     )
-    start_on_text({0: fresh(source().sites[0], experts=400)}, activations)
+    init_from_tokens({0: fresh(source().sites[0], experts=400)}, activations)
     assert 200 <= sum(read) * source().blocks.context < 200 * 8 / 7 + 2 * 64
 
 
@@ -150,7 +150,7 @@ def test_a_text_that_ends_with_a_block_of_few_tokens_starts_as_well(source, monk
     monkeypatch.setattr(ends_short, "read", first_whole_then_few)
     monkeypatch.setattr(start, "FORWARD_TOKENS", at_once * short.blocks.context)
     short_layer = fresh(short.sites[0], "mxd", 2000)
-    start_on_text({short.sites[0].index: short_layer}, ends_short)
+    init_from_tokens({short.sites[0].index: short_layer}, ends_short)
     used, all_used = (made.experts.abs().amax(-1) > 0 for made in (short_layer, layer))
     assert all_used.sum() / 3 < used.sum() < all_used.sum()
     assert short_layer.experts[used].norm() / used.sum() > 0.5 * layer.experts[all_used].norm() / all_used.sum()
@@ -168,7 +168,7 @@ def test_a_text_of_which_no_token_is_left_for_the_scale_keeps_its_rows(source):
 
     short.read = seven
     layer = fresh(few.sites[0], "mxd", 2000)
-    start_on_text({few.sites[0].index: layer}, short)
+    init_from_tokens({few.sites[0].index: layer}, short)
     assert (layer.experts.abs().amax(-1) > 0).sum() > 1
 
 
@@ -202,7 +202,7 @@ def test_more_experts_are_active_at_first():
 
 
 def test_a_run_has_more_active_at_first_and_k_in_the_end(models, text, tmp_path):
-    result = convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"k_start": 16}), quiet=True)
+    result = convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"k_init": 16}), quiet=True)
     lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
     assert lines[0]["layers"]["0"]["l0"] > 8
     assert lines[-1]["layers"]["0"]["l0"] <= 4

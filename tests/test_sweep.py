@@ -40,7 +40,7 @@ def test_every_run_of_a_sweep_is_what_it_is_alone(base_recipe, tmp_path, monkeyp
         return whole(*arguments)
 
     monkeypatch.setattr("mxd_convert.training.stream.harvest", counting)
-    base_recipe["train"]["finish"] = 0.25  # which every run has for itself
+    base_recipe["train"]["joint"] = 0.25  # which every run has for itself
     beside = {
         "train": {**base_recipe["train"], "twin": True},
         "output": {"push_to": "nobody/nothing"},

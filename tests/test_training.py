@@ -130,7 +130,7 @@ def test_the_logs_figures_are_those_of_float64():
 
 
 def test_groups_that_fit_the_budget_end_as_one_pass(models, text, tmp_path):
-    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"start": "data"}}
+    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"init": "tokens"}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     plan = mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "split", **settings)))
     room = estimate(plan, plan.layers[:2]).training
@@ -179,7 +179,7 @@ def begin(monkeypatch, recipe: dict) -> tuple[float, float]:
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_path, monkeypatch, capsys, moments):
-    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments, "start": "data"}}
+    settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments, "init": "tokens"}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
     _, one = begin(monkeypatch, recipe)
@@ -273,9 +273,9 @@ def test_sequential_training_learns_what_the_layers_below_produce(models, text, 
         ({"order": "sequential", "distribute": "layers"}, ("train.distribute", "layers", "sequential")),
         ({"memory_gib": 0}, ("train.memory_gib", "0")),
         ({"moments": "int4"}, ("train.moments", "int4", "bf16")),
-        ({"start": "base"}, ("train.start", "base", "data", "paper")),
-        ({"k_start": 3}, ("train.k_start", "3", "layer.k (4)")),
-        ({"k_start": 25}, ("train.k_start", "25", "24")),
+        ({"init": "base"}, ("train.init", "base", "data", "paper")),
+        ({"k_init": 3}, ("train.k_init", "3", "layer.k (4)")),
+        ({"k_init": 25}, ("train.k_init", "25", "24")),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(refused, recipe, train, words):

@@ -15,7 +15,7 @@ from mxd_convert.data.blocks import prepare
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.files import file_sha256
 from mxd_convert.recipe.load import read_recipe_yaml
-from mxd_convert.recipe.schema import Data, Recipe
+from mxd_convert.recipe.schema import RENAMED, Data, Recipe
 
 _WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the report itself, the card, which is made of it, and what people add
 
@@ -88,7 +88,9 @@ def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
     try:
         recipe = Recipe(**read_recipe_yaml(folder / "recipe.yaml"))
     except (InputError, ValidationError, TypeError) as error:
-        yield Check(name, False, f"recipe.yaml can't be read ({first_line(error)})")
+        old = isinstance(error, ValidationError) and _old_keys(error)
+        why = f"it is of an earlier version of mxd-convert ({old})" if old else f"recipe.yaml can't be read ({first_line(error)})"
+        yield Check(name, None if old else False, why)
         return
     same = recipe.published_sha256() == report["recipe_sha256"]
     yield Check(name, same, "" if same else "it differs")
@@ -98,6 +100,12 @@ def _recipe(folder: Path, report: Mapping[str, Any]) -> Iterator[Check]:
         seed == recipe.train.seed,
         "" if seed == recipe.train.seed else f"{seed} and {recipe.train.seed}",
     )
+
+
+def _old_keys(error: ValidationError) -> str:
+    """Return the keys that only had another name before, where nothing else is wrong."""
+    keys = [".".join(map(str, problem["loc"])) for problem in error.errors(include_url=False)]
+    return ", ".join(keys) if set(keys) <= RENAMED.keys() else ""
 
 
 def _base(folder: Path, config: Any, report: Mapping[str, Any], base: str | None) -> Iterator[Check]:

@@ -39,7 +39,7 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
         f"training  {made.steps:,} steps of {made.tokens // made.steps:,} tokens; {train.preset} preset: lr {train.lr:g}", end=""
     )
     out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}", end="")
-    out.print(f", the last {made.finish_steps:,} steps all together, in the model" if made.finish_steps else "")
+    out.print(f", the last {made.joint_steps:,} steps all together, in the model" if made.joint_steps else "")
     work, total = outlook.flops_per_token / 1e6, outlook.flops_per_token * made.tokens / 1e12
     out.print(f"work      {work:,.1f} MFLOP a token, {total:,.1f} TFLOP in all")
     out.print(f"memory    about {memory.peak / 2**20:,.0f} MiB: training {memory.training / 2**20:,.0f}", end="")

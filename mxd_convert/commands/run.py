@@ -35,7 +35,7 @@ from mxd_convert.plan.memory import (
     available,
     base_room,
     budget,
-    check_finish,
+    check_joint,
     check_memory,
     fits_for_evaluation,
     groups,
@@ -272,10 +272,10 @@ class _Conversion:
         layers = self.plan.layers
         resolved, processes = self.recipe.train, self.accelerator.num_processes
         many = f" over {processes} processes;" if processes > 1 else ""
-        finish = f", the last {self.plan.finish_steps:,} all layers together" if self.plan.finish_steps else ""
+        joint = f", the last {self.plan.joint_steps:,} all layers together" if self.plan.joint_steps else ""
         return (
             f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {layers[0].shape};"
-            f" {self.plan.steps:,} steps of {self.plan.tokens // self.plan.steps:,} tokens (lr {resolved.lr:g}, {resolved.schedule}{finish});"
+            f" {self.plan.steps:,} steps of {self.plan.tokens // self.plan.steps:,} tokens (lr {resolved.lr:g}, {resolved.schedule}{joint});"
             f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
         )
 
@@ -283,7 +283,7 @@ class _Conversion:
         plan = self.plan
         [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
         with self.agreed():
-            check_finish(plan, room)
+            check_joint(plan, room)
             start_tracker(self.accelerator, self.recipe, self.output.name)
             base = load_base(self.recipe.base, spread=self._spread(room))
             check_gradients(self.recipe, base.dtype == torch.float16)  # `dtype: auto` may find in the weights what no config says

@@ -114,7 +114,7 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
         layer = load_recipe(recipe, settings).layer
         if not layer.facts.has_experts:
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}
-            settings |= {"train.finish": 0.0} if layer.sparsity == "l1" else {}  # which those beside it can't have
+            settings |= {"train.joint": 0.0} if layer.sparsity == "l1" else {}  # which those beside it can't have
         shown = {key: value for key, value in settings.items() if key in swept}
         name = _name(shown)
         if name in found:
@@ -270,7 +270,7 @@ def _lend(data: Path, folder: Path) -> None:
 
 
 def _finish(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], say: _Say) -> dict[str, Any]:
-    """Do what is left of a run: all of it, or only its finish, assembly and evaluation. Returns its row.
+    """Do what is left of a run: all of it, or only its joint stage, assembly and evaluation. Returns its row.
 
     rows: of finished runs, by name, to which this one's is added. One that is there already holds what the sweep has measured, whatever has
     become of the run's report.
@@ -279,10 +279,10 @@ def _finish(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], s
     error: InputError | None = failed.get(run.name)
     if error is None:
         trained = Workspace(run.plan.recipe, run.plan.output, fresh=False).has_state()
-        left = "finishing and evaluating" if run.plan.finish_steps else "evaluating"
+        left = "finishing and evaluating" if run.plan.joint_steps else "evaluating"
         say(f"{run.name}: " + (left if trained else "training and evaluating"))
         try:
-            result = convert(run.plan.recipe, quiet=say.quiet or (trained and not run.plan.finish_steps))
+            result = convert(run.plan.recipe, quiet=say.quiet or (trained and not run.plan.joint_steps))
             if not result.already_finished or run.name not in rows:
                 rows[run.name] = _row(result.output, result.report, run.plan)
             return start | rows[run.name]

@@ -20,7 +20,7 @@ CONSTANT = 2.0  # what the constant hidden unit gives its activation: every one 
 class Trainable(FactoredLayer):
     """Goes before a checkpoint's layer: the same forward pass, with gradients of gate and experts that stay sparse.
 
-    Initialisation (in `reset_parameters`; `start: paper`, from the paper's appendix):
+    Initialisation (in `reset_parameters`; `init: paper`, from the paper's appendix):
 
     | parameter               | shape     | start                                |
     | ----------------------- | --------- | ------------------------------------ |
@@ -30,13 +30,13 @@ class Trainable(FactoredLayer):
     | experts (C)             | (N,O)     | uniform, then rows of unit norm; of a transcoder 0 |
     | output bias, skip       | (O) (O,I) | 0                                    |
 
-    With `start: data` an MxD begins as a transcoder: rows of C at 0 and without a norm to keep, and u = 1, by a hidden unit of no weight,
+    With `init: tokens` an MxD begins as a transcoder: rows of C at 0 and without a norm to keep, and u = 1, by a hidden unit of no weight,
     a constant, that D starts on. (training/start.py then puts tokens of the text into gate and experts.)
     """
 
-    def __init__(self, *args: Any, start: str = "paper", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, init: str = "paper", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.unit_norm = KINDS[self.kind].unit_norm and start == "paper"  # of the experts
+        self.unit_norm = KINDS[self.kind].unit_norm and init == "paper"  # of the experts
         self.sinks: dict[Tensor, RowGradient] = {}  # of the gate's weight and the experts, where an optimiser wants it so
         if self.decoder is not None:
             self.act = ACT2FN[_FUSED.get(self.activation, self.activation)]
@@ -117,9 +117,9 @@ def trainable_class(kind: str) -> type[Trainable]:
     return _CLASSES[kind]
 
 
-def new_layer(spec: LayerSpec, start: str = "paper") -> Trainable:
-    """Return a layer to be trained, its parameters drawn from torch's generator. start: "paper" or "data", see Trainable."""
-    return trainable_class(spec.kind)(**{key: value for key, value in spec.entry().items() if key != "kind"}, start=start)
+def new_layer(spec: LayerSpec, init: str = "paper") -> Trainable:
+    """Return a layer to be trained, its parameters drawn from torch's generator. init: "paper" or "tokens", see Trainable."""
+    return trainable_class(spec.kind)(**{key: value for key, value in spec.entry().items() if key != "kind"}, init=init)
 
 
 def normalise(rows_ND: Tensor, which_N: Tensor | None = None) -> None:

@@ -10,12 +10,12 @@ def flops_per_token(plan: Plan, groups: Sequence[Sequence[int]]) -> int:
     """Floating point operations for one token of the text, over all passes: the layers' steps, and the base's forwards.
 
     groups: layer indices by pass. A product with a weight counts 2 a weight; attention's scores, norms and the optimiser's pass
-    are left out. With a finish, the mean over the run's steps.
+    are left out. With a joint stage, the mean over the run's steps.
     """
     learning = sum(layer.shape.step_flops for layer in plan.layers)
     alone = learning + sum(_forward(plan, max(group)) for group in groups)
-    finish = plan.finish_steps
-    return (alone * (plan.steps - finish) + (learning + _through(plan)) * finish) // plan.steps
+    joint = plan.joint_steps
+    return (alone * (plan.steps - joint) + (learning + _through(plan)) * joint) // plan.steps
 
 
 def _through(plan: Plan) -> int:

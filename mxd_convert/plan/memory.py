@@ -41,7 +41,7 @@ class Memory:
 
 def estimate(plan: Plan, group: Sequence[LayerPlan], processes: int = 1, room: int | None = None) -> Memory:
     """The memory of a run that trains the layers of `group` together. processes: that share out every batch. room: to be had."""
-    return Memory(max(_training(plan, group, processes, room), _finish(plan, processes)), _evaluation(plan))
+    return Memory(max(_training(plan, group, processes, room), _joint(plan, processes)), _evaluation(plan))
 
 
 def base_bytes(plan: Plan) -> int:
@@ -74,10 +74,10 @@ def _chunk_of_the_optimiser(recipe: Recipe, group: Sequence[LayerPlan]) -> int:
     return rows_at_a_time * (20 if recipe.train.moments == "bf16" else 8)
 
 
-def _finish(plan: Plan, processes: int) -> int:
+def _joint(plan: Plan, processes: int) -> int:
     """While all layers are trained together in the model; 0 where they are not."""
     recipe = plan.recipe
-    if not plan.finish_steps:
+    if not plan.joint_steps:
         return 0
     step_tokens = plan.tokens // plan.steps // processes
     tokens = min(step_tokens, max(piece_tokens(device_of(recipe), plan.vocabulary), recipe.data.context))
@@ -113,7 +113,7 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
     context = recipe.data.context  # a forward takes a block at least
     forward = max(context, min(tokens, FORWARD_TOKENS)) * a_forward
     start = 0
-    if recipe.train.start == "data":  # all layers' activations; in float32 an eighth of them, and one layer's others twice
+    if recipe.train.init == "tokens":  # all layers' activations; in float32 an eighth of them, and one layer's others twice
         read = max(context, FORWARD_TOKENS)  # whatever a step takes
         widths = [layer.shape.d_in + layer.shape.d_out for layer in group]
         start = read * (max(a_forward, sum(widths) // 2 + 7 * max(widths)) + a_token)
@@ -244,13 +244,13 @@ def fits_for_evaluation(plan: Plan, device: str) -> bool:
     return _evaluation(plan) <= USABLE * available(device)
 
 
-def check_finish(plan: Plan, room: int) -> None:
+def check_joint(plan: Plan, room: int) -> None:
     """Raises InputError where layers are to be trained together in a base model that has to be spread."""
-    if plan.finish_steps and base_room(plan, room) is not None:
+    if plan.joint_steps and base_room(plan, room) is not None:
         raise InputError(
-            f"train.finish: {plan.recipe.train.finish:g}: the base model takes {base_bytes(plan) / 2**30:.1f} GiB, more than half of the"
+            f"train.joint: {plan.recipe.train.joint:g}: the base model takes {base_bytes(plan) / 2**30:.1f} GiB, more than half of the"
             f" {room / 2**30:.1f} to be had, and would be spread over several devices, where no layers can be trained in it;"
-            " set train.finish: 0"
+            " set train.joint: 0"
         )
 
 
@@ -271,12 +271,12 @@ def check_memory(plan: Plan, processes: int = 1, begun: bool = False) -> None:
             f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower {layer.size_key}"
             f" ({layer.size}) or train.batch_tokens ({plan.recipe.train.batch_tokens}){more}"
         )
-    check_finish(plan, room)
-    finish = _finish(plan, processes)
-    if finish > room:
+    check_joint(plan, room)
+    joint = _joint(plan, processes)
+    if joint > room:
         raise InputError(
-            f"{have}, and a finish of all layers together (train.finish: {plan.recipe.train.finish:g}) needs about"
-            f" {finish / 2**30:.1f} GiB; set train.finish: 0, lower {layer.size_key} ({layer.size}){more}"
+            f"{have}, and the joint stage of all layers (train.joint: {plan.recipe.train.joint:g}) needs about"
+            f" {joint / 2**30:.1f} GiB; set train.joint: 0, lower {layer.size_key} ({layer.size}){more}"
         )
     usable, device = int(USABLE * available("cpu")), device_of(plan.recipe)
     if need.evaluation > usable and (device == "cpu" or not fits_for_evaluation(plan, device)):

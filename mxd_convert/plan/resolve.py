@@ -17,7 +17,7 @@ from mxd_convert.data.blocks import tokens_to_read
 from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.layers import LayerSpec
-from mxd_convert.recipe.presets import finish_steps, resolve_hidden, resolve_train, steps_of
+from mxd_convert.recipe.presets import joint_steps, resolve_hidden, resolve_train, steps_of
 from mxd_convert.recipe.schema import Recipe, is_local, layer_indices
 
 GROWTH_WARNING = 3.0
@@ -70,9 +70,9 @@ class Plan:
         return {layer.index: layer.shape for layer in self.layers}
 
     @property
-    def finish_steps(self) -> int:
+    def joint_steps(self) -> int:
         """Of the steps the last, in which all layers are trained together."""
-        return finish_steps(self.steps, self.recipe.train.finish)
+        return joint_steps(self.steps, self.recipe.train.joint)
 
     @property
     def output(self) -> Path:
@@ -85,7 +85,7 @@ class Plan:
             "base_parameters",
             "converted_parameters",
             "steps",
-            "finish_steps",
+            "joint_steps",
             "tokens",
             "disk_bytes",
             "warnings",
@@ -166,11 +166,11 @@ def _architecture(recipe: Recipe, config: Any) -> Architecture:
 def _weights_on_disk(plan: Plan) -> int:
     """The checkpoint; two saved states, and a third while it is written; the same for the dense twin; and the dashboard.
 
-    With a finish, its states come beside the last two of the layers alone, of which the newest is without moments.
+    With a joint stage, its states come beside the last two of the layers alone, of which the newest is without moments.
     """
     parameters = sum(layer.parameters for layer in plan.layers)
     a_state = (8 if plan.recipe.train.moments == "bf16" else 12) * parameters
-    alone = a_state + 4 * parameters if plan.finish_steps else 0
+    alone = a_state + 4 * parameters if plan.joint_steps else 0
     twin = _weights_on_disk(twin_of(plan)) if plan.recipe.train.twin else 0
     return 4 * plan.converted_parameters + 3 * a_state + alone + twin + _dashboard_on_disk(plan)
 
@@ -256,8 +256,8 @@ def _complete(recipe: Recipe, layers: list[LayerPlan], half: bool) -> Recipe:
     check_gradients(recipe, half)
     experts = min(layer.shape.n_experts for layer in layers)
     recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers), experts, half)
-    if experts and recipe.layer.sparsity == "topk" and (recipe.train.k_start or 0) > experts:
-        raise InputError(f"train.k_start: {recipe.train.k_start} active experts of only {experts}; lower it to at most that")
+    if experts and recipe.layer.sparsity == "topk" and (recipe.train.k_init or 0) > experts:
+        raise InputError(f"train.k_init: {recipe.train.k_init} active experts of only {experts}; lower it to at most that")
     if recipe.output.dir is None:
         folder = Path.cwd() / "runs" / f"{Path(recipe.base.model).name}-mxd"
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder)})})
@@ -273,19 +273,19 @@ def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str
             f"the converted model has {times}; {recipe.layer.size_key}: {smaller} would keep it below about {GROWTH_WARNING:g}"
         )
     warmup = recipe.train.warmup_steps or 0
-    finish = finish_steps(steps, recipe.train.finish)
-    if warmup > steps - finish:
-        stretch = f"steps before the last {finish} of all layers together" if finish else "steps in all"
-        found.append(f"train.warmup_steps: {warmup} of {steps - finish} {stretch}, so the learning rate never reaches its peak")
+    joint = joint_steps(steps, recipe.train.joint)
+    if warmup > steps - joint:
+        stretch = f"steps before the last {joint} of all layers together" if joint else "steps in all"
+        found.append(f"train.warmup_steps: {warmup} of {steps - joint} {stretch}, so the learning rate never reaches its peak")
     return found
 
 
 def check_gradients(recipe: Recipe, half: bool) -> None:
-    """Raises InputError for a finish in a base that runs in float16."""
-    if half and recipe.train.finish:
+    """Raises InputError for a joint stage in a base that runs in float16."""
+    if half and recipe.train.joint:
         raise InputError(
-            f"train.finish: {recipe.train.finish:g}: gradients that go through a base in float16 vanish; set base.dtype: float32 or bfloat16,"
-            " or train.finish: 0"
+            f"train.joint: {recipe.train.joint:g}: gradients that go through a base in float16 vanish; set base.dtype: float32 or bfloat16,"
+            " or train.joint: 0"
         )
 
 
@@ -294,8 +294,8 @@ def check_processes(plan: Plan, processes: int) -> None:
     train = plan.recipe.train
     assert train.batch_tokens is not None
     rows = train.batch_tokens // plan.recipe.data.context
-    if (train.distribute == "data" or plan.finish_steps) and rows < processes:
-        alone = "" if train.distribute == "data" else ", or set train.finish: 0, so that each process keeps to its own layers"
+    if (train.distribute == "data" or plan.joint_steps) and rows < processes:
+        alone = "" if train.distribute == "data" else ", or set train.joint: 0, so that each process keeps to its own layers"
         raise InputError(
             f"train.batch_tokens: {train.batch_tokens} tokens are {rows} blocks of {plan.recipe.data.context}, fewer than the"
             f" {processes} processes; raise train.batch_tokens{alone}"

@@ -22,7 +22,7 @@ from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import learn, make_layer
 from mxd_convert.training.window import Window
 
-START_TOKENS = 2  # an expert, that a start looks at in most layers
+INIT_TOKENS = 2  # an expert, that a start looks at in most layers
 MOST_FLOPS = 3e11  # of a probed step; larger ones are timed on fewer tokens and extrapolated
 STARTING_SECONDS = 12.0  # of imports, loading, hashing, saving and plots
 
@@ -63,7 +63,7 @@ def _probe(plan: Plan) -> Probe:
         if shape not in alike:
             alike[shape] = _layer_seconds(plan, layer, step_tokens, device)
         learning, evaluating = learning + alike[shape][0], evaluating + alike[shape][1]
-    read = START_TOKENS * max(shape.n_experts for shape in alike) if plan.recipe.train.start == "data" else 0
+    read = INIT_TOKENS * max(shape.n_experts for shape in alike) if plan.recipe.train.init == "tokens" else 0
     compared = sum(alike[layer.shape][1] for layer in plan.layers) / 2  # with half of the experts in the mean
     starting = read * (a_layer * depths + compared)
     depth = int(load_config(plan.recipe.base).get_text_config().num_hidden_layers)
@@ -71,9 +71,9 @@ def _probe(plan: Plan) -> Probe:
     # the base, its activations, two ablations of all layers, the converted model, six variants a layer; each layer's own work in
     # the converted model, alone and permuted, and three times as much for its statistics
     forward = (5 + (3 + PERMUTATIONS) * sites) * (a_layer * depth + head) + (5 + PERMUTATIONS) * evaluating
-    finish = plan.finish_steps
+    joint = plan.joint_steps
     whole = 4 * (a_layer * depth + head) * step_tokens  # the base; the converted model there, and twice as much back
-    seconds = starting + (plan.steps - finish) * (base + learning) + finish * (whole + learning)
+    seconds = starting + (plan.steps - joint) * (base + learning) + joint * (whole + learning)
     return Probe(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
 
 
@@ -110,7 +110,7 @@ def _shallow(config: Any, depth: int, dtype: str) -> Any:
 def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch.device) -> tuple[float, float]:
     """Seconds of one training step of a layer, and a token of its forward in a checkpoint."""
     recipe = plan.recipe
-    module = make_layer(layer.shape, recipe.train.seed, layer.index, recipe.train.start).to(device)
+    module = make_layer(layer.shape, recipe.train.seed, layer.index, recipe.train.init).to(device)
     optimiser = Optimiser({layer.index: module}, 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
     window = Window.empty(module, device)
     tokens = max(64, min(step_tokens, int(MOST_FLOPS // (6 * layer.parameters))))
@@ -126,7 +126,7 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
         return step
 
     if module.n_experts:  # as many active as in the mean over the run
-        module.k = layer.shape.k + ((recipe.train.k_start or layer.shape.k) - layer.shape.k) // 4
+        module.k = layer.shape.k + ((recipe.train.k_init or layer.shape.k) - layer.shape.k) // 4
     seconds = _seconds(step_of(tokens), device)
     if tokens < step_tokens:  # the optimiser's pass takes the same however many tokens there are
         half = _seconds(step_of(tokens // 2), device)

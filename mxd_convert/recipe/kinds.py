@@ -12,7 +12,7 @@ class Kind:
 
     name: in recipes and config.json. title: in tables and plots. family: in model cards, where `tags` are the Hub's tags.
     unit: what one row of the gate is called. has_linear: has hidden units. has_experts: has a gate and experts. learns_gate: the gate is
-    trained. unit_norm: experts keep unit norm in training (`train.start: paper`). has_skip: always has a linear path from input to output.
+    trained. unit_norm: experts keep unit norm in training (`train.init: paper`). has_skip: always has a linear path from input to output.
     colour, marker: in plots.
     """
 

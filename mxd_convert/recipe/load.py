@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.files import kind_of
-from mxd_convert.recipe.schema import PRESET_KEYS, Recipe, Section
+from mxd_convert.recipe.schema import PRESET_KEYS, RENAMED, Recipe, Section
 
 
 class _Loader(yaml.SafeLoader):
@@ -314,6 +314,8 @@ def _explain(error: ValidationError) -> str:
 
 
 def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
+    if (new := RENAMED.get(".".join(map(str, location)))) is not None:
+        return f"{'.'.join(map(str, location))}: this key is now {new}; rename it ({new}: {_accepted(new)})"
     section = _section_at(location[:-1])
     known = list(section.model_fields) if section else []
     word = str(location[-1])
@@ -322,6 +324,13 @@ def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
     key = ".".join([*map(str, location[:-1]), _short(word)[1:-1]])
     hint = hint or f"; known here: {', '.join(known)}"
     return f"{key}: unknown key{hint}" + _and_more(location, problems)
+
+
+def _accepted(key: str) -> str:
+    """Say what a key of `train` takes."""
+    return {"train.init": "tokens or paper", "train.k_init": "a number of experts"}.get(
+        key, "a share of the steps, from 0 to below 1"
+    )
 
 
 def _and_more(location: tuple[Any, ...], problems: list[Any]) -> str:

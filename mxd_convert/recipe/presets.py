@@ -2,10 +2,10 @@
 
 from mxd_convert.recipe.schema import Recipe
 
-FINISH = 0.4  # of the steps
+JOINT = 0.4  # of the steps
 # tokens a step of `fast`, for budgets below so many, and 4,096 above
 BATCHES = {1_000_000: 256, 4_000_000: 512, 10_000_000: 1024, 40_000_000: 2048}
-K_START = 4  # x layer.k active experts at the first step of `fast`
+K_INIT = 4  # x layer.k active experts at the first step of `fast`
 HIDDEN = 4  # hidden units of the base's MLP to one of `fast`
 
 
@@ -19,7 +19,7 @@ def batch_of(tokens: int) -> int:
     return next((batch for below, batch in BATCHES.items() if tokens < below), 4096)
 
 
-def finish_steps(steps: int, share: float | None) -> int:
+def joint_steps(steps: int, share: float | None) -> int:
     """Of a run's steps, those in which all layers are trained together; at least one is left for the layers alone."""
     return min(steps - 1, round((share or 0.0) * steps))
 
@@ -41,24 +41,24 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
 
     paper: the published settings. fast: layers that start on the text, four times as many active experts at first, a batch that grows
     with the budget, a learning rate that falls with the square root of the width, warm-up over a twentieth of the steps, a decay to zero
-    over the last fifth; and a finish of all layers together in the last two fifths of the run.
+    over the last fifth; and a joint stage of all layers in the last two fifths of the run.
     """
     train, context = recipe.train, recipe.data.context
     if train.preset == "paper":
-        lr, batch, warmup, schedule, start, k_start = 1.0e-4, 4096, 5000, "constant", "paper", recipe.layer.k
-        finish = 0.0
+        lr, batch, warmup, schedule, init, k_init = 1.0e-4, 4096, 5000, "constant", "paper", recipe.layer.k
+        joint = 0.0
     else:
         batch = batch_of(recipe.data.tokens) // context * context  # whole blocks
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
-        schedule, start = "trapezoid", "data"
-        many = recipe.layer.sparsity == "l1" and recipe.layer.facts.has_experts  # nothing holds their number down in a finish
-        finish = 0.0 if half or many else FINISH
-        k_start = max(recipe.layer.k, min(K_START * recipe.layer.k, n_experts))
+        schedule, init = "trapezoid", "tokens"
+        many = recipe.layer.sparsity == "l1" and recipe.layer.facts.has_experts  # no loss of the joint stage limits their number
+        joint = 0.0 if half or many else JOINT
+        k_init = max(recipe.layer.k, min(K_INIT * recipe.layer.k, n_experts))
         warmup = -1
     batch = max(context, train.batch_tokens or batch)
     steps = steps_of(recipe.data.tokens, batch, context)
-    share = finish if train.finish is None else train.finish
-    alone = steps - finish_steps(steps, share)
+    share = joint if train.joint is None else train.joint
+    alone = steps - joint_steps(steps, share)
     warmup = max(1, alone // 20) if warmup < 0 else warmup
     resolved = train.model_copy(
         update={
@@ -66,9 +66,9 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
             "batch_tokens": batch,
             "warmup_steps": warmup if train.warmup_steps is None else train.warmup_steps,
             "schedule": schedule if train.schedule is None else train.schedule,
-            "start": start if train.start is None else train.start,
-            "k_start": k_start if train.k_start is None else train.k_start,
-            "finish": finish if train.finish is None else train.finish,
+            "init": init if train.init is None else train.init,
+            "k_init": k_init if train.k_init is None else train.k_init,
+            "joint": joint if train.joint is None else train.joint,
         }
     )
     return recipe.model_copy(update={"train": resolved})

@@ -18,7 +18,11 @@ from mxd_convert.recipe.kinds import KINDS, Kind
 Positive = Annotated[int, Field(gt=0, le=10**13)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # what `train.preset` fills in, by section
-PRESET_KEYS = {"layer": ("hidden",), "train": ("lr", "batch_tokens", "warmup_steps", "schedule", "start", "k_start", "finish")}
+PRESET_KEYS = {"layer": ("hidden",), "train": ("lr", "batch_tokens", "warmup_steps", "schedule", "init", "k_init", "joint")}
+
+
+# keys of recipes before version 0.2, which checkpoints of that time still hold
+RENAMED = {"train.start": "train.init", "train.k_start": "train.k_init", "train.finish": "train.joint"}
 
 
 class Section(BaseModel):
@@ -200,23 +204,24 @@ class Train(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear warm-up; null: the preset's."""
     schedule: Literal["constant", "linear", "trapezoid", "cosine"] | None = None
-    """Learning rate after the warm-up, until the finish; trapezoid: constant, then linear to zero over the last fifth; null: the preset's."""
-    start: Literal["data", "paper"] | None = None
-    """data: experts begin as tokens of the text, no two alike, each gate looking for its token's input, its row giving that token's output.
-    paper: gate and experts at random, D at 0, experts of unit norm throughout; null: the preset's."""
-    k_start: Positive | None = None
-    """Active experts a token at the first step; they become layer.k, evenly, by half of the steps before the finish;
+    """Learning rate after the warm-up, until the joint stage; trapezoid: constant, then linear to zero over the last fifth; null: the preset's."""
+    init: Literal["tokens", "paper"] | None = None
+    """Initialisation. tokens: each expert is initialised from one training token, near-duplicate tokens skipped: its gate detects the
+    token's input, its row gives that token's output. paper: gate and experts at random, D at 0, experts of unit norm throughout.
     null: the preset's."""
-    finish: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of the steps, the last of them, in which all layers are trained together, in the model, on the base's next-token distribution; null: the
-    preset's."""
+    k_init: Positive | None = None
+    """Active experts per token at the first step. Their number falls evenly to layer.k by half of the steps before the joint stage;
+    null: the preset's."""
+    joint: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Joint stage: the share of the steps, at the end, in which all layers are trained together in the model, on the base's
+    next-token distribution; null: the preset's."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the layers' products in bfloat16, weights and optimiser in fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation and of the order of the text."""
     mask_bos: bool = True
     """Leave BOS tokens and the first position of each block out of the layers' losses: attention sinks, whose norms dwarf all others. A
-    finish's KL counts all tokens."""
+    KL of the joint stage counts all tokens."""
     order: Literal["parallel", "sequential"] = "parallel"
     """parallel: each layer on the base model's own activations. sequential: on inputs from the layers already converted."""
     target: Literal["local", "teacher"] = "local"
@@ -225,7 +230,7 @@ class Train(Section):
     """What several processes share out: every batch (data), or the layers, each process training its own on all of the text (layers)."""
     memory_gib: Rate | None = None
     """Memory that a process may take for the training (on a GPU: of the device). Layers that do not fit together are trained in groups,
-    one pass over the text each, to the same result; a finish takes all of them at once. null: nine tenths of what is free when the run
+    one pass over the text each, to the same result; the joint stage takes all of them at once. null: nine tenths of what is free when the run
     starts, which is the most in any case."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Precision of AdamW's moments; with bf16, weight and moments take 8 bytes a parameter in place of 12."""
@@ -287,13 +292,13 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         layer_indices(self.layers, None)
         train = self.train
-        if train.finish and self.layer.sparsity == "l1" and self.layer.facts.has_experts:
+        if train.joint and self.layer.sparsity == "l1" and self.layer.facts.has_experts:
             raise ValueError(
-                "train.finish: nothing holds the number of active experts down there with layer.sparsity: l1; set train.finish: 0"
+                "train.joint: nothing holds the number of active experts down there with layer.sparsity: l1; set train.joint: 0"
             )
-        if train.k_start is not None and train.k_start < self.layer.k:
+        if train.k_init is not None and train.k_init < self.layer.k:
             raise ValueError(
-                f"train.k_start: {train.k_start} active experts at the start, fewer than layer.k ({self.layer.k}); raise it to at least that"
+                f"train.k_init: {train.k_init} active experts at the start, fewer than layer.k ({self.layer.k}); raise it to at least that"
             )
         if train.target == "teacher" and train.order == "parallel":
             raise ValueError(
@@ -356,7 +361,7 @@ _MEANS = ("distribute", "memory_gib", "checkpoint_every", "tracker")
 def _deciding(content: dict[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in content["train"].items() if key not in _MEANS}
     train = {
-        key: value for key, value in train.items() if value or key not in ("start", "k_start", "finish")
+        key: value for key, value in train.items() if value or key not in ("init", "k_init", "joint")
     }  # as before there were
     base = {key: value for key, value in content["base"].items() if key != "mlp" or value is not None}  # as before there was one
     data = {**content["data"], **{part: _as_before(content["data"][part]) for part in ("train", "eval")}}
@@ -415,7 +420,3 @@ def json_schema() -> dict[str, Any]:
     """The recipe's JSON schema, as kept in docs/recipe.schema.json for editors."""
     schema = Recipe.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "mxd-convert recipe"}
-
-
-if __name__ == "__main__":  # python -m mxd_convert.recipe.schema > docs/recipe.schema.json
-    print(json.dumps(json_schema(), indent=2))

@@ -90,7 +90,7 @@ def _filled(
         fence=_Ours(fence(recipe)),
         local=[_Ours(key) for key in report["local"] if key in _LOCAL],
         order=train.get("order"),
-        finish=train.get("finish"),
+        joint=train.get("joint", train.get("finish")),  # the latter: of recipes before this key had its name
         base_on_hub=base_on_hub,
         licence=_licence(report["base"]),
         indices=indices,

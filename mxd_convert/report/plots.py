@@ -33,7 +33,7 @@ def write_plots(folder: Path, report: dict[str, Any], log: Path) -> None:
 
 
 def _training(lines: list[dict[str, Any]], path: Path) -> None:
-    together = [line for line in lines if "kl" in line]  # of the finish
+    together = [line for line in lines if "kl" in line]  # of the joint stage
     wide = 3 if together else 2
     figure, axes = plt.subplots(1, wide, figsize=(4.5 * wide, 3.4), layout="constrained")
     indices = list(lines[0]["layers"]) if lines else []

@@ -24,7 +24,7 @@ from mxd_convert.training.stage import Pass, Stage
 from mxd_convert.training.stream import Source
 
 RATE = 0.2  # of the peak learning rate: above a third, layers lose what they have learnt
-WARMUP = 0.1  # of the finish's steps; then linear to 0
+WARMUP = 0.1  # share of the joint stage's steps; the rate then falls linearly to 0
 PIECE_TOKENS = 1024  # that go through the model at once, at least: gradients add up over a step
 GPU_PIECE_TOKENS, GPU_LOGITS = 4096, 2**27  # on a GPU more, which fill it better, while they make no more logits than these
 
@@ -52,7 +52,7 @@ class InPlace(nn.Module):
         return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype, copy=True)
 
 
-class Finish(Stage):
+class JointStage(Stage):
     """Trains layers that were trained alone. trained: they, by index. first_step: how many steps each has taken."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Finish(Stage):
         return {}  # the base runs among the layers
 
     def _advice(self) -> str:
-        return f"Lower train.lr ({self.recipe.train.lr:g}) or train.finish ({self.recipe.train.finish:g})"
+        return f"Lower train.lr ({self.recipe.train.lr:g}) or train.joint ({self.recipe.train.joint:g})"
 
     def _more(self) -> dict[str, float]:
         mean = self.kl.item() / self.kl_steps

@@ -13,18 +13,18 @@ from mxd_convert.base_model.families import Site
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import memory_guard
 from mxd_convert.layers import LayerSpec, Trainable
-from mxd_convert.recipe.presets import finish_steps, steps_of
+from mxd_convert.recipe.presets import joint_steps, steps_of
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.interrupt import Interrupt
-from mxd_convert.training.joint import Finish
+from mxd_convert.training.joint import JointStage
 from mxd_convert.training.log import NAME, lines_of, merge_logs
 from mxd_convert.training.stage import Pass, Stage, make_layer
 from mxd_convert.training.state import groups_with_state, load_state, remove_leftovers, remove_state, split_state
 from mxd_convert.training.stream import Activations, Source, buffer_steps
 from mxd_convert.training.tracking import track
 
-FINISH = "finish"  # folder of its state, beside those of the groups
+JOINT = "joint"  # folder of its state, beside those of the groups
 
 
 @dataclass
@@ -74,8 +74,8 @@ def lower(recipe: Recipe) -> str:
     """What to say where memory runs out."""
     train, layer = recipe.train, recipe.layer
     moments = ", set train.moments: bf16" if train.moments == "fp32" else ""
-    if train.finish:  # it takes all layers at once: train.memory_gib would only have it refused
-        fewer = f" or train.finish: 0 ({train.finish:g}), and start over with --fresh. With more memory the same command goes on."
+    if train.joint:  # it takes all layers at once: train.memory_gib would only have it refused
+        fewer = f" or train.joint: 0 ({train.joint:g}), and start over with --fresh. With more memory the same command goes on."
     else:
         fewer = (
             " or set train.memory_gib to less than there was, so that fewer layers are trained at once. The run goes on from its last"
@@ -97,8 +97,8 @@ class Training:
         self.together = self.accelerator.num_processes > 1 and train.distribute == "data"
         self.rows_a_step = train.batch_tokens // context
         steps = steps_of(job.recipe.data.tokens, train.batch_tokens, context)
-        self.finish_steps = finish_steps(steps, train.finish)
-        self.steps = steps - self.finish_steps  # of every layer alone
+        self.joint_steps = joint_steps(steps, train.joint)
+        self.steps = steps - self.joint_steps  # of every layer alone
         self.tokens = steps * self.rows_a_step * context
         self.sites = {site.index: site for site in job.sites}
         self.states = job.folder / "state"
@@ -130,10 +130,10 @@ class Training:
                 if not self.job.quiet:
                     print("waiting for the other processes' layers", file=sys.stderr, flush=True)
                 self.accelerator.wait_for_everyone()
-                if interrupt.told and not self.finish_steps:
+                if interrupt.told and not self.joint_steps:
                     raise KeyboardInterrupt
-            if self.finish_steps:
-                self._finish(interrupt)
+            if self.joint_steps:
+                self._train_jointly(interrupt)
         return self._collect() if self.accelerator.is_main_process else None
 
     def _is_told(self, interrupt: Interrupt, together: bool) -> bool:
@@ -176,15 +176,15 @@ class Training:
         if self.recipe.train.order == "sequential":
             self._put_below(stage.layers)
 
-    def _finish(self, interrupt: Interrupt) -> None:
+    def _train_jointly(self, interrupt: Interrupt) -> None:
         """All layers together, each process with its part of every batch, however the layers were shared out."""
         finished, _ = self._earlier()
         self.below = {}
-        stage = Finish(
+        stage = JointStage(
             self.recipe,
-            replace(self._source(list(self.sites), self.finish_steps), process=self._process),
+            replace(self._source(list(self.sites), self.joint_steps), process=self._process),
             self.job.shapes,
-            self.states / FINISH,
+            self.states / JOINT,
             self.accelerator,
             self.job.quiet,
             {index: layer for group in finished for index, layer in self._load(group).items()},
@@ -246,7 +246,7 @@ class Training:
         assert found is not None
         layers = {}
         for index in group:
-            layers[index] = make_layer(self.job.shapes[index], self.recipe.train.seed, index, self.recipe.train.start)
+            layers[index] = make_layer(self.job.shapes[index], self.recipe.train.seed, index, self.recipe.train.init)
             layers[index].load_state_dict(_of_layer(found[1], index))
         return layers
 
@@ -265,8 +265,8 @@ class Training:
                     track(self.accelerator, line, self._named(facts["layers"]))
         seconds = max(sum(facts["seconds"] for _, facts in mine) for mine in by_process)
         resumed = {step for _, facts in states for step in facts["resumed_at_steps"]}
-        if self.finish_steps:
-            found = load_state(self.states / FINISH, self.recipe.fingerprint())
+        if self.joint_steps:
+            found = load_state(self.states / JOINT, self.recipe.fingerprint())
             assert found is not None
             _, tensors, facts = found
             for index, layer in layers.items():
@@ -274,8 +274,8 @@ class Training:
             seconds += facts["seconds"]
             resumed |= {self.steps + step for step in facts["resumed_at_steps"]}
         logs = [[folder / NAME for folder, _ in mine] for mine in by_process]
-        merge_logs(logs, self.job.folder / NAME, lines_of(self.states / FINISH / NAME) if self.finish_steps else ())
-        steps = self.steps + self.finish_steps
+        merge_logs(logs, self.job.folder / NAME, lines_of(self.states / JOINT / NAME) if self.joint_steps else ())
+        steps = self.steps + self.joint_steps
         return Trained({index: layers[index] for index in sorted(layers)}, steps, self.tokens, seconds, sorted(resumed))
 
 

@@ -20,7 +20,7 @@ from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.progress import TrainingProgress
 from mxd_convert.training.state import drop_damaged, load_state, save_state
 from mxd_convert.training.stream import Activations, Source
-from mxd_convert.training.token_init import start_on_text
+from mxd_convert.training.token_init import init_from_tokens
 from mxd_convert.training.tracking import track
 from mxd_convert.training.window import Window
 
@@ -28,11 +28,11 @@ SAVE_SECONDS = 60.0
 Figures = tuple[float, float, dict[str, float]]  # mean FVU, dead share, shares of the time
 
 
-def make_layer(shape: LayerSpec, seed: int, index: int, start: str | None = None) -> Trainable:
+def make_layer(shape: LayerSpec, seed: int, index: int, init: str | None = None) -> Trainable:
     """A new layer. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 1_000_003 + index)
-        return new_layer(shape, start or "paper")
+        return new_layer(shape, init or "paper")
 
 
 def active_experts(step: int, steps: int, first: int, last: int) -> int:
@@ -139,7 +139,7 @@ class Stage:
     def _make_layers(self, shapes: dict[int, LayerSpec]) -> dict[int, Trainable]:
         train = self.recipe.train
         return {
-            site.index: make_layer(shapes[site.index], train.seed, site.index, train.start).to(self.device)
+            site.index: make_layer(shapes[site.index], train.seed, site.index, train.init).to(self.device)
             for site in self.source.sites
         }
 
@@ -153,11 +153,11 @@ class Stage:
 
     def _begin(self) -> None:
         """What comes before the first step of all."""
-        if self.recipe.train.start == "data":
+        if self.recipe.train.init == "tokens":
             self._choose_k(0)
             if not self.quiet and any(layer.n_experts for layer in self.layers.values()):
                 print("choosing the tokens that experts start as", file=sys.stderr, flush=True)
-            start_on_text(self.layers, self.activations)
+            init_from_tokens(self.layers, self.activations)
             for parameter in self.names if self.together else ():  # the same to the last bit in all processes
                 parameter.data.copy_(broadcast(parameter.data))
             self.seconds = time.monotonic() - self.start
@@ -248,7 +248,7 @@ class Stage:
     def _choose_k(self, step: int) -> None:
         for layer in self.layers.values():
             if layer.n_experts:
-                layer.k = active_experts(step, self.steps, self.recipe.train.k_start or self.recipe.layer.k, self.recipe.layer.k)
+                layer.k = active_experts(step, self.steps, self.recipe.train.k_init or self.recipe.layer.k, self.recipe.layer.k)
 
     def _agree(self, counted: Tensor, interrupt: Interrupt) -> Tensor:
         """The tokens that count in all processes. With the same message they agree on saving after this step, and on stopping then."""

@@ -19,7 +19,7 @@ from mxd_convert.training.stage import Figures, Stage
 def same_activations(recipe: Recipe) -> str:
     """What two runs must have in common to read the same batches, of resolved recipes."""
     train = recipe.train
-    keys = (train.batch_tokens, train.seed, train.mask_bos, train.device, train.order, train.finish)
+    keys = (train.batch_tokens, train.seed, train.mask_bos, train.device, train.order, train.joint)
     return repr((recipe.base, recipe.data, recipe.layers, keys))
 
 

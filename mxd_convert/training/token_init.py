@@ -25,7 +25,7 @@ LEFT = 8  # of so many tokens one is for the fit of the experts' scale
 
 
 @torch.no_grad()
-def start_on_text(layers: Mapping[int, Trainable], activations: Activations) -> None:
+def init_from_tokens(layers: Mapping[int, Trainable], activations: Activations) -> None:
     """Starts the layers whose gates are trained on the first blocks of the training text.
 
     Where its tokens are too few or too much alike for all experts, the others keep a random gate and a row of zeros. What a layer gets
