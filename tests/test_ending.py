@@ -95,6 +95,13 @@ def test_too_little_address_space_for_the_imports_is_a_line():
     assert "the address space is limited to 0.91 GiB" in done.stderr
 
 
+def test_a_full_disk_is_no_fault_of_the_checkpoint_that_is_verified(converted):
+    command = ["bash", "-c", 'ulimit -f 64 && exec "$@"', "bash", *PROGRAM, "verify", str(converted["gpt2"])]  # files of 64 KiB
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout
+    assert "no space left on the disk while verifying" in done.stderr
+
+
 def test_a_reader_that_has_enough_is_no_error(recipe):
     done = subprocess.run(
         f"{sys.executable} -m mxd_convert.cli plan {recipe()} | head -n 1", shell=True, capture_output=True, text=True, check=True

@@ -23,7 +23,7 @@ from mxd_convert.checkpoint.read import (
     same_outside_layers,
     weight_files,
 )
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
 from mxd_convert.files import read_mapping, write_json
 from mxd_convert.modeling import SHIPPED
 
@@ -105,11 +105,12 @@ def in_fresh_processes(folder: Path, ids: list[list[int]], places: list[bool], n
             process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
             if process.returncode != 0 or not answer.is_file():
                 last = (process.stderr.strip().splitlines() or [f"it ended with status {process.returncode}"])[-1]
+                _check_resources(last)
                 checks.append(Check(f"runs in a fresh process ({place})", False, last))
                 continue
-            checks += [
-                Check(f"{entry['check']} ({place})", entry["ok"], entry["detail"]) for entry in json.loads(answer.read_text())
-            ]
+            for entry in json.loads(answer.read_text()):
+                _check_resources("" if entry["ok"] else entry["detail"])
+                checks.append(Check(f"{entry['check']} ({place})", entry["ok"], entry["detail"]))
             if output.is_file():
                 runs[blocked] = load_file(output)
     if len(runs) == 2:
@@ -118,9 +119,21 @@ def in_fresh_processes(folder: Path, ids: list[list[int]], places: list[bool], n
     return checks
 
 
+def _check_resources(problem: str) -> None:
+    """Raise InputError where a fresh process failed for want of disk or memory, which says nothing about the checkpoint."""
+    error = RuntimeError(problem)
+    if is_disk_full(error):
+        raise InputError(
+            f"{tempfile.gettempdir()}: no space left on the disk while verifying, which saves the checkpoint there ({first_line(error, 120)})."
+            " Free some space, or set TMPDIR to a folder with more"
+        )
+    if is_out_of_memory(error):
+        raise InputError(f"out of memory while verifying ({first_line(error, 120)}); free some, or close other programs")
+
+
 def clean_copy(folder: Path, copy: Path) -> Path:
     """Make a folder of what loading a checkpoint needs and no code but ours: its weights (as links), its tokenizer's data, its configs,
-    an auto_map of ours, and our two files. Returns it."""
+    an auto_map of ours, and our own files. Returns it."""
     copy.mkdir()
     weights = weight_files(folder)
     for file in weights:
