@@ -390,3 +390,10 @@ def recipe(tmp_path, models, text):
 def copy(converted, tmp_path):
     """A copy of a finished checkpoint, to be damaged."""
     return Path(shutil.copytree(converted["llama"], tmp_path / "copy"))
+
+
+def write_card(folder: Path, report: dict, recipe: str, base_on_hub: bool) -> None:
+    """Write a card from the content of a report, as read from JSON."""
+    from mxd_convert.report import card, schema
+
+    card.write_card(folder, schema.parse_report(report, folder / "mxd_report.json"), recipe, base_on_hub=base_on_hub)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FAMILIES, ROOT
+from conftest import FAMILIES, ROOT, write_card
 from hub_routes import card_errors
 from huggingface_hub import ModelCard
 from test_hub import on_hub
 
 from mxd_convert import convert, delta, edit
 from mxd_convert.recipe.schema import Recipe
-from mxd_convert.report.card import write_card
 
 
 def blocks_of(card: str, language: str) -> list[str]:
@@ -113,7 +112,7 @@ def test_the_metadata_is_what_the_hub_takes(converted, tmp_path):
     assert card_errors(data.to_dict()) == []
     assert data.base_model is None  # a local folder is no model on the Hub
     assert "tiny-llama" in (folder / "README.md").read_text()
-    (result,) = [one for one in data.eval_results if one.metric_type == "cross_entropy_rise"]
+    (result,) = [one for one in data.eval_results if one.metric_type == "delta_ce"]
     assert result.metric_value == pytest.approx(report["fidelity"]["delta_ce"], abs=1e-4)
     assert data["mxd"]["verdict"] == report["reliance"]["verdict"]
     # of a base on the Hub

@@ -108,11 +108,11 @@ def test_list_shows_what_cards_say(hub, program, converted):
     hub.put("bob/strange", {"README.md": b"---\ntags: [mxd-convert]\nmxd: 3\n---\n"})
     found = {one["repo_id"]: one for one in json.loads(program("list", "--json", token=None).out)["checkpoints"]}
     assert "bob/other" not in found
-    assert found["bob/strange"]["rise"] is None
+    assert found["bob/strange"]["delta_ce"] is None
     report = json.loads((converted["llama"] / "mxd_report.json").read_text())
     one = found["alice/listed-llama"]
     assert (one["base"], one["layers"], one["k"], one["verdict"]) == ("tiny-llama", [0, 2], 4, report["reliance"]["verdict"])
-    assert one["rise"] == pytest.approx(report["fidelity"]["delta_ce"], abs=1e-4)
+    assert one["delta_ce"] == pytest.approx(report["fidelity"]["delta_ce"], abs=1e-4)
     only = json.loads(program("list", "--base", "tiny-gpt2", "--json").out)["checkpoints"]
     assert {one["base"] for one in only} == {"tiny-gpt2"}
     table = program("list", "--author", "alice").out
@@ -272,7 +272,7 @@ def test_other_shapes_are_something_else(hub, program, models, text, converted, 
 def test_cards_of_strangers_break_nothing(hub, program):
     odd = [
         "{layers: 3}",
-        "{rise: x}",
+        "{delta_ce: x}",
         "{verdict: 5, kind: 3, base: 5}",
         '{verdict: "\\e[31m\\e]0;hello\\a"}',
         "[1]",

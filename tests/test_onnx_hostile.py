@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mxd_convert.errors import InputError
 from mxd_convert.onnx import OnnxModel, validation
 from mxd_convert.onnx.card import write_card
+from mxd_convert.report.schema import parse_report
 
 DEEP = "[" * 100_000
 VOCABULARY, LOGITS, EXPERTS = 2048, 4, 6  # logits of the first few tokens only: a graph of a few kilobytes
@@ -272,11 +273,19 @@ def test_text_of_the_checkpoint_is_shown_in_the_card_as_it_is(tmp_path):
         "graphs": {"fp32": {"file": "onnx/model.onnx", "bytes": 1, "parity": figures}},
     }
     conversion = {
-        "base": {"license": evil, "license_link": "javascript:x", "language": [evil, 3]},
-        "fidelity": {"ce_converted": 1.0, "ce_base": 1.0, "tokens": 1},
-        "reliance": {"sentence": evil},
+        "base": {"model": evil, "license": evil, "license_link": "javascript:x", "language": [evil, 3]},
+        "fidelity": {
+            "ce_converted": 1.0,
+            "ce_base": 1.0,
+            "tokens": 1,
+            "delta_ce": 0.0,
+            "kl": 0.0,
+            "top1_agreement": 1.0,
+            "layers": {"0": {}},
+        },
+        "reliance": {"layers": {}, "verdict": evil, "sentence": evil},
     }
-    write_card(tmp_path, report, conversion)
+    write_card(tmp_path, report, parse_report(conversion, tmp_path))
     _, metadata, text = (tmp_path / "README.md").read_text().split("---\n", maxsplit=2)
     found = yaml.safe_load(metadata)
     assert found["license"].startswith("x # Heading")

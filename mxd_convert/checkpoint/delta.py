@@ -89,7 +89,8 @@ def measured_on_others(delta: Path) -> list[str]:
     content = read_delta(delta)
     if not (delta / FULL / REPORT).is_file():
         return []
-    recorded = (read_report(delta / FULL) or {}).get("files") or {}
+    report = read_report(delta / FULL)
+    recorded = (report and report.files) or {}
     return [path for path, digest in recorded.items() if content["files"].get(path) != digest]
 
 

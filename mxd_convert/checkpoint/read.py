@@ -27,7 +27,7 @@ from mxd_convert.files import check_links, check_output, check_pointer, put_in_p
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.recipe.load import read_recipe_yaml
 from mxd_convert.recipe.schema import Base
-from mxd_convert.report.schema import read_report_file
+from mxd_convert.report.schema import Report, read_report_file
 
 LOCAL = "mxd_local.json"
 REPORT = "mxd_report.json"
@@ -119,7 +119,7 @@ def check_finite(folder: str | Path, model: Any) -> None:
         raise InputError(f"{folder}: the tensor {name} holds numbers that are not finite; download it or convert again")
 
 
-def read_report(folder: Path) -> dict[str, Any] | None:
+def read_report(folder: Path) -> Report | None:
     """The report of a checkpoint, its form checked; None where there is none. Raises InputError."""
     return read_report_file(folder / REPORT) if (folder / REPORT).is_file() else None
 

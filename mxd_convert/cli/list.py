@@ -36,7 +36,7 @@ def list_(
     table = table_of("repository", "base", "kind", "layers", "K", "rise", "verdict", "updated")
     for one in found:
         layers = "-" if one.layers is None else str(len(one.layers))
-        rest = (str(one.k or "-"), figure(one.rise, "+.3f"), one.verdict or "-", one.updated or "-")
+        rest = (str(one.k or "-"), figure(one.delta_ce, "+.3f"), one.verdict or "-", one.updated or "-")
         cells = (one.repo_id, one.base or "-", (one.kind or "-").replace("_", " "), layers, *rest)
         table.add_row(*map(str, cells))
     console().print(table)

@@ -7,6 +7,7 @@ from typing import Any
 from mxd_convert.checkpoint.read import REPORT, read_config, read_report
 from mxd_convert.errors import InputError
 from mxd_convert.recipe.load import read_recipe_yaml
+from mxd_convert.report.schema import Report
 
 _WHOLE = ("ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement", "compounding", "recovered_zero")
 _LAYER = ("delta_ce", "fvu", "fvu_in_place_local", "l0", "dead_fraction")
@@ -45,9 +46,9 @@ def compare(one: str | Path, other: str | Path) -> dict[str, Any]:
 
 
 def _at(content: Any, *keys: str) -> Any:
-    """Return the value at a path of keys; None where a report lacks it."""
+    """Return the value at a path of fields and keys; None where a report lacks it."""
     for key in keys:
-        content = content.get(key) if isinstance(content, Mapping) else None
+        content = content.get(key) if isinstance(content, Mapping) else getattr(content, key, None)
     return content
 
 
@@ -60,13 +61,13 @@ def _in_order(index: str) -> tuple[bool, int, str]:
     return not index.isdecimal(), len(index), index
 
 
-def _report(folder: Path) -> dict[str, Any]:
+def _report(folder: Path) -> Report:
     read_config(folder)
     report = read_report(folder)
     if report is None:
         raise InputError(f"{folder}: has no {REPORT}, so nothing to compare; only checkpoints that `run` has finished have one")
     for part in ("data", "fidelity", "reliance"):
-        if not report.get(part) or (part == "data" and not report[part].get("eval")):
+        if getattr(report, part) is None or (part == "data" and report.data is not None and report.data.eval is None):
             raise InputError(
                 f"{folder / REPORT}: has no {part}, so nothing to compare; `mxd-convert eval` measures the checkpoint"
             )

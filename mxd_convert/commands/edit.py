@@ -27,6 +27,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.steering import checked_orders
 from mxd_convert.files import write_json
 from mxd_convert.report.card import write_card
+from mxd_convert.report.schema import Elsewhere, parse_report
 
 _CARRIED = ("recipe.yaml", "training_log.jsonl", LABELS)
 
@@ -88,9 +89,10 @@ def _write_report(
     source: Path, work: Path, model: Any, data: str | Path | None, text_field: str, tokens: int, base: str | None
 ) -> None:
     """The card, and the report where the copy is measured. What the source's report says of base, text and training stays true."""
-    before: dict[str, Any] = read_report(source) or {}
+    earlier = read_report(source)
+    before = {} if earlier is None else earlier.to_dict()
     recorded = recorded_base(model.config)
-    report: dict[str, Any] = {
+    content: dict[str, Any] = {
         "base": before.get("base") or {key: recorded.get(key) for key in ("model", "revision", "sha256")},
         **{key: before[key] for key in ("recipe_sha256", "data", "cost", "versions", "seeds", "local") if key in before},
         "edits": model.config.mxd.get("edits", []),
@@ -98,11 +100,11 @@ def _write_report(
     }
     if data is not None:
         figures = evaluate(work, data, tokens, text_field, base)
-        report["data"] = {**report.get("data", {}), "eval": figures.pop("data")}
-        report |= figures
-        report["files"] = file_hashes(work)
-        write_json(work / REPORT, report)
-    write_card(work, report, recipe_of(work), base_on_hub=not recorded.get("local", True))
+        content["data"] = {**content.get("data", {}), "eval": figures.pop("data")}
+        content |= figures
+        content["files"] = file_hashes(work)
+        write_json(work / REPORT, content)
+    write_card(work, parse_report(content, work / REPORT), recipe_of(work), base_on_hub=not recorded.get("local", True))
 
 
 _OF_ANOTHER_TEXT = ("tokens", "ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement")
@@ -117,14 +119,15 @@ def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
     folder = Path(checkpoint)
     config = read_config(folder)
     report = read_report(folder)
-    if report is None or not (report.get("data") or {}).get("eval"):
+    if report is None or report.data is None or report.data.eval is None:
         raise InputError(
             f"{folder}: has no {REPORT} to record figures in; only checkpoints that were measured when they were made have one"
         )
     data = figures["data"]
-    if data["fingerprint"] == report["data"]["eval"]["fingerprint"]:
+    if data["fingerprint"] == report.data.eval.fingerprint:
         raise InputError(f"{data['path']}: is the text that {folder} was evaluated on; its figures are in the report already")
-    others = [other for other in report.get("elsewhere", []) if other["data"]["fingerprint"] != data["fingerprint"]]
-    report["elsewhere"] = [*others, {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}]
-    write_json(folder / REPORT, report)
+    others = [other for other in report.elsewhere if other.data.fingerprint != data["fingerprint"]]
+    found = {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}
+    report.elsewhere = [*others, Elsewhere.model_validate(found)]
+    write_json(folder / REPORT, report.to_dict())
     write_card(folder, report, recipe_of(folder), base_on_hub=not recorded_base(config).get("local", True))

@@ -81,7 +81,7 @@ def export_onnx(
     checkpoint, output = Path(checkpoint), Path(output)
     config = read_config(checkpoint)
     _check(checkpoint, config, dtypes, quantized, opset)
-    conversion = read_report(checkpoint) or {}
+    conversion = read_report(checkpoint)
     check_new(output, checkpoint)
     _check_space(checkpoint, output, dtypes, quantized)
     wanted = [*dtypes, *([quantized] if quantized else [])]

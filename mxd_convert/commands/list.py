@@ -9,14 +9,17 @@ from mxd_convert.report.card import TAG
 
 @dataclass(frozen=True)
 class Listed:
-    """A checkpoint on the Hub. What its card does not say is None. rise: of cross-entropy, nats a token, on the text that its card names."""
+    """A checkpoint on the Hub. What its card does not say is None.
+
+    delta_ce: rise of cross-entropy, nats per token, on the text that its card names.
+    """
 
     repo_id: str
     base: str | None
     kind: str | None
     layers: list[int] | None
     k: int | None
-    rise: float | None
+    delta_ce: float | None
     verdict: str | None
     downloads: int
     updated: str | None
@@ -57,7 +60,7 @@ def _read(info: Any) -> Listed:
         _of(told.get("kind"), str),
         layers if layers is not None and all(type(index) is int for index in layers) else None,
         _of(told.get("k"), int),
-        _of(told.get("rise"), float, int),
+        _of(told.get("delta_ce"), float, int),
         _of(told.get("verdict"), str),
         info.downloads or 0,
         info.last_modified.date().isoformat() if info.last_modified else None,

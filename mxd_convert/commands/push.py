@@ -136,7 +136,7 @@ def _verified(folder: Path, base: str | None) -> Verification:
 
 
 def _changed(folder: Path) -> list[str]:
-    return changed_files(folder, read_report(folder) or {})
+    return changed_files(folder, read_report(folder))
 
 
 def _check_card(local: list[Local]) -> None:

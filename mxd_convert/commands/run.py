@@ -46,6 +46,7 @@ from mxd_convert.recipe.load import load_recipe
 from mxd_convert.recipe.schema import Recipe, is_local
 from mxd_convert.report.card import write_card
 from mxd_convert.report.plots import write_plots
+from mxd_convert.report.schema import Report
 from mxd_convert.report.write import build_report
 from mxd_convert.training.distributed import agreed, lost_guard, once_a_machine
 from mxd_convert.training.loop import Job, Trained, train_layers
@@ -349,7 +350,7 @@ class _Conversion:
         device = self.accelerator.device
         return device if fits_for_evaluation(self.plan, device.type) else torch.device("cpu")
 
-    def _write_report(self, folder: Path, report: dict[str, Any], origin: dict[str, Any]) -> None:
+    def _write_report(self, folder: Path, report: Report, origin: dict[str, Any]) -> None:
         recipe_yaml = self.recipe.to_yaml()
         write_text(folder / "recipe.yaml", recipe_yaml)
         shutil.copyfile(self.work / "training_log.jsonl", folder / "training_log.jsonl")
@@ -358,9 +359,9 @@ class _Conversion:
         local["data"] = {part: path for part, path in data.items() if path is not None and is_local(path)}
         write_json(folder / LOCAL, {**local, "recipe": self.recipe.fingerprint()})
         write_plots(folder, report, folder / "training_log.jsonl")
-        report["files"] = file_hashes(folder)
+        report.files = file_hashes(folder)
         write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
-        write_json(folder / REPORT, report)
+        write_json(folder / REPORT, report.to_dict())
 
 
 _LEFT_OVER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

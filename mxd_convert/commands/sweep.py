@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mxd_convert.base_model.load import load_base, load_tokenizer
-from mxd_convert.checkpoint.read import REPORT
+from mxd_convert.checkpoint.read import REPORT, read_report
 from mxd_convert.checkpoint.workspace import Workspace
 from mxd_convert.commands.run import convert, new_accelerator
 from mxd_convert.data.blocks import check_vocabulary, prepare
@@ -284,7 +284,7 @@ def _finish(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], s
         try:
             result = convert(run.plan.recipe, quiet=say.quiet or (trained and not run.plan.joint_steps))
             if not result.already_finished or run.name not in rows:
-                rows[run.name] = _row(result.output, result.report, run.plan)
+                rows[run.name] = _row(result.output, run.plan)
             return start | rows[run.name]
         except NotFinite as caught:
             error = caught
@@ -292,11 +292,11 @@ def _finish(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], s
     return start | {"error": str(error)}
 
 
-def _row(folder: Path, report: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    try:
-        return row_of(report, plan.recipe, plan.layers)
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / REPORT}: not a readable report; remove {folder}, and its run is done again") from None
+def _row(folder: Path, plan: Plan) -> dict[str, Any]:
+    report = read_report(folder)
+    if report is None or None in (report.fidelity, report.reliance, report.data, report.cost):
+        raise InputError(f"{folder / REPORT}: not a readable report; remove {folder}, and its run is done again")
+    return row_of(report, plan.recipe, plan.layers)
 
 
 def _write(folder: Path, runs: list[_Run], rows: list[dict[str, Any]]) -> None:

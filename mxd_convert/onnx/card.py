@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from mxd_convert.escaping import markdown, printable
 from mxd_convert.files import write_text
 from mxd_convert.onnx.runtime import JS_TYPES
+from mxd_convert.report.schema import Report
 
 _CLIENTS = """## Running it
 
@@ -46,7 +47,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _WEB = re.compile(r"https?://[^\s<>\"'`]+")
 
 
-def write_card(folder: Path, report: Mapping[str, Any], conversion: Mapping[str, Any]) -> None:
+def write_card(folder: Path, report: Mapping[str, Any], conversion: Report | None) -> None:
     """Write README.md into an exported folder. conversion: the checkpoint's own report, whose text may come from anyone."""
     model = _line(report["base"]["model"])
     base = markdown(model or "a local model")
@@ -104,11 +105,13 @@ def _measured(report: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _licence(conversion: Mapping[str, Any]) -> dict[str, Any]:
+def _licence(conversion: Report | None) -> dict[str, Any]:
     """The base's licence and language, as the checkpoint's report has them."""
-    base = conversion.get("base") or {}
-    found: dict[str, Any] = {key: _line(base.get(key)) for key in ("license", "license_name")}
-    link, language = _line(base.get("license_link")), base.get("language")
+    if conversion is None:
+        return {}
+    base = conversion.base
+    found: dict[str, Any] = {"license": _line(base.license), "license_name": _line(base.license_name)}
+    link, language = _line(base.license_link), base.language
     found["license_link"] = link if link and _WEB.fullmatch(link) else None
     found["language"] = [line for one in language if (line := _line(one))] if isinstance(language, list) else _line(language)
     return {key: value for key, value in found.items() if value}
@@ -119,14 +122,14 @@ def _line(value: Any) -> str | None:
     return printable(" ".join(value.split())) or None if isinstance(value, str) else None
 
 
-def _conversion(conversion: Mapping[str, Any]) -> str:
+def _conversion(conversion: Report | None) -> str:
     """What the checkpoint's own report says of the conversion, in a sentence; empty where it has no such figures."""
-    fidelity, reliance = conversion.get("fidelity") or {}, conversion.get("reliance") or {}
-    figures = [fidelity.get(name) for name in ("ce_converted", "ce_base", "tokens")]
-    sentence = _line(reliance.get("sentence"))
-    if sentence is None or not all(isinstance(value, int | float) and math.isfinite(value) for value in figures):
+    if conversion is None or conversion.fidelity is None or conversion.reliance is None:
         return ""
-    converted, base, tokens = figures
+    fidelity, sentence = conversion.fidelity, _line(conversion.reliance.sentence)
+    converted, base, tokens = fidelity.ce_converted, fidelity.ce_base, fidelity.tokens
+    if sentence is None or converted is None or base is None or not math.isfinite(converted + base):
+        return ""
     return (
         f"The conversion itself: cross-entropy {converted:.4f} where the base has {base:.4f}, on {tokens:,} held-out tokens;"
         f" {markdown(sentence)}."

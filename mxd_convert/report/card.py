@@ -20,6 +20,7 @@ from mxd_convert.escaping import code, fence, markdown, printable
 from mxd_convert.files import read_mapping, write_text
 from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.load import parse_yaml
+from mxd_convert.report.schema import Base, Report
 
 CARD = "README.md"
 REPOSITORY = "THIS_REPOSITORY"  # in a card that is not published yet: where it will be
@@ -44,7 +45,7 @@ def template_folder() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent / "model_cards"
 
 
-def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_hub: bool, full: Path | None = None) -> None:
+def write_card(folder: Path, report: Report, recipe_yaml: str, base_on_hub: bool, full: Path | None = None) -> None:
     """Write README.md into `folder`, from the files there and the report.
 
     base_on_hub: whether the base's name is a Hub id, which alone may stand in the metadata. full: of a delta, where the full checkpoint's files are.
@@ -63,7 +64,7 @@ def write_card(folder: Path, report: dict[str, Any], recipe_yaml: str, base_on_h
 
 
 def _filled(
-    report: dict[str, Any],
+    report: Report,
     config: Mapping[str, Any],
     recipe: str,
     train: Mapping[str, Any],
@@ -72,11 +73,9 @@ def _filled(
     plots: list[tuple[str, str]],
 ) -> str:
     """The template, filled."""
-    optional = dict.fromkeys(("fidelity", "reliance", "data", "cost", "seeds", "versions"))
-    report = {**optional, "edits": [], "steering": [], "elsewhere": [], "local": [], **report}
     indices = list(config["layers"])
     entry = config["layers"][indices[0]]
-    title = f"{report['base']['model']} with {KINDS[entry['kind']].family} layers"
+    title = f"{report.base.model} with {KINDS[entry['kind']].family} layers"
     environment = Environment(  # noqa: S701 (Markdown)
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped
     )
@@ -88,23 +87,23 @@ def _filled(
         report=report,
         recipe=_Ours(recipe),
         fence=_Ours(fence(recipe)),
-        local=[_Ours(key) for key in report["local"] if key in _LOCAL],
+        local=[_Ours(key) for key in report.local if key in _LOCAL],
         order=train.get("order"),
         joint=train.get("joint", train.get("finish")),  # the latter: of recipes before this key had its name
         base_on_hub=base_on_hub,
-        licence=_licence(report["base"]),
+        licence=_licence(report.base),
         indices=indices,
         first=indices[0],
         where=f"layer{'s' if len(indices) > 1 else ''} {_ranges([int(index) for index in indices])}",
         kind=entry["kind"],
         has_experts="n_experts" in entry,
         shape=_shape(entry),
-        dead=_total(report, config, lambda layer, n_experts: layer["dead_fraction"] * n_experts),
-        always_on=_total(report, config, lambda layer, n_experts: layer["always_on"]),
+        dead=_total(report, config, lambda layer, n_experts: layer.dead_fraction * n_experts),
+        always_on=_total(report, config, lambda layer, n_experts: layer.always_on),
         plots=plots,
         delta=delta,
-        own_code=bool(report["base"].get("own_code")),
-        described=bool(report["base"].get("mlp")),
+        own_code=report.base.own_code,
+        described=bool(report.base.mlp),
         base_argument=_Ours("" if base_on_hub else ', base="BASE"'),
         base_option=_Ours("" if base_on_hub else " --base BASE"),
     )
@@ -153,35 +152,35 @@ def _training_of(path: Path, recipe_yaml: str) -> Mapping[str, Any]:
     return train if isinstance(train, Mapping) else {}
 
 
-def _metadata(report: Mapping[str, Any], config: Mapping[str, Any], title: str, base_on_hub: bool, delta: bool) -> ModelCardData:
-    base, indices = report["base"], list(config["layers"])
+def _metadata(report: Report, config: Mapping[str, Any], title: str, base_on_hub: bool, delta: bool) -> ModelCardData:
+    base, indices = report.base, list(config["layers"])
     entry = config["layers"][indices[0]]
-    text = report["data"]["train"]["path"] if report["data"] and report["data"].get("train") else None
-    on_hub = "data.train.path" not in report["local"] and _REPOSITORY.fullmatch(str(text))
-    base_on_hub = base_on_hub and _REPOSITORY.fullmatch(str(base["model"])) is not None
-    rise = _number(report["fidelity"]["delta_ce"]) if report["fidelity"] else None
+    text = report.data.train.path if report.data and report.data.train else None
+    on_hub = "data.train.path" not in report.local and _REPOSITORY.fullmatch(str(text))
+    base_on_hub = base_on_hub and _REPOSITORY.fullmatch(base.model) is not None
+    delta_ce = _number(report.fidelity.delta_ce) if report.fidelity else None
     told = {
         "format": version if type(version := config.get("format_version")) is int else None,
-        "base": _line(base["model"]),
+        "base": _line(base.model),
         "kind": entry["kind"],
         "layers": [int(index) for index in indices],
         "k": entry.get("k"),
         "experts": entry.get("n_experts"),
-        "rise": None if rise is None else round(rise, 4),
-        "verdict": report["reliance"] and _line(report["reliance"]["verdict"]),
+        "delta_ce": None if delta_ce is None else round(delta_ce, 4),
+        "verdict": report.reliance and _line(report.reliance.verdict),
     }
-    language = base.get("language")
+    language = base.language
     return ModelCardData(
         model_name=_line(title),
         eval_results=_results(report),
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=_line(base.get("license")),
-        license_name=_line(base.get("license_name")),
-        license_link=_link(base.get("license_link")),
+        license=_line(base.license),
+        license_name=_line(base.license_name),
+        license_link=_link(base.license_link),
         language=[line for one in language if (line := _line(one))] or None if isinstance(language, list) else _line(language),
         tags=[TAG, *KINDS[entry["kind"]].tags, *(["mxd-delta"] if delta else []), "interpretability", "sparse-mlp"],
-        base_model=base["model"] if base_on_hub else None,
+        base_model=base.model if base_on_hub else None,
         base_model_relation="finetune" if base_on_hub else None,
         datasets=[str(text)] if on_hub else None,
         mxd=told,
@@ -197,21 +196,21 @@ def _link(value: Any) -> str | None:
     return value if isinstance(value, str) and _WEB.fullmatch(value) else None
 
 
-def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
+def _results(report: Report) -> list[EvalResult] | None:
     """The measured results as the Hub's model-index has them."""
-    if not report["fidelity"]:
+    if report.fidelity is None or report.reliance is None or report.data is None or report.data.eval is None:
         return None
-    fidelity, reliance = report["fidelity"], report["reliance"]["layers"].values()
+    fidelity, reliance = report.fidelity, report.reliance.layers.values()
     figures = {
-        "Rise of cross-entropy over the base (nats a token)": ("cross_entropy_rise", _number(fidelity["delta_ce"])),
-        "KL from the base (nats a token)": ("kl_divergence", _number(fidelity["kl"])),
-        "Same most likely token as the base": ("top1_agreement", _number(fidelity["top1_agreement"])),
+        "Rise of cross-entropy over the base (nats a token)": ("delta_ce", _number(fidelity.delta_ce)),
+        "KL from the base (nats a token)": ("kl", _number(fidelity.kl)),
+        "Same most likely token as the base": ("top1_agreement", _number(fidelity.top1_agreement)),
     }
     for name in ("gate_share", "identity_share", "routing_necessity"):
-        values = [value for layer in reliance if (value := _number(layer[name])) is not None]
+        values = [value for layer in reliance if (value := _number(getattr(layer, name))) is not None]
         if values:
             figures[f"{name.replace('_', ' ').capitalize()}, lowest layer"] = (name, min(values))
-    held_out = _line(report["data"]["eval"]["path"]) or "text"
+    held_out = _line(report.data.eval.path) or "text"
     kind = re.sub(r"\W+", "-", Path(held_out).name.split(".")[0]) or "text"
     return [
         EvalResult(
@@ -227,11 +226,11 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
     ]
 
 
-def _licence(base: Mapping[str, Any]) -> str:
-    licence, link = _line(base.get("license")), _link(base.get("license_link"))
+def _licence(base: Base) -> str:
+    licence, link = _line(base.license), _link(base.license_link)
     if licence is None:
         return "the base model's, whose card states none"
-    return f"the base model's, {_line(base.get('license_name')) or licence}" + (f" ({link})" if link else "")
+    return f"the base model's, {_line(base.license_name) or licence}" + (f" ({link})" if link else "")
 
 
 def _shape(entry: Mapping[str, Any]) -> str:
@@ -241,13 +240,13 @@ def _shape(entry: Mapping[str, Any]) -> str:
     return f"{entry['n_experts']:,} {KINDS[entry['kind']].unit}s a layer, {active}."
 
 
-def _total(report: Mapping[str, Any], config: Mapping[str, Any], of: Any) -> str:
+def _total(report: Report, config: Mapping[str, Any], of: Any) -> str:
     """A number of experts over all layers, as `12 of 3,000`."""
-    if not report["fidelity"]:
+    if report.fidelity is None:
         return NOT_MEASURED
-    layers = report["fidelity"]["layers"]
+    layers = report.fidelity.layers
     counts = {index: entry["n_experts"] for index, entry in config["layers"].items() if "n_experts" in entry}
-    if any(layers.get(index, {}).get(name) is None for index in counts for name in ("always_on", "dead_fraction")):
+    if any(getattr(layers.get(index), name, None) is None for index in counts for name in ("always_on", "dead_fraction")):
         return NOT_MEASURED
     return f"{round(sum(of(layers[index], n) for index, n in counts.items())):,} of {sum(counts.values()):,}"
 

@@ -17,13 +17,15 @@ from mxd_convert.plan.resolve import LayerPlan
 from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.report.plots import save_figure
+from mxd_convert.report.schema import Part, Report
 
 _FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement", "compounding")
 
 
-def row_of(report: Mapping[str, Any], recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[str, Any]:
+def row_of(report: Report, recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[str, Any]:
     """A run's row: kind, k, seed, sizes, the report's figures of the whole model, and means over its layers (None where a kind has none)."""
-    fidelity, reliance = report["fidelity"], report["reliance"]
+    fidelity, reliance, data, cost = report.fidelity, report.reliance, report.data, report.cost
+    assert fidelity and reliance and data and data.train and cost  # noqa: PT018 (of a run, which measures all of them)
     shapes = [layer.shape for layer in layers]
     return {
         "kind": recipe.layer.kind,
@@ -31,22 +33,22 @@ def row_of(report: Mapping[str, Any], recipe: Recipe, layers: Sequence[LayerPlan
         "seed": recipe.train.seed,
         "experts": shapes[0].n_experts,
         "parameters": sum(layer.parameters for layer in layers),
-        "tokens": report["data"]["train"]["tokens"],
-        "eval_tokens": fidelity["tokens"],
-        **{name: fidelity[name] for name in _FIGURES},
-        **{name: _mean(fidelity["layers"], name) for name in ("fvu", "fvu_in_place_local", "l0", "dead_fraction")},
-        **{name: _mean(reliance["layers"], name) for name in ("gate_share", "identity_share", "routing_necessity")},
+        "tokens": data.train.tokens,
+        "eval_tokens": fidelity.tokens,
+        **{name: getattr(fidelity, name) for name in _FIGURES},
+        **{name: _mean(fidelity.layers, name) for name in ("fvu", "fvu_in_place_local", "l0", "dead_fraction")},
+        **{name: _mean(reliance.layers, name) for name in ("gate_share", "identity_share", "routing_necessity")},
         "lowest_gate_share": min(
-            (layer["gate_share"] for layer in reliance["layers"].values() if layer["gate_share"] is not None), default=None
+            (layer.gate_share for layer in reliance.layers.values() if layer.gate_share is not None), default=None
         ),
-        "verdict": reliance["verdict"],
-        "train_seconds": report["cost"]["train_seconds"],
-        "recipe_sha256": report["recipe_sha256"],
+        "verdict": reliance.verdict,
+        "train_seconds": cost.train_seconds,
+        "recipe_sha256": report.recipe_sha256,
     }
 
 
-def _mean(layers: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
-    values = [layer[name] for layer in layers.values() if layer[name] is not None]
+def _mean(layers: Mapping[str, Part], name: str) -> float | None:
+    values = [value for layer in layers.values() if (value := getattr(layer, name)) is not None]
     return sum(values) / len(values) if values else None
 
 

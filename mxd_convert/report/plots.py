@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from mxd_convert.files import replacing
+from mxd_convert.report.schema import Report
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
@@ -23,7 +24,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
         plt.close(figure)
 
 
-def write_plots(folder: Path, report: dict[str, Any], log: Path) -> None:
+def write_plots(folder: Path, report: Report, log: Path) -> None:
     """Write plots/training.png and plots/layers.png into `folder`."""
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
@@ -67,17 +68,21 @@ def _training(lines: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path, dpi=130)
 
 
-def _layers(report: dict[str, Any], path: Path) -> None:
-    fidelity, reliance = report["fidelity"]["layers"], report["reliance"]["layers"]
+def _layers(report: Report, path: Path) -> None:
+    assert report.fidelity is not None
+    assert report.reliance is not None
+    fidelity, reliance = report.fidelity.layers, report.reliance.layers
     indices = list(fidelity)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    axes[0].bar(indices, [fidelity[index]["delta_ce"] for index in indices], color="#31688e")
+    axes[0].bar(indices, [fidelity[index].delta_ce or 0.0 for index in indices], color="#31688e")
     axes[0].set_title("rise of cross-entropy, this layer alone (nats a token)", fontsize=10)
     colours = {"gate_share": "#440154", "identity_share": "#31688e", "routing_necessity": "#35b779"}
     for offset, (name, colour) in enumerate(colours.items()):
         label = name.replace("_", " ")
         positions = [number + (offset - 1) * 0.26 for number in range(len(indices))]
-        axes[1].bar(positions, [reliance[index][name] or 0.0 for index in indices], width=0.24, label=label, color=colour)
+        axes[1].bar(
+            positions, [getattr(reliance[index], name) or 0.0 for index in indices], width=0.24, label=label, color=colour
+        )
     axes[1].set_xticks(range(len(indices)), indices)
     axes[1].axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes[1].set_title("reliance on the experts", fontsize=10)

@@ -1,4 +1,7 @@
-"""The form of mxd_report.json, checked wherever one is read: it may come from anyone, and may be damaged."""
+"""`Report`: the form of mxd_report.json. It is checked wherever one is read, since a report may come from anyone.
+
+The names of its fields are the names of the figures everywhere: in JSON, cards, tables and code. docs/report.md says what each means.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,42 +23,68 @@ Count = Annotated[int | None, Field(ge=0, le=10**15)]
 Name = Annotated[str, Field(max_length=10_000)]
 
 
-class _Part(BaseModel):
-    """Further keys are kept: reports of every version are read."""
+class Part(BaseModel):
+    """A part of a report. Further keys are kept: reports of every version are read."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was set, as it is written to JSON."""
+        return self.model_dump(exclude_unset=True)
 
-class _Base(_Part):
+
+class Base(Part):
+    """The base model. sha256: over its tensors."""
+
     model: Name
     revision: Name | None = None
     sha256: Name | None = None
+    own_code: bool = False
+    mlp: dict[str, Any] | None = None
+    license: Any = None
+    license_name: Any = None
+    license_link: Any = None
+    language: Any = None
 
 
-class _Text(_Part):
+class Text(Part):
+    """A text: its name, the fingerprint of its documents, and what was read of it."""
+
     path: Name
     fingerprint: Name
     tokens: Count = None
     documents: Count = None
+    available_tokens: Count = None
+    repeats: Figure = None
+    disjoint: bool | None = None
 
 
-class _Data(_Part):
-    train: _Text | None = None
-    eval: _Text | None = None
+class Data(Part):
+    """Training and held-out text. masked: what is left out of which figures."""
+
+    train: Text | None = None
+    eval: Text | None = None
     masked: Name | None = None
 
 
-class _LayerFidelity(_Part):
+class LayerFidelity(Part):
+    """Fidelity of one layer, converted alone but for the figures in place."""
+
     delta_ce: Figure = None
     fvu: Figure = None
+    fvu_with_bos: Figure = None
     fvu_in_place_local: Figure = None
+    fvu_in_place_teacher: Figure = None
     l0: Figure = None
     dead_fraction: Figure = None
     always_on: Figure = None
     recovered_zero: Figure = None
+    recovered_mean: Figure = None
 
 
-class _Fidelity(_Part):
+class Fidelity(Part):
+    """Fidelity of the converted model to its base: cross-entropies in nats per token, and figures per layer."""
+
     tokens: Annotated[int, Field(ge=0)]
     ce_base: Figure
     ce_converted: Figure
@@ -65,32 +94,50 @@ class _Fidelity(_Part):
     ce_zero_ablation: Figure = None
     ce_mean_ablation: Figure = None
     recovered_zero: Figure = None
+    recovered_mean: Figure = None
     compounding: Figure = None
-    layers: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], _LayerFidelity], Field(min_length=1)]
+    layers: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], LayerFidelity], Field(min_length=1)]
 
 
-class _LayerReliance(_Part):
+class LayerReliance(Part):
+    """Reliance of one layer on its experts."""
+
     gate_share: Figure = None
     identity_share: Figure = None
     routing_necessity: Figure = None
+    gain_dimensions: Figure = None
+    output_dimensions: Figure = None
 
 
-class _Reliance(_Part):
-    layers: dict[str, _LayerReliance]
+class Reliance(Part):
+    """Reliance of the model on its experts."""
+
+    layers: dict[str, LayerReliance]
     verdict: Name
     sentence: Name | None = None
+    dense_twin: dict[str, Figure] | None = None
 
 
-class _Elsewhere(_Part):
-    class Figures(_Part):
+class Elsewhere(Part):
+    """Figures on another text, added by `eval --record`."""
+
+    class Figures(Part):
+        """The figures of the whole model."""
+
         tokens: Annotated[int, Field(ge=0)]
         delta_ce: Figure
+        ce_base: Figure = None
+        ce_converted: Figure = None
+        kl: Figure = None
+        top1_agreement: Figure = None
 
-    data: _Text
+    data: Text
     fidelity: Figures
 
 
-class _Cost(_Part):
+class Cost(Part):
+    """What the run took."""
+
     resumed_at_steps: list[int] = []
     train_seconds: Figure = None
     tokens_per_second: Figure = None
@@ -98,27 +145,33 @@ class _Cost(_Part):
     peak_gpu_bytes: Figure = None
 
 
-class Report(_Part):
-    """What a report must hold where it holds it at all; `docs/report.md` says what it means."""
+class Report(Part):
+    """A report. Parts that were not measured are None."""
 
-    base: _Base
+    base: Base
     recipe_sha256: Name | None = None
-    data: _Data | None = None
-    fidelity: _Fidelity | None = None
-    reliance: _Reliance | None = None
-    elsewhere: list[_Elsewhere] = []
-    cost: _Cost | None = None
+    data: Data | None = None
+    fidelity: Fidelity | None = None
+    reliance: Reliance | None = None
+    elsewhere: list[Elsewhere] = []
+    edits: list[dict[str, Any]] = []
+    steering: list[dict[str, Any]] = []
+    cost: Cost | None = None
     versions: dict[str, Name] | None = None
     seeds: dict[str, int | None] | None = None
     local: list[Name] = []
     files: dict[str, Name] | None = None
 
 
-def read_report_file(path: Path) -> dict[str, Any]:
+def read_report_file(path: Path) -> Report:
     """Read a report. Raises InputError, which names the file, the key, its value and the fix."""
-    content = read_mapping(path, "download it, or convert or evaluate again")
+    return parse_report(read_mapping(path, "download it, or convert or evaluate again"), path)
+
+
+def parse_report(content: Any, path: Path) -> Report:
+    """Return the report of a JSON object. path: named in the error. Raises InputError."""
     try:
-        Report.model_validate(content)
+        return Report.model_validate(content)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(map(str, problem["loc"])) or "the report"
@@ -127,4 +180,3 @@ def read_report_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {key} {held}{reason}; download it, or convert or evaluate again") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply to be a report; download it, or convert or evaluate again") from None
-    return content

@@ -11,6 +11,7 @@ import torch
 from mxd_convert.data.blocks import Blocks, TextInfo
 from mxd_convert.plan.resolve import Plan
 from mxd_convert.recipe.schema import Recipe, is_local
+from mxd_convert.report.schema import Report
 from mxd_convert.training.loop import Trained
 
 _PACKAGES = (
@@ -39,7 +40,7 @@ def versions(*more: str) -> dict[str, str]:
 
 def build_report(
     plan: Plan, origin: dict[str, Any], train: Blocks, held_out: Blocks, trained: Trained, figures: dict[str, Any]
-) -> dict[str, Any]:
+) -> Report:
     """The report of a run.
 
     origin: the base's id, revision and tensor hash, its licence and language. figures: the evaluation of the checkpoint as loaded from disk.
@@ -47,7 +48,7 @@ def build_report(
     available = len(train) * train.context
     masked = "BOS tokens and the first position of each block" if plan.recipe.train.mask_bos else "nothing"
     where = "the loss, fvu, l0, dead_fraction, always_on, gate_share and identity_share; cross-entropies are over every predicted token"
-    return {
+    content = {
         "base": {key: value for key, value in origin.items() if key != "local"},
         "recipe_sha256": plan.recipe.published_sha256(),
         "data": {
@@ -72,6 +73,7 @@ def build_report(
         "seeds": {"train": plan.recipe.train.seed},
         "local": _local_keys(plan.recipe),
     }
+    return Report.model_validate(content)
 
 
 def _local_keys(recipe: Recipe) -> list[str]:
