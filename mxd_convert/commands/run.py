@@ -1,21 +1,19 @@
-"""plan -> train -> assemble -> evaluate -> report, each stage resumable."""
+"""`run`: a recipe from plan to finished checkpoint. Every step can be resumed."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
-from mxd_convert.base_model.load import Spread, card_of, load_base, load_tokenizer, model_sha256, quiet
+from mxd_convert.base_model.load import Spread, card_of, load_base, load_tokenizer, model_sha256
+from mxd_convert.base_model.load import quiet as without_noise
 from mxd_convert.base_model.remote_code import has_own_code, trusting
 from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.checkpoint.provenance import file_hashes
@@ -25,8 +23,8 @@ from mxd_convert.commands.dashboard import write_dashboard
 from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.commands.push import check_account, push
 from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare
-from mxd_convert.errors import InputError, Stopped, disk_guard, first_line, is_out_of_memory, memory_guard
-from mxd_convert.escaping import printable, say
+from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
+from mxd_convert.escaping import say
 from mxd_convert.evaluation.fidelity import evaluate_models
 from mxd_convert.files import read_mapping, scratch_beside, write_json, write_text
 from mxd_convert.layers import Trainable
@@ -48,11 +46,12 @@ from mxd_convert.report.card import write_card
 from mxd_convert.report.plots import write_plots
 from mxd_convert.report.schema import Report
 from mxd_convert.report.write import build_report
+from mxd_convert.training.accelerator import new_accelerator
 from mxd_convert.training.distributed import agreed, lost_guard, once_a_machine
 from mxd_convert.training.loop import Job, Trained, train_layers
 from mxd_convert.training.tracking import finish_tracker, start_tracker
 
-TWIN = "twin"  # folder of the dense twin, in the work folder
+TWIN = "twin"  # folder of the dense twin, in the workspace
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Result:
     """A finished conversion.
 
     report: the content of mxd_report.json. already_finished: it was there before this call. main_process: whether this process,
-    of several, is the one to speak. url: where it was published (`output.push_to`). onnx_failures: what of its ONNX export is out of
-    tolerance, which is then not there.
+    of several, is the one that reports. url: where it was published (`output.push_to`). onnx_failures: what of its ONNX export is out of
+    tolerance; there is no export then.
     """
 
     output: Path
@@ -72,6 +71,41 @@ class Result:
     onnx_failures: tuple[str, ...] = ()
 
 
+@dataclass
+class Context:
+    """What the steps of one run share.
+
+    Under torchrun every process has a context. The main process prepares, assembles, evaluates and reports; all of them train.
+    run_id: the same in all processes of this run. trains: whether the training has begun.
+    """
+
+    plan: Plan
+    accelerator: Accelerator
+    workspace: Workspace
+    quiet: bool
+    run_id: str = ""
+    trains: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def processes(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            say(line)
+
+    def agreed(self) -> AbstractContextManager[None]:
+        return agreed(self.processes, self.accelerator.process_index)
+
+
 def convert(
     recipe: Recipe | str | Path | Mapping[str, Any],
     output: str | Path | None = None,
@@ -79,11 +113,18 @@ def convert(
     fresh: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Runs a recipe from beginning to end, or goes on with a run of it that was cut off.
+    """Run a recipe from beginning to end, or resume its unfinished run.
 
-    recipe: a file, the name of a shipped recipe, a mapping or a Recipe. output: the finished checkpoint's folder, in place of the
-    recipe's. overrides: {"train.lr": 1e-3}. fresh: start over, replacing a converted checkpoint or an unfinished run there. quiet: nothing on stderr.
-    Raises InputError for whatever the user can put right, KeyboardInterrupt (resumable) when interrupted.
+    Args:
+        recipe: a file, the name of a shipped recipe, a mapping or a Recipe.
+        output: the finished checkpoint's folder; replaces the recipe's.
+        overrides: keys and values that replace the recipe's, as in {"train.lr": 1e-3}.
+        fresh: start over, replacing a converted checkpoint or an unfinished run at the output.
+        quiet: write nothing to stderr.
+
+    Raises:
+        InputError: for what the user can put right.
+        KeyboardInterrupt: when interrupted; the run can be resumed.
     """
     settings = dict(overrides or {})
     if output is not None:
@@ -97,316 +138,295 @@ def convert(
 def _convert(recipe: Recipe, fresh: bool, quiet: bool) -> Result:
     with once_a_machine():
         plan = make_plan(recipe)
-        accelerator = new_accelerator(plan)
-    run = _Conversion(plan, accelerator, fresh, quiet or not accelerator.is_main_process)
-    with lost_guard(accelerator.num_processes), ExitStack() as stack:
+        accelerator = new_accelerator(plan.recipe.train, plan.output.parent / "logs")
+    workspace = Workspace(plan.recipe, plan.output, fresh)
+    run = Context(plan, accelerator, workspace, quiet or not accelerator.is_main_process)
+    with lost_guard(run.processes), ExitStack() as stack:
         with run.agreed():
-            report = run.place.finished()
-        if report is not None:
-            if run.main:
-                run.place.tidy()
-                run.say_if_without_dashboard()
-            return run.exported(run.published(Result(plan.output, report, True, run.main)))
+            report = workspace.finished()
+        if report is None:
+            with run.agreed():
+                if run.main:
+                    stack.enter_context(workspace.locked())
+            stack.enter_context(disk_guard(plan.output))
+            result = _convert_in_workspace(run)
+        else:
+            result = _already_finished(run, report)
+        return _export(run, _publish(run, result))
+
+
+def _already_finished(run: Context, report: dict[str, Any]) -> Result:
+    output = run.plan.output
+    if run.main:
+        run.workspace.tidy()
+        if run.recipe.output.dashboard and not (output / DASHBOARD).is_dir():
+            run.say(f"it has no dashboard; `mxd-convert dashboard {output} --data TEXT --output {output / DASHBOARD}` writes one")
+    return Result(output, report, True, run.main)
+
+
+def _convert_in_workspace(run: Context) -> Result:
+    """Do all steps, in the workspace. A run that fails before it has trained anything leaves nothing behind."""
+    try:
+        _check_processes_agree(run)
+        with _reported_once(run):
+            tokenizer = _check(run)
+            train, held_out = _prepare(run, tokenizer)
+            trained = _train(run, train)
+            with run.agreed():
+                if trained is not None:  # in the main process
+                    _assemble_and_report(run, trained, train, held_out, tokenizer)
+            return Result(run.plan.output, read_mapping(run.plan.output / REPORT), False, run.main)
+    except Exception:
+        if run.main and (not run.trains or run.processes == 1):  # else other processes may be writing there
+            run.workspace.forget()
+        raise
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------------------
+
+
+def _check(run: Context) -> Any:
+    """Find what can be wrong before any work is done. Returns the base's tokenizer."""
+    with run.agreed():
+        if run.main:
+            if run.recipe.output.push_to is not None:
+                check_account(run.recipe.output.push_to)
+            run.workspace.claim(run.say)
+            resumed = run.workspace.has_state()
+            if not resumed:
+                check_space(run.plan)
+            check_processes(run.plan, run.processes)
+            check_memory(run.plan, run.processes, begun=resumed)
+            for warning in run.plan.warnings:
+                run.say(f"warning: {warning}")
+        base = run.recipe.base
+        return load_tokenizer(base.model, base.revision, base.trust_remote_code)
+
+
+def _prepare(run: Context, tokenizer: Any) -> tuple[Blocks, Blocks]:
+    """Tokenise training and held-out text. The other processes read what the main process has written."""
+    found: list[tuple[Blocks, Blocks]] = []
+    for mains_turn in (True, False):
         with run.agreed():
-            if run.main:
-                stack.enter_context(run.place.locked())
-        stack.enter_context(disk_guard(plan.output))
-        return run.exported(run.published(run.go()))
+            if run.main == mains_turn:
+                found.append(prepare(run.recipe.data, tokenizer, run.workspace.work / "data", run.say))
+                check_vocabulary(found[0][0], run.plan.vocabulary)
+    [(train, held_out)] = found
+    run.say(_summary(run, train, held_out))
+    return train, held_out
 
 
-class _Conversion:
-    """One run. Under torchrun every process has one: the main one prepares, assembles, evaluates and reports; all of them train."""
+def _summary(run: Context, train: Blocks, held_out: Blocks) -> str:
+    plan, settings = run.plan, run.recipe.train
+    many = f" over {run.processes} processes;" if run.processes > 1 else ""
+    joint = f", the last {plan.joint_steps:,} all layers together" if plan.joint_steps else ""
+    return (
+        f"{len(plan.layers)} layer{'s' if len(plan.layers) > 1 else ''}, {plan.layers[0].shape};"
+        f" {plan.steps:,} steps of {plan.tokens // plan.steps:,} tokens (lr {settings.lr:g}, {settings.schedule}{joint});"
+        f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
+    )
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, fresh: bool, quiet: bool) -> None:
-        self.plan, self.recipe, self.accelerator, self.quiet = plan, plan.recipe, accelerator, quiet
-        self.place = Workspace(plan.recipe, plan.output, fresh)
-        self.output, self.work = self.place.output, self.place.work
-        self.main = accelerator.is_main_process
-        self.word = ""  # of this run, where it has several processes
-        self.training = False
 
-    def say(self, line: str) -> None:
-        if not self.quiet:
-            say(line)
+def _train(run: Context, blocks: Blocks) -> Trained | None:
+    """Train the layers, and the dense twin where the recipe asks for it. Returns None in all processes but the main one."""
+    [room] = broadcast_object_list([budget(run.recipe)])  # the same groups of layers in all processes
+    with run.agreed():
+        check_joint(run.plan, room)
+        start_tracker(run.accelerator, run.recipe, run.plan.output.name)
+        base = load_base(run.recipe.base, spread=_spread(run, room))
+        check_gradients(run.recipe, base.dtype == torch.float16)  # with `dtype: auto` the weights decide, not the config
+    run.trains = True
+    trained = train_layers(_job(run, run.plan, base, blocks, run.workspace.work, room))
+    finish_tracker(run.accelerator)
+    if run.recipe.train.twin:
+        run.say("the dense twin:")
+        twin = train_layers(_job(run, twin_of(run.plan), base, blocks, run.workspace.work / TWIN, room))
+        if trained is not None:
+            trained.twin = twin
+    return trained
 
-    def say_if_without_dashboard(self) -> None:
-        if self.recipe.output.dashboard and not (self.output / DASHBOARD).is_dir():
-            self.say(
-                f"it has no dashboard; `mxd-convert dashboard {self.output} --data TEXT --output {self.output / DASHBOARD}` writes one"
-            )
 
-    def agreed(self) -> AbstractContextManager[None]:
-        return agreed(self.accelerator.num_processes, self.accelerator.process_index)
+def _spread(run: Context, room: int) -> Spread | None:
+    """Return how a base model too large for the device is spread over the device, the machine's memory and the disk."""
+    most = base_room(run.plan, room)
+    if most is None:
+        return None
+    run.say("the base model is too large for the available memory: accelerate spreads it, which is slower")
+    device, offload = run.accelerator.device, run.workspace.work / "offload"
+    if device.type == "cpu":
+        return Spread({"cpu": most}, offload)
+    return Spread({device.index or 0: most, "cpu": int(BASE_SHARE * available("cpu"))}, offload)
 
-    def go(self) -> Result:
-        try:
-            self._check_alike()
-            with self._telling_once():
-                return self._go()
-        except Exception:
-            if self.main and (not self.training or self.accelerator.num_processes == 1):  # else others may be writing there
-                self.place.forget()
-            raise
 
-    def exported(self, result: Result) -> Result:
-        """The result, with its ONNX export where the recipe says so."""
-        place = self.output / ONNX
-        if not self.recipe.output.onnx or not self.main or place.exists():
-            return result
-        try:
-            with scratch_beside(self.output) as scratch:
-                export = export_onnx(self.output, scratch / ONNX, quiet=self.quiet)
-                if export.output is not None:
-                    export.output.rename(place)
-        except InputError as error:
-            raise InputError(
-                f"{error}\nThe checkpoint itself is finished: `mxd-convert export-onnx {self.output} DIR` exports it."
-            ) from error
-        return replace(result, onnx_failures=tuple(export.failures))
+def _job(run: Context, plan: Plan, base: Any, blocks: Blocks, folder: Path, room: int) -> Job:
+    return Job(
+        plan.recipe,
+        base,
+        plan.sites,
+        plan.shapes,
+        blocks,
+        folder,
+        run.accelerator,
+        shares(plan, run.processes),
+        lambda indices: groups(plan, indices, room, run.processes),
+        run.quiet,
+    )
 
-    def published(self, result: Result) -> Result:
-        """The result, on the Hub where the recipe says so."""
-        name = self.recipe.output.push_to
-        if name is None or not self.main:
-            return result
-        self.say(f"publishing to {name}")
-        try:
-            return replace(result, url=push(self.output, name, base=self.recipe.base.model).url)
-        except InputError as error:
-            raise InputError(
-                f"{error}\nThe checkpoint itself is finished: `mxd-convert push {self.output} {name}` publishes it."
-            ) from error
 
-    def _go(self) -> Result:
-        settings, layer = self.recipe.base, self.recipe.layer
-        with self.agreed():
-            if self.main:
-                self._begin()
-            tokenizer = load_tokenizer(settings.model, settings.revision, settings.trust_remote_code)
-        for mains_turn in (True, False):  # the others read what the main process has prepared
-            with self.agreed():
-                if self.main == mains_turn:
-                    train, held_out = prepare(self.recipe.data, tokenizer, self.work / "data", self.say)
-                    check_vocabulary(train, self.plan.vocabulary)
-        self.say(self._summary(train, held_out))
-        trained = self._train(train)
-        with self.agreed():
-            if trained is not None:
-                with memory_guard(
-                    "out of memory while assembling and evaluating; free some, or convert fewer layers (layers: ...) or lower"
-                    f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command goes on from there."
-                ):
-                    self._finish(trained, train, held_out, tokenizer)
-        return Result(self.output, read_mapping(self.output / REPORT), False, self.main)
-
-    def _begin(self) -> None:
-        """What is found out before any work is done."""
-        if self.recipe.output.push_to is not None:
-            check_account(self.recipe.output.push_to)
-        self.place.claim(self.say)
-        if not self.place.has_state():
-            check_space(self.plan)
-        check_processes(self.plan, self.accelerator.num_processes)
-        check_memory(self.plan, self.accelerator.num_processes, begun=self.place.has_state())
-        for warning in self.plan.warnings:
-            self.say(f"warning: {warning}")
-
-    def _check_alike(self) -> None:
-        """Raises InputError where the processes don't all have the same recipe, or don't see the same work folder."""
-        if self.accelerator.num_processes == 1:
-            return
-        [self.word, recipe] = broadcast_object_list([uuid.uuid4().hex, self.recipe.model_dump()])
-        if self.main:
-            self.place.show(self.word)
-        self.accelerator.wait_for_everyone()
-        with self.agreed():
-            self.place.check_shown(self.word)
-            if recipe != self.recipe.model_dump():
-                raise InputError(
-                    "recipe: not the same in all processes, once its paths and the base's revision are resolved; give all of them the same"
-                    " files under the same paths, and base.revision as a commit"
-                )
-
-    @contextmanager
-    def _telling_once(self) -> Iterator[None]:
-        """What several processes find wrong, or one of them and then the others for want of it, is told by the first."""
-        try:
-            with lost_guard(self.accelerator.num_processes):
-                yield
-        except InputError as error:
-            error.told = error.told or not self._first_to_tell()
-            raise
-        except KeyboardInterrupt:
-            stopped = Stopped()
-            stopped.told = not self._first_to_tell()
-            raise stopped from None
-
-    def _first_to_tell(self) -> bool:
-        return self.accelerator.num_processes == 1 or self.place.first_to_tell(self.word)
-
-    def _finish(self, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
-        settings = self.recipe.base
-        original = load_base(settings, dtype="auto")
-        origin = {
-            "model": Path(settings.model).name if is_local(settings.model) else settings.model,
-            "revision": settings.revision,
-            "sha256": model_sha256(original),
-            "local": is_local(settings.model),
-            **({"mlp": settings.mlp.model_dump(exclude_defaults=True)} if settings.mlp is not None else {}),
-            **({"own_code": True} if has_own_code(original) else {}),
-        }
-        folder = self._assemble(original, trained.layers, origin, self.work / "checkpoint")
-        with quiet():
+def _assemble_and_report(run: Context, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
+    layer = run.recipe.layer
+    with memory_guard(
+        "out of memory while assembling and evaluating; free some, or convert fewer layers (layers: ...) or lower"
+        f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command resumes from there."
+    ):
+        original = load_base(run.recipe.base, dtype="auto")
+        origin = _origin(run.recipe, original)
+        folder = _assemble(original, trained.layers, origin, run.workspace.work / "checkpoint")
+        with without_noise():
             tokenizer.save_pretrained(folder)
         twin = None
         if trained.twin is not None:
-            twin = self._assemble(original, trained.twin.layers, origin, self.work / TWIN / "checkpoint")
+            twin = _assemble(original, trained.twin.layers, origin, run.workspace.work / TWIN / "checkpoint")
         del original
-        figures = self._evaluate(folder, held_out, twin)
-        if self.recipe.output.dashboard:
-            self._write_dashboard(folder, held_out, tokenizer)
-        report = build_report(self.plan, {**origin, **card_of(settings)}, train, held_out, trained, figures)
-        self._write_report(folder, report, origin)
-        self.place.publish(folder)
-
-    def _summary(self, train: Blocks, held_out: Blocks) -> str:
-        layers = self.plan.layers
-        resolved, processes = self.recipe.train, self.accelerator.num_processes
-        many = f" over {processes} processes;" if processes > 1 else ""
-        joint = f", the last {self.plan.joint_steps:,} all layers together" if self.plan.joint_steps else ""
-        return (
-            f"{len(layers)} layer{'s' if len(layers) > 1 else ''}, {layers[0].shape};"
-            f" {self.plan.steps:,} steps of {self.plan.tokens // self.plan.steps:,} tokens (lr {resolved.lr:g}, {resolved.schedule}{joint});"
-            f"{many} {len(train) * train.context:,} tokens of text, {len(held_out) * held_out.context:,} held out"
-        )
-
-    def _train(self, blocks: Blocks) -> Trained | None:
-        plan = self.plan
-        [room] = broadcast_object_list([budget(self.recipe)])  # grouped alike in all processes
-        with self.agreed():
-            check_joint(plan, room)
-            start_tracker(self.accelerator, self.recipe, self.output.name)
-            base = load_base(self.recipe.base, spread=self._spread(room))
-            check_gradients(self.recipe, base.dtype == torch.float16)  # `dtype: auto` may find in the weights what no config says
-        self.training = True
-        trained = train_layers(self._job(plan, base, blocks, self.work, room))
-        finish_tracker(self.accelerator)
-        if self.recipe.train.twin:
-            self.say("the dense twin:")
-            twin = train_layers(self._job(twin_of(plan), base, blocks, self.work / TWIN, room))
-            if trained is not None:
-                trained.twin = twin
-        return trained
-
-    def _job(self, plan: Plan, base: Any, blocks: Blocks, folder: Path, room: int) -> Job:
-        processes = self.accelerator.num_processes
-        return Job(
-            plan.recipe,
-            base,
-            plan.sites,
-            plan.shapes,
-            blocks,
-            folder,
-            self.accelerator,
-            shares(plan, processes),
-            lambda indices: groups(plan, indices, room, processes),
-            self.quiet,
-        )
-
-    def _spread(self, room: int) -> Spread | None:
-        """How a base model too large for the device is spread: over the device, the machine's memory and the disk."""
-        most = base_room(self.plan, room)
-        if most is None:
-            return None
-        self.say("the base model is too large for the memory to be had: accelerate spreads it, which is slower")
-        device = self.accelerator.device
-        if device.type == "cpu":
-            return Spread({"cpu": most}, self.work / "offload")
-        return Spread({device.index or 0: most, "cpu": int(BASE_SHARE * available("cpu"))}, self.work / "offload")
-
-    def _assemble(self, original: Any, layers: Mapping[int, Trainable], origin: dict[str, Any], folder: Path) -> Path:
-        if folder.exists():
-            shutil.rmtree(folder)
-        with quiet():
-            insert_layers(original, layers, origin).save_pretrained(folder)
-        return folder
-
-    def _evaluate(self, folder: Path, held_out: Blocks, twin: Path | None) -> dict[str, Any]:
-        converted = load_checkpoint(folder, dtype="float32")
-        constant = None if twin is None else load_checkpoint(twin, dtype="float32")
-        base = load_base(self.recipe.base, dtype="float32")
-        device, mask_bos = self._device_to_evaluate(), self.recipe.train.mask_bos
-        return evaluate_models(base, converted, self.plan.sites, held_out, mask_bos, device, self.quiet, constant)
-
-    def _write_dashboard(self, folder: Path, held_out: Blocks, tokenizer: Any) -> None:
-        converted, mask_bos = load_checkpoint(folder, dtype="float32"), self.recipe.train.mask_bos
-        place = self._device_to_evaluate()
-        name = self.output.name
-        write_dashboard(
-            folder / DASHBOARD, converted, tokenizer, held_out, name, mask_bos=mask_bos, device=place, quiet=self.quiet
-        )
-
-    def _device_to_evaluate(self) -> torch.device:
-        device = self.accelerator.device
-        return device if fits_for_evaluation(self.plan, device.type) else torch.device("cpu")
-
-    def _write_report(self, folder: Path, report: Report, origin: dict[str, Any]) -> None:
-        recipe_yaml = self.recipe.to_yaml()
-        write_text(folder / "recipe.yaml", recipe_yaml)
-        shutil.copyfile(self.work / "training_log.jsonl", folder / "training_log.jsonl")
-        local: dict[str, Any] = {"base": self.recipe.base.model} if origin["local"] else {}
-        data = {part: text.path for part, text in (("train", self.recipe.data.train), ("eval", self.recipe.data.eval))}
-        local["data"] = {part: path for part, path in data.items() if path is not None and is_local(path)}
-        write_json(folder / LOCAL, {**local, "recipe": self.recipe.fingerprint()})
-        write_plots(folder, report, folder / "training_log.jsonl")
-        report.files = file_hashes(folder)
-        write_card(folder, report, recipe_yaml, base_on_hub=not origin["local"])
-        write_json(folder / REPORT, report.to_dict())
+        figures = _evaluate(run, folder, held_out, twin)
+        if run.recipe.output.dashboard:
+            _write_dashboard(run, folder, held_out, tokenizer)
+        about = {**origin, **card_of(run.recipe.base)}
+        _write_report(run, folder, build_report(run.plan, about, train, held_out, trained, figures))
+        run.workspace.publish(folder)
 
 
-_LEFT_OVER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+def _origin(recipe: Recipe, original: Any) -> dict[str, Any]:
+    """Return what config.json and the report say of the base model."""
+    base = recipe.base
+    return {
+        "model": Path(base.model).name if is_local(base.model) else base.model,
+        "revision": base.revision,
+        "sha256": model_sha256(original),
+        "local": is_local(base.model),
+        **({"mlp": base.mlp.model_dump(exclude_defaults=True)} if base.mlp is not None else {}),
+        **({"own_code": True} if has_own_code(original) else {}),
+    }
 
 
-def _check_launch() -> None:
-    """Raise InputError where the environment speaks of several processes and no launcher has said where they meet: they never would."""
-    found = [name for name in _LEFT_OVER if name in os.environ and not (name.endswith("_SIZE") and os.environ[name] == "1")]
-    if found and "MASTER_ADDR" not in os.environ:
-        raise InputError(
-            f"the environment has {', '.join(f'{name}={printable(os.environ[name])[:20]}' for name in found)}, left by something else than a"
-            f" launcher of this run; unset {'it' if len(found) == 1 else 'them'}, or launch several processes with `torchrun` or"
-            " `accelerate launch`"
-        )
+def _assemble(original: Any, layers: Mapping[int, Trainable], origin: dict[str, Any], folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    with without_noise():
+        insert_layers(original, layers, origin).save_pretrained(folder)
+    return folder
 
 
-def new_accelerator(plan: Plan) -> Accelerator:
-    """The devices and processes that a plan's training uses. Raises InputError where precision or tracker can't be had."""
-    # accelerate keeps one state a process: without this, a second conversion would run with the first one's precision
-    _check_launch()
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    GradientState._reset_state()
-    train = plan.recipe.train
+def _evaluate(run: Context, folder: Path, held_out: Blocks, twin: Path | None) -> dict[str, Any]:
+    """Measure the checkpoint as it lies on disk."""
+    converted = load_checkpoint(folder, dtype="float32")
+    constant = None if twin is None else load_checkpoint(twin, dtype="float32")
+    base = load_base(run.recipe.base, dtype="float32")
+    mask_bos, device = run.recipe.train.mask_bos, _evaluation_device(run)
+    return evaluate_models(base, converted, run.plan.sites, held_out, mask_bos, device, run.quiet, constant)
+
+
+def _write_dashboard(run: Context, folder: Path, held_out: Blocks, tokenizer: Any) -> None:
+    write_dashboard(
+        folder / DASHBOARD,
+        load_checkpoint(folder, dtype="float32"),
+        tokenizer,
+        held_out,
+        run.plan.output.name,
+        mask_bos=run.recipe.train.mask_bos,
+        device=_evaluation_device(run),
+        quiet=run.quiet,
+    )
+
+
+def _evaluation_device(run: Context) -> torch.device:
+    device: torch.device = run.accelerator.device
+    return device if fits_for_evaluation(run.plan, device.type) else torch.device("cpu")
+
+
+def _write_report(run: Context, folder: Path, report: Report) -> None:
+    """Write recipe, log, plots, card and report into the checkpoint's folder."""
+    recipe, on_hub = run.recipe, not is_local(run.recipe.base.model)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    shutil.copyfile(run.workspace.work / "training_log.jsonl", folder / "training_log.jsonl")
+    texts = {"train": recipe.data.train.path, "eval": recipe.data.eval.path}
+    local = {
+        **({} if on_hub else {"base": recipe.base.model}),
+        "data": {part: path for part, path in texts.items() if path is not None and is_local(path)},
+        "recipe": recipe.fingerprint(),
+    }
+    write_json(folder / LOCAL, local)
+    write_plots(folder, report, folder / "training_log.jsonl")
+    report.files = file_hashes(folder)
+    write_card(folder, report, recipe.to_yaml(), base_on_hub=on_hub)
+    write_json(folder / REPORT, report.to_dict())
+
+
+def _publish(run: Context, result: Result) -> Result:
+    """Push the finished checkpoint where the recipe asks for it."""
+    name = run.recipe.output.push_to
+    if name is None or not run.main:
+        return result
+    run.say(f"publishing to {name}")
     try:
-        accelerator = Accelerator(
-            cpu=train.device == "cpu" or not torch.cuda.is_available(),
-            mixed_precision="bf16" if train.precision == "bf16" else "no",
-            log_with=None if train.tracker == "none" else train.tracker,
-            project_dir=str(plan.output.parent / "logs"),
-            # the others wait while the main process reads text and evaluates, which may take hours
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-        )
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
-        if is_out_of_memory(error):
-            raise
-        if train.precision == "bf16" and "precision" in str(error).lower():
-            raise InputError(f"train.precision: {train.precision}: {first_line(error)}") from None
-        if train.tracker == "none":
-            asked = [name for name in sorted(os.environ) if name.startswith("ACCELERATE_")]
-            hint = f"; the environment asks accelerate for more: unset {', '.join(asked)}" if asked else ""
-            raise InputError(
-                f"accelerate can't set up the processes and devices of this run: {first_line(error)}{hint}"
-            ) from None
+        return replace(result, url=push(result.output, name, base=run.recipe.base.model).url)
+    except InputError as error:
         raise InputError(
-            f"train.tracker: {train.tracker} can't be used ({str(error).splitlines()[0]}); install it, or set train.tracker: none"
-        ) from None
-    torch.manual_seed(train.seed)
-    return accelerator
+            f"{error}\nThe checkpoint itself is finished: `mxd-convert push {result.output} {name}` publishes it."
+        ) from error
+
+
+def _export(run: Context, result: Result) -> Result:
+    """Export the finished checkpoint to ONNX where the recipe asks for it."""
+    target = result.output / ONNX
+    if not run.recipe.output.onnx or not run.main or target.exists():
+        return result
+    try:
+        with scratch_beside(result.output) as scratch:
+            export = export_onnx(result.output, scratch / ONNX, quiet=run.quiet)
+            if export.output is not None:
+                export.output.rename(target)
+    except InputError as error:
+        raise InputError(
+            f"{error}\nThe checkpoint itself is finished: `mxd-convert export-onnx {result.output} DIR` exports it."
+        ) from error
+    return replace(result, onnx_failures=tuple(export.failures))
+
+
+# --- several processes -------------------------------------------------------------------------------------------------------------
+
+
+def _check_processes_agree(run: Context) -> None:
+    """Raise InputError where the processes don't all have the same recipe, or don't see the same workspace."""
+    if run.processes == 1:
+        return
+    [run.run_id, recipe] = broadcast_object_list([uuid.uuid4().hex, run.recipe.model_dump()])
+    if run.main:
+        run.workspace.show(run.run_id)
+    run.accelerator.wait_for_everyone()
+    with run.agreed():
+        run.workspace.check_shown(run.run_id)
+        if recipe != run.recipe.model_dump():
+            raise InputError(
+                "recipe: not the same in all processes, once its paths and the base's revision are resolved; give all of them the same"
+                " files under the same paths, and base.revision as a commit"
+            )
+
+
+@contextmanager
+def _reported_once(run: Context) -> Iterator[None]:
+    """Let the first process that finds an error report it; the others stay silent."""
+
+    def is_first() -> bool:
+        return run.processes == 1 or run.workspace.first_to_tell(run.run_id)
+
+    try:
+        with lost_guard(run.processes):
+            yield
+    except InputError as error:
+        error.told = error.told or not is_first()
+        raise
+    except KeyboardInterrupt:
+        stopped = Stopped()
+        stopped.told = not is_first()
+        raise stopped from None

@@ -22,7 +22,7 @@ import torch
 from mxd_convert.base_model.load import load_base, load_tokenizer
 from mxd_convert.checkpoint.read import REPORT, read_report
 from mxd_convert.checkpoint.workspace import Workspace
-from mxd_convert.commands.run import convert, new_accelerator
+from mxd_convert.commands.run import convert
 from mxd_convert.data.blocks import check_vocabulary, prepare
 from mxd_convert.errors import InputError, NotFinite, disk_guard
 from mxd_convert.files import read_mapping, read_sealed, write_sealed
@@ -31,6 +31,7 @@ from mxd_convert.plan.resolve import Plan, check_gradients, make_plan
 from mxd_convert.recipe.load import load_recipe, parse_list
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.report.frontier import row_of, write_frontier, write_table
+from mxd_convert.training.accelerator import new_accelerator
 from mxd_convert.training.loop import Job
 from mxd_convert.training.together import same_activations, train_together
 
@@ -230,7 +231,8 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
     for run in group:
         check_gradients(run.plan.recipe, base.dtype == torch.float16)
     with ExitStack() as stack:
-        jobs, accelerator = [], new_accelerator(group[0].plan)
+        jobs, first = [], group[0].plan
+        accelerator = new_accelerator(first.recipe.train, first.output.parent / "logs")
         for run in group:
             place = Workspace(run.plan.recipe, run.plan.output, fresh=False)
             place.finished()
