@@ -56,7 +56,7 @@ def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
     recipe = load_recipe(model, study.Case(model, arm, 8, 5e-3, 2, 300_000).settings())
     train = resolve_train(recipe, 64, 1780).train
     published = "published" in arm or "paper" in arm
-    assert (train.init, train.k_init) == (("paper", 8) if published else ("data", 32))
+    assert (train.init, train.k_init) == (("paper", 8) if published else ("tokens", 32))
     schedule, batch = ("constant", 4096) if arm == "MxD, paper" else ("trapezoid", 1024 if published else 256)
     assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, schedule, batch, 300_000)
     assert train.joint == (0.0 if published else 0.4)

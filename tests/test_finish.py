@@ -22,7 +22,7 @@ from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
 from mxd_convert.plan import memory
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.joint import InPlace, JointStage, piece_tokens
-from mxd_convert.training.loop import FINISH, Training, lower
+from mxd_convert.training.loop import JOINT, Training, lower
 from mxd_convert.training.stage import Stage
 
 SHARE = {"joint": 0.4}
@@ -164,7 +164,7 @@ def test_a_finish_that_was_cut_off_goes_on_and_ends_the_same(models, text, tmp_p
         patched.setattr(Stage, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert(recipe, quiet=True)
-    assert (tmp_path / "cut.partial" / "state" / FINISH).is_dir()
+    assert (tmp_path / "cut.partial" / "state" / JOINT).is_dir()
     done = convert(recipe, quiet=True)
     assert done.report["cost"]["resumed_at_steps"] == [19 + step + 1]  # of 32 steps 13 are the finish's
     assert_the_same(done, whole)

@@ -138,9 +138,9 @@ def test_without_data_it_is_compared_on_what_was_held_out(converted, tmp_path, t
 
 def test_a_text_of_too_few_documents_gives_way_to_the_one_that_ships(models, tmp_path):
     """None of whose documents is held out by its content."""
-    from mxd_convert import data
+    from mxd_convert.data.documents import is_held_out
 
-    few = [text for text in (f"Text {i}: " + "some words of it. " * 60 for i in range(40)) if not data.is_held_out(text)][:6]
+    few = [text for text in (f"Text {i}: " + "some words of it. " * 60 for i in range(40)) if not is_held_out(text)][:6]
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
     recipe = small_recipe(models["gpt2"], path, tmp_path / "run", layers=[1], data={"eval": {"tokens": 64}, "tokens": 512})

@@ -22,7 +22,8 @@ from mxd_convert.data.labelled import read_labelled
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.probes import fit as probing
 from mxd_convert.evaluation.probes.pooling import coefficients_of, encode_documents, pool, random_coefficients
-from mxd_convert.layers import DenseTwin, MxD
+from mxd_convert.layers import MxD
+from mxd_convert.layers.trainable import trainable_class
 from mxd_convert.recipe.schema import Base
 
 WORDS = ["the", "value", "of", "this", "class", "is", "not", "in", "a", "list", "when", "name", "type", "string", "object"]
@@ -338,7 +339,7 @@ def test_a_checkpoint_without_experts_is_refused(refused, models, labelled, tmp_
     base = load_base(Base(model=str(models["llama"])))
     [site] = find_sites(base, base.config, [1])
     folder = tmp_path / "twin"
-    swap.insert_layers(base, {1: DenseTwin(site.d_in, 8, site.d_out)}).save_pretrained(folder)
+    swap.insert_layers(base, {1: trainable_class("dense_twin")(site.d_in, 8, site.d_out)}).save_pretrained(folder)
     load_tokenizer(str(QUICKSTART)).save_pretrained(folder)
     refused("probe", folder, "--data", labelled, words=("twin", "dense_twin", "no experts"))
     assert [path.name for path in tmp_path.iterdir()] == ["twin"]

@@ -132,7 +132,8 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
         half = _seconds(step_of(tokens // 2), device)
         a_token = max(seconds - half, 0.1 * seconds) / (tokens - tokens // 2)
         seconds += a_token * (step_tokens - tokens)
-    module.k = layer.shape.k
+    if module.n_experts:
+        module.k = layer.shape.k
     x_BI = torch.randn(min(tokens, 512), layer.shape.d_in, device=device)
     with torch.no_grad():
         forward = _seconds(lambda: module(x_BI), device) / len(x_BI)
