@@ -1,10 +1,10 @@
-# make quickstart | test | test-all | slow | lint | hf-tests | fuzz | faults | bench | study | schema | families | cards | clients
+# make quickstart | test | test-all | slow | lint | dist | hf-tests | fuzz | faults | bench | study | schema | families | cards | clients
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test slow test-all hf-tests fuzz faults lint bench study format schema families cards clients clean
+.PHONY: quickstart test slow test-all hf-tests fuzz faults lint dist bench study format schema families cards clients clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
@@ -35,6 +35,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/dead_code.py
 
 # half an hour on two cores; on a machine with a GPU, benchmarks/gpu.py does the same there
 bench: $(VENV)/installed
@@ -48,6 +49,10 @@ bench: $(VENV)/installed
 # what the fast preset is worth, against the paper's start and transcoders: most of a day on two cores; goes on where it was cut off
 study: $(VENV)/installed
 	$(BIN)/python benchmarks/study.py --results benchmarks/study.jsonl
+
+# wheel and source distribution, in dist/
+dist: $(VENV)/installed
+	$(BIN)/python -m hatchling build -t wheel -t sdist -d dist
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

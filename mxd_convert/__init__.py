@@ -1,6 +1,7 @@
-"""mxd-convert: turns a pretrained HuggingFace causal LM into one whose MLPs are sparse, interpretable Mixture-of-Decoders layers.
+"""mxd-convert: replace the MLPs of a pretrained Hugging Face causal LM by sparse, interpretable Mixture-of-Decoders layers.
 
-Importing this package makes `transformers`' auto classes know converted checkpoints. Nothing heavy is imported before it is used.
+Importing this package registers converted checkpoints with the auto classes of transformers. Each public function is imported
+when it is first used.
 """
 
 import importlib

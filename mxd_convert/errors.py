@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and the translation of a full disk and of used-up memory into it."""
+"""`InputError`, the exception for errors that the user can fix, and guards that raise it for a full disk or exhausted memory."""
 
 import errno
 import resource
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INTERRUPTED = 130  # exit status
-INTERRUPTED_AND_TOLD = -130  # by another process
+INTERRUPTED_AND_TOLD = -130  # the same, if another process of the run has reported it
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = (
     "out of memory",
@@ -25,73 +25,73 @@ _NO_MEMORY = (
 
 
 class InputError(ValueError):
-    """The user's input is at fault: the message names the thing, the value and the fix in a line or two (exit status 2).
+    """An error that the user can fix. The message names the input, its value and the fix in one or two lines (exit status 2).
 
-    told: whether another process of the same run says it.
+    told: whether another process of the same run reports the error.
     """
 
     told = False
 
 
 class NotFinite(InputError):
-    """A loss or a parameter of a run is not finite: of several runs, the others may go on."""
+    """A loss or parameter that is not finite. Other runs of the same sweep can continue."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was told to stop, by Ctrl-C or SIGTERM, and has saved its state. told: as above."""
+    """A run that was stopped by Ctrl-C or SIGTERM and has saved its state. told: as for `InputError`."""
 
     told = False
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """Return the first line of an error's message, or its name where it has none; cut at `most` characters."""
+    """Return the first line of an error's message, or its type if the message is empty, cut to `most` characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that there is no space left, however it was wrapped (safetensors and shutil report it in words)."""
+    """Return whether `error` reports a full disk. safetensors and shutil report it only in the message."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
-    words = str(error)
+    message = str(error)
     return any(
-        said in words
+        text in message
         for code in _NO_SPACE
-        for said in (f"os error {code}", f"[Errno {code}]", f"No space left on device ({code})")
+        for text in (f"os error {code}", f"[Errno {code}]", f"No space left on device ({code})")
     )
 
 
 @contextmanager
 def disk_guard(folder: Path) -> Iterator[None]:
-    """Turn 'no space left' below into an InputError that names `folder`."""
+    """Raise an InputError that names `folder` if the block fails because the disk is full."""
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or not is_disk_full(error):
             raise
         raise InputError(
-            f"{folder}: no space left on the disk. Free some space and give the same command again;"
+            f"{folder}: no space left on the disk. Free some space and run the same command again;"
             " a run resumes from its last saved state."
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory has run out, on a device or in the process (torch and the loader say so in words)."""
+    """Return whether `error` reports exhausted memory, on a device or in the process. torch reports it only in the message."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError | OSError | ImportError) and any(word in words for word in _NO_MEMORY)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError | OSError | ImportError) and any(text in message for text in _NO_MEMORY)
 
 
 def address_space() -> int | None:
-    """Return the bytes of address space that this process may take (`ulimit -v`); None without a limit."""
+    """Return the limit on this process's address space in bytes (`ulimit -v`), or None if there is no limit."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit
 
 
 @contextmanager
 def memory_guard(message: str) -> Iterator[None]:
-    """Turn 'out of memory' below into an InputError that says what to lower."""
+    """Raise an InputError with `message` if the block runs out of memory."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Text from checkpoints, data and the Hub, made harmless where it is shown: on a terminal, in Markdown, in a spreadsheet."""
+"""Escaping of untrusted text from checkpoints, data and the Hub for terminals, Markdown and spreadsheets."""
 
 import re
 import sys
@@ -7,12 +7,12 @@ from contextlib import suppress
 from typing import Any
 
 _MARKDOWN = re.compile(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))")
-_JOINERS = "\u200c\u200d"  # of Persian, Indic scripts and emoji
+_JOINERS = "\u200c\u200d"  # used by Persian, Indic scripts and emoji
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """Return `text` without control characters, which a terminal would take for orders. lines: keep line breaks and tabs."""
+    """Return `text` without control characters, which a terminal would interpret. lines: whether to keep line breaks and tabs."""
     if text.isprintable():
         return text
     kept = _JOINERS + ("\n\t" if lines else "")
@@ -20,11 +20,11 @@ def printable(text: str, lines: bool = False) -> str:
 
 
 def _is_shown(sign: str) -> bool:
-    return sign.isprintable() or unicodedata.category(sign) == "Zs"  # spaces of other writing systems are none to Python
+    return sign.isprintable() or unicodedata.category(sign) == "Zs"  # Python counts non-ASCII spaces as not printable
 
 
 def say(line: str) -> None:
-    """Print a line about what is going on to stderr, as text."""
+    """Print a line of progress to stderr, without control characters."""
     with suppress(UnicodeEncodeError):
         print(printable(line, lines=True), file=sys.stderr, flush=True)
         return
@@ -32,25 +32,25 @@ def say(line: str) -> None:
 
 
 def markdown(text: str) -> str:
-    """Return `text` as one line of Markdown that shows it as it is: no headings, links, code, HTML or table cells of its own."""
+    """Return `text` as one line of Markdown that renders literally, without headings, links, code, HTML or table cells."""
     line = _MARKDOWN.sub(r"\\\1", _one_line(text))
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"^([#+-]|\d+[.)])(?=\s)", r"\\\1", line)
 
 
 def code(text: str) -> str:
-    """Return `text` for between two backticks."""
+    """Return `text` as one line that can be put between two backticks."""
     return _one_line(text).replace("`", "'")
 
 
 def fence(text: str) -> str:
-    """Return a fence of backticks longer than any in `text`."""
+    """Return a fence of backticks longer than any run of backticks in `text`."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     return "`" * max(3, longest + 1)
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a cell that no spreadsheet runs as a formula: text that would begin one gets an apostrophe before it."""
+    """Return a cell that no spreadsheet runs as a formula: text that looks like one gets an apostrophe in front."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 

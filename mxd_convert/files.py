@@ -1,7 +1,7 @@
-"""Files and folders: written whole or not at all, and read with one-line errors where their content may come from anyone.
+"""Atomic writes of files and folders, and reads of untrusted files with one-line errors.
 
-Every file of this package is written through `replacing` (or one of the functions above it), and every output folder is made in a
-`scratch_beside` it. Both leave nothing behind: not after an error, not after a signal, and after a SIGKILL the next call tidies up.
+The package writes every file through `replacing` or a function built on it, and every output folder in a `scratch_beside` it.
+Neither leaves temporary files after an error or a signal. After a SIGKILL, the next call removes them.
 """
 
 import csv
@@ -24,7 +24,7 @@ from typing import Any
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.escaping import csv_cell
 
-MOST_JSON = 256 * 2**20  # bytes of a JSON file: beyond it, reading one would take gigabytes
+MOST_JSON = 256 * 2**20  # bytes; parsing a larger JSON file would take gigabytes of memory
 _SEAL = "seal"  # key of the checksum in a sealed file
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _OWNED = re.compile(rf"-{_HOST}\.(\d+)\.[^.]+(\.tmp)?$")
@@ -36,9 +36,9 @@ _MODE = 0o666 & ~_UMASK
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes `path` if the block succeeds and is removed if it does not.
+    """Yield a temporary sibling, which is renamed to `path` if the block succeeds and removed otherwise.
 
-    A symbolic link at `path` is replaced; its target stays as it is. Raises InputError if the disk is full.
+    A symbolic link at `path` is replaced; its target is not changed. Raises InputError if the disk is full.
     """
     with disk_guard(path):
         scratch = _in_scratch(path)
@@ -49,13 +49,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            temporary.chmod(_MODE)  # mkstemp and safetensors write files that only their owner can read
-            if scratch:  # `put_in_place` settles all of it at once
+            temporary.chmod(_MODE)  # mkstemp and safetensors create files that only the owner can read
+            if scratch:  # `put_in_place` syncs the whole folder at once
                 temporary.replace(path)
                 return
-            _settle(temporary)
+            _sync(temporary)
             temporary.replace(path)
-            _settle(path.parent)
+            _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -67,12 +67,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that any reader accepts: numbers that are not finite become null."""
+    """Write a strict JSON file, with null for numbers that are not finite."""
     write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV file with a header. Text that a spreadsheet would run as a formula is quoted (`csv_cell`)."""
+    """Write a CSV file with a header. `csv_cell` escapes text that a spreadsheet would run as a formula."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(map(csv_cell, columns))
@@ -80,7 +80,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
 
 
 def finite(content: Any) -> Any:
-    """Return `content` with None for every float that is NaN or infinite, which JSON has no word for."""
+    """Return `content` with None for every NaN or infinite float, which JSON can't represent."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
@@ -97,10 +97,10 @@ def finite(content: Any) -> Any:
 def scratch_beside(output: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `output`, on the same disk, and remove it at the end.
 
-    One that a killed process left there is removed first. Raises InputError if the disk is full or the folder can't be made.
+    Folders left by killed processes are removed first. Raises InputError if the disk is full or the folder can't be created.
     """
     with disk_guard(output):
-        made = [place for place in output.parents if not place.exists()]  # the innermost first
+        created = [folder for folder in output.parents if not folder.exists()]  # innermost first
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(output.parent, output.name)
@@ -113,26 +113,29 @@ def scratch_beside(output: Path) -> Iterator[Path]:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            with suppress(OSError):  # the first that is not empty
-                for place in made:
-                    place.rmdir()
+            with suppress(OSError):  # stops at the first folder that is not empty
+                for folder in created:
+                    folder.rmdir()
 
 
 def check_output(output: Path, name: str = "--output") -> None:
-    """Raise InputError if a finished folder can't be renamed to `output`: a file, or a mount point, is there. name: of the option or key."""
+    """Raise InputError if `output` is a file or a mount point, to which no folder can be renamed.
+
+    name: the option or recipe key that the message names.
+    """
     another = "folder" if name.startswith("--") else name
     if not output.name:
         raise InputError(f"{name}: {output} has no name of its own; choose another {another}, such as {output / 'mxd'}")
     if _is_mount(output):
         raise InputError(
-            f"{name}: {output} is a mount point, which nothing can be renamed to; choose a folder inside it, such as {output / 'mxd'}"
+            f"{name}: {output} is a mount point, to which no folder can be renamed; choose a folder inside it, such as {output / 'mxd'}"
         )
     if os.path.lexists(output) and not output.is_dir():
         raise InputError(f"{name}: {output} is a file; choose another {another}")
 
 
 def _is_mount(path: Path) -> bool:
-    """Whether something is mounted at `path`, a folder of the same disk included, which `os.path.ismount` does not see."""
+    """Return whether `path` is a mount point, including bind mounts from the same disk, which `os.path.ismount` misses."""
     with suppress(OSError):
         if os.path.ismount(path):
             return True
@@ -142,12 +145,15 @@ def _is_mount(path: Path) -> bool:
 
 
 def put_in_place(folder: Path, output: Path, scratch: Path) -> None:
-    """Rename a finished folder to `output`; what is there is moved into `scratch` first, and put back if the renaming fails."""
+    """Rename a finished folder to `output`.
+
+    An existing `output` is first moved into `scratch`, and moved back if the rename fails.
+    """
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(_MODE)
-    with ThreadPoolExecutor(16) as together:  # one after the other, thousands of small files take half a minute
-        list(together.map(_settle, files))
+    with ThreadPoolExecutor(16) as pool:  # syncing thousands of small files one by one takes half a minute
+        list(pool.map(_sync, files))
     old = scratch / "old"
     if output.exists():
         output.rename(old)
@@ -157,17 +163,22 @@ def put_in_place(folder: Path, output: Path, scratch: Path) -> None:
         if old.exists() and not output.exists():
             old.rename(output)
         raise
-    _settle(output.parent)
+    _sync(output.parent)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, fix: str = "download it or convert again") -> Any:
-    """Read a JSON file that may come from anyone. Raises InputError, which names the file and ends in `fix`."""
+    """Return the content of an untrusted JSON file.
+
+    fix: the last part of the error message. Raises InputError if the file is missing, too large or invalid.
+    """
     try:
         if path.stat().st_size > MOST_JSON:
-            raise InputError(f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, more than any file of its kind has; {fix}")
+            raise InputError(
+                f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, more than the limit of {MOST_JSON // 2**20} MiB; {fix}"
+            )
         check_pointer(path)
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except InputError:
@@ -181,7 +192,7 @@ def read_json(path: Path, fix: str = "download it or convert again") -> Any:
 
 
 def read_mapping(path: Path, fix: str = "download it or convert again") -> dict[str, Any]:
-    """Read a JSON file that holds a mapping. Raises InputError as `read_json` does."""
+    """Return the content of a JSON file whose top level is a mapping. Raises InputError as `read_json` does."""
     content = read_json(path, fix)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {kind_of(content)}; expected a mapping; {fix}")
@@ -189,36 +200,39 @@ def read_mapping(path: Path, fix: str = "download it or convert again") -> dict[
 
 
 def check_links(folder: Path) -> None:
-    """Raise InputError for a symbolic link in `folder` that leads out of it, or nowhere.
+    """Raise InputError if a symbolic link in `folder` is broken or points out of the folder.
 
-    Publishing or copying such a folder would carry the link's target along, and writing into it would overwrite the target. The links
-    of the Hub's cache, from a snapshot to the blobs beside it, are no such links.
+    Publishing or copying such a folder would include the link's target, and writing into it would overwrite the target. The links
+    of the Hub's cache, from a snapshot to the blobs beside it, are accepted.
     """
     inside = [folder.resolve()]
-    inside += [place.parent / "blobs" for place in folder.resolve().parents if place.name == "snapshots"]
+    inside += [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
     for path in _links(folder):
         target = path.resolve()
-        if not path.exists() or not any(target.is_relative_to(place) for place in inside):
+        if not path.exists() or not any(target.is_relative_to(allowed) for allowed in inside):
             raise InputError(
-                f"{path}: a symbolic link to {os.readlink(path)}, outside of the folder; put the file itself there, or remove the link"
+                f"{path}: a symbolic link to {os.readlink(path)}, outside of the folder; replace the link by the file, or remove it"
             )
 
 
 def _links(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
-        yield from (Path(place, name) for name in sorted([*folders, *files]) if Path(place, name).is_symlink())
+    for parent, folders, files in os.walk(folder):
+        yield from (Path(parent, name) for name in sorted([*folders, *files]) if Path(parent, name).is_symlink())
 
 
 def check_pointer(path: Path) -> None:
-    """Raise InputError for a pointer of Git LFS, which stands for a file that was not downloaded."""
+    """Raise InputError if a file is a Git LFS pointer, whose content was not downloaded."""
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
-            raise InputError(f"{path}: a Git LFS pointer in place of the file itself; `git lfs pull` in that folder downloads it")
+            raise InputError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in that folder to download it")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, waiting for other processes. The lock is on the folder itself: it leaves no file and ends with the process."""
+    """Hold an exclusive lock on a folder, after waiting for other processes.
+
+    The lock is on the folder itself: it leaves no file, and is released when the process ends.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -228,13 +242,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def kind_of(content: Any) -> str:
-    """Return what a value read from JSON is, for an error message: `a list`, `a number`."""
+    """Return the kind of a value read from JSON for an error message, such as `a list` or `a number`."""
     names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(content), "nothing" if content is None else f"a {type(content).__name__}")
 
@@ -243,15 +257,15 @@ def kind_of(content: Any) -> str:
 
 
 def _prefix(name: str) -> str:
-    """Start of the hidden name of what will become `name`. It names the process, by which a leftover is known."""
+    """Return the prefix of the temporary name of `name`. It contains the process id, by which leftovers are found."""
     return f".{name[:100]}-{_HOST}.{os.getpid()}."
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what processes of this machine that are no more have left of `name`."""
-    start = f".{name[:100]}"
-    for path in folder.glob(f"{start.translate(_LITERAL)}-{_HOST}.*"):
-        owner = _OWNED.fullmatch(path.name[len(start) :])
+    """Remove temporary files and folders of `name` that ended processes of this machine have left."""
+    prefix = f".{name[:100]}"
+    for path in folder.glob(f"{prefix.translate(_LITERAL)}-{_HOST}.*"):
+        owner = _OWNED.fullmatch(path.name[len(prefix) :])
         if owner is not None and not _runs(int(owner[1])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -272,13 +286,13 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _settle(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+def _sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't
+        if error.errno != errno.EINVAL:  # raised by file systems without fsync
             raise
     finally:
         os.close(descriptor)
@@ -293,13 +307,13 @@ def _reason(error: ValueError) -> str:
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file with the checksum of its content, by which a resumed run sees damage."""
-    content = json.loads(json.dumps(finite(content)))  # as it will be read
+    """Write a JSON file with a checksum of its content, so that `read_sealed` detects damage."""
+    content = json.loads(json.dumps(finite(content)))  # the checksum is of the content as read back
     write_json(path, {**content, _SEAL: _checksum(content)})
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """Return the content of a sealed file; None where it is missing, damaged or of another kind."""
+    """Return the content of a sealed file, or None if it is missing, damaged or not sealed."""
     try:
         content = read_mapping(path)
     except InputError:

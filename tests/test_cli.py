@@ -34,7 +34,7 @@ def test_init_writes_a_commented_recipe_that_reads_back(mxd, models, tmp_path):
     status, _, err = mxd("init", models["llama"], "--output", path)
     assert status == 0, err
     content = path.read_text()
-    assert "# Active experts (a transcoder's latents) a token;" in content
+    assert "# Active experts (for a transcoder: latents) per token." in content
     assert "llama, 3 layers, width 32" in content
     recipe = load_recipe(path)
     assert recipe == load_recipe({"base": {"model": str(models["llama"])}})
@@ -55,7 +55,7 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
         "steps of 256 tokens",
         "memory",
         "disk",
-        "MFLOP a token",
+        "MFLOP per token",
         "tokens/s",
         "one pass",
     ):

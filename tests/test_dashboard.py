@@ -208,9 +208,9 @@ def test_a_run_writes_it(models, text, tmp_path, monkeypatch, capsys, recipe, re
     assert summary["layers"][0]["active"] == pytest.approx(result.report["fidelity"]["layers"]["1"]["l0"], rel=0.2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     convert(settings)
-    assert "it has no dashboard" not in capsys.readouterr().err
+    assert "has no dashboard" not in capsys.readouterr().err
     without = small_recipe(models["llama"], text, tmp_path / "bare", layers=[1])
     convert(without, quiet=True)
     convert(without, overrides={"output.dashboard": True})
-    assert "it has no dashboard; `mxd-convert dashboard" in capsys.readouterr().err
+    assert "has no dashboard; `mxd-convert dashboard" in capsys.readouterr().err
     refused("plan", recipe(output={"dashboard": True}, layer={"kind": "dense_twin"}), words=("output.dashboard", "no experts"))

@@ -173,7 +173,7 @@ def damaged_parquet():
         ("a.txt", b"\xff\xfea\0", "not UTF-8"),
         ("a.jsonl", b'{"text": "\xe4"}\n', "not UTF-8"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: nested too deeply"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "n": ' + b"9" * 5000 + b"}\n", "line 2: a number of too many digits"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "n": ' + b"9" * 5000 + b"}\n", "line 2: a number has too many digits"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "' + b"b" * 2000 + b'"}\n', "line 2: more than 1,000 characters"),
         ("a.jsonl", b'["a"]\n', "line 1: holds a list that begins with text; expected a mapping with the field 'text'"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "can't be read"),

@@ -82,7 +82,7 @@ def test_what_is_refused(refused, converted, models, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(tmp_path / "delta", damaged)
     (damaged / "full" / "tokenizer.json").write_text("{}")
-    refused("apply", damaged, tmp_path / "full", words=("tokenizer.json does not come out with the recorded hash",))
+    refused("apply", damaged, tmp_path / "full", words=("tokenizer.json doesn't have the recorded hash",))
     (damaged / "layers.safetensors").write_bytes((damaged / "layers.safetensors").read_bytes()[:-10])
     refused("apply", damaged, tmp_path / "full", words=("layers.safetensors", "truncated or damaged"))
     content = json.loads((damaged / "mxd_delta.json").read_text())

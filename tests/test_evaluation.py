@@ -244,7 +244,7 @@ def test_a_gain_of_few_directions_is_told():
     assert "directions" not in sentence({"0": good}, 0.3, None)
     assert "directions" not in sentence({"0": {**good, "gain_dimensions": None, "output_dimensions": 30.0}}, 0.3, None)
     said = sentence({"0": good, "4": {**good, "gain_dimensions": 1.2}}, 0.3, None)
-    assert ", but the gain of layer 4 varies in 1.2 directions where the MLP's output varies in 30.0; " in said
+    assert ", but the gain of layer 4 varies in only 1.2 directions, the MLP's output in 30.0; " in said
 
 
 def test_the_sentence_gives_the_grounds():
@@ -252,12 +252,14 @@ def test_the_sentence_gives_the_grounds():
     weak = {**good, "identity_share": 0.31}
     said = sentence({"0": good, "3": {**good, "gate_share": 0.7}}, 0.3, 0.5)
     assert said.startswith(
-        "experts carry the layer: at least 0.70 of the output's variance is beyond a constant gain (layer 3), 0.80 "
+        "experts carry the layer: at least 0.70 of the output's variance is not explained by a constant gain (layer 3), 0.80 "
     )
-    assert said.endswith("the dense twin rises +0.500 where this rises +0.300: experts are 0.200 better than a constant gain")
+    assert said.endswith(
+        "the dense twin rises +0.500, this model +0.300: the experts save 0.200 nats per token over a constant gain"
+    )
     said = sentence({"0": good, "3": weak}, 0.5, None)
     assert said == (
-        "experts not shown to matter: only 0.31 hangs on which experts fire (layer 3); the dense twin was not trained"
+        "experts not shown to matter: only 0.31 of the output's variance depends on which experts fire (layer 3); the dense twin was not trained"
     )
-    assert "0.100 worse than a constant gain" in sentence({"0": good}, 0.5, 0.4)
+    assert "the experts add 0.100 nats per token over a constant gain" in sentence({"0": good}, 0.5, 0.4)
     assert sentence({"0": dict.fromkeys(good)}, 0.5, None) == "not applicable: these layers have no experts"

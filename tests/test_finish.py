@@ -272,9 +272,9 @@ def test_what_a_finish_can_not_do_is_refused(refused, recipe, monkeypatch):
     refused("run", recipe(train={"joint": 0.3}, base={"dtype": "float16"}), words=("train.joint", "0.3", "base.dtype: float32"))
     with monkeypatch.context() as patched:
         patched.setattr(memory, "base_room", lambda plan, room: 2**20)
-        refused("run", recipe(train={"joint": 0.3}), words=("train.joint", "spread", "set train.joint: 0"))
+        refused("run", recipe(train={"joint": 0.3}), words=("train.joint", "spread", "Set train.joint: 0"))
     monkeypatch.setattr(memory, "_joint", lambda plan, processes: 2**50)
-    refused("run", recipe(train={"joint": 0.3}), words=("train.joint", "GiB", "set train.joint: 0", "layer.experts"))
+    refused("run", recipe(train={"joint": 0.3}), words=("train.joint", "GiB", "Set train.joint: 0", "layer.experts"))
 
 
 def test_out_of_memory_does_not_send_to_where_it_is_refused(models, text, tmp_path):

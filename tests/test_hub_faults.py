@@ -92,7 +92,7 @@ def test_what_goes_wrong_once_is_tried_again(hub, program, folder, fault):
         (403, "POST", "/commit/", ("your token does not allow publishing",)),
         (409, "POST", "/commit/", ("changed by someone else at the same time", "same command again")),
         (429, "POST", "/commit/", ("too many requests", "in 300 s")),
-        (500, "POST", "/commit/", ("the Hub is in trouble (status 500)", "same command again")),
+        (500, "POST", "/commit/", ("server error (status 500)", "same command again")),
         ("drop", "POST", "/api/validate-yaml", ("can't be reached", "same command again")),
     ],
 )
@@ -114,7 +114,7 @@ def test_what_a_push_may_not_do(hub, clients, program_refused, folder):
     assert "bob/his" not in hub.repos
     program_refused("push", folder, "alice/x", words=("needs a token", "hf auth login"), token=None)
     program_refused("push", folder, "alice/x", words=("does not accept your token",), token="hf_wrong")
-    program_refused("push", folder, "not a name", words=("not a repository's name",))
+    program_refused("push", folder, "not a name", words=("not a valid repository name",))
     offline = clients.run_anew("push", folder, "alice/x", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
     assert (offline.status, offline.err) == (2, "mxd-convert: HF_HUB_OFFLINE is set, so the Hub can't be reached; unset it\n")
     program_refused("push", folder / "nowhere", "alice/x", words=("no such folder",))
@@ -131,7 +131,7 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, program, prog
         ("alice/other-base", "a model of type mxd_llama"),
     ):
         before = hub.files(name)
-        program_refused("push", folder, name, words=(name, "holds something else", words, "--replace"))
+        program_refused("push", folder, name, words=(name, "contains something else", words, "--replace"))
         assert hub.files(name) == before
     assert program("push", folder, "alice/mine", "--replace", verified=False).status == 0
     assert on_hub(hub, "alice/mine") == published(folder, "alice/mine")
@@ -229,14 +229,14 @@ def test_a_file_that_stops_half_way_goes_on_from_there(hub, program, tmp_path):
 def test_what_a_pull_refuses(hub, program, program_refused, folder, tmp_path):
     hub.put("bob/llama", {"config.json": b'{"model_type": "llama"}'})
     hub.put("bob/hidden", {"config.json": b"{}"}, private=True)
-    program_refused("pull", "bob/llama", tmp_path / "a", words=("bob/llama: holds a llama model", "mxd-convert list"))
+    program_refused("pull", "bob/llama", tmp_path / "a", words=("bob/llama: contains a llama model", "mxd-convert list"))
     program_refused("pull", "bob/hidden", tmp_path / "a", words=("no such repository", "your token may not read it"))
     program_refused("pull", "bob/nothing", tmp_path / "a", words=("no such repository", "hf auth login"), token=None)
     assert program("push", folder, "alice/pulls", verified=False).status == 0
     program_refused("pull", "alice/pulls", tmp_path / "a", "--revision", "v9", words=("--revision v9", "no such branch"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    program_refused("pull", "alice/pulls", tmp_path / "mine", words=("holds something else",))
+    program_refused("pull", "alice/pulls", tmp_path / "mine", words=("contains other files",))
     assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
     program_refused("pull", "alice/pulls", tmp_path / "b", words=("no space left on the disk",), largest_file=20_000)
     assert not (tmp_path / "b").exists()

@@ -125,13 +125,13 @@ def test_the_runtime_says_what_is_wrong(llama, converted, tmp_path):
 
     for act, words in (
         (lambda: OnnxModel.from_pretrained(converted["llama"]), "no onnx/model.onnx"),
-        (lambda: OnnxModel.from_pretrained(llama, dtype="fp16"), "no graph in fp16; there is fp32"),
+        (lambda: OnnxModel.from_pretrained(llama, dtype="fp16"), "no graph in fp16; available: fp32"),
         (lambda: exported_model.encode(""), "the text is empty"),
         (lambda: exported_model.generate(TEXT, 1000), "more than the model's 128"),
         (lambda: exported_model.continuations([[]]), "a prompt is empty"),
         (lambda: exported_model.generate(TEXT, 2, steering=[{"layer": 1, "expert": 0, "add": 1.0}]), "layer 1 is not converted"),
         (lambda: exported_model.generate(TEXT, 2, steering=[{"layer": 0, "expert": 24, "add": 1.0}]), "no expert 24"),
-        (lambda: exported_model.continuations([[2048]]), "token id 2048: the model knows 0 to 2047"),
+        (lambda: exported_model.continuations([[2048]]), "token id 2048: outside of the vocabulary, 0 to 2047"),
         (lambda: steered(positions="promt"), "'promt'"),
         (lambda: steered(scale=0.0), "only add"),
         (lambda: steered(add=float("nan")), "add is nan"),

@@ -152,9 +152,9 @@ def test_l1_has_no_use_for_k(planned):
 
 def test_a_run_that_was_begun_is_told_what_it_can_go_on_with(planned):
     plan = planned(train={"memory_gib": 0.1})
-    with pytest.raises(InputError, match=r"raise train.memory_gib$"):
+    with pytest.raises(InputError, match=r"raise train.memory_gib\.$"):
         check_memory(plan)
-    with pytest.raises(InputError, match=r"goes on only with more memory or fewer processes; else add --fresh$"):
+    with pytest.raises(InputError, match=r"resumes only with more memory or fewer processes; otherwise add --fresh\.$"):
         check_memory(plan, 2, begun=True)
 
 
@@ -171,5 +171,5 @@ def test_a_context_beyond_what_a_forward_takes_is_counted(planned):
 @pytest.mark.parametrize(("layer", "words"), [({}, r"layer.experts \(24\)"), ({"experts": "auto"}, r"layer.expansion \(32\)")])
 def test_refusals_name_the_key_that_decides_the_number_of_experts(models, text, tmp_path, layer, words):
     settings = {"layer": layer, "train": {"memory_gib": 0.1}}
-    with pytest.raises(InputError, match=rf"train.memory_gib: 0.1 GiB.* lower {words}"):
+    with pytest.raises(InputError, match=rf"train.memory_gib: 0.1 GiB.* Lower {words}"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)

@@ -182,15 +182,13 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_pa
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0
     # a line, unless the launcher, which tells of the killed one itself, was quicker
-    assert errors.count("mxd-convert: ") == errors.count("another process of this run has ended before its time") <= 1, errors
+    assert errors.count("mxd-convert: ") == errors.count("another process of this run exited early") <= 1, errors
     assert HOUSE not in errors, errors
 
 
 def test_the_errors_of_talking_to_nobody_are_a_line():
     with (
-        pytest.raises(
-            InputError, match=r"another process of this run has ended before its time \(.*closed by peer.*same command"
-        ),
+        pytest.raises(InputError, match=r"another process of this run exited early \(.*closed by peer.*same command"),
         lost_guard(2),
     ):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nand more")

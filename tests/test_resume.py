@@ -147,7 +147,7 @@ def test_a_changed_input_is_named(mine, tmp_path, monkeypatch, name):
     place.claim()
     file.write_bytes(b"{}" if before is None else flip(before, name))
     words = "was added" if before is None else "has changed"
-    with pytest.raises(InputError, match=rf"{file} {words}; put that right; --fresh to start over"):
+    with pytest.raises(InputError, match=rf"{file} {words}; undo that change; --fresh to start over"):
         place.claim()
     file.unlink()
     if before is not None:

@@ -92,7 +92,7 @@ def test_what_a_sweep_writes(base_recipe, tmp_path, mxd):
     before = (tmp_path / "sweep" / "sweep.csv").read_bytes()
     status, out, err = mxd(*arguments, "--json")  # nothing is done again
     assert status == 0
-    assert "4 of them done already" in err
+    assert "4 already finished" in err
     assert json.loads(out)["runs"] == table["runs"]
     assert (tmp_path / "sweep" / "sweep.csv").read_bytes() == before
 
@@ -152,14 +152,14 @@ def test_what_is_wrong_is_told_before_any_work(recipe, refused, tmp_path):
     assert not out.exists()
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    refused("sweep", path, "--set", "layer.k=2,4", "--output", out, "--fresh", words=("holds something else than a sweep",))
+    refused("sweep", path, "--set", "layer.k=2,4", "--output", out, "--fresh", words=("not a sweep",))
     assert (out / "precious.txt").read_text() == "mine"
 
 
 def test_another_recipes_sweep_is_not_mixed_in(base_recipe, tmp_path):
     sweep(base_recipe, {"layer.k": [2]}, tmp_path / "sweep", quiet=True)
     sweep(base_recipe, {"layer.k": [2, 4]}, tmp_path / "sweep", quiet=True)  # a grid may grow, under other names
-    with pytest.raises(InputError, match="holds a sweep of another recipe; --fresh"):
+    with pytest.raises(InputError, match=r"contains a sweep of another recipe. Use --fresh"):
         sweep(base_recipe, {"layer.k": [2, 4], "data.tokens": [2048]}, tmp_path / "sweep", quiet=True)
     rows = sweep(base_recipe, {"layer.k": [2, 4], "data.tokens": [2048]}, tmp_path / "sweep", fresh=True, quiet=True).rows
     assert {row["tokens"] for row in rows} == {2048}

@@ -294,7 +294,7 @@ def test_running_out_of_memory_says_what_to_lower(models, text, tmp_path, monkey
     assert is_out_of_memory(error)
     monkeypatch.setattr(place, fail)
     with pytest.raises(
-        InputError, match=r"out of memory while training; lower train.batch_tokens \(256\) or .* train.memory_gib"
+        InputError, match=r"out of memory while training. Lower train.batch_tokens \(256\) or .* train.memory_gib"
     ):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out"), quiet=True)
 
@@ -310,7 +310,7 @@ def test_the_last_good_state_is_named_where_a_loss_is_not_finite(models, text, t
 
     monkeypatch.setattr("mxd_convert.training.stage.learn", spoil)
     settings = {"layers": [1], "train": {"checkpoint_every": 3}, "data": {"tokens": 8192}}
-    with pytest.raises(InputError, match=r"layer 1: the loss is not finite at step 7; the last good state is that of step"):
+    with pytest.raises(InputError, match=r"layer 1: the loss is not finite at step 7; the last good state is at step"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)
 
 

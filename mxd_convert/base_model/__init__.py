@@ -1,1 +1,1 @@
-"""The pretrained model: loading, where each family keeps its MLPs, and putting layers in and out."""
+"""The pretrained model: loading, the location of each family's MLPs, and replacing them by layers and back."""

@@ -1,4 +1,4 @@
-"""One forward of a model -> (input, output) of every chosen MLP, or of whichever modules are watched."""
+"""Inputs and outputs of MLPs or other modules, recorded during a forward of the model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,22 +13,24 @@ from mxd_convert.base_model.families import Site
 
 @dataclass(frozen=True)
 class Activations:
-    """What one MLP saw and returned: (B, T, I) and (B, T, O)."""
+    """The inputs (B, T, I) and outputs (B, T, O) of one MLP."""
 
     inputs: Tensor
     outputs: Tensor
 
 
 class _Enough(Exception):
-    """Raised by the hook of the last module needed, to stop the forward there."""
+    """Raised by the hook of the last module of interest to stop the forward there."""
 
 
 @contextmanager
 def recording(model: nn.Module, sites: Sequence[Site], stop_early: bool = False) -> Iterator[dict[int, Activations]]:
-    """Within it, every forward of `model` leaves the activations of the sites, by layer index, in the yielded dict.
+    """Yield a dict that every forward of `model` fills with the activations of the sites, by layer index.
 
-    What an MLP saw and returned, whatever its surroundings do to it afterwards (Falcon adds to it in place), and as (B, T, ...) also where
-    they flatten the tokens (OPT). With `stop_early` the forward ends (by an exception that `harvest` catches) once all sites have been seen.
+    Activations are copies, because some models modify them in place (Falcon). Their shape is (B, T, ...), even if the decoder
+    layer flattens its tokens (OPT).
+
+    stop_early: whether the forward stops after the last site, by an exception that `harvest` catches.
     """
     seen: dict[int, Activations] = {}
     inputs: dict[int, Tensor] = {}
@@ -73,13 +75,13 @@ def _first(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
 
 
 def _kept(tensor: Tensor, lead: torch.Size) -> Tensor:
-    """A copy, (*lead, width)."""
+    """Return a copy of shape (*lead, width)."""
     return tensor.detach().clone().reshape(*lead, tensor.shape[-1])
 
 
 @torch.no_grad()
 def apply_mlp(model: nn.Module, site: Site, x_BTI: Tensor) -> Tensor:
-    """What the MLP at a site makes of given inputs."""
+    """Return the output (B, T, O) of the MLP at a site for the inputs (B, T, I)."""
     for path in site.modules:
         x_BTI = model.get_submodule(path)(x_BTI)
     return x_BTI
@@ -87,7 +89,7 @@ def apply_mlp(model: nn.Module, site: Site, x_BTI: Tensor) -> Tensor:
 
 @contextmanager
 def watching(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Activations]]:
-    """Input and output of modules by a number of their own, such as a converted model's layers, after every forward."""
+    """Yield a dict that every forward fills with the activations of `modules`, by their keys, such as layer indices."""
     seen: dict[int, Activations] = {}
 
     def hook(index: int) -> Any:
@@ -106,7 +108,7 @@ def watching(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Activations
 
 @torch.no_grad()
 def harvest(model: nn.Module, sites: list[Site], ids_BT: Tensor) -> dict[int, Activations]:
-    """The activations of all sites from one forward, which stops after the last of them."""
+    """Return the activations of all sites, by layer index, from one forward that stops after the last site."""
     with recording(model, sites, stop_early=True) as seen, suppress(_Enough):
         model(input_ids=ids_BT, use_cache=False)
     return seen
@@ -114,7 +116,10 @@ def harvest(model: nn.Module, sites: list[Site], ids_BT: Tensor) -> dict[int, Ac
 
 @torch.no_grad()
 def observe(model: nn.Module, ids_BT: Tensor, watched: Sequence[tuple[nn.Module, Callable[[Tensor, Any], None]]]) -> None:
-    """One forward in which every watched module's (first input, output) goes to the function beside it; it stops after the last of them."""
+    """Run one forward that passes each watched module's first input and its output to a function.
+
+    watched: pairs of module and function. The forward stops after the last module.
+    """
     waiting = set(range(len(watched)))
 
     def hook(number: int, see: Callable[[Tensor, Any], None]) -> Any:

@@ -1,4 +1,4 @@
-"""What looks like an MLP in a model of a family without a row, by its projections' widths and names."""
+"""Detection of the MLP in a model of an unsupported family, by the widths and names of its projections."""
 
 import re
 from typing import Any
@@ -11,16 +11,19 @@ from mxd_convert.recipe.schema import Mlp
 
 
 def widths_of(projection: nn.Module, path: str) -> tuple[int, int]:
-    """(input, output) width of a Linear or of GPT-2's Conv1D, which holds its weight transposed. Raises InputError for what is no matrix."""
+    """Return the (input, output) width of a Linear or of GPT-2's Conv1D, whose weight is transposed.
+
+    Raises InputError if the module has no matrix as its weight.
+    """
     weight = getattr(projection, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise InputError(f"{path} is a {type(projection).__name__}, and no linear projection")
+        raise InputError(f"{path} is a {type(projection).__name__}, no linear projection")
     rows, columns = weight.shape
     return (rows, columns) if type(projection).__name__ == "Conv1D" else (columns, rows)
 
 
 def suggestion(found: Mlp | None) -> str:
-    """What `guess` found, in words for an error."""
+    """Return the result of `guess` as a sentence for an error message, or "" if it is None."""
     if found is None:
         return ""
     content = {"module": f'"{found.module}"', **found.model_dump(exclude={"module"}, exclude_defaults=True)}
@@ -28,22 +31,24 @@ def suggestion(found: Mlp | None) -> str:
     return f" This looks like its MLP: base.mlp: {{{listed}}}"
 
 
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # what configs call it
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # config keys of the activation
 
 
 def guess(model: nn.Module, config: Any) -> Mlp | None:
-    """A recipe's `base.mlp` for a model of a family without a row, by its projections' widths and names; None where nothing looks like a plain
-    MLP. The model's weights may be on the meta device."""
+    """Return the likely `base.mlp` of a recipe for an unsupported family, or None if no module looks like a plain MLP.
+
+    The decision uses the widths and names of projections. The model's weights may be on the meta device.
+    """
     names = (getattr(config, key, None) for key in _ACTIVATIONS)
     activation = next((name for name in names if isinstance(name, str) and name in ACT2FN), None)
     for path, module in model.named_modules():
-        parts = _projections(module) if re.search(r"\.0(\.|$)", path) else None
-        if parts is None or activation is None:
+        projections = _projections(module) if re.search(r"\.0(\.|$)", path) else None
+        if projections is None or activation is None:
             continue
-        up, gate, down = parts
+        up, gate, down = projections
         template = re.sub(r"\.0(\.|$)", r".{i}\1", path, count=1)
         chain = []
-        if template.endswith("{i}"):  # the decoder layer itself
+        if template.endswith("{i}"):  # the projections are in the decoder layer itself
             between = [name for name, child in module.named_children() if isinstance(child, tuple(_activation_classes()))]
             chain = [up, *between, down]
         layers = model.get_submodule(template[: template.index(".{i}")].rpartition(".")[0])
@@ -58,8 +63,8 @@ def _activation_classes() -> set[type]:
 
 
 def _projections(module: nn.Module) -> tuple[str, str | None, str] | None:
-    """(up, gate, down) of a module that has the projections of an MLP, and no others."""
-    children = {child: _in_and_out(part) for child, part in module.named_children()}
+    """Return the names (up, gate, down) if the module has exactly the projections of an MLP, else None."""
+    children = {name: _in_and_out(child) for name, child in module.named_children()}
     linear = {child: widths for child, widths in children.items() if widths is not None}
     for down, (hidden, width) in linear.items():
         ups = [child for child in linear if child != down]

@@ -1,4 +1,7 @@
-"""ONE table: model_type -> where the MLP sits, its projections, activation, GLU or not. A new family is a new row (docs/add-a-family.md)."""
+"""The one table of supported families: the path, projections and activation of their MLPs, by model_type.
+
+A new family is a new row (docs/add-a-family.md).
+"""
 
 import difflib
 import re
@@ -18,36 +21,38 @@ from mxd_convert.recipe.schema import Mlp
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a family of causal LMs holds its MLPs. `{i}` is the layer's index; projections are paths within the module `mlp`.
+    """The location of the MLPs in a family of causal LMs.
 
-    Where the MLP is no module of its own, or one that does more (adds the residual), `chain` names the modules within `mlp` that it
-    consists of, in the order in which they run: the layer takes the place of the first, and what it returns passes the others unchanged.
+    `{i}` in `mlp` is the layer's index. Projections are paths within the module `mlp`.
+
+    `chain` is for an MLP without a module of its own, or whose module also adds the residual. It names the modules within `mlp`
+    that make up the MLP, in the order in which they run. The layer replaces the first of them, and the others become identities.
     """
 
     mlp: str
     up: str
     down: str
-    activation: str  # the config's key that names the activation, or the activation itself where it has none
-    norm: str | None = None  # the last one, before the head
-    gate: str | None = None  # the activated projection of a GLU; the same as `up`: both in one matrix, the gate's half first
+    activation: str  # the config key of the activation, or the activation itself if the config has no key
+    norm: str | None = None  # the final norm, before the head
+    gate: str | None = None  # the activated projection of a GLU; the same as `up` if one matrix has both, the gate's half first
     chain: tuple[str, ...] = ()
-    flat: str | None = None  # a module that still sees (B, T), in a decoder layer that then flattens its tokens to one row
-    after: str | None = None  # norm, within the decoder layer, between the MLP's output and the residual stream
-    scale: str | None = None  # the config's key of what that output is multiplied by
-    dropout: str | None = None  # the config's key of the dropout on the MLP's output, where the MLP itself applies it
+    flat: str | None = None  # a module with inputs (B, T, ...), in a decoder layer that later flattens its tokens to one axis
+    after: str | None = None  # the norm in the decoder layer between the MLP's output and the residual stream
+    scale: str | None = None  # the config key of the factor on the MLP's output
+    dropout: str | None = None  # the config key of the dropout on the MLP's output, if the MLP applies it
 
     @property
     def layer(self) -> str:
-        """The path of a whole decoder layer."""
+        """The path of the decoder layer, with `{i}`."""
         return self.mlp[: self.mlp.index("{i}") + len("{i}")]
 
     @property
     def place(self) -> str:
-        """The path of what a converted layer takes the place of."""
+        """The path of the module that a converted layer replaces, with `{i}`."""
         return f"{self.mlp}.{self.chain[0]}" if self.chain else self.mlp
 
     def words(self, activation: str) -> str:
-        """What was found, for people: `model.layers.{i}.mlp: up_proj, silu(gate_proj) > down_proj`."""
+        """Return a description of the MLP, such as `model.layers.{i}.mlp: silu(gate_proj) * up_proj > down_proj`."""
         halves = f"{activation} of the first half of {self.up} times the second"
         up = f"{activation}({self.up})" if self.gate is None else f"{activation}({self.gate}) * {self.up}"
         chain = f" (of {', '.join(self.chain)})" if self.chain else ""
@@ -55,14 +60,14 @@ class Architecture:
 
     @property
     def then(self) -> tuple[str, ...]:
-        """The paths of what its output passes unchanged."""
+        """The paths of the rest of the chain, with `{i}`, which become identities."""
         return tuple(f"{self.mlp}.{name}" for name in self.chain[1:])
 
 
 def _glu(
     mlp: str = "model.layers.{i}.mlp", norm: str = "model.norm", activation: str = "hidden_act", **more: Any
 ) -> Architecture:
-    """What most families since Llama have."""
+    """Return the row of a GLU with the names that most families since Llama have."""
     return Architecture(mlp, "up_proj", "down_proj", activation, norm, gate="gate_proj", **more)
 
 
@@ -71,9 +76,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "transformer.h.{i}.mlp",
         up="dense_h_to_4h",
         down="dense_4h_to_h",
-        activation="gelu_pytorch_tanh",  # its own module, the same function
+        activation="gelu_pytorch_tanh",  # the same function as Bloom's own module
         norm="transformer.ln_f",
-        chain=("dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),  # the module itself adds the residual
+        chain=("dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),  # the MLP's module also adds the residual
     ),
     "cohere": _glu(),
     "falcon": Architecture(
@@ -152,10 +157,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 @dataclass(frozen=True)
 class Site:
-    """One MLP of a model: where it is and what it computes. Widths in features.
+    """The location, widths and activation of one MLP in a model.
 
-    path: the module whose place a layer takes. then: modules that its output passes unchanged, the rest of an MLP that is no module of its
-    own. hidden: the module whose input are the hidden units. layer: the decoder layer.
+    Attributes:
+        index: The layer's index.
+        path: The module that a layer replaces.
+        d_in: The width of the input.
+        d_hidden: The number of hidden units.
+        d_out: The width of the output.
+        activation: The name of the activation.
+        glu: Whether the MLP is a GLU.
+        then: The modules that become identities, if the MLP is a chain of modules.
+        hidden: The module whose input is the hidden units.
+        layer: The decoder layer.
     """
 
     index: int
@@ -171,17 +185,20 @@ class Site:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Everything that the MLP consists of, in the order in which it runs."""
+        """The modules that make up the MLP, in the order in which they run."""
         return (self.path, *self.then)
 
     def stand_in(self, module: nn.Module) -> dict[str, nn.Module]:
-        """What has to be where, by path, for `module` to stand in for the MLP."""
+        """Return the modules by path that replace the MLP by `module`."""
         return {self.path: module, **{path: nn.Identity() for path in self.then}}
 
 
 def architecture_of(config: Any, own: Mlp | None = None) -> Architecture:
-    """The row for the config of a base or of a converted model: what a recipe's `base.mlp` says (`own`, or what a checkpoint keeps of it),
-    else the table's. Raises InputError for a family that has none."""
+    """Return the row for the config of a base or converted model.
+
+    own: a recipe's `base.mlp`, which takes precedence over that of the checkpoint, and both over the table. Raises InputError if
+    none of them describes the family.
+    """
     kept = getattr(config, "mxd", None) or {}
     own = own or kept_mlp(kept.get("base"))
     if own is not None:
@@ -192,35 +209,35 @@ def architecture_of(config: Any, own: Mlp | None = None) -> Architecture:
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     if model_type.startswith("mxd_"):
-        raise InputError(f"model_type {model_type!r}: this model is already converted; give the model that it came from")
+        raise InputError(f"model_type {model_type!r}: this model is already converted; give its base model")
     close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1, cutoff=0.7)
     raise InputError(
         f"model_type {model_type!r}{_why_not(config)} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         + (f" (nearest: {close[0]})" if close else "")
-        + ".\nA family of your own: describe its MLP in the recipe's base.mlp; a new one for all is one row in mxd_convert/base_model/families.py"
+        + ".\nDescribe the MLP of another family in the recipe's base.mlp, or add a row to mxd_convert/base_model/families.py"
         " (docs/add-a-family.md)."
     )
 
 
 def _row(own: Mlp) -> Architecture:
-    parts = {key: getattr(own, key) for key in ("up", "down", "gate", "activation", "norm", "after")}
-    return Architecture(own.module, **parts, chain=tuple(own.chain))
+    fields = {key: getattr(own, key) for key in ("up", "down", "gate", "activation", "norm", "after")}
+    return Architecture(own.module, **fields, chain=tuple(own.chain))
 
 
 def kept_mlp(origin: Any) -> Mlp | None:
-    """What a checkpoint keeps of a recipe's `base.mlp`, in what it says of its base."""
+    """Return the recipe's `base.mlp` from a checkpoint's record of its base, or None if it has none."""
     kept = origin.get("mlp") if isinstance(origin, dict) else None
     return Mlp.model_validate(kept) if kept else None
 
 
 def is_mixture(config: Any) -> bool:
-    """Whether a model's MLPs are mixtures of experts already."""
+    """Return whether a model's MLPs are mixtures of experts already."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return any(re.search(r"num(_local|_routed)?_experts$|n_routed_experts$", key) and value for key, value in vars(text).items())
 
 
 def _why_not(config: Any) -> str:
-    """What kind of model it is, where that is why it can't be converted."""
+    """Return the kind of model if it can't be converted because of its kind, else ""."""
     if is_mixture(config):
         return ", whose MLPs are mixtures of experts already,"
     if getattr(config, "is_encoder_decoder", False):
@@ -231,14 +248,16 @@ def _why_not(config: Any) -> str:
 
 
 def find_sites(model: nn.Module, config: Any, indices: Sequence[int], own: Mlp | None = None) -> list[Site]:
-    """The MLPs of `model` (its weights may be on the meta device) at the given layers. own: as for `architecture_of`.
+    """Return the MLPs of `model` at the given layer indices. The model's weights may be on the meta device.
 
-    Raises InputError where one is not as the row says.
+    own: as for `architecture_of`. Raises InputError if an MLP doesn't match the row.
     """
     row = architecture_of(config, own)
     activation = str(getattr(config, row.activation, row.activation))
     if activation not in ACT2FN:
-        raise InputError(f"the MLPs' activation {activation!r} is not one that transformers names, such as gelu, relu or silu")
+        raise InputError(
+            f"the MLPs' activation {activation!r} is not one of transformers' activations, such as gelu, relu or silu"
+        )
     return [_site(model, config, row, index, activation) for index in indices]
 
 
@@ -260,7 +279,7 @@ def _site(model: nn.Module, config: Any, row: Architecture, index: int, activati
     if wide != d_hidden:
         raise InputError(
             f"layer {index}: {path}.{row.up} makes {d_hidden} hidden units and {path}.{row.down} takes {wide};"
-            + (" a fused projection is named as both gate and up" if d_hidden == 2 * wide else " these are not one MLP")
+            + (" a fused projection is named as both gate and up" if d_hidden == 2 * wide else " they do not belong to one MLP")
         )
     return Site(
         index,
@@ -285,5 +304,5 @@ def _missing(model: nn.Module, path: str) -> bool:
 
 
 def stem_of(model_type: str) -> str:
-    """The first part of the names of a family's classes in transformers: `gpt_neox` -> `GPTNeoX`."""
+    """Return the prefix of a family's class names in transformers, such as `GPTNeoX` for `gpt_neox`."""
     return str(CONFIG_MAPPING_NAMES[model_type]).removesuffix("Config")

@@ -1,4 +1,4 @@
-"""The pretrained model: its config, tokenizer and weights, loaded with errors that say what to do; and the hash that names it."""
+"""Loading of the base model's config, tokenizer and weights, with errors that give the fix; and the hash of its tensors."""
 
 import hashlib
 import json
@@ -31,9 +31,9 @@ WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
 
 @contextmanager
 def explained(what: str, name: str, done: str = "loaded") -> Iterator[None]:
-    """Turn the many ways in which transformers and the Hub fail to load something into one line.
+    """Raise a one-line InputError for any failure of transformers or the Hub to load `what` from `name`.
 
-    Whatever a folder from anywhere holds, what it breaks is its own fault: every error is one of it, but for a full disk and used-up memory.
+    An untrusted folder can raise any exception. All are errors of the folder, except for a full disk and exhausted memory.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def explained(what: str, name: str, done: str = "loaded") -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, and the second where the first only announces it."""
+    """Return the first line of an error's message, and the second too if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     line = (
@@ -61,7 +61,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' own warnings and progress bars, which compete with ours; failures still raise."""
+    """Silence transformers' warnings and progress bars, which would mix with ours. Failures still raise."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -74,7 +74,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_config(base: Base) -> Any:
-    """The base model's config. Raises InputError where there is none or its kind is refused."""
+    """Return the base model's config. Raises InputError if the model has none or can't be converted."""
     check_unambiguous(base.model)
     if is_local(base.model):
         folder = Path(base.model)
@@ -82,14 +82,14 @@ def load_config(base: Base) -> Any:
             raise InputError(f"base.model: {base.model}: no such folder")
         check_adapters(folder)
         if not (folder / "config.json").is_file():
-            raise InputError(f"base.model: {base.model}: the folder holds no config.json, so it is not a model")
+            raise InputError(f"base.model: {base.model}: the folder has no config.json, so it is not a model")
         read_mapping(folder / "config.json", "download the model again")
         for file in folder.glob("*.safetensors"):
             check_pointer(file)
     with explained("its config", base.model), quiet():
         content, _ = PreTrainedConfig.get_config_dict(base.model, revision=base.revision)
         if str(content.get("model_type")).startswith("mxd_"):
-            raise InputError(f"base.model: {base.model} is already converted; give the model that it came from")
+            raise InputError(f"base.model: {base.model} is already converted; give its base model")
         check_config(content, f"base.model: {base.model}: config.json", _trusted(base))
         if not is_local(base.model) and find_adapter_config_file(
             base.model, revision=base.revision, local_files_only=HF_HUB_OFFLINE
@@ -103,7 +103,7 @@ def load_config(base: Base) -> Any:
 
 
 _ADAPTER = (
-    "holds adapter_config.json, an adapter of PEFT that transformers would silently add to the weights; merge it into them"
+    "has adapter_config.json, a PEFT adapter that transformers would silently add to the weights; merge it into them"
     " (merge_and_unload, then save_pretrained), or move it elsewhere"
 )
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
@@ -111,30 +111,30 @@ _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 def check_adapters(folder: Path) -> None:
-    """Raise InputError where an adapter lies beside the weights: the model that transformers loads would be another than the weights say."""
+    """Raise InputError if the folder has an adapter, because transformers would add it to the weights without a message."""
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder}: {_ADAPTER}")
 
 
 def check_unambiguous(name: str) -> None:
-    """Raise InputError where a Hub id is also the name of something in the working directory, which transformers would load in its place."""
+    """Raise InputError if a Hub id is also a path in the working directory, which transformers would load instead."""
     if not is_local(name) and Path(name).exists():
         raise InputError(
-            f"{name}: names a model on the Hub, and something in the working directory too; write ./{name} for that one, or start from"
-            " another directory"
+            f"{name}: names a model on the Hub, and something in the working directory too; write ./{name} for the local one, or run from"
+            " another directory for the Hub's"
         )
 
 
 def check_config(content: Mapping[str, Any], where: str, trusted: bool = False) -> None:
-    """Raise InputError for a config.json that would run code from elsewhere, take hours to build, or contradicts itself.
+    """Raise InputError if a config.json would run custom code, describes a model that takes hours to build, or is inconsistent.
 
-    where: begins the message. trusted: whether code from elsewhere may run.
+    where: the start of the message. trusted: whether custom code may run.
     """
     vocabulary, pad = content.get("vocab_size"), content.get("pad_token_id")
     if isinstance(vocabulary, int) and isinstance(pad, int) and pad >= vocabulary > 0:
         raise InputError(
-            f"{where}: pad_token_id is {pad} and vocab_size {vocabulary}, whose ids end at {vocabulary - 1}; set pad_token_id to one of"
-            " these, or to null"
+            f"{where}: pad_token_id {pad} exceeds the largest id, {vocabulary - 1} with vocab_size {vocabulary}; set pad_token_id to"
+            " an id of the vocabulary, or to null"
         )
     for key, value in content.items():
         if key in _COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
@@ -149,14 +149,14 @@ def check_config(content: Mapping[str, Any], where: str, trusted: bool = False) 
 
 @contextmanager
 def _named_trust(name: str) -> Iterator[None]:
-    """Name our own key where transformers says that code from elsewhere would have to be trusted."""
+    """Raise an InputError that names our own setting if transformers asks for trust_remote_code."""
     try:
         yield
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise InputError(
-            f"base.model: {name} comes with code of its own, which is not run unless you say so: read its .py files, and set"
+            f"base.model: {name} comes with code of its own, which is not run by default: read its .py files, and set"
             " base.trust_remote_code: true (for a converted checkpoint: put --trust-remote-code before the command)"
         ) from None
 
@@ -166,36 +166,36 @@ def _trusted(base: Base) -> bool:
 
 
 def pinned(base: Base) -> Base:
-    """The base with its revision resolved to a commit, so that every later load and the report mean the same weights."""
+    """Return `base` with its revision resolved to a commit, so that every later load and the report use the same weights."""
     if is_local(base.model):
         return base
     try:
         revision = resolve_revision(base.model, revision=base.revision, local_files_only=HF_HUB_OFFLINE)
-    except Exception:  # whatever is wrong, loading the model says it better
+    except Exception:  # loading the model raises a clearer error later
         return base
     return base.model_copy(update={"revision": revision.resolved})
 
 
-_OF_THE_CARD = ("license", "license_name", "license_link", "language")
+_CARD_FIELDS = ("license", "license_name", "license_link", "language")
 
 
 def card_of(base: Base) -> dict[str, Any]:
-    """What the base's own card says of its licence and language; empty where there is no card, or the Hub can't be reached."""
+    """Return licence and language from the base's model card, or {} if the card is missing, invalid or not reachable."""
     try:
         if is_local(base.model):
             path = Path(base.model) / "README.md"
         else:
             path = Path(hf_hub_download(base.model, "README.md", revision=base.revision, local_files_only=HF_HUB_OFFLINE))
         head = re.match(r"\s*---\n(.*?)\n---", path.read_text(encoding="utf-8-sig").replace("\r\n", "\n"), re.DOTALL)
-        data = parse_yaml(head[1]) if head is not None else {}  # as YAML 1.2, in which `no` is Norwegian
-        return {key: data[key] for key in _OF_THE_CARD if _is_said(data.get(key), lists=key == "language")}
-    except Exception:  # a card is the base's owner's; whatever is wrong with it is no reason to stop
+        data = parse_yaml(head[1]) if head is not None else {}  # YAML 1.2, because 1.1 reads `no` (Norwegian) as false
+        return {key: data[key] for key in _CARD_FIELDS if _is_valid_field(data.get(key), lists=key == "language")}
+    except Exception:  # an invalid card of the base must not stop a run
         return {}
 
 
-def _is_said(value: Any, lists: bool) -> bool:
+def _is_valid_field(value: Any, lists: bool) -> bool:
     if lists and isinstance(value, list):
-        return bool(value) and all(_is_said(one, lists=False) for one in value)
+        return bool(value) and all(_is_valid_field(item, lists=False) for item in value)
     return isinstance(value, str) and 0 < len(value) <= 1000
 
 
@@ -203,29 +203,38 @@ _TOKENIZER = ("tokenizer", "tokenization", "vocab", "merges", "tekken")
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that comes with a model or checkpoint. Raises InputError."""
+    """Return the tokenizer of a model or checkpoint. Raises InputError if it is missing, broken, or needs untrusted code."""
     trusted = trust_remote_code or is_trusted()
     folder = Path(name)
     if folder.is_dir() and not any(file.name.startswith(_TOKENIZER) or file.suffix == ".model" for file in folder.iterdir()):
-        raise InputError(f"{name}: holds no tokenizer (tokenizer.json, or what its family has); save the tokenizer there")
+        raise InputError(f"{name}: has no tokenizer (tokenizer.json, or its family's files); save the tokenizer there")
     with explained("its tokenizer", name), quiet(), _named_trust(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
-        tokenizer("a", add_special_tokens=True)["input_ids"]  # some are broken in a way that only use shows
+        tokenizer("a", add_special_tokens=True)["input_ids"]  # some broken tokenizers fail only when used
         return tokenizer
 
 
 @dataclass(frozen=True)
 class Spread:
-    """room: bytes of each device (0, 1, ... of the GPUs, "cpu") that a model may take; what is left goes to files in `folder`."""
+    """Limits for a model spread over several devices.
+
+    room: bytes that the model may use per device (GPU index or "cpu"). folder: for the weights that exceed these limits.
+    """
 
     room: dict[int | str, int]
     folder: Path
 
 
 def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None) -> Any:
-    """The base model in evaluation mode, on the CPU. dtype: a name as in the recipe; None: the recipe's `base.dtype`. Raises InputError.
+    """Return the base model in evaluation mode, without gradients, on the CPU unless `spread` is given.
 
-    spread: for a model too large for one device, which accelerate then distributes; it runs as it is, without being moved.
+    Args:
+        base: The recipe's `base`.
+        dtype: The name of a dtype, as in the recipe, or None for `base.dtype`.
+        spread: For a model too large for one device: accelerate distributes it, and it must not be moved afterwards.
+
+    Raises:
+        InputError: If the model can't be loaded, or its weights don't match its config.
     """
     check_unambiguous(base.model)
     placed = {} if spread is None else {"device_map": "auto", "max_memory": spread.room, "offload_folder": str(spread.folder)}
@@ -236,7 +245,7 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
             trust_remote_code=_trusted(base),
             dtype=dtype or base.dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, with the tensor's name
             use_safetensors=True,
             **placed,
         )
@@ -244,37 +253,37 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
     if mismatched := sorted(info["mismatched_keys"]):
         name, theirs, ours = mismatched[0]
         raise InputError(
-            f"{base.model}: the weights don't fit config.json: {name} has shape {list(theirs)} where vocab_size and the other sizes make"
-            f" {list(ours)}; mend config.json, or give the whole model"
+            f"{base.model}: the weights don't fit config.json: {name} has shape {list(theirs)}, but the sizes in config.json give"
+            f" {list(ours)}; correct config.json, or give the complete model"
         )
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{base.model}: the weights lack {missing[0]}{more}; they would be random. Is this the whole model?")
+        raise InputError(f"{base.model}: the weights lack {missing[0]}{more}, which would be random; give the complete model")
     layers = model.config.num_hidden_layers
     beyond = architecture_of(model.config, base.mlp).layer.format(i=layers).removeprefix(f"{model.base_model_prefix}.")
     if any(f"{beyond}." in key for key in info["unexpected_keys"]):
-        raise InputError(f"{base.model}: its config.json says {layers} layers and the weights hold more; mend the config")
+        raise InputError(f"{base.model}: its config.json says {layers} layers and the weights hold more; correct config.json")
     return model.eval().requires_grad_(False)
 
 
 def empty_model(config: Any) -> Any:
-    """The model of a config without weights (on the meta device)."""
+    """Return the model of a config without weights, on the meta device."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
 
 
 def likely_mlp(config: Any) -> Mlp | None:
-    """What looks like the MLP of a family without a row; None where nothing does, or the model can't be built from its config."""
+    """Return the likely MLP of an unsupported family, or None if none is found or the config is of no model that can be built."""
     if is_mixture(config):
         return None
     try:
         return guess(empty_model(config), config)
-    except Exception:  # whatever can't be built can't be described
+    except Exception:  # building may fail in any way; then there is no suggestion
         return None
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over tensors by name: name, dtype, shape and bytes. The same however they are spread over files."""
+    """Return the SHA-256 over tensors sorted by name: name, dtype, shape and bytes. It doesn't depend on the split into files."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode())
@@ -283,11 +292,11 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def model_sha256(model: Any) -> str:
-    """The hash of a loaded model's tensors, tied ones once."""
+    """Return the hash of a loaded model's tensors. Tied tensors count once."""
     return tensors_sha256(untied_tensors(model).items())
 
 
 def untied_tensors(model: Any) -> dict[str, Tensor]:
-    """The state dict as a checkpoint holds it: of tied tensors, only the one that others are tied to."""
+    """Return the state dict as stored in a checkpoint, with only one of each group of tied tensors."""
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

@@ -1,4 +1,4 @@
-"""Put layers in, take them out again (revert); and, for measurements, hold another module in an MLP's place for a while."""
+"""Replacement of MLPs by layers and back (revert), and temporary replacement by other modules for measurements."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +19,14 @@ _NOT_CARRIED = ("model_type", "architectures", "auto_map", "transformers_version
 
 
 def insert_layers(base: Any, layers: Mapping[int, layers_mxd.FactoredLayer], origin: dict[str, Any] | None = None) -> Any:
-    """The base model with MxD layers (or another kind) in place of MLPs, as a model of its own class; `base` itself is left as it is.
+    """Return the converted model of `base` with the given layers instead of its MLPs. `base` is not changed.
 
-    layers: by layer index. origin: the base's model id, revision and tensor hash, and where its MLPs are if the recipe had to say,
-    kept in config.json. Everything but the replaced MLPs is the base's own tensors, in the base's dtype; the layers are cast to it.
+    All other tensors are the base's own. The layers' parameters are cast to the base's dtype.
+
+    Args:
+        base: The base model.
+        layers: The trained layers by layer index.
+        origin: A record for config.json: the base's model id, revision, tensor hash, and the recipe's `base.mlp` if it has one.
     """
     row = architecture_of(base.config, kept_mlp(origin))
     dropout = float(getattr(base.config, row.dropout)) if row.dropout is not None else 0.0
@@ -37,23 +41,23 @@ def insert_layers(base: Any, layers: Mapping[int, layers_mxd.FactoredLayer], ori
     for index, layer in layers.items():
         path = row.place.format(i=index)
         tensors = _without(tensors, mlp_paths(mxd, index))
-        parameters = dict(layer.named_parameters())  # these alone are cast: an activation may have buffers of a dtype of its own
+        parameters = dict(layer.named_parameters())  # only these are cast: buffers of an activation may need another dtype
         state = layer.state_dict()
         tensors |= {f"{path}.{name}": state[name].to(base.dtype) if name in parameters else state[name] for name in state}
     return assemble(model_class, config, tensors, base)
 
 
 def _counterpart(base: Any) -> Any:
-    """The class of a base's converted model."""
+    """Return the class of a base's converted model."""
     if has_own_code(base):
         return joined(base)
     return getattr(modeling_mxd, f"Mxd{type(base.config).__name__.removesuffix('Config')}ForCausalLM")
 
 
 def remove_layers(converted: Any, base: Any, indices: list[int]) -> Any:
-    """A converted model with the original MLPs back in the given layers; with none left, a model of the base's own class.
+    """Return a converted model with the original MLPs in the given layers, of the base's own class if no converted layer is left.
 
-    Raises InputError where a layer is not converted or the base's MLP does not fit.
+    Raises InputError if a layer is not converted or the base's MLP does not fit.
     """
     mxd = converted.config.mxd
     for index in indices:
@@ -75,15 +79,15 @@ def remove_layers(converted: Any, base: Any, indices: list[int]) -> Any:
     config = base_class.config_class(**_carried(converted))
     for one, auto_class in ((base_class, "AutoModelForCausalLM"), (base_class.config_class, "AutoConfig")):
         if not one.__module__.startswith("transformers."):
-            one.register_for_auto_class(auto_class)  # its own code then travels with it
+            one.register_for_auto_class(auto_class)  # save_pretrained then copies the custom code
     return assemble(base_class, config, tensors, converted)
 
 
 def _carried(model: Any) -> dict[str, Any]:
-    """The settings of a model's config that its successor keeps."""
+    """Return the settings of a model's config that the new config keeps."""
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CARRIED}
     if settings.get("tie_word_embeddings") and not model.all_tied_weights_keys:
-        settings["tie_word_embeddings"] = False  # its files hold two different matrices, and transformers left them so
+        settings["tie_word_embeddings"] = False  # transformers found two different matrices in the files and left them untied
     return settings
 
 
@@ -92,7 +96,7 @@ def _without(tensors: dict[str, Tensor], paths: tuple[str, ...]) -> dict[str, Te
 
 
 def assemble(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
-    """A model of `model_class` around the given tensors (not copied), with the dtype and generation settings of `like`."""
+    """Return a model of `model_class` with the given tensors (not copied), and the dtype and generation settings of `like`."""
     with initialization.no_init_weights(), quiet():
         model = model_class._from_config(config, dtype=like.dtype)
     tied = set(model.all_tied_weights_keys)
@@ -108,7 +112,7 @@ def assemble(model_class: Any, config: Any, tensors: dict[str, Tensor], like: An
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within it, the modules at the given paths are others. The model is as before afterwards."""
+    """Replace the modules at the given paths within the block, and restore them afterwards."""
 
     def put(path: str, module: nn.Module) -> nn.Module:
         parent, _, name = path.rpartition(".")
@@ -126,23 +130,24 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def standing_in(model: nn.Module, sites: Sequence[Site], modules: Mapping[int, nn.Module]) -> Any:
-    """A context in which other modules, by layer index, stand in for the MLPs at some sites."""
+    """Return a context in which `modules`, by layer index, replace the MLPs at the given sites."""
     return replaced(model, {path: module for site in sites for path, module in site.stand_in(modules[site.index]).items()})
 
 
 class Constant(nn.Module):
-    """Stands in for an MLP that returns the same vector, (O), for every token: zero and mean ablation."""
+    """A module that returns the same vector (O) for every token, for zero and mean ablation of an MLP."""
 
     def __init__(self, value_O: Tensor) -> None:
         super().__init__()
         self.value_O = value_O
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1).clone()  # some models add to it in place
+        """Return the vector for every token, (B, T, O)."""
+        return self.value_O.to(x_BTI).expand(*x_BTI.shape[:-1], -1).clone()  # cloned, because some models add to it in place
 
 
 def permuted_experts(layer: layers_mxd.FactoredLayer, order_N: Tensor) -> Any:
-    """A context in which expert n of `layer` is what expert `order[n]` was, while the gate stays."""
+    """Return a context in which row n of `layer.experts` is row `order_N[n]`, while the gate is not permuted."""
 
     @contextmanager
     def context() -> Iterator[None]:

@@ -1,1 +1,1 @@
-"""A finished folder: reading, verifying, provenance, labels, deltas, and the workspace of the run that makes it."""
+"""Converted checkpoints: reading, verification, provenance, labels, deltas, and the workspace of a run."""

@@ -1,7 +1,8 @@
-"""Delta checkpoints: what a conversion changed, without the base's own weights; and the full checkpoint made of it again, to the bit.
+"""Delta checkpoints: what a conversion changed, without the base's weights. The full checkpoint is rebuilt from one bit for bit.
 
-`layers.safetensors` holds the tensors that the base does not have, `full/` the other files of the checkpoint, `mxd_delta.json` the base's id
-and hash, the hash of every file, and the headers of the weight files, so that they can be written again whatever wrote them first.
+- `layers.safetensors`: the tensors that the base does not have.
+- `full/`: the other files of the checkpoint.
+- `mxd_delta.json`: the base's id and hash, the hash of every file, and the headers from which the weight files are rebuilt.
 """
 
 import hashlib
@@ -36,11 +37,21 @@ FORMAT_VERSION = 1
 
 
 def is_delta(folder: str | Path) -> bool:
+    """Return whether a folder is a delta checkpoint."""
     return (Path(folder) / DELTA).is_file()
 
 
 def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto") -> Any:
-    """The converted model of a delta, without writing the full checkpoint anywhere, in evaluation mode. Raises InputError."""
+    """Return the converted model of a delta in evaluation mode, without writing the full checkpoint.
+
+    Args:
+        folder: The delta.
+        base: The base model, if not the recorded one.
+        dtype: A dtype of torch by name, or "auto" for the checkpoint's own.
+
+    Raises:
+        InputError: If the folder is not a delta, is damaged, or the base is not available or not the recorded one.
+    """
     folder = Path(folder)
     content = read_delta(folder)
     original = base_of_delta(folder, content, base)
@@ -55,9 +66,10 @@ def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto")
 
 
 def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
-    """Whether its files and the weights that come out of it have the recorded hashes; of weights not checked where the base is not at hand.
+    """Return whether the delta's files and the weights rebuilt from it have the recorded hashes.
 
-    Raises InputError where it is no delta, or `base` not its base.
+    The weights are reported as not checked if the base is not available. Raises InputError if `delta` is not a delta or `base` is
+    not its base.
     """
     folder = Path(delta)
     content = read_delta(folder)
@@ -85,7 +97,7 @@ def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
 
 
 def measured_on_others(delta: Path) -> list[str]:
-    """Files of the checkpoint that are not those that its report's figures were measured on."""
+    """Return the paths of the checkpoint's files that differ from those that its report was measured on."""
     content = read_delta(delta)
     if not (delta / FULL / REPORT).is_file():
         return []
@@ -98,14 +110,15 @@ def measured_on_others(delta: Path) -> list[str]:
 
 
 def read_delta(folder: Path) -> dict[str, Any]:
+    """Return the content of a delta's `mxd_delta.json`. Raises InputError if the folder is not a delta or the file is invalid."""
     check_folder(folder)
     if not is_delta(folder):
-        raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` makes those")
+        raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` creates one")
     content = read_mapping(folder / DELTA, "download it again")
     version = content.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise InputError(
-            f"{folder}: a delta of format {version}, and this mxd-convert knows {FORMAT_VERSION}; upgrade mxd-convert"
+            f"{folder}: a delta of format {version}, but this mxd-convert reads format {FORMAT_VERSION}; upgrade mxd-convert"
         )
     try:
         assert version == FORMAT_VERSION
@@ -116,7 +129,7 @@ def read_delta(folder: Path) -> dict[str, Any]:
 
 
 def _check_form(content: Mapping[str, Any]) -> None:
-    """Raises some error where it is not what `delta` writes: it may come from anywhere."""
+    """Raise an exception of any kind if untrusted content does not have the form that `mxd-convert delta` writes."""
     assert isinstance(content["base"], dict)
     assert isinstance(content["layers_sha256"], str)
     for entry in content["weights"]:
@@ -132,11 +145,12 @@ def _check_form(content: Mapping[str, Any]) -> None:
 
 
 def _inside(path: str) -> bool:
-    """Whether a path from a file that came from elsewhere stays inside the folder."""
+    """Return whether an untrusted relative path stays inside its folder."""
     return not Path(path).is_absolute() and ".." not in Path(path).parts
 
 
 def base_of_delta(folder: Path, content: Mapping[str, Any], base: str | None) -> Any:
+    """Return the loaded base model of a delta: `base` if given, else the recorded one. Raises InputError if its hash differs."""
     recorded = content["base"]
     settings = chosen_base(folder, recorded, base)
     original = load_base(settings, dtype="auto")
@@ -148,7 +162,7 @@ def base_of_delta(folder: Path, content: Mapping[str, Any], base: str | None) ->
 
 
 def merged_tensors(folder: Path, content: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors, by name: its own, and for the others the base's."""
+    """Return the checkpoint's tensors by name: those of the delta, and the base's (`theirs`) for the others."""
     if not has_hash(folder / LAYERS, content["layers_sha256"]):
         raise InputError(f"{folder / LAYERS}: missing, or {WEIGHTS_HELP}")
     try:
@@ -163,6 +177,7 @@ def merged_tensors(folder: Path, content: Mapping[str, Any], theirs: Mapping[str
 
 
 def has_hash(path: Path, digest: str) -> bool:
+    """Return whether a file exists and has the SHA-256 `digest`."""
     return path.is_file() and file_sha256(path) == digest
 
 
@@ -170,7 +185,7 @@ def has_hash(path: Path, digest: str) -> bool:
 
 
 def weight_file(header: str, tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """A weight file, from its head and its tensors in the order that the head gives."""
+    """Yield the bytes of a safetensors file: its header, then its tensors in the order of the header."""
     entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
     text = header.encode()
     yield len(text).to_bytes(8, "little") + text

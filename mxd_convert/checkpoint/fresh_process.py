@@ -1,10 +1,11 @@
-"""What a checkpoint does in a fresh process. Run as a script by `verify`, with our package importable or blocked; imports nothing of ours.
+"""Checks of a checkpoint in a fresh process. `verify` runs this file as a script, with our package importable or blocked.
 
     python -I fresh_process.py REQUEST.json
 
-The request names the checkpoint, where to put the answer, token ids to run, whether the package is blocked, and whether code in the folder is
-trusted, which it has to be without the package, and for a family that has no row. The answer is a
-list of checks, and the logits beside it as safetensors, with what each layer's top-k chose from.
+The script imports nothing of the package. The request names the checkpoint, the paths of the answer and the logits, the token ids
+to run, whether the package is blocked, and whether code in the folder is trusted. Code must be trusted if the package is blocked,
+and for a family without a row in the table of architectures. The answer is a list of checks. The logits are written as
+safetensors, with the gates and choices of every top-k.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from pathlib import Path
 
 
 class _Blocked:
-    """A finder that lets nobody import our package."""
+    """An import finder that blocks our package."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "mxd_convert":
@@ -25,13 +26,17 @@ class _Blocked:
 
 # --- runs that may differ by rounding --------------------------------------------------------------------------------------------
 
-TOLERANCE = 1e-5  # of logits, in units of the largest
-TIE = 1e-3  # of gates, in units of a token's largest: two closer than this to the K-th may change places by rounding
+TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit
+TIE = 1e-3  # distance to the K + 1-th gate, relative to the token's largest, within which rounding may change the choice
 
 
 @contextmanager
 def recording(model):
-    """Yields a function that gives what every top-k has chosen since, -1 for gates that are not positive, and the K + 1 largest gates."""
+    """Yield a function that returns what every top-k has seen and chosen since, by name, each with leading axes (B, T).
+
+    Per top-k: the K + 1 largest gates ("values"), their experts ("indices"), and the K chosen experts ("chosen"), with -1 for
+    gates that are not positive.
+    """
     import torch
 
     seen, handles = {}, []
@@ -43,22 +48,22 @@ def recording(model):
                 most = gate.reshape(-1, gate.shape[-2], gate.shape[-1]).topk(min(module.k + 1, gate.shape[-1]), dim=-1)
                 values, chosen = (tensor.detach().reshape(-1, tensor.shape[-2], module.k) for tensor in output)
                 found = {"values": most.values, "indices": most.indices, "chosen": chosen.where(values > 0, -1)}
-                for part, tensor in found.items():
-                    seen.setdefault(f"{name}.{part}", []).append(tensor)
+                for key, tensor in found.items():
+                    seen.setdefault(f"{name}.{key}", []).append(tensor)
 
         return hook
 
     for number, module in enumerate(module for module in model.modules() if type(module).__name__ == "ExpertActs"):
         handles.append(module.register_forward_hook(watch(f"{number:06d}")))
     try:
-        yield lambda: {name: torch.cat(parts, dim=1) for name, parts in seen.items()}
+        yield lambda: {name: torch.cat(tensors, dim=1) for name, tensors in seen.items()}
     finally:
         for handle in handles:
             handle.remove()
 
 
 def recorded(model, run):
-    """What `run` gives for a model, as "logits", and what every top-k chose from."""
+    """Return what `run` returns for a model, as "logits", and what `recording` yields for every top-k."""
     import torch
 
     with torch.no_grad(), recording(model) as gates:
@@ -66,10 +71,10 @@ def recorded(model, run):
 
 
 def differ(one, other, first=0, tolerance=TOLERANCE):
-    """None where two runs over the same tokens agree, else how they differ. Logits (B, T, V) are of the tokens from `first` on.
+    """Return None if two runs over the same tokens agree, else how they differ. Logits (B, T, V) start at token `first`.
 
-    A gate that lies as close to the K-th as rounding reaches may be chosen in one run and not in the other. From such a token on the row
-    is not compared: no other difference is let pass.
+    Within rounding of the K-th gate, an expert may be chosen in one run and not in the other. From the first such token on, a row
+    is not compared. Every other difference counts.
     """
     ends = flipped(one, other)
     scale = max(1.0, one["logits"].abs().max().item())
@@ -83,24 +88,24 @@ def differ(one, other, first=0, tolerance=TOLERANCE):
 
 
 def flipped(one, other):
-    """{row: the first token at which a tie fell the other way}, of the rows that have one."""
+    """Return {row: the first token at which rounding changed the chosen experts}, for the rows with such a token."""
     ends = {}
     for layer in sorted(name.removesuffix(".chosen") for name in one if name.endswith(".chosen") and name in other):
         rows, tokens = (min(run[f"{layer}.chosen"].shape[at] for run in (one, other)) for at in (0, 1))
         for row in range(rows):
             for token in range(min(tokens, ends.get(row, tokens))):
-                sides = [[run[f"{layer}.{part}"][row, token].tolist() for part in _PARTS] for run in (one, other)]
+                sides = [[run[f"{layer}.{key}"][row, token].tolist() for key in _KEYS] for run in (one, other)]
                 if _is_a_tie(*sides):
                     ends[row] = token
                     break
     return ends
 
 
-_PARTS = ("chosen", "indices", "values")
+_KEYS = ("chosen", "indices", "values")
 
 
 def _is_a_tie(one, other):
-    """Whether two choices of the largest positive gates differ, and only by gates too close to the border between them and the rest to tell."""
+    """Return whether two choices of the top-k differ, and only in gates within rounding of the K + 1-th, or of 0."""
     different = set(one[0]) ^ set(other[0])
     if different <= {-1}:
         return False
@@ -115,7 +120,8 @@ def _is_a_tie(one, other):
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def main(request):  # noqa: PLR0915 (one script, one function a check)
+def main(request):  # noqa: PLR0915 (one nested function per check)
+    """Run all checks of a request, and write the answer and the logits."""
     blocked, trusted = request["blocked"], request["trusted"]
     sys.path[:] = request["path"]
     if blocked:
@@ -158,7 +164,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
     def loads():
         state["model"] = load()
         state["digest"] = digest(state["model"])
-        # in float32, so that rounding of a half-precision forward can't hide or feign a difference
+        # in float32, because rounding in half precision could hide or cause a difference
         state["fp32"] = load(dtype=torch.float32)
         state["run"] = recorded(state["fp32"], lambda model: model(input_ids=ids).logits)
         save_file({name: tensor.contiguous() for name, tensor in state["run"].items()}, request["logits"])
@@ -171,7 +177,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
         return None if tokenizer(text)["input_ids"] and "time" in back else f"its tokenizer makes {back!r} of {text!r}"
 
     def generates():
-        """With cache, token by token, what a forward over the whole text gives."""
+        """Compare cached generation, token by token, with one forward over the whole text."""
         model, prompt = state["fp32"], ids[:1, :8]
         options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 1, "pad_token_id": 0, "eos_token_id": None}
         options |= {"use_cache": True, "output_logits": True, "return_dict_in_generate": True}
@@ -201,11 +207,11 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
 
     def shards():
         total = sum(tensor.numel() * tensor.element_size() for tensor in state["model"].state_dict().values())
-        with tempfile.TemporaryDirectory() as place:
-            state["model"].save_pretrained(place, max_shard_size=max(total // 3, 1))
-            if not (Path(place) / "model.safetensors.index.json").is_file():
+        with tempfile.TemporaryDirectory() as target:
+            state["model"].save_pretrained(target, max_shard_size=max(total // 3, 1))
+            if not (Path(target) / "model.safetensors.index.json").is_file():
                 return "the save was not sharded"
-            return None if digest(load(place)) == state["digest"] else "tensors differ after a sharded save"
+            return None if digest(load(target)) == state["digest"] else "tensors differ after a sharded save"
 
     def headless():
         model = AutoModel.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32).eval()
@@ -234,7 +240,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
     def checkpointing():
         def gradients(use):
             model = load(dtype=torch.float32).requires_grad_(True)
-            torch.manual_seed(0)  # of dropout
+            torch.manual_seed(0)  # for dropout
             model.train()
             if use:
                 model.gradient_checkpointing_enable()
@@ -247,7 +253,7 @@ def main(request):  # noqa: PLR0915 (one script, one function a check)
         runs = []
         plain, checkpointed = gradients(False), gradients(True)
         if differ(*runs) is None and flipped(*runs):
-            return None  # a tie fell the other way: the gradients are of other experts
+            return None  # rounding changed the chosen experts, so the gradients can't be compared
         if plain.keys() != checkpointed.keys():
             return "some parameters have a gradient only with or only without gradient checkpointing"
         worst = max((plain[name] - checkpointed[name]).abs().max().item() for name in plain)

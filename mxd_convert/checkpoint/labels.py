@@ -1,4 +1,4 @@
-"""Labels of experts: `mxd_labels.json` in a checkpoint's folder, a list of {"layer", "expert", "text", "author"}; it travels with it."""
+"""Labels of experts: `mxd_labels.json` in a checkpoint's folder, a list of {"layer", "expert", "text", "author"}."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ LABELS = "mxd_labels.json"
 
 
 class Label(BaseModel):
-    """What somebody takes an expert to be about."""
+    """A description of one expert by one author."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,7 +23,7 @@ class Label(BaseModel):
 
 
 def read_labels(checkpoint: str | Path) -> list[Label]:
-    """The labels that travel with a checkpoint, none where there is no file. Raises InputError for one that can't be read."""
+    """Return the labels of a checkpoint, empty if it has no labels file. Raises InputError if the file is invalid."""
     path = Path(checkpoint) / LABELS
     if not path.is_file():
         return []
@@ -31,7 +31,7 @@ def read_labels(checkpoint: str | Path) -> list[Label]:
 
 
 def write_labels(folder: Path, labels: list[Label]) -> None:
-    """Writes the file whole or not at all; with no labels there is none."""
+    """Write the labels file of a checkpoint atomically, or remove it if there are no labels."""
     path = folder / LABELS
     if not labels:
         path.unlink(missing_ok=True)
@@ -40,7 +40,7 @@ def write_labels(folder: Path, labels: list[Label]) -> None:
 
 
 def text_of(labels: list[Label]) -> dict[tuple[int, int], str]:
-    """By (layer, expert) what is said of it, by all who said something."""
+    """Return the text by (layer, expert), joined with "; " if an expert has several labels."""
     found: dict[tuple[int, int], str] = {}
     for label in labels:
         key = label.layer, label.expert
@@ -49,6 +49,7 @@ def text_of(labels: list[Label]) -> dict[tuple[int, int], str]:
 
 
 def parse_labels(path: Path) -> list[Label]:
+    """Return the labels in a file. Raises InputError if it is missing or invalid."""
     try:
         return TypeAdapter(list[Label]).validate_python(read_json(path, "expected a JSON list of layer, expert, text and author"))
     except ValidationError as error:
@@ -56,6 +57,7 @@ def parse_labels(path: Path) -> list[Label]:
 
 
 def first_problem(error: ValidationError) -> str:
+    """Return the location and message of the first problem of a validation error."""
     problem = error.errors(include_url=False)[0]
     where = ".".join(map(str, problem["loc"]))
     return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}" if where else problem["msg"]

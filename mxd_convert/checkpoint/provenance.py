@@ -1,4 +1,4 @@
-"""`verify --provenance`: recomputes what a checkpoint's report says of its files, recipe, base and texts, as far as they are at hand."""
+"""`verify --provenance`: recompute the hashes that a checkpoint's report records for its files, recipe, base and texts."""
 
 import tempfile
 from collections.abc import Iterator
@@ -18,42 +18,42 @@ from mxd_convert.recipe.load import read_recipe_yaml
 from mxd_convert.recipe.schema import RENAMED, Data, Recipe
 from mxd_convert.report.schema import Report
 
-_WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the report itself, the card, which is made of it, and what people add
+_WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the card, made from the report; the report itself; and labels, which users add
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of a checkpoint's files, by path; without those of its dashboard, and those that are written after the report."""
+    """Return the SHA-256 of a checkpoint's files by path, without the dashboard and files written after the report."""
     return {path: file_sha256(folder / path) for path in belonging(folder) if path not in _WITHOUT_HASH}
 
 
 def changed_files(folder: Path, report: Report | None) -> list[str]:
-    """Files that are not what the report's figures were measured on: changed, or missing. Empty where it has no hashes."""
+    """Return the paths of files that have changed or are missing since the report was measured. Empty if it records no hashes."""
     recorded = (report and report.files) or {}
     return [path for path, digest in recorded.items() if not (folder / path).is_file() or file_sha256(folder / path) != digest]
 
 
 def verify_provenance(checkpoint: str | Path, base: str | None = None) -> Verification:
-    """Whether files, recipe, seed, base and texts are those of the report. What is not at hand is reported as not checked.
+    """Return whether files, recipe, seed, base and texts match the report. What is not available is reported as not checked.
 
-    base: the base model, where not the recorded one. Texts are read where they were, if that was on this machine. Raises InputError where
-    `checkpoint` is no converted checkpoint.
+    base: the base model, if not the recorded one. Texts are read from their original paths, if the run was on this machine.
+    Raises InputError if `checkpoint` is not a converted checkpoint.
     """
     folder = Path(checkpoint)
     config = read_config(folder)
     if not (folder / REPORT).is_file():
-        missing = f"no {REPORT}: the checkpoint was changed since it was made, and not measured"
+        missing = f"no {REPORT}: the checkpoint was changed after its conversion and not evaluated since"
         return Verification(folder, [Check("the report is there", None, missing)])
     checks: list[Check] = []
     try:
         report = read_report(folder)
         assert report is not None
-        for some in (
+        for found in (
             _files(folder, report),
             _recipe(folder, report),
             _base(folder, config, report, base),
             _texts(folder, report),
         ):
-            checks += some
+            checks += found
     except InputError as error:
         if base is not None and not str(error).startswith(str(folder)):
             raise
@@ -74,11 +74,11 @@ def _files(folder: Path, report: Report) -> Iterator[Check]:
     )
     if more := [path for path in belonging(folder) if path not in report.files and path not in _WITHOUT_HASH]:
         yield Check(
-            "there are no other files", None, f"the report does not know {', '.join(more[:3])}" + (", ..." if more[3:] else "")
+            "there are no other files", None, f"the report does not list {', '.join(more[:3])}" + (", ..." if more[3:] else "")
         )
     other = foreign_code(folder)
     version = (report.versions or {}).get("mxd-convert", "unknown")
-    why = f"{other[0]} is another; it was made by version {version}" if other else ""
+    why = f"{other[0]} is not this package's own; the checkpoint was made by version {version}" if other else ""
     yield Check("its code is this package's own", None if other else True, why)
 
 
@@ -88,7 +88,11 @@ def _recipe(folder: Path, report: Report) -> Iterator[Check]:
         recipe = Recipe(**read_recipe_yaml(folder / "recipe.yaml"))
     except (InputError, ValidationError, TypeError) as error:
         old = isinstance(error, ValidationError) and _old_keys(error)
-        why = f"it is of an earlier version of mxd-convert ({old})" if old else f"recipe.yaml can't be read ({first_line(error)})"
+        why = (
+            f"it was written by an earlier version of mxd-convert ({old})"
+            if old
+            else f"recipe.yaml can't be read ({first_line(error)})"
+        )
         yield Check(name, None if old else False, why)
         return
     same = recipe.published_sha256() == report.recipe_sha256
@@ -97,12 +101,12 @@ def _recipe(folder: Path, report: Report) -> Iterator[Check]:
     yield Check(
         "the seed is the recipe's",
         seed == recipe.train.seed,
-        "" if seed == recipe.train.seed else f"{seed} and {recipe.train.seed}",
+        "" if seed == recipe.train.seed else f"the report has {seed}, the recipe {recipe.train.seed}",
     )
 
 
 def _old_keys(error: ValidationError) -> str:
-    """Return the keys that only had another name before, where nothing else is wrong."""
+    """Return the keys of the error that an earlier version used, or "" if it has other problems too."""
     keys = [".".join(map(str, problem["loc"])) for problem in error.errors(include_url=False)]
     return ", ".join(keys) if set(keys) <= RENAMED.keys() else ""
 
@@ -110,7 +114,7 @@ def _old_keys(error: ValidationError) -> str:
 def _base(folder: Path, config: Any, report: Report, base: str | None) -> Iterator[Check]:
     recorded = report.base
     same = recorded_base(config).get("sha256") == recorded.sha256
-    yield Check("config.json and the report name the same base", same, "" if same else "their hashes of it differ")
+    yield Check("config.json and the report name the same base", same, "" if same else "their hashes differ")
     name = "the base's tensors have the recorded SHA-256"
     try:
         settings = base_of(folder, base)
@@ -120,7 +124,7 @@ def _base(folder: Path, config: Any, report: Report, base: str | None) -> Iterat
             raise
         yield Check(name, None, str(error))
     else:
-        yield Check(name, found == recorded.sha256, "" if found == recorded.sha256 else f"that of {settings.model} is {found}")
+        yield Check(name, found == recorded.sha256, "" if found == recorded.sha256 else f"{settings.model} has {found}")
 
 
 def _texts(folder: Path, report: Report) -> Iterator[Check]:
@@ -132,26 +136,31 @@ def _texts(folder: Path, report: Report) -> Iterator[Check]:
     paths = read_local(folder).get("data") or {}
     try:
         settings = read_recipe_yaml(folder / "recipe.yaml")["data"]
-        for part in ("train", "eval"):
-            if settings[part]["path"] is not None:
-                settings[part]["path"] = paths[part]
+        for split in ("train", "eval"):
+            if settings[split]["path"] is not None:
+                settings[split]["path"] = paths[split]
         with tempfile.TemporaryDirectory() as scratch:
             train, held_out = prepare(Data(**settings), load_tokenizer(str(folder)), Path(scratch))
             infos = (train.info, held_out.info)
             del train, held_out
     except KeyError:
         yield from (
-            Check(name, None, "the text was not on this machine; `mxd-convert run` on it recomputes all") for name in names
+            Check(
+                name,
+                None,
+                "the paths of the texts are not recorded on this machine; `mxd-convert run` with the texts recomputes them",
+            )
+            for name in names
         )
         return
     except (InputError, OSError, ValidationError, TypeError, AttributeError) as error:
         yield from (Check(name, None, first_line(error)) for name in names)
         return
-    for name, part, info in zip(names, ("train", "eval"), infos, strict=False):
-        recorded = getattr(report.data, part, None)
+    for name, split, info in zip(names, ("train", "eval"), infos, strict=False):
+        recorded = getattr(report.data, split, None)
         same = recorded is not None and recorded.fingerprint == info.fingerprint
-        yield Check(name, same, "" if same else f"it is {info.fingerprint} now")
-    yield Check(names[2], infos[1].disjoint, "" if infos[1].disjoint else "some are")
+        yield Check(name, same, "" if same else f"the fingerprint is now {info.fingerprint}")
+    yield Check(names[2], infos[1].disjoint, "" if infos[1].disjoint else "some held-out documents are")
 
 
 __all__ = ["changed_files", "file_hashes", "verify_provenance"]

@@ -1,4 +1,4 @@
-"""A finished folder: read with errors that say what to do, and the base model that it came from."""
+"""Reading of converted checkpoints and their base models, with errors that give the fix."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -31,26 +31,26 @@ from mxd_convert.report.schema import Report, read_report_file
 
 LOCAL = "mxd_local.json"
 REPORT = "mxd_report.json"
-DASHBOARD = "dashboard"  # folder of one, where a run has written it
-ONNX = "onnx"  # the same of an export
-DELTA = "mxd_delta.json"  # marks a folder as what a conversion changed, without the base's weights
+DASHBOARD = "dashboard"  # folder of the dashboard inside a checkpoint
+ONNX = "onnx"  # folder of the ONNX export inside a checkpoint
+DELTA = "mxd_delta.json"  # marks a folder as a delta checkpoint, which has no weights of the base
 
 
 def read_config(folder: str | Path) -> Any:
-    """The config of a converted checkpoint. Raises InputError where the folder holds none, or one that can't be trusted to be one."""
+    """Return the config of a converted checkpoint. Raises InputError if the folder has none or an invalid one."""
     folder = Path(folder)
     check_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
         if (folder / DELTA).is_file():
-            raise InputError(f"{folder}: a delta; `mxd-convert apply {folder} DIR` makes the full checkpoint of it")
-        place = folder.resolve()
-        unfinished = place.name.endswith(".partial") or place.parent.joinpath(f"{place.name}.partial").is_dir()
+            raise InputError(f"{folder}: a delta; `mxd-convert apply {folder} DIR` makes the full checkpoint from it")
+        target = folder.resolve()
+        unfinished = target.name.endswith(".partial") or target.parent.joinpath(f"{target.name}.partial").is_dir()
         raise InputError(f"{folder}: no config.json, so not a checkpoint" + ("; its run has not finished" if unfinished else ""))
     content = read_mapping(path)
     if not str(content.get("model_type")).startswith("mxd_"):
         kind = f"a {str(content.get('model_type'))[:60]!r} model"
-        raise InputError(f"{folder}: config.json is of {kind}, not of one with MxD layers; `mxd-convert run` makes those")
+        raise InputError(f"{folder}: config.json is of {kind}, not of one with MxD layers; `mxd-convert run` creates one")
     if not isinstance(content.get("mxd"), dict):
         raise InputError(f"{folder}: config.json: mxd is {content.get('mxd')!r:.60}; expected format_version, mlp and layers")
     check_config(content, str(path))
@@ -61,7 +61,7 @@ def read_config(folder: str | Path) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError where a folder is none, or holds what must not be there: a link that leaves it, or an adapter beside the weights."""
+    """Raise InputError if `folder` is not a folder, or contains an adapter or a symbolic link that points out of it."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     check_links(folder)
@@ -83,15 +83,22 @@ def _config_type(folder: Path, content: dict[str, Any]) -> Any:
 
 
 def load_checkpoint(folder: str | Path, dtype: str = "auto", finite: bool = False) -> Any:
-    """A converted model from its folder, in evaluation mode. Raises InputError for missing, damaged or ill-fitting weights.
+    """Return a converted model in evaluation mode, without gradients.
 
-    finite: whether weights that hold NaN or an infinity are refused too, since nothing that they compute would mean anything.
+    Args:
+        folder: The checkpoint.
+        dtype: A dtype by name, or "auto" for the checkpoint's own.
+        finite: Whether to refuse weights with NaN or infinities.
+
+    Raises:
+        InputError: If weights are missing, damaged, or don't fit the config.
     """
     folder = Path(folder)
     config = read_config(folder)
     found = tensor_shapes(folder)
     layers = config.get_text_config().num_hidden_layers
-    if not isinstance(layers, int) or not 0 < layers <= len(found):  # each has several; a model of millions takes hours to build
+    # every layer has several tensors; a model with a false count of millions of layers takes hours to build
+    if not isinstance(layers, int) or not 0 < layers <= len(found):
         raise InputError(
             f"{folder}: the weights don't fit config.json: it says {layers!r:.40} layers and the weights hold {len(found)} tensors;"
             " download it or convert again"
@@ -109,23 +116,23 @@ def load_checkpoint(folder: str | Path, dtype: str = "auto", finite: bool = Fals
 
 
 def not_finite(model: Any) -> str | None:
-    """The name of the first of a model's tensors that holds NaN or an infinity; None where all numbers are finite."""
+    """Return the name of a model's first tensor with NaN or infinities, or None if all numbers are finite."""
     return next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
 
 
 def check_finite(folder: str | Path, model: Any) -> None:
-    """Raise InputError where the weights of a loaded checkpoint hold NaN or an infinity."""
+    """Raise InputError if the weights of a loaded checkpoint contain NaN or infinities."""
     if (name := not_finite(model)) is not None:
-        raise InputError(f"{folder}: the tensor {name} holds numbers that are not finite; download it or convert again")
+        raise InputError(f"{folder}: the tensor {name} has numbers that are not finite; download it or convert again")
 
 
 def read_report(folder: Path) -> Report | None:
-    """The report of a checkpoint, its form checked; None where there is none. Raises InputError."""
+    """Return the validated report of a checkpoint, or None if it has no report. Raises InputError if the report is invalid."""
     return read_report_file(folder / REPORT) if (folder / REPORT).is_file() else None
 
 
 def recipe_of(folder: Path) -> str:
-    """The text of the recipe that travels with a checkpoint, "" where there is none. Raises InputError for one that can't be read."""
+    """Return the text of a checkpoint's recipe, or "" if it has none. Raises InputError if the recipe is invalid."""
     path = folder / "recipe.yaml"
     if not path.is_file():
         return ""
@@ -134,13 +141,16 @@ def recipe_of(folder: Path) -> str:
 
 
 def class_of(folder: Path, config: Any) -> Any:
-    """The class of a checkpoint's model. folder: where its code is, if that is not ours."""
+    """Return the class of a checkpoint's model. folder: the source of its code, if the base model has custom code."""
     own = class_in(folder, config.auto_map, "AutoModelForCausalLM")
     return own or getattr(modeling_mxd, type(config).__name__.removesuffix("Config") + "ForCausalLM")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, those that transformers reads: one of all tensors, else those of the index. Raises InputError."""
+    """Return the weight files that transformers reads: `model.safetensors`, else those in the index.
+
+    Raises InputError if a file is missing, or the index is invalid or names files outside of the checkpoint.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
         weights = read_mapping(index).get("weight_map")
@@ -167,7 +177,10 @@ def _is_text(value: Any) -> bool:
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shapes of a checkpoint's tensors, by name, from the headers of its weight files. Raises InputError."""
+    """Return the shapes of a checkpoint's tensors by name, from the headers of its weight files.
+
+    Raises InputError if a weight file is missing or damaged.
+    """
     found: dict[str, list[int]] = {}
     for file in weight_files(folder):
         try:
@@ -179,7 +192,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def check_tensors(folder: Path, expected: dict[str, list[int]], found: dict[str, list[int]]) -> None:
-    """Compare the shapes of the tensors on disk with those that the config makes. Raises InputError for the first difference."""
+    """Raise InputError if the shapes of the tensors on disk (`found`) differ from those of the config's model (`expected`)."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise InputError(f"{folder}: the weights don't fit config.json: missing tensor {name}; download it or convert again")
@@ -189,23 +202,29 @@ def check_tensors(folder: Path, expected: dict[str, list[int]], found: dict[str,
             )
         if found[name] != expected[name]:
             raise InputError(
-                f"{folder}: the weights don't fit config.json: {name} has shape {found[name]} where it makes {expected[name]}"
+                f"{folder}: the weights don't fit config.json: {name} has shape {found[name]}, expected {expected[name]}"
             )
 
 
 def base_of(folder: str | Path, override: str | None = None) -> Base:
-    """The base model that a checkpoint came from: `override`, the local path kept beside it, or the recorded id. Raises InputError."""
+    """Return the base model of a checkpoint: `override`, else the local path in `mxd_local.json`, else the recorded id.
+
+    Raises InputError if the base was a local folder that is not on this machine, or the record is invalid.
+    """
     return chosen_base(Path(folder), recorded_base(read_config(folder)), override)
 
 
 def chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None) -> Base:
-    """The same for whatever keeps beside it what it knows of its base. recorded: the base's id, revision, and whether it was local."""
+    """Return the base model of a checkpoint or delta, as `base_of` does.
+
+    recorded: the base's id, its revision, and whether it was local.
+    """
     try:
         return _chosen_base(folder, recorded, override)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise InputError(
-            f"{folder}: what it says of its base model can't be read: {problem['loc'][-1] if problem['loc'] else 'mlp'} is"
+            f"{folder}: its record of the base model is invalid: {problem['loc'][-1] if problem['loc'] else 'mlp'} is"
             f" {problem['input']!r:.60}; download it again, or give the base with --base PATH"
         ) from None
 
@@ -222,13 +241,13 @@ def _chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None
         return Base(model=local, **more)
     if recorded.get("local", False) or not recorded.get("model"):
         raise InputError(
-            f"{folder}: its base model {recorded.get('model') or ''} was a local folder that is not here; give it with --base PATH"
+            f"{folder}: its base model {recorded.get('model') or ''} was a local folder, which is not on this machine; give it with --base PATH"
         )
     return Base(model=recorded["model"], revision=recorded.get("revision"), **more)
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether a folder holds, whole or damaged, a checkpoint with MxD layers."""
+    """Return whether a folder has a checkpoint with MxD layers, which may be damaged."""
     try:
         return '"mxd_' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -236,25 +255,28 @@ def is_converted(folder: Path) -> bool:
 
 
 def belonging(folder: Path) -> list[str]:
-    """The files that belong to a checkpoint, by path: all but hidden ones, what is of this machine only, the
-    dashboard, for people, and the ONNX export, which is a model of its own."""
+    """Return the relative paths of the files that belong to a checkpoint, as `belongs` decides."""
     paths = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in paths if belongs(path)]
 
 
 def belongs(path: str) -> bool:
+    """Return whether a relative path belongs to a checkpoint.
+
+    Hidden files, `mxd_local.json`, the dashboard and the ONNX export don't.
+    """
     parts = path.split("/")
     return parts[-1] != LOCAL and parts[0] not in (DASHBOARD, ONNX) and not any(part.startswith(".") for part in parts)
 
 
 def recorded_base(config: Any) -> dict[str, Any]:
-    """What config.json says of the base model; empty where it says nothing."""
+    """Return the record of the base model in config.json, or {} if there is none."""
     recorded = (config.mxd or {}).get("base")
     return recorded if isinstance(recorded, dict) else {}
 
 
 def check_base(converted: Any, original: Any, name: str) -> None:
-    """Raises InputError where `original` is not the model that `converted` came from, by the hash of its tensors."""
+    """Raise InputError if the hash of `original` is not that of the base model that `converted` records. name: of the base."""
     recorded = recorded_base(converted.config).get("sha256")
     if recorded is not None and model_sha256(original) != recorded:
         raise InputError(
@@ -263,7 +285,10 @@ def check_base(converted: Any, original: Any, name: str) -> None:
 
 
 def original_of(folder: str | Path, converted: Any, override: str | None = None) -> Any:
-    """The very base model that a loaded checkpoint came from, in its own dtype. override: as in `base_of`. Raises InputError."""
+    """Return the base model of a loaded checkpoint, in its own dtype. override: as in `base_of`.
+
+    Raises InputError if the base is not available, or its hash is not the recorded one.
+    """
     settings = base_of(folder, override)
     original = load_base(settings, dtype="auto")
     check_base(converted, original, settings.model)
@@ -271,7 +296,7 @@ def original_of(folder: str | Path, converted: Any, override: str | None = None)
 
 
 def check_new(output: Path, checkpoint: Path) -> None:
-    """Raises InputError where something is at `output` already, or it lies inside the checkpoint that it is made of."""
+    """Raise InputError if `output` exists and is not empty, or is inside `checkpoint`."""
     check_output(output)
     if checkpoint.resolve() in output.resolve().parents:
         raise InputError(f"{output}: lies inside the checkpoint; choose another folder")
@@ -281,17 +306,20 @@ def check_new(output: Path, checkpoint: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path, checkpoint: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, and is gone where something goes wrong. Raises InputError as `check_new` does."""
+    """Yield a temporary folder, which is renamed to `output` if the block succeeds and removed otherwise.
+
+    Raises InputError as `check_new` does.
+    """
     check_new(output, checkpoint)
     with scratch_beside(output) as scratch, quiet():
-        work = scratch / "new"
-        work.mkdir()
-        yield work
-        put_in_place(work, output, scratch)
+        folder = scratch / "new"
+        folder.mkdir()
+        yield folder
+        put_in_place(folder, output, scratch)
 
 
 def read_local(folder: Path) -> dict[str, Any]:
-    """What is kept of this machine beside a checkpoint, and is not published; empty where there is none or it can't be read."""
+    """Return the content of `mxd_local.json`, which is never published, or {} if it is missing or invalid."""
     try:
         return read_mapping(folder / LOCAL)
     except InputError:
@@ -299,7 +327,7 @@ def read_local(folder: Path) -> dict[str, Any]:
 
 
 def same_outside_layers(converted: Any, base: Any) -> str | None:
-    """None where every tensor outside the MxD layers is the base's, bit for bit; else the name of the first that is not."""
+    """Return the name of the first tensor outside the MxD layers that is not bit-identical to the base's, or None."""
     mxd = converted.config.mxd
     paths = tuple(path for index in mxd["layers"] for path in configuration_mxd.mlp_paths(mxd, index))
     ours = {name: tensor for name, tensor in untied_tensors(converted).items() if not name.startswith(paths)}
@@ -310,11 +338,15 @@ def same_outside_layers(converted: Any, base: Any) -> str | None:
     return None
 
 
-MOST_CONTEXT = 2**22  # tokens of a block that a recipe from anywhere may ask for
+MOST_CONTEXT = 2**22  # tokens; longest block that an untrusted recipe may set
 
 
 def checkpoint_settings(folder: Path) -> tuple[int, bool]:
-    """Block length and masking as in the recipe that travels with the checkpoint, or the defaults."""
+    """Return (block length in tokens, whether to mask BOS and first positions) of the checkpoint's recipe.
+
+    Defaults: 128, True. The block length is at most the model's `max_position_embeddings`. Raises InputError if the recipe's
+    values are invalid.
+    """
     limit = getattr(read_config(folder), "max_position_embeddings", None)
     path = folder / "recipe.yaml"
     recipe = read_recipe_yaml(path) if path.is_file() else {}
@@ -323,14 +355,12 @@ def checkpoint_settings(folder: Path) -> tuple[int, bool]:
         section, _, name = key.partition(".")
         keys = recipe.get(section, {})
         if not isinstance(keys, dict):
-            raise InputError(
-                f"{path}: {section} is {keys!r:.60}, not a readable recipe's section; take the file away, or mend it"
-            )
+            raise InputError(f"{path}: {section} is {keys!r:.60}, not a readable recipe's section; remove the file or correct it")
         value = keys.get(name, default)
         if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MOST_CONTEXT):
             raise InputError(
                 f"{path}: {key} is {value!r:.60}; expected {'true or false' if default is True else f'a number from 2 to {MOST_CONTEXT:,}'}."
-                " Take the file away to evaluate with blocks of 128 tokens"
+                " Remove the file to evaluate with blocks of 128 tokens"
             )
         settings[key] = value
     context, mask_bos = int(settings["data.context"]), bool(settings["train.mask_bos"])

@@ -1,4 +1,7 @@
-"""Makes transformers' auto classes know converted checkpoints; transformers has no plug-in hook, so importing our package does it."""
+"""Registration of converted models with transformers' auto classes.
+
+It runs on import of the package, because transformers has no plug-in hook.
+"""
 
 import importlib.util
 import sys
@@ -6,7 +9,7 @@ from pathlib import Path
 
 
 def register() -> None:
-    """Registers config and model classes of every family in the table. Takes the seconds that importing torch and transformers takes."""
+    """Register config and model classes of every supported family. Imports torch and transformers, which takes seconds."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from mxd_convert.base_model.families import ARCHITECTURES, stem_of
@@ -21,15 +24,18 @@ def register() -> None:
 
 
 def is_our_program() -> bool:
-    """Whether this process is our own command line."""
+    """Return whether this process is the `mxd-convert` command line."""
     return _OURS
 
 
 def register_where_useful() -> None:
-    """Registers unless this is our own command line, which loads checkpoints itself and should answer --help at once, or torch is not there."""
+    """Register the classes if torch and transformers are installed and this process is not our command line.
+
+    The command line loads checkpoints itself, and skips the import so that `--help` is fast.
+    """
     if not _OURS and all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")):
         register()
 
 
-# read once, at import: a caller of `cli.main` may set sys.argv later
+# evaluated at import, because callers of `cli.main` may change sys.argv later
 _OURS = (bool(sys.argv) and Path(sys.argv[0]).stem == "mxd-convert") or sys.orig_argv[1:3] == ["-m", "mxd_convert.cli"]

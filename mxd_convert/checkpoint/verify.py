@@ -1,4 +1,4 @@
-"""`verify`: proves in fresh processes that a checkpoint is whole and behaves as an ordinary one."""
+"""`verify`: check in fresh processes that a checkpoint is complete and behaves like any transformers model."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_m
 from mxd_convert.files import read_mapping, write_json
 from mxd_convert.modeling import SHIPPED
 
-# what a tokenizer is made of; nothing in it is run
+# files of a tokenizer that contain only data, no code
 TOKENIZER_DATA = (
     *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
@@ -38,7 +38,7 @@ PLACES = {False: "with the package", True: "without it, trust_remote_code=True"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was proven (ok True), disproven (False), or could not be looked at (None), and why."""
+    """The result of one check: passed (ok True), failed (False) or not checked (None), with the reason in `detail`."""
 
     check: str
     ok: bool | None
@@ -47,19 +47,23 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
+    """The results of all checks of a checkpoint."""
+
     checkpoint: Path
     checks: list[Check]
 
     @property
     def ok(self) -> bool:
+        """Return whether no check has failed."""
         return all(check.ok is not False for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the results in the form of `verify --json`."""
         return {"checkpoint": self.checkpoint.name, "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
 def foreign_code(folder: Path) -> list[str]:
-    """The files of Python in a checkpoint that are not, to the byte, those that this package writes there; and those that are missing."""
+    """Return the names of a checkpoint's Python files that are missing, added, or not byte-identical to this package's."""
     ours = {path.name: path for path in SHIPPED}
     theirs = {file.name for file in folder.glob("*.py")}
     changed = [name for name in ours.keys() & theirs if (folder / name).read_bytes() != ours[name].read_bytes()]
@@ -67,25 +71,30 @@ def foreign_code(folder: Path) -> list[str]:
 
 
 def token_ids(config: Any) -> list[list[int]]:
-    """Two fixed rows of ordinary tokens."""
+    """Return two fixed rows of random token ids, (2, T) with T at most 32."""
     generator = torch.Generator().manual_seed(0)
     length = min(32, getattr(config, "max_position_embeddings", 32) or 32)
     return torch.randint(0, config.get_text_config().vocab_size, (2, length), generator=generator).tolist()
 
 
 def has_row(config: Any) -> bool:
-    """Whether importing this package lets transformers know the checkpoint's model type."""
+    """Return whether importing this package registers the checkpoint's model type with transformers."""
     return str(config.model_type).removeprefix("mxd_") in ARCHITECTURES
 
 
-def in_fresh_processes(folder: Path, ids: list[list[int]], places: list[bool], needing: list[bool], trusted: bool) -> list[Check]:
-    """places: with the package blocked or not. needing: those of them where code in the checkpoint is needed.
+def in_fresh_processes(folder: Path, ids: list[list[int]], modes: list[bool], needing: list[bool], trusted: bool) -> list[Check]:
+    """Return the checks of a checkpoint in fresh processes, and of their logits against each other.
 
-    trusted: whether whatever is in the folder may run; else a copy is loaded that holds no code but ours.
+    Args:
+        folder: The checkpoint.
+        ids: Rows of token ids to run.
+        modes: One process each: whether our package is blocked in it.
+        needing: The modes that need code from the checkpoint.
+        trusted: Whether any code in the folder may run. If not, the processes load a copy without code other than ours.
     """
     checks, runs = [], {}
-    for blocked in places:
-        place = PLACES[blocked]
+    for blocked in modes:
+        mode = PLACES[blocked]
         with tempfile.TemporaryDirectory() as scratch:
             request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.safetensors"))
             content = {
@@ -99,18 +108,18 @@ def in_fresh_processes(folder: Path, ids: list[list[int]], places: list[bool], n
                 "logits": str(output),
             }
             request.write_text(json.dumps(content))
-            probe = Path(__file__).with_name("fresh_process.py")
-            command = [sys.executable, "-I", str(probe), str(request)]
+            script = Path(__file__).with_name("fresh_process.py")
+            command = [sys.executable, "-I", str(script), str(request)]
             environment = clean_environment(Path(scratch))
             process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
             if process.returncode != 0 or not answer.is_file():
-                last = (process.stderr.strip().splitlines() or [f"it ended with status {process.returncode}"])[-1]
+                last = (process.stderr.strip().splitlines() or [f"it exited with status {process.returncode}"])[-1]
                 _check_resources(last)
-                checks.append(Check(f"runs in a fresh process ({place})", False, last))
+                checks.append(Check(f"runs in a fresh process ({mode})", False, last))
                 continue
             for entry in json.loads(answer.read_text()):
                 _check_resources("" if entry["ok"] else entry["detail"])
-                checks.append(Check(f"{entry['check']} ({place})", entry["ok"], entry["detail"]))
+                checks.append(Check(f"{entry['check']} ({mode})", entry["ok"], entry["detail"]))
             if output.is_file():
                 runs[blocked] = load_file(output)
     if len(runs) == 2:
@@ -120,20 +129,24 @@ def in_fresh_processes(folder: Path, ids: list[list[int]], places: list[bool], n
 
 
 def _check_resources(problem: str) -> None:
-    """Raise InputError where a fresh process failed for want of disk or memory, which says nothing about the checkpoint."""
+    """Raise InputError if a fresh process ran out of disk space or memory, which is not a failure of the checkpoint."""
     error = RuntimeError(problem)
     if is_disk_full(error):
         raise InputError(
-            f"{tempfile.gettempdir()}: no space left on the disk while verifying, which saves the checkpoint there ({first_line(error, 120)})."
+            f"{tempfile.gettempdir()}: no space left on the disk while verifying, which saves copies there ({first_line(error, 120)})."
             " Free some space, or set TMPDIR to a folder with more"
         )
     if is_out_of_memory(error):
-        raise InputError(f"out of memory while verifying ({first_line(error, 120)}); free some, or close other programs")
+        raise InputError(
+            f"out of memory while verifying ({first_line(error, 120)}); close other programs, or use a machine with more memory"
+        )
 
 
 def clean_copy(folder: Path, copy: Path) -> Path:
-    """Make a folder of what loading a checkpoint needs and no code but ours: its weights (as links), its tokenizer's data, its configs,
-    an auto_map of ours, and our own files. Returns it."""
+    """Copy what loading a checkpoint needs, without any code but ours, and return the copy.
+
+    It has the weights (as links), the tokenizer's data, the configs with our auto_map, and our Python files.
+    """
     copy.mkdir()
     weights = weight_files(folder)
     for file in weights:
@@ -163,19 +176,19 @@ def clean_copy(folder: Path, copy: Path) -> Path:
 
 
 def clean_environment(scratch: Path) -> dict[str, str]:
-    """The environment for a process that runs a checkpoint: without tokens and other secrets, with caches of its own, on one thread.
+    """Return an environment for running a checkpoint: without secrets, with empty caches in `scratch`, on one thread.
 
-    A cache of its own also keeps code that an earlier load left behind from standing in for the checkpoint's.
+    With an empty cache, code cached by an earlier load can't be run instead of the checkpoint's.
     """
     kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    places = {"HF_HOME": scratch / "hf", "HF_MODULES_CACHE": scratch / "modules", "HF_TOKEN_PATH": scratch / "none"}
+    caches = {"HF_HOME": scratch / "hf", "HF_MODULES_CACHE": scratch / "modules", "HF_TOKEN_PATH": scratch / "none"}
     switches = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**kept, **threads, **{name: str(place) for name, place in places.items()}, **switches}
+    return {**kept, **threads, **{name: str(path) for name, path in caches.items()}, **switches}
 
 
 def _search_path(folder: Path) -> list[str]:
-    """Where this process finds its packages, but for the working directory, the checkpoint, and code that earlier loads have cached."""
+    """Return this process's import path without the working directory, the checkpoint and code cached by earlier loads."""
     package = str(Path(__file__).resolve().parent.parent.parent)
     others = {str(Path.cwd()), str(folder.resolve())}
     found = [entry for entry in sys.path if entry and str(Path(entry).resolve()) not in others]
@@ -184,6 +197,11 @@ def _search_path(folder: Path) -> list[str]:
 
 @torch.no_grad()
 def against_base(folder: Path, converted: Any, base: str | None, ids: list[list[int]]) -> list[Check]:
+    """Return the checks that compare a loaded checkpoint with its base: tensors outside the layers, and logits after a revert.
+
+    Both are reported as not checked if the base is not available. base: as `override` in `base_of`. Raises InputError if it is
+    given and not the checkpoint's base.
+    """
     names = ("tensors outside the layers are the base's, bit for bit", "reverting every layer gives the base's logits exactly")
     try:
         original = original_of(folder, converted, base)
@@ -198,7 +216,7 @@ def against_base(folder: Path, converted: Any, base: str | None, ids: list[list[
     ours, theirs = reverted(input_ids=tokens).logits, original(input_ids=tokens).logits
     if ours.shape != theirs.shape:
         return [outside, Check(names[1], False, f"their shapes differ: {list(ours.shape)} and {list(theirs.shape)}")]
-    # the same arithmetic on the same bits may round in another way where memory is aligned otherwise
+    # equal tensors may still give logits that differ by rounding, depending on the alignment of memory
     same = ours.equal(theirs) or (different is None and _same_tensors(reverted, original) and ours.allclose(theirs, atol=1e-5))
     return [outside, Check(names[1], same, "" if same else "they differ")]
 

@@ -1,7 +1,7 @@
-"""The folder that a run works in, beside the one its result goes to, and the renaming of the one into the other.
+"""The workspace of a run, and the rename of its finished checkpoint to the output folder.
 
-Everything is written into `<output>.partial`, and the finished checkpoint is renamed from there, so a folder either holds a whole
-result or is not there.
+A run writes everything into its workspace, `<output>.partial`, and renames the finished checkpoint from there. The output folder
+therefore either has a complete result or does not exist.
 """
 
 import errno
@@ -23,29 +23,35 @@ from mxd_convert.errors import InputError, disk_guard, is_disk_full
 from mxd_convert.files import check_output, file_sha256, put_in_place, read_sealed, write_sealed, write_text
 from mxd_convert.recipe.schema import Recipe, is_local
 
-MARK = "fingerprint"  # names the recipe that a work folder belongs to, and what the files that the run reads hold
-REPLACING = "replacing"  # there while a finished output is made anew
-SHARED = "processes"  # holds a run's word, which all its processes must see
-TOLD = "told-"  # before that word: one of them has said why the run ended
-ASIDE = "aside"  # where an older result is while the new one takes its place
-_DERIVED = ("offload", "checkpoint")  # made anew by every run
+MARK = "fingerprint"  # file with the hashes of the recipe and of the files that the run reads
+REPLACING = "replacing"  # file that exists while --fresh replaces a finished output
+SHARED = "processes"  # file with the run id, which all processes of the run must see
+TOLD = "told-"  # prefix of a file named by the run id, created by the process that reports why the run ended
+ASIDE = "aside"  # folder of the previous result while the new one replaces it
+_DERIVED = ("offload", "checkpoint")  # folders that every run creates again
 _KNOWN = {"lock", MARK, REPLACING, SHARED, ASIDE, *_DERIVED, "data", "state", "twin", "training_log.jsonl"}
-_MUCH = 4 * 2**30  # bytes that take seconds to hash
-# what lies in a model's folder and no loading reads
+_MUCH = 4 * 2**30  # bytes; hashing more takes seconds and is reported
+# suffixes of files in a model's folder that loading never reads
 _NOT_LOADED = frozenset(
     {".bin", ".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".log", ".gguf", ".onnx", ".h5", ".msgpack"}
 )
 
 
 class Workspace:
-    """The output folder of a recipe and the work folder beside it. fresh: what is there may be replaced."""
+    """The output folder of a recipe and the workspace beside it.
+
+    fresh: whether an existing result or unfinished run may be replaced.
+    """
 
     def __init__(self, recipe: Recipe, output: Path, fresh: bool) -> None:
         self.recipe, self.output, self.fresh = recipe, output, fresh
         self.work = output.parent / f"{output.name}.partial"
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the report of this very recipe's result, where it is there. Raises InputError where something else is in the way."""
+        """Return the report of this recipe's finished result, or None if there is none yet.
+
+        Raises InputError if the output or the workspace has something else, or can't be written.
+        """
         check_output(self.output, "output.dir")
         with self._writable():
             return self._finished()
@@ -55,7 +61,7 @@ class Workspace:
             raise InputError(f"output.dir: {self.output.parent} can't be written; choose another output.dir")
         if self.work.exists() and not _is_ours(self.work):
             raise InputError(
-                f"output.dir: {self.work}, where the run would work, holds something else; choose another output.dir"
+                f"output.dir: {self.work}, the workspace of the run, holds something else; choose another output.dir"
             )
         if not self.output.exists() or not any(self.output.iterdir()):
             return None
@@ -73,10 +79,10 @@ class Workspace:
             raise InputError(
                 f"output.dir: {self.output} holds a checkpoint without a readable {REPORT}; choose another output.dir, or --fresh to replace it"
             ) from None
-        if (self.work / REPLACING).is_file() and self._may_be_mine():  # cut off while it was done anew, with --fresh
+        if (self.work / REPLACING).is_file() and self._may_be_mine():  # a run with --fresh was interrupted
             return None
         same = content.get("recipe_sha256") == self.recipe.published_sha256()
-        local = read_local(self.output)  # base names alone can't tell two texts of the same name apart
+        local = read_local(self.output)  # the published hash has only file names, so two texts of the same name look equal
         if not same or local.get("recipe", self.recipe.fingerprint()) != self.recipe.fingerprint():
             raise InputError(
                 f"output.dir: {self.output} holds the result of another recipe; choose another output.dir, or --fresh to replace it"
@@ -84,14 +90,14 @@ class Workspace:
         return content
 
     def tidy(self) -> None:
-        """Remove a work folder that a kill between the renaming and the tidying up has left, unless somebody works there."""
+        """Remove a workspace left by a kill between the rename and the clean-up, unless another run uses it."""
         if self.work.exists():
             with suppress(InputError), self.locked():
                 _remove(self.work)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other run from this output. The lock goes with the process, however it ends."""
+        """Lock the output against other runs. The lock is released when the process ends, even if it is killed."""
         lock = FileLock(self.work / "lock", timeout=0)
         with disk_guard(self.work), self._writable():
             try:
@@ -108,19 +114,20 @@ class Workspace:
 
     @contextmanager
     def _writable(self) -> Iterator[None]:
-        """Turn a folder that can't be made, read or written into an InputError."""
+        """Raise an InputError if a folder can't be created, read or written."""
         try:
             yield
         except OSError as error:
             if is_disk_full(error) or error.errno in (errno.EIO, errno.ENOMEM):
                 raise
-            place = error.filename or self.output
-            raise InputError(f"output.dir: {place} can't be written ({error.strerror}); choose another output.dir") from None
+            path = error.filename or self.output
+            raise InputError(f"output.dir: {path} can't be written ({error.strerror}); choose another output.dir") from None
 
     def claim(self, say: Callable[[str], None] = lambda line: None) -> None:
-        """Make the work folder this recipe's: cleared if `fresh`, refused where it belongs to another or to other inputs.
+        """Prepare the workspace for this recipe, and clear it if `fresh`.
 
-        say: where to report that hashing the inputs takes a while.
+        say: called with a message if hashing the inputs takes seconds. Raises InputError if the workspace has an unfinished run
+        of another recipe or of other inputs.
         """
         self._put_back()
         mark, state = self.work / MARK, self.has_state() and not self.fresh
@@ -133,7 +140,7 @@ class Workspace:
         ours = {"recipe": self.recipe.fingerprint(), "files": files}
         if state and theirs is not None and theirs["files"] != files:
             raise self._refusal(
-                f"an unfinished run of this recipe, and since it began {_changes(theirs['files'], files)}; put that right"
+                f"an unfinished run of this recipe, and since it began {_changes(theirs['files'], files)}; undo that change"
             )
         if self.fresh:
             _clear(self.work, keep=("lock", MARK) if mark.is_file() else ("lock",))
@@ -148,24 +155,24 @@ class Workspace:
     def _refusal(self, what: str) -> InputError:
         return InputError(f"output.dir: {self.work} holds {what}; --fresh to start over, or choose another output.dir")
 
-    def show(self, word: str) -> None:
-        """Leave the run's word for its other processes."""
+    def show(self, run_id: str) -> None:
+        """Write the run id to the workspace, for the other processes of the run."""
         for old in self.work.glob(f"{TOLD}*"):
             old.unlink(missing_ok=True)
-        write_text(self.work / SHARED, word)
+        write_text(self.work / SHARED, run_id)
 
-    def check_shown(self, word: str) -> None:
-        """Raise InputError where this process does not see the word that another has left."""
+    def check_shown(self, run_id: str) -> None:
+        """Raise InputError if this process does not see the run id that `show` has written in another process."""
         mark = self.work / SHARED
-        if not mark.is_file() or mark.read_text(errors="replace") != word:
+        if not mark.is_file() or mark.read_text(errors="replace") != run_id:
             raise InputError(
-                f"output.dir: {self.output} is not on a file system that all processes see; choose another output.dir, on one that they do"
+                f"output.dir: {self.output} is not on a file system that all processes share; choose an output.dir on a shared file system"
             )
 
-    def first_to_tell(self, word: str) -> bool:
-        """Whether this process, of those that found something wrong in the run of that word, is the first; it may speak."""
+    def first_to_tell(self, run_id: str) -> bool:
+        """Return whether this process is the first of the run to report why it ended. Only the first prints the message."""
         try:
-            (self.work / f"{TOLD}{word}").touch(exist_ok=False)
+            (self.work / f"{TOLD}{run_id}").touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError:
@@ -173,34 +180,36 @@ class Workspace:
         return True
 
     def has_state(self) -> bool:
-        """Whether anything has been trained here."""
+        """Return whether the workspace has a saved training state."""
         return any((self.work / "state").glob("*/step-*.json"))
 
     def forget(self) -> None:
-        """Remove the work folder of a run that failed before it had trained anything, so that it stands in nobody's way."""
+        """Remove the workspace if no training state was saved, so that a failed run doesn't block the output."""
         if not self.has_state():
             self._put_back()
             _remove(self.work)
 
     def publish(self, folder: Path) -> None:
-        """Rename the finished checkpoint to the output; an older result is kept until the new one is there."""
-        check_output(self.output, "output.dir")  # nothing may have been mounted there in the meantime
+        """Rename the finished checkpoint to the output. A previous result is kept until the rename has succeeded."""
+        check_output(self.output, "output.dir")  # something may have been mounted there since the first check
         shutil.rmtree(self.work / ASIDE, ignore_errors=True)
         (self.work / ASIDE).mkdir()
         put_in_place(folder, self.output, self.work / ASIDE)
         (self.work / REPLACING).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            (self.work / ASIDE / "old").rename(self.work / ASIDE / "replaced")  # never to be put back, once it is half removed
+            (self.work / ASIDE / "old").rename(
+                self.work / ASIDE / "replaced"
+            )  # so that `_put_back` can't restore it half removed
         _remove(self.work)
 
     def _put_back(self) -> None:
-        """Return an older result to the output, where a kill came between the two renames of `publish`."""
+        """Move a previous result back to the output if a kill came between the two renames of `publish`."""
         old = self.work / ASIDE / "old"
         if old.is_dir() and not self.output.exists():
             old.rename(self.output)
 
     def _remove_leftovers(self) -> None:
-        """Remove what a killed process has left: half-written files, and what every run makes anew."""
+        """Remove what a killed process has left: partly written files, and folders that every run creates again."""
         for name in (ASIDE, *_DERIVED):
             shutil.rmtree(self.work / name, ignore_errors=True)
         for path in self.work.rglob("*.tmp"):
@@ -208,12 +217,15 @@ class Workspace:
                 path.unlink(missing_ok=True)
 
     def _may_be_mine(self) -> bool:
-        """Whether the work folder is this recipe's, or can't be told to be another's."""
+        """Return whether the workspace is not known to belong to another recipe."""
         mark = read_sealed(self.work / MARK)
         return mark is None or mark.get("recipe") == self.recipe.fingerprint()
 
     def inputs(self, say: Callable[[str], None] = lambda line: None) -> dict[str, str]:
-        """Return the SHA-256 of every local file that the run reads, by path: texts, and the base's weights, config, tokenizer and code."""
+        """Return the SHA-256 of every local file that the run reads, by path.
+
+        These are the texts, and the base's weights, config, tokenizer and code. say: as for `claim`.
+        """
         data, base = self.recipe.data, self.recipe.base.model
         texts = [path for path in (data.train.path, data.eval.path) if path is not None and is_local(path)]
         files = [file for path in texts for file in local_files(path)]
@@ -226,10 +238,10 @@ class Workspace:
 
 
 def _loaded_files(folder: Path, trusted: bool) -> list[Path]:
-    """Return the files that loading a model and its tokenizer may read. trusted: whether its own code, which may be in subfolders, is run."""
+    """Return the files that loading a model and its tokenizer may read. trusted: whether to include code in subfolders."""
     found = [path for path in folder.iterdir() if path.suffix.lower() not in _NOT_LOADED]
     found += folder.glob("additional_chat_templates/*.jinja")
-    if trusted:  # not what is in the folders of other models
+    if trusted:  # subfolders with a config.json are other models
         found += (path for path in folder.glob("*/**/*.py") if not (path.parent / "config.json").is_file())
     hidden = ("." in (part[0] for part in path.relative_to(folder).parts) for path in found)
     return sorted(path for path, is_hidden in zip(found, hidden, strict=True) if not is_hidden and path.is_file())
@@ -242,28 +254,27 @@ def _hash(file: Path) -> str:
 
 @functools.lru_cache(maxsize=10_000)
 def _hash_once(file: Path, stamp: tuple[int, ...]) -> str:
-    """Hash a file once in a process, for the runs of a sweep read the same ones. stamp: changes with the file."""
+    """Return the SHA-256 of a file, cached because the runs of a sweep read the same files. stamp: changes with the file."""
     return file_sha256(file)
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say in words how two listings of files differ; they do."""
-    words = [
+    """Return a description of how two different listings of files differ."""
+    changes = [
         *(f"{name} has changed" for name in before if name in now and before[name] != now[name]),
         *(f"{name} has gone" for name in before if name not in now),
         *(f"{name} was added" for name in now if name not in before),
     ]
-    return words[0] + (f" (and {len(words) - 1} more files)" if len(words) > 1 else "")
+    return changes[0] + (f" (and {len(changes) - 1} more files)" if len(changes) > 1 else "")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a work folder is one of ours: it has our mark, or nothing but what a run of ours leaves there."""
+    """Return whether a folder is a workspace: it has the mark, or only files that a run creates before the mark."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    first = {
-        name for name in names if name == "lock" or name.lstrip(".").startswith((MARK, SHARED, TOLD))
-    }  # what comes before the mark
+    # files that are created before the mark
+    first = {name for name in names if name == "lock" or name.lstrip(".").startswith((MARK, SHARED, TOLD))}
     known = {name for name in names if name in _KNOWN or name.endswith(".tmp")}
     return (folder / MARK).is_file() or names == first or ("lock" in names and names == first | known)
 
@@ -275,7 +286,7 @@ def _clear(folder: Path, keep: tuple[str, ...]) -> None:
 
 
 def _remove(work: Path) -> None:
-    """Remove a work folder, the mark last but for the lock: cut off in between, what is left is still known as ours."""
+    """Remove a workspace, its mark and lock last, so that an interrupted removal still leaves a known workspace."""
     with suppress(OSError):
         _clear(work, keep=("lock", MARK))
         (work / MARK).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The command line: parses, calls the public face, prints. No logic. One file a group of commands.
+"""Command line: one file per command, which parses the options, calls the public function and prints the result.
 
-`main` is the one place where what went wrong becomes a line and an exit status. It imports the commands itself, so that signals are
-caught from the start.
+`main` turns every exception into a message on stderr and an exit status. It imports the commands itself, so that signals are
+handled from the start.
 """
 
 import importlib
@@ -26,19 +26,22 @@ from mxd_convert.escaping import printable
 
 __all__ = ["main"]
 
-# files of this room, in the order of `--help`
+# modules of this package, in the order of `--help`
 COMMANDS = (
     *("init", "plan", "run", "sweep", "evaluate", "verify", "revert", "edit", "label"),
     *("generate", "inspect", "compare", "measure_steering", "probe", "dashboard"),
     *("export", "export_onnx", "push", "pull", "list", "delta", "apply"),
 )
-LEAST_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, the BLAS of scipy waits for memory for ever as it is imported
-OTHERS_SPEAK = 10.0  # seconds in which another process says what is wrong, and its end ends this one
+LEAST_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, importing scipy hangs, because its BLAS waits for memory
+OTHERS_SPEAK = 10.0  # seconds to wait for another process to report its error; its exit also ends this process
 _RESUMABLE = ("run", "push", "pull", "sweep")
 
 
 def main() -> None:
-    """The program. Exit status: 0 done, 1 a check failed, 2 the input is at fault, 130 interrupted (resumable)."""
+    """Run the program and exit.
+
+    Exit status: 0 success, 1 a check failed, 2 an error, 130 interrupted (resumable).
+    """
     exhausted = False
     with Signals() as signals:
         try:
@@ -51,33 +54,33 @@ def main() -> None:
             sys.stdout.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
+            if isinstance(error, BrokenPipeError):  # the reader closed the pipe
                 status = status or INTERRUPTED
             else:
-                _say(f"standard output can't be written ({error.strerror}); what was done is done")
+                _say(f"standard output can't be written ({error.strerror}). The command itself has finished.")
                 status = status or 2
-    # after an interruption inside code that was made from a string (imports make named tuples and data classes so), CPython ends the
-    # process by SIGINT, whatever its status is, unless another string is run
+    # After an interruption inside `exec` (imports use it for named tuples and data classes), CPython kills the process by SIGINT
+    # instead of returning the exit status, unless another string is executed.
     exec("")  # noqa: S102
-    if exhausted and is_our_program():  # what other packages do at the end would fail too, with tracebacks
+    if exhausted and is_our_program():  # exit handlers of other packages would run out of memory too and print tracebacks
         os._exit(status)
     sys.exit(status)
 
 
-INTERRUPTED_BY_SIGNAL = KeyboardInterrupt()  # whatever an interrupted import or library made of the interruption
+INTERRUPTED_BY_SIGNAL = KeyboardInterrupt()  # replaces the exception that an interrupted import or library raised instead
 
 
 def _run() -> int:
     if (limit := address_space()) is not None:
         _prepare_for(limit)
-    # the commands are imported here: it takes a while, and may itself be interrupted or run out of memory
+    # Imports are slow, and may themselves be interrupted or run out of memory, so they are inside the error handling of `main`.
     from mxd_convert.cli.app import app, prepare_streams
 
     for name in COMMANDS:
         importlib.import_module(f"mxd_convert.cli.{name}")
     prepare_streams()
     status = app(standalone_mode=False)
-    if status in (INTERRUPTED, INTERRUPTED_AND_TOLD):  # typer turns Ctrl-C into the first
+    if status in (INTERRUPTED, INTERRUPTED_AND_TOLD):  # Typer turns Ctrl-C into INTERRUPTED
         error = KeyboardInterrupt()
         error.told = status == INTERRUPTED_AND_TOLD  # type: ignore[attr-defined]
         raise error
@@ -85,14 +88,14 @@ def _run() -> int:
 
 
 def _prepare_for(limit: int) -> None:
-    """Refuse a limit of address space that the imports would not survive, and start no thread that isn't needed.
+    """Raise InputError if the address space is too small for the imports, and disable tqdm's monitor thread.
 
-    Python waits for ever for a thread that runs out of memory as it starts; that of tqdm only updates bars that stand still.
+    Python hangs if a thread runs out of memory while it starts. The monitor only refreshes stalled bars.
     """
     if limit < LEAST_ADDRESS_SPACE:
         raise InputError(
-            f"the address space is limited to {limit / 2**30:.2f} GiB (`ulimit -v`), and torch and scipy take"
-            f" {LEAST_ADDRESS_SPACE / 2**30:g} GiB before any work; raise the limit"
+            f"the address space is limited to {limit / 2**30:.2f} GiB (`ulimit -v`), but loading torch and scipy takes"
+            f" {LEAST_ADDRESS_SPACE / 2**30:g} GiB. Raise the limit."
         )
     from tqdm import tqdm
 
@@ -100,7 +103,7 @@ def _prepare_for(limit: int) -> None:
 
 
 def _explain(error: BaseException, signals: Signals) -> int:
-    """Says what went wrong in a line or two. Returns the exit status."""
+    """Print what went wrong in one or two lines, and return the exit status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 2
     if _debug():
@@ -108,14 +111,15 @@ def _explain(error: BaseException, signals: Signals) -> int:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # the latter is typer's
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # Abort is Typer's
         return _interrupted(error)
-    if hasattr(error, "show") and hasattr(error, "exit_code"):  # typer's own, of a mistake in the options themselves
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # Typer's own errors: wrong options
         if os.environ.get("LOCAL_RANK", "0") == "0":
             error.show()
         return int(error.exit_code)
     if isinstance(error, InputError) and error.told:
-        # torchrun ends all processes with the first, which must be the one that speaks; if none does, this one
+        # torchrun ends all processes when the first one exits. Wait, so that the process with the error reports it; report it
+        # here if none has.
         signals.restore()
         time.sleep(OTHERS_SPEAK)
     _say(_message(error))
@@ -124,10 +128,10 @@ def _explain(error: BaseException, signals: Signals) -> int:
 
 def _interrupted(error: BaseException) -> int:
     if getattr(error, "told", False):
-        time.sleep(OTHERS_SPEAK / 10)  # what the process that tells it says is short
+        time.sleep(OTHERS_SPEAK / 10)  # the other process only prints one line
         return INTERRUPTED
     without = ", without --fresh," if "--fresh" in sys.argv else ""
-    resumes = any(word in _RESUMABLE for word in sys.argv[1:3])
+    resumes = any(argument in _RESUMABLE for argument in sys.argv[1:3])
     _say("interrupted" + (f"; the same command{without} resumes where it stopped" if resumes else ""))
     return INTERRUPTED
 
@@ -136,10 +140,10 @@ def _message(error: BaseException) -> str:
     if isinstance(error, InputError):
         return str(error)
     if is_out_of_memory(error):
-        return f"out of memory ({first_line(error, 120)}); free some, close other programs, or ask for less (fewer tokens, smaller batches)"
+        return f"out of memory ({first_line(error, 120)}). Close other programs, or use fewer tokens or smaller batches."
     if is_disk_full(error):
         where = f"{getattr(error, 'filename', None) or 'the disk'}: "
-        return f"{where}no space left ({first_line(error, 120)}); free some and give the same command again"
+        return f"{where}no space left ({first_line(error, 120)}). Free some space and run the same command again."
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: can't be used ({error.strerror or first_line(error)})"
     trace = traceback.extract_tb(error.__traceback__)
@@ -147,7 +151,7 @@ def _message(error: BaseException) -> str:
     where = f" ({Path(ours.filename).name}, line {ours.lineno})" if ours is not None else ""
     return (
         f"unexpected error{where}: {type(error).__name__}: {first_line(error)}\n"
-        "This should not happen: please report it, with what `mxd-convert --debug` shows before the same command"
+        "This is a bug. Please report it with the traceback, which `mxd-convert --debug COMMAND` prints."
     )
 
 
@@ -156,7 +160,7 @@ def _say(message: str) -> None:
         print(f"mxd-convert: {printable(message, lines=True)}", file=sys.stderr, flush=True)
     except UnicodeEncodeError:
         print(f"mxd-convert: {message.encode('ascii', 'replace').decode()}", file=sys.stderr, flush=True)
-    except OSError:  # the reader has closed the pipe
+    except OSError:  # the reader closed the pipe
         pass
 
 

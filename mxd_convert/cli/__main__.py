@@ -1,4 +1,4 @@
-"""`python -m mxd_convert.cli` is the program `mxd-convert`."""
+"""Entry point of `python -m mxd_convert.cli`, the same program as `mxd-convert`."""
 
 from mxd_convert.cli import main
 

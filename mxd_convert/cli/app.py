@@ -1,7 +1,7 @@
-"""The program's frame: options that several commands share, and the one place where they print.
+"""The Typer app, options that several commands share, and the functions that print.
 
-Names, labels, texts and figures may come from a checkpoint, a data set or the Hub. So every str is text here: never rich's markup, and
-without the control characters that a terminal obeys.
+Names, labels, texts and figures may come from a checkpoint, a dataset or the Hub. Every str is therefore printed as plain text:
+without rich markup and without terminal control characters.
 """
 
 import io
@@ -22,7 +22,7 @@ from mxd_convert.files import finite
 
 app = typer.Typer(
     name="mxd-convert",
-    help="Turns a pretrained HuggingFace language model into one whose MLPs are sparse, interpretable Mixtures of Decoders.",
+    help="Convert a pretrained Hugging Face language model into one whose MLPs are sparse, interpretable Mixtures of Decoders.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 class _Console(Console):
-    """A console for which a str is a line of text; in a cell of a table, lines of text."""
+    """A console that prints a str as one line of plain text, or as several lines in a table cell."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -43,34 +43,34 @@ class _Console(Console):
         return super().render_str(printable(text, lines=True), **options)
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would end the program here
+        raise BrokenPipeError  # rich would exit here
 
 
 human = _Console(stderr=True)
 
-RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or the name of one that ships: quickstart, stories260k, ...")]
+RecipeArgument = Annotated[str, typer.Argument(help="Recipe file, or name of a bundled recipe: quickstart, stories260k, ...")]
 CheckpointArgument = Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")]
-SetOption = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; repeatable.")]
+BaseOption = Annotated[
+    Optional[str], typer.Option("--base", metavar="PATH", help="Base model to use instead of the recorded one.")
 ]
-BaseOption = Annotated[Optional[str], typer.Option("--base", metavar="PATH", help="The base model, where not the recorded one.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr replace what their encoding lacks: a terminal of ASCII only is no reason to stop."""
+    """Make stdout and stderr replace characters that their encoding lacks, so that ASCII terminals raise no error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def console() -> Console:
-    """Return a console of the terminal's width; wide enough for our tables where the output is a file or a pipe."""
+    """Return a console of the terminal's width, or 120 columns for a file or pipe."""
     return _Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 
 
 def table_of(*headers: str) -> Table:
-    """Return a table that keeps to 80 columns: figures to the right, headers of several words over several lines."""
+    """Return an empty table: the first column left-aligned, the others right-aligned, long headers folded."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     for number, header in enumerate(headers):
         table.add_column(header, justify="right" if number else "left", overflow="fold")
@@ -78,23 +78,26 @@ def table_of(*headers: str) -> Table:
 
 
 def show(result: object, lines: bool = False) -> None:
-    """Print a result on stdout: as one line, neither wrapped nor cut. lines: keep its line breaks and tabs."""
-    if sys.stdout is not None:  # where it is closed
+    """Print a result on stdout, unwrapped.
+
+    lines: keep line breaks and tabs instead of printing one line.
+    """
+    if sys.stdout is not None:  # stdout is closed
         sys.stdout.write(printable(str(result), lines) + "\n")
 
 
 def print_json(content: Any) -> None:
-    """Print strict JSON in ASCII on stdout; numbers that are not finite become null."""
+    """Print strict ASCII JSON on stdout, with null for numbers that are not finite."""
     show(json.dumps(finite(content), indent=2, allow_nan=False), lines=True)
 
 
 def figure(value: Any, form: str) -> str:
-    """Return a figure of a report as a cell of a table; what is no finite number is a dash."""
+    """Return a report value formatted as a table cell, or a dash if it isn't a finite number."""
     return format(value, form) if is_figure(value) else "-"
 
 
 def is_figure(value: Any) -> bool:
-    """Whether a value of a report is a finite number, and one that a float can hold."""
+    """Return whether a report value is a finite number within the range of a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -107,19 +110,21 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a base model and its checkpoints.")
+        bool, typer.Option("--trust-remote-code", help="Allow custom code of base models and checkpoints to run.")
     ] = False,
 ) -> None:
     settings.debug = debug
     if trust_remote_code:
-        context.with_resource(mxd_convert.trusting())  # for this command
+        context.with_resource(mxd_convert.trusting())  # until this command ends
 
 
 class Settings:
-    """What the program's own options say."""
+    """Values of the program's global options."""
 
     debug = False
 
@@ -128,11 +133,12 @@ settings = Settings()
 
 
 RepositoryArgument = Annotated[
-    str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub: owner/name, or a name of your own.")
+    str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub: owner/name, or a name under your own account.")
 ]
 
 
 def size_of(count: float) -> str:
+    """Return a size in bytes as text with a binary unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

@@ -12,10 +12,10 @@ from mxd_convert.cli.app import JsonOption, app, console, figure, print_json, ta
 @app.command(epilog="Example: `mxd-convert compare runs/quickstart runs/mine`")
 def compare(
     one: Annotated[Path, typer.Argument(help="Folder of a converted checkpoint.")],
-    other: Annotated[Path, typer.Argument(help="Folder of another.")],
+    other: Annotated[Path, typer.Argument(help="Folder of the checkpoint to compare it with.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Set two checkpoints' reports side by side."""
+    """Compare the reports of two checkpoints: settings, figures and verdicts side by side."""
     found = mxd_convert.compare(one, other)
     if as_json:
         print_json(found)
@@ -23,7 +23,7 @@ def compare(
     out = console()
     for key, same in (("base model", found["same_base"]), ("held-out text", found["same_eval_text"])):
         if not same:
-            out.print(f"note: not the same {key}; figures can't be compared one to one")
+            out.print(f"note: the {key} differs or is unknown, so the figures aren't directly comparable")
     table = table_of("", Path(one).name, Path(other).name, "difference")
     for key, values in found["settings"].items():
         table.add_row(key, *map(str, values), "")

@@ -1,4 +1,4 @@
-"""The command that writes the dashboard."""
+"""The command `dashboard`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +13,13 @@ from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, human, prin
 def dashboard(
     checkpoint: CheckpointArgument,
     data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; a dashboard that is there is replaced.")],
-    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to look at, at most.")] = 262_144,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; an existing dashboard is replaced.")],
+    text_field: Annotated[str, typer.Option("--text-field", help="Field with the text of each document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Maximum number of tokens to read.")] = 262_144,
     layers: Annotated[str, typer.Option("--layers", help='Layers to show: "3,4", "0-2" or all.')] = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Write what every expert does on a text as a folder of HTML, which opens from disk without network."""
+    """Write a dashboard of every expert's activity on a text: HTML pages that open from disk, without a network."""
     written = mxd_convert.make_dashboard(checkpoint, data, output, tokens, text_field, layers)
     if as_json:
         print_json(written)

@@ -25,15 +25,16 @@ def delta(
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write only what the conversion changed: for bases that may not be passed on, and a fraction of the bytes.
+    """Write only what the conversion changed, as a delta against the base model.
 
-    `apply` makes the full checkpoint of it again, to the bit; `mxd_convert.load` loads it as it is.
+    A delta is smaller than the checkpoint, and suits base models that may not be redistributed. `apply` rebuilds the full
+    checkpoint, byte for byte. `mxd_convert.load` loads a delta directly.
     """
     done = mxd_convert.delta(checkpoint, output, base)
     if as_json:
         print_json(done.to_dict())
         return
     human.print(
-        f"{size_of(done.size)} in place of {size_of(done.full_size)}; {done.tensors} tensors that the base does not have",
+        f"{size_of(done.size)} instead of {size_of(done.full_size)}; {done.tensors} tensors that are not in the base model",
     )
     show(done.output)

@@ -15,23 +15,30 @@ def edit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     ablate: Annotated[
         Optional[list[str]],
-        typer.Option("--ablate", metavar="LAYER:EXPERT", help="Take an expert's part away for good; repeatable."),
+        typer.Option("--ablate", metavar="LAYER:EXPERT", help="Ablate an expert permanently; repeatable."),
     ] = None,
     scale: Annotated[
         Optional[list[str]],
-        typer.Option("--scale", metavar="LAYER:EXPERT:C", help="Multiply an expert's part by C for good; repeatable."),
+        typer.Option("--scale", metavar="LAYER:EXPERT:C", help="Multiply an expert's output by C permanently; repeatable."),
     ] = None,
     steer: Annotated[
         Optional[list[str]],
-        typer.Option("--steer", metavar="LAYER:EXPERT:+C", help="Steer from now on, by a preset in config.json; repeatable."),
+        typer.Option(
+            "--steer",
+            metavar="LAYER:EXPERT:+C",
+            help="Add a steering preset to config.json, active whenever the model runs; repeatable.",
+        ),
     ] = None,
-    data: Annotated[Optional[Path], typer.Option("--data", help="Held-out text to measure the result on.")] = None,
-    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to measure on, at most.")] = 262_144,
+    data: Annotated[
+        Optional[Path],
+        typer.Option("--data", help="Held-out text to evaluate the new checkpoint on. Default: none, and no report is written."),
+    ] = None,
+    text_field: Annotated[str, typer.Option("--text-field", help="Field with the text of each document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Maximum number of tokens to evaluate on.")] = 262_144,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ablate, scale or steer experts in a new checkpoint, whose card says so."""
+    """Write a new checkpoint with experts ablated, scaled or steered. Its model card lists the changes."""
     edits: list[dict[str, Any]] = [{**mxd_convert.parse_expert("--ablate", text), "ablate": True} for text in ablate or []]
     edits += [mxd_convert.parse_scale(text) for text in scale or []]
     preset = [mxd_convert.parse_steering(text) for text in steer or []]

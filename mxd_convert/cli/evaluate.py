@@ -20,15 +20,15 @@ from mxd_convert.cli.figures import print_figures
 def evaluate(
     checkpoint: CheckpointArgument,
     data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],
-    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to evaluate on, at most.")] = 262_144,
+    text_field: Annotated[str, typer.Option("--text-field", help="Field with the text of each document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Maximum number of tokens to evaluate on.")] = 262_144,
     base: BaseOption = None,
     record: Annotated[
-        bool, typer.Option("--record", help="Add the figures to the checkpoint's report and card, as of another text.")
+        bool, typer.Option("--record", help="Also add the figures to the checkpoint's report and card, under this text.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a checkpoint on a text: fidelity to the base model and reliance on the experts."""
+    """Evaluate a checkpoint on a text: fidelity to the base model and reliance on the experts."""
     figures = mxd_convert.evaluate(checkpoint, data, tokens, text_field, base)
     if record:
         mxd_convert.record(checkpoint, figures)

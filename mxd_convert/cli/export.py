@@ -1,4 +1,4 @@
-"""The command `export`: a checkpoint's layers and activations for other tools."""
+"""The command `export`: layers and activations of a checkpoint for other tools."""
 
 from enum import Enum
 from pathlib import Path
@@ -22,7 +22,7 @@ from mxd_convert.cli.app import (
 
 
 class Layouts(Enum):
-    """What the files are for."""
+    """Tools that an export is written for."""
 
     sparsify = "sparsify"
     circuit_tracer = "circuit-tracer"
@@ -38,21 +38,21 @@ class Layouts(Enum):
 def export(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
-    to: Annotated[Layouts, typer.Option("--to", help="The tool that is to read it.")],
+    to: Annotated[Layouts, typer.Option("--to", help="Tool to export for.")],
     data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],
-    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to read, at most.")] = 131_072,
+    text_field: Annotated[str, typer.Option("--text-field", help="Field with the text of each document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Maximum number of tokens to read.")] = 131_072,
     layers: Annotated[str, typer.Option("--layers", help='Layers to export: "3,4", "0-2" or all.')] = "all",
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write layers as static transcoders (sparsify, circuit-tracer), with what that loses, or activations on a text (delphi).
+    """Export layers as static transcoders (sparsify, circuit-tracer), or activations on a text (delphi).
 
-    An MxD is no static transcoder: its surrogate has, for each expert, the mean of what it writes where it is active. The table
-    says what that loses. A transcoder is exported as it is. For lm-eval and nnsight no export is needed: docs/other-tools.md.
+    A transcoder is exported exactly. An MxD is approximated by a static transcoder, whose decoder rows are each expert's mean
+    output while active; the table shows the error of this. lm-eval and nnsight need no export: see docs/other-tools.md.
     """
     if to is Layouts.delphi and base is not None:
-        raise mxd_convert.InputError(f"--base {base}: an export --to delphi has no use for the base model; leave --base out")
+        raise mxd_convert.InputError(f"--base {base}: export --to delphi does not use the base model. Leave out --base.")
     if to is Layouts.delphi:
         found = mxd_convert.cache_activations(checkpoint, output, data, tokens, text_field, layers)
     else:

@@ -1,4 +1,4 @@
-"""The command for runtimes without PyTorch: export-onnx."""
+"""The command `export-onnx`: a checkpoint for runtimes without PyTorch."""
 
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -11,34 +11,40 @@ from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, console, hu
 
 @app.command(
     "export-onnx",
-    epilog="Examples: `mxd-convert export-onnx runs/quickstart exports/quickstart`,"
-    " `mxd-convert export-onnx runs/quickstart exports/quickstart --dtype fp32,fp16 --quantize int8 --expert-outputs --steering`."
-    " Exit status 1 where a graph is out of tolerance; then there is no folder.",
+    epilog="Examples:\n\n"
+    "`mxd-convert export-onnx runs/quickstart exports/quickstart`\n\n"
+    "`mxd-convert export-onnx runs/quickstart exports/quickstart --dtype fp32,fp16 --quantize int8 --expert-outputs --steering`",
 )
 def export_onnx(
     checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", help="A graph in fp32, in fp16, or in both: fp32,fp16.")] = "fp32",
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision: fp32, fp16, or fp32,fp16 for a graph in each.")] = "fp32",
     quantize: Annotated[
-        Optional[str], typer.Option("--quantize", metavar="int8", help="Add a graph with weights in 8 bits.")
+        Optional[str], typer.Option("--quantize", metavar="int8", help="Also write a graph with 8-bit weights.")
     ] = None,
-    opset: Annotated[int, typer.Option("--opset", help="Version of ONNX's operators, from 18.")] = 20,
+    opset: Annotated[int, typer.Option("--opset", help="ONNX opset version, from 18 to 23.")] = 20,
     expert_outputs: Annotated[
         bool,
-        typer.Option("--expert-outputs", help="The graph also gives the active experts of each layer and their coefficients."),
+        typer.Option("--expert-outputs", help="Also output each layer's active experts and their coefficients."),
     ] = False,
     steering: Annotated[
-        bool, typer.Option("--steering", help="The graph also takes (layer, expert, amount), to add to coefficients.")
+        bool, typer.Option("--steering", help="Also take (layer, expert, amount) as inputs, to add to coefficients.")
     ] = False,
     data: Annotated[
         Optional[str],
-        typer.Option("--data", help="Text to compare on; default: what the checkpoint was evaluated on, or one that ships here."),
+        typer.Option(
+            "--data", help="Text to compare on. Default: the checkpoint's held-out text if available, else a bundled text."
+        ),
     ] = None,
-    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to take the cross-entropy of.")] = 8192,
+    text_field: Annotated[str, typer.Option("--text-field", help="Field with the text of each document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Maximum number of tokens for the cross-entropy.")] = 8192,
     as_json: JsonOption = False,
 ) -> None:
-    """Export to ONNX: a folder for onnxruntime, onnxruntime-genai, optimum-onnx and transformers.js, compared with PyTorch first."""
+    """Export a checkpoint to ONNX and compare it with PyTorch.
+
+    The folder works with onnxruntime, onnxruntime-genai, optimum-onnx and transformers.js. If a graph is out of tolerance, no
+    folder is written and the exit status is 1.
+    """
     dtypes = [name.strip() for name in dtype.split(",")]
     found = mxd_convert.export_onnx(
         checkpoint, output, dtypes, quantize, opset, expert_outputs, steering, data, tokens, text_field
@@ -84,5 +90,5 @@ def _print_parity(report: dict[str, Any]) -> None:
 
 
 def _figure(value: float | None, form: str) -> str:
-    """A figure rounded, so that there is no minus before a zero; none is what is no number."""
+    """Return a figure as a table cell, without a minus sign before a zero, or a dash for None."""
     return "-" if value is None else format(round(value, 4) + 0.0 if form.endswith("f") else value, form)

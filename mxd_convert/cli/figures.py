@@ -1,4 +1,4 @@
-"""The tables that `run` and `eval` print."""
+"""Tables that `run` and `eval` print."""
 
 import math
 from collections.abc import Mapping
@@ -13,9 +13,10 @@ from mxd_convert.cli.app import (
 
 
 def print_figures(report: dict[str, Any]) -> None:
+    """Print the fidelity and reliance figures of a report as tables, then the verdict."""
     fidelity, reliance = report["fidelity"], report["reliance"]
     out = console()
-    summary = table_of("held-out cross-entropy", "nats a token", "perplexity")
+    summary = table_of("held-out cross-entropy", "nats per token", "perplexity")
     for name, key in (
         ("base", "ce_base"),
         ("converted", "ce_converted"),
@@ -57,7 +58,7 @@ def print_figures(report: dict[str, Any]) -> None:
 
 
 def _directions(layer: Mapping[str, Any]) -> str:
-    """Of the gain, and of the MLP's output. Reports from before these figures have none."""
+    """Return the dimensions of the gain and of the MLP's output, or a dash for older reports without these figures."""
     gain, output = (figure(layer.get(name), ".0f") for name in ("gain_dimensions", "output_dimensions"))
     return "-" if "-" in (gain, output) else f"{gain}/{output}"
 

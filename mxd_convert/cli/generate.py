@@ -10,7 +10,7 @@ from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, print_json,
 
 
 class Positions(Enum):
-    """Where steering acts."""
+    """Positions at which steering acts."""
 
     all = "all"
     prompt = "prompt"
@@ -26,18 +26,21 @@ def generate(
         typer.Option(
             "--steer",
             metavar="LAYER:EXPERT:+C",
-            help="Add C to an expert's coefficient (=C sets it, xC scales it, off ablates it); repeatable.",
+            help="Steer an expert: +C adds C to its coefficient, =C sets it, xC scales it, off ablates it; repeatable.",
         ),
     ] = None,
     positions: Annotated[
-        Positions, typer.Option("--positions", help="Where it is steered: everywhere, in the prompt, or in what is written.")
+        Positions,
+        typer.Option("--positions", help="Positions to steer: all, those of the prompt, or those of the generated tokens."),
     ] = Positions.all,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: the most likely token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Maximum number of tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Sampling temperature; 0 takes the most likely token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the sampling.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text, steered if asked."""
+    """Continue a prompt, optionally with steered experts."""
     steering = [mxd_convert.parse_steering(text, positions.value) for text in steer or []]
     text = mxd_convert.generate(checkpoint, prompt, steering, max_new_tokens, temperature, seed)
     if as_json:

@@ -15,8 +15,11 @@ from mxd_convert.cli.app import (
 @app.command(epilog="Example: `mxd-convert init openai-community/gpt2 --output gpt2.yaml`")
 def init(
     base_model: Annotated[str, typer.Argument(help="Hub id or local folder of the model to convert.")],
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="File to write; default: <name>-mxd.yaml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="File to write. Default: NAME-mxd.yaml, with the name of the base model."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a commented recipe for a base model."""
     path = output or Path(f"{Path(base_model).name}-mxd.yaml")

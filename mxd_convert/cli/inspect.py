@@ -11,12 +11,14 @@ from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, console, hu
 @app.command(epilog='Example: `mxd-convert inspect runs/quickstart --prompt "If the argument is" --layers 2 --top 4`')
 def inspect(
     checkpoint: CheckpointArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to look at.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to run the model on.")],
     layers: Annotated[str, typer.Option("--layers", help='Layers to show: "2", "0-2" or all.')] = "all",
-    top: Annotated[int, typer.Option("--top", help="Experts a token and layer, those that add most first.")] = 3,
+    top: Annotated[
+        int, typer.Option("--top", help="Experts per token and layer, largest contribution first. --json prints all.")
+    ] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Show which experts fire, token by token, with their coefficients and labels."""
+    """Show which experts are active on each token of a prompt, with their coefficients and labels."""
     views = mxd_convert.inspect(checkpoint, prompt, layers, None if as_json else top)
     if as_json:
         print_json([view.to_dict() for view in views])
@@ -33,4 +35,4 @@ def inspect(
         )
         table.add_row(repr(view.text)[1:-1], *cells)
     console().print(table)
-    human.print("expert and coefficient; those that add most to the layer's output first")
+    human.print("each cell: expert, coefficient and label, largest contribution to the layer's output first")

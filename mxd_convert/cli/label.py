@@ -10,17 +10,22 @@ from mxd_convert.cli.app import CheckpointArgument, JsonOption, app, human, prin
 
 
 @app.command(
-    epilog='Example: `mxd-convert label runs/quickstart 2:17 "negations" --author mara`. Without a text it lists the labels.'
+    epilog='Examples:\n\n`mxd-convert label runs/quickstart 2:17 "negations" --author mara`\n\n`mxd-convert label runs/quickstart`'
 )
 def label(
     checkpoint: CheckpointArgument,
-    expert: Annotated[Optional[str], typer.Argument(metavar="LAYER:EXPERT", help="The expert that the text is about.")] = None,
-    text: Annotated[Optional[str], typer.Argument(help="What it is about.")] = None,
-    author: Annotated[Optional[str], typer.Option("--author", help="Who says so.")] = None,
-    file: Annotated[Optional[Path], typer.Option("--file", help="A JSON list of layer, expert, text and author to add.")] = None,
+    expert: Annotated[Optional[str], typer.Argument(metavar="LAYER:EXPERT", help="Expert to label.")] = None,
+    text: Annotated[Optional[str], typer.Argument(help="Text of the label: what the expert responds to.")] = None,
+    author: Annotated[Optional[str], typer.Option("--author", help="Author of the label.")] = None,
+    file: Annotated[
+        Optional[Path], typer.Option("--file", help="JSON file with a list of labels to add: layer, expert, text and author.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Note what experts are about, in a file that travels with the checkpoint."""
+    """Label an expert, or list the labels if no expert is given.
+
+    Labels are kept in a file of the checkpoint.
+    """
     if file is not None:
         labels = mxd_convert.add_labels(checkpoint, file)
     elif expert is not None:

@@ -19,19 +19,22 @@ from mxd_convert.cli.app import (
 @app.command(name="list", epilog="Example: `mxd-convert list --base openai-community/gpt2`")
 def list_(
     base: Annotated[
-        Optional[str], typer.Option("--base", help="Only conversions of this model: gpt2, openai-community/gpt2.")
+        Optional[str], typer.Option("--base", help="Only conversions of this base model, such as gpt2 or openai-community/gpt2.")
     ] = None,
-    author: Annotated[Optional[str], typer.Option("--author", help="Only those of this owner.")] = None,
-    limit: Annotated[Optional[int], typer.Option("--limit", help="At most so many.", min=1)] = None,
+    author: Annotated[Optional[str], typer.Option("--author", help="Only checkpoints of this user or organisation.")] = None,
+    limit: Annotated[Optional[int], typer.Option("--limit", help="Maximum number of checkpoints to list.", min=1)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the checkpoints on the Hub that this program made, by what their cards say. Rises are on each card's own text."""
+    """List the converted checkpoints on the Hub, with figures from their model cards.
+
+    Each rise in cross-entropy is measured on that checkpoint's own evaluation text.
+    """
     found = mxd_convert.list_checkpoints(base, author, limit)
     if as_json:
         print_json({"checkpoints": [one.to_dict() for one in found]})
         return
     if not found:
-        human.print("none found")
+        human.print("no checkpoints found")
         return
     table = table_of("repository", "base", "kind", "layers", "K", "rise", "verdict", "updated")
     for one in found:

@@ -15,26 +15,33 @@ from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app,
 def measure_steering(
     checkpoint: CheckpointArgument,
     data: Annotated[Path, typer.Option("--data", help="Held-out text: .txt, .jsonl (also .gz), .parquet, a folder or a glob.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write table, samples and plot to.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the table, samples and plot to.")],
     expert: Annotated[
         Optional[list[str]],
-        typer.Option("--expert", metavar="LAYER:EXPERT", help="Expert to steer; repeatable. Default: drawn at random."),
+        typer.Option("--expert", metavar="LAYER:EXPERT", help="Expert to steer; repeatable. Default: experts drawn at random."),
     ] = None,
-    count: Annotated[int, typer.Option("--count", help="How many to draw from those that fire.")] = 20,
+    count: Annotated[
+        int, typer.Option("--count", help="Number of experts to draw, among those that are active on the text.")
+    ] = 20,
     strengths: Annotated[
-        str, typer.Option("--strengths", help="In units of the 99th percentile of an expert's active coefficients.")
+        str, typer.Option("--strengths", help="Strengths, in units of the 99th percentile of an expert's active coefficients.")
     ] = "0.5,1,2,4,8",
-    prompt: Annotated[str, typer.Option("--prompt", help="What samples begin with; default: the BOS token.")] = "",
-    samples: Annotated[int, typer.Option("--samples", help="Samples of each expert and strength.")] = 10,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens of a sample.")] = 32,
-    contexts: Annotated[int, typer.Option("--contexts", help="Held-out contexts whose next token is compared.")] = 32,
-    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the text to take coefficients from, at most.")] = 32_768,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the draw and of the samples.")] = 0,
+    prompt: Annotated[str, typer.Option("--prompt", help="Prompt of the samples. Default: the BOS token.")] = "",
+    samples: Annotated[int, typer.Option("--samples", help="Number of samples per expert and strength.")] = 10,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Number of tokens per sample.")] = 32,
+    contexts: Annotated[
+        int, typer.Option("--contexts", help="Number of held-out contexts on which the next-token distribution is compared.")
+    ] = 32,
+    text_field: Annotated[str, typer.Option("--text-field", help="Field with the text of each document.")] = "text",
+    tokens: Annotated[int, typer.Option("--tokens", help="Maximum number of tokens to take coefficients from.")] = 32_768,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the experts drawn and of the samples.")] = 0,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what steering does: effect on the next token, fluency to the base model, and what samples have in common."""
+    """Measure the effect of steering experts: on the next token, on fluency, and on the similarity of samples.
+
+    Fluency is the base model's perplexity of the samples.
+    """
     pairs = [mxd_convert.parse_expert("--expert", text) for text in expert or []]
     found = mxd_convert.measure_steering(
         checkpoint,
@@ -55,7 +62,7 @@ def measure_steering(
     if as_json:
         print_json({"output": str(output), **found})
         return
-    table = table_of("expert", "strength", "coefficient", "KL", "perplexity", "n-grams shared", "likeness")
+    table = table_of("expert", "strength", "coefficient", "KL", "perplexity", "n-grams shared", "similarity")
     for row in (found["unsteered"], *found["effects"]):
         name = "not steered" if row["strength"] == 0 else f"{row['layer']}:{row['expert']}"
         forms = {"kl": ".4f", "perplexity": ",.1f", "ngrams": ".3f", "embedding": "+.3f"}

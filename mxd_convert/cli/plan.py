@@ -14,7 +14,7 @@ from mxd_convert.cli.app import (
 
 @app.command(epilog="Example: `mxd-convert plan quickstart --set layer.k=8`")
 def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Show what a recipe comes to: layers, experts, parameters, work, memory, disk, and the time it takes on this machine."""
+    """Show the layers of a recipe, with their parameters, and the compute, memory, disk and time on this machine."""
     loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
     made = mxd_convert.make_plan(loaded)
     outlook = mxd_convert.outlook(made)
@@ -39,11 +39,11 @@ def plan(recipe: RecipeArgument, settings: SetOption = None, as_json: JsonOption
         f"training  {made.steps:,} steps of {made.tokens // made.steps:,} tokens; {train.preset} preset: lr {train.lr:g}", end=""
     )
     out.print(f", warm-up {train.warmup_steps:,} steps, {train.schedule}; layers in {_groups(outlook.groups)}", end="")
-    out.print(f", the last {made.joint_steps:,} steps all together, in the model" if made.joint_steps else "")
+    out.print(f", the last {made.joint_steps:,} steps as a joint stage" if made.joint_steps else "")
     work, total = outlook.flops_per_token / 1e6, outlook.flops_per_token * made.tokens / 1e12
-    out.print(f"work      {work:,.1f} MFLOP a token, {total:,.1f} TFLOP in all")
+    out.print(f"work      {work:,.1f} MFLOP per token, {total:,.1f} TFLOP in total")
     out.print(f"memory    about {memory.peak / 2**20:,.0f} MiB: training {memory.training / 2**20:,.0f}", end="")
-    out.print(f" of {outlook.room / 2**20:,.0f} to be had, evaluation {memory.evaluation / 2**20:,.0f}")
+    out.print(f" of {outlook.room / 2**20:,.0f} available, evaluation {memory.evaluation / 2**20:,.0f}")
     out.print(f"disk      about {made.disk_bytes / 2**20:,.0f} MiB")
     if speed is not None:
         out.print(

@@ -1,4 +1,4 @@
-"""The command probe."""
+"""The command `probe`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -13,31 +13,33 @@ from mxd_convert.cli.app import BaseOption, CheckpointArgument, JsonOption, app,
 def probe(
     checkpoint: CheckpointArgument,
     data: Annotated[Path, typer.Option("--data", help="Labelled text: .jsonl (also .gz), .parquet, a folder or a glob.")],
-    text_field: Annotated[str, typer.Option("--text-field", help="Field that holds the text of a document.")] = "text",
-    label_field: Annotated[str, typer.Option("--label-field", help="Field that holds its class.")] = "label",
+    text_field: Annotated[str, typer.Option("--text-field", help="Field with the text of each document.")] = "text",
+    label_field: Annotated[str, typer.Option("--label-field", help="Field with the class of each document.")] = "label",
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", help="Folder to write; default: <checkpoint>-probe-<data>, beside the checkpoint."),
+        typer.Option("--output", "-o", help="Folder to write. Default: CHECKPOINT-probe-DATA, next to the checkpoint."),
     ] = None,
     compare: Annotated[
         Optional[list[Path]],
         typer.Option(
-            "--compare", metavar="CHECKPOINT", help="Another conversion of the same base, such as a transcoder; repeatable."
+            "--compare", metavar="CHECKPOINT", help="Another conversion of the same base model, such as a transcoder; repeatable."
         ),
     ] = None,
     layers: Annotated[str, typer.Option("--layers", help='Layers to probe: "3,4", "0-2" or all.')] = "all",
-    documents: Annotated[int, typer.Option("--documents", help="Documents of a class, at most.")] = 500,
+    documents: Annotated[int, typer.Option("--documents", help="Maximum number of documents per class.")] = 500,
     tokens: Annotated[
-        Optional[int], typer.Option("--tokens", help="Tokens of a document, from its start, at most; default: 128.")
+        Optional[int], typer.Option("--tokens", help="Maximum number of tokens per document, from its beginning. Default: 128.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of sample, split, random gate and bootstrap.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Random seed of the sample, the split, the random gate and the bootstrap.")
+    ] = 0,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the expert that best tells each class of labelled documents from the rest, and score it on documents that had no part in the choice.
+    """Find the expert that best separates each class of labelled documents, and score it on held-out documents.
 
-    Beside it: the best neuron of the base model's MLPs, the best expert of a random gate, the best unit of the checkpoints to compare
-    with, and a regression on all experts at once.
+    Baselines: the best neuron of the base model's MLPs, the best expert of a random gate, the best expert or latent of each
+    --compare checkpoint, and a logistic regression on all experts.
     """
     found = mxd_convert.probe(
         checkpoint, data, text_field, label_field, output, compare or (), base, layers, documents, tokens, seed
@@ -63,7 +65,7 @@ def _print_results(found: dict[str, Any]) -> None:
     out.print(table)
     test, share = results[0]["test_documents"], [row["chance"] for row in results if row["family"] == units]
     chance = f"{min(share):.2f}" if f"{min(share):.2f}" == f"{max(share):.2f}" else f"{min(share):.2f} to {max(share):.2f}"
-    out.print(f"on {test:,} test documents, with 95 % intervals; calling every document one of the class: {chance}")
+    out.print(f"on {test:,} test documents, with 95 % intervals; F1 of assigning every document to the class: {chance}")
 
 
 def _short(label: str) -> str:

@@ -26,24 +26,23 @@ from mxd_convert.cli.app import (
 def push(
     checkpoint: CheckpointArgument,
     repo_id: RepositoryArgument,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository a private one, where it is not there yet.")
-    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
-        Optional[str], typer.Option("--revision", help="Branch to publish to; made where it is not there.")
+        Optional[str], typer.Option("--revision", help="Branch to publish to, created if missing. Default: main.")
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify and show what would change; publish nothing.")] = False,
-    message: Annotated[Optional[str], typer.Option("--message", "-m", help="Of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request to main instead of committing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify and show the changes; publish nothing.")] = False,
+    message: Annotated[Optional[str], typer.Option("--message", "-m", help="Commit message.")] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Let the repository hold this checkpoint and nothing else, whatever it holds now.")
+        bool, typer.Option("--replace", help="Replace the whole content of the repository with this checkpoint.")
     ] = False,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish a checkpoint or a delta on the Hub: verified first, in one commit, hashes compared afterwards.
+    """Verify a checkpoint or a delta and publish it on the Hub in one commit.
 
-    A push that was cut off goes on with the same command. The token is the one that `hf auth login` keeps, or HF_TOKEN.
+    The Hub's hashes are then compared with the local files. The same command resumes an interrupted push. The access token is the
+    one stored by `hf auth login`, or HF_TOKEN.
     """
     done = mxd_convert.push(checkpoint, repo_id, private, revision, create_pr, dry_run, message, replace, base, _preview)
     if as_json:
@@ -54,7 +53,7 @@ def push(
     elif done.commit is None:
         human.print("nothing to publish: the repository holds all of it already")
     else:
-        human.print(f"published, commit {done.commit}; the Hub's hashes are those of the files")
+        human.print(f"published, commit {done.commit}; the Hub's hashes match the local files")
     show(done.pull_request or done.url)
 
 
@@ -63,7 +62,7 @@ def _preview(plan: Any) -> None:
         if check.ok is None:
             human.print(f"not checked: {check.check}: {check.detail}", soft_wrap=True)
     difference = plan.difference
-    human.print(f"{plan.repo_id}: {'a new repository' if plan.new else 'is there'}; files would be")
+    human.print(f"{plan.repo_id}: {'a new repository' if plan.new else 'an existing repository'}; changes:")
     for name in ("added", "changed", "removed", "left", "same"):
         files = getattr(difference, name)
         if not files:

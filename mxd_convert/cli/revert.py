@@ -24,7 +24,7 @@ def revert(
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Give chosen layers their original MLPs back, in a new folder."""
+    """Write a copy of a checkpoint in which the given layers have their original MLPs again."""
     folder = mxd_convert.revert(checkpoint, layers, output, base)
     if as_json:
         print_json({"output": str(folder)})

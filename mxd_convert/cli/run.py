@@ -17,29 +17,33 @@ from mxd_convert.cli.app import (
 )
 from mxd_convert.cli.figures import print_figures
 from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, Stopped
-from mxd_convert.training.distributed import once_a_machine, part
+from mxd_convert.training.distributed import destroy_process_group, once_a_machine
 
 
 @app.command(
-    epilog="Example: `mxd-convert run recipes/quickstart.yaml --set data.tokens=300000`. A run that was cut off goes on with the same command."
+    epilog="Example: `mxd-convert run recipes/quickstart.yaml --set data.tokens=300000`\n\nThe same command resumes an interrupted run."
 )
 def run(
     recipe: RecipeArgument,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Folder of the finished checkpoint.")] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="Folder of the finished checkpoint. Default: output.dir of the recipe."),
+    ] = None,
     settings: SetOption = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start over: replace a converted checkpoint or an unfinished run there.")
+        bool,
+        typer.Option("--fresh", help="Start over, replacing the converted checkpoint or unfinished run in the output folder."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a model: train the layers, put them in, evaluate, report."""
-    with once_a_machine():  # a mistake in the recipe is told before torch is loaded
+    """Convert a model: train the layers, insert them, evaluate the result and write the report."""
+    with once_a_machine():  # report errors of the recipe before torch is loaded
         loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
     try:
         result = mxd_convert.convert(loaded, output, fresh=fresh)
     except Stopped as stopped:
         raise typer.Exit(INTERRUPTED_AND_TOLD if stopped.told else INTERRUPTED) from None
-    part()
+    destroy_process_group()
     if not result.main_process:
         return
     if as_json:
@@ -49,7 +53,7 @@ def run(
             raise typer.Exit(1)
         return
     if result.already_finished:
-        human.print("this recipe has finished before; --fresh runs it again")
+        human.print("this run has already finished; use --fresh to run it again")
     print_figures(result.report)
     if result.url is not None:
         human.print(f"published: {result.url}")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command as an exception, so that it cleans up behind itself."""
+"""Turn Ctrl-C, SIGTERM and SIGHUP into an exception, so that a command cleans up before it exits."""
 
 import os
 import signal
@@ -10,16 +10,18 @@ from typing import Any
 from mxd_convert.checkpoint.registration import is_our_program
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PATIENCE = 3  # signals after which the process ends without cleaning up
+_PATIENCE = 3  # number of signals after which the process exits without cleaning up
 
 
 class Signals:
-    """A context manager, in which the first of these signals raises KeyboardInterrupt, and more are ignored while it cleans up.
+    """A context manager in which the first signal raises KeyboardInterrupt and later ones are ignored during the clean-up.
 
-    received: how many have come. handled: set once the interruption has reached `main`; nothing is raised any more.
+    It has no effect outside the main thread. Signals that the parent process ignores stay ignored. Under a launcher such as
+    torchrun, which ends its processes by SIGTERM, only Ctrl-C is handled.
 
-    Without effect outside the main thread. Signals that the parent process ignores stay ignored; where a launcher started the program
-    (torchrun), which ends all processes by SIGTERM, that one keeps its meaning.
+    Attributes:
+        received: Number of signals received.
+        handled: Set by `main` when the exception has reached it; nothing is raised afterwards.
     """
 
     def __init__(self) -> None:
@@ -37,14 +39,14 @@ class Signals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if is_our_program():  # all is done: what comes while the interpreter ends changes nothing
+        if is_our_program():  # the command has finished; ignore signals while the interpreter exits
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN)
         else:
             self.restore()
 
     def restore(self) -> None:
-        """Give the signals back the meaning that they had before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
@@ -60,7 +62,7 @@ class Signals:
             raise KeyboardInterrupt
 
     def _again(self, caught: Any) -> None:
-        """Raise the interruption again where Python could only note it: in a destructor or a callback."""
+        """Raise the interruption again if Python swallowed it in a destructor or callback."""
         if isinstance(caught.exc_value, KeyboardInterrupt) and self.received and not self.handled:
             self._lost = True
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()

@@ -10,20 +10,23 @@ from mxd_convert.cli.app import JsonOption, RecipeArgument, app, console, figure
 
 
 @app.command(
-    epilog="Example: `mxd-convert sweep quickstart --set layer.k=4,8,16 --set layer.kind=mxd,transcoder,dense_twin --output sweeps/quickstart`."
-    " A sweep that was cut off goes on with the same command."
+    epilog="Example: `mxd-convert sweep quickstart --set layer.k=4,8,16 --set layer.kind=mxd,transcoder,dense_twin --output sweeps/quickstart`\n\n"
+    "The same command resumes an interrupted sweep."
 )
 def sweep(
     recipe: RecipeArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table, the plots and the runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the table, plots and runs to.")],
     settings: Annotated[
         Optional[list[str]],
-        typer.Option("--set", metavar="KEY=VALUE,VALUE,...", help="A key of the recipe and the values to try; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE,VALUE,...", help="Recipe key and the values to try; repeatable."),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: replace what an earlier sweep has left there.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replacing an earlier sweep in the output folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a recipe for every combination of values: a table, and plots of faithfulness against sparsity and reliance."""
+    """Run a recipe for every combination of values, and write a table and plots.
+
+    The plots show faithfulness against sparsity and against reliance on the experts.
+    """
     found = mxd_convert.sweep(recipe, mxd_convert.parse_grid(settings or []), output, fresh=fresh)
     if as_json:
         print_json({"output": str(found.output), "runs": found.rows})

@@ -15,9 +15,7 @@ from mxd_convert.cli.app import (
 )
 
 
-@app.command(
-    epilog="Examples: `mxd-convert verify runs/quickstart`, `mxd-convert verify runs/quickstart --provenance`. Exit status 1 where a check fails."
-)
+@app.command(epilog="Examples:\n\n`mxd-convert verify runs/quickstart`\n\n`mxd-convert verify runs/quickstart --provenance`")
 def verify(
     checkpoint: CheckpointArgument,
     base: BaseOption = None,
@@ -25,16 +23,19 @@ def verify(
         bool,
         typer.Option(
             "--provenance",
-            help="Instead: recompute what its report says of files, recipe, base and texts, as far as they are at hand.",
+            help="Instead, check the files, recipe, base model and texts against the report, where they are available.",
         ),
     ] = False,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Run the checkpoint's own code though it is not, to the byte, this package's."),
+        typer.Option("--trust-remote-code", help="Run the checkpoint's own code even if it differs from this package's code."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove in fresh processes, with and without this package, that a checkpoint is whole and behaves as an ordinary one."""
+    """Verify that a checkpoint is complete and works like an ordinary one, with and without this package.
+
+    The checks run in fresh processes. The exit status is 1 if a check fails.
+    """
     if provenance:
         found = mxd_convert.verify_provenance(checkpoint, base)
     else:

@@ -1,1 +1,1 @@
-"""The public functions, one file per command."""
+"""Public functions, one file per command."""

@@ -1,4 +1,4 @@
-"""`apply`: the full checkpoint of a delta, bit for bit."""
+"""`apply`: write the full checkpoint of a delta, bit for bit."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,19 @@ from mxd_convert.files import replacing, write_json
 
 
 def apply(delta: str | Path, output: str | Path, base: str | None = None) -> Path:
-    """The full checkpoint of a delta, its files bit for bit those that the delta was made of. Raises InputError where the base is another."""
+    """Write the full checkpoint of a delta. Every file has the hash recorded when the delta was made.
+
+    Args:
+        delta: folder of the delta.
+        output: folder to write.
+        base: the base model, if it is not the recorded one.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: if the delta is damaged, `base` is not its base model, or `output` exists already.
+    """
     folder, output = Path(delta), Path(output)
     check_new(output, folder)
     content = read_delta(folder)
@@ -32,7 +44,9 @@ def apply(delta: str | Path, output: str | Path, base: str | None = None) -> Pat
                 shutil.copyfile(folder / FULL / path, work / path)
         for path, digest in content["files"].items():
             if not has_hash(work / path, digest):
-                raise InputError(f"{folder}: damaged: {path} does not come out with the recorded hash; download it again")
+                raise InputError(
+                    f"{folder}: damaged: the restored {path} doesn't have the recorded hash. Download the delta again."
+                )
         if local := read_local(folder).get("base"):
             write_json(work / LOCAL, {"base": local})
     return output

@@ -1,4 +1,4 @@
-"""`compare`: two checkpoints' reports side by side."""
+"""`compare`: the reports of two checkpoints side by side."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +15,18 @@ _SHARES = ("gate_share", "identity_share", "routing_necessity")
 
 
 def compare(one: str | Path, other: str | Path) -> dict[str, Any]:
-    """Compare the reports of two checkpoints, figure by figure: [of one, of the other], None where one lacks it.
+    """Compare the reports of two checkpoints, figure by figure.
 
-    Returns {"same_base", "same_eval_text", "settings", "whole", "layers", "verdicts"}; settings: the recipe's keys that differ.
-    Raises InputError where one has no report.
+    Args:
+        one: Folder of a converted checkpoint.
+        other: Folder of the checkpoint to compare it with.
+
+    Returns:
+        A dict with `same_base`, `same_eval_text`, `settings` (the recipe keys that differ), `whole` (figures of the model),
+        `layers` (figures by layer index) and `verdicts`. Every figure is a list of two values, with None if a report lacks it.
+
+    Raises:
+        InputError: A checkpoint has no complete report.
     """
     reports = [_report(Path(folder)) for folder in (one, other)]
     recipes = [_recipe(Path(folder)) for folder in (one, other)]
@@ -29,9 +37,9 @@ def compare(one: str | Path, other: str | Path) -> dict[str, Any]:
             settings[key] = values
     measured = [_at(report, "fidelity", "layers") for report in reports]
     indices = {index for found in measured if isinstance(found, Mapping) for index in found}
-    parts = [(name, "fidelity") for name in _LAYER] + [(name, "reliance") for name in _SHARES]
+    sections = [(name, "fidelity") for name in _LAYER] + [(name, "reliance") for name in _SHARES]
     layers = {
-        index: {name: [_at(report, part, "layers", index, name) for report in reports] for name, part in parts}
+        index: {name: [_at(report, section, "layers", index, name) for report in reports] for name, section in sections}
         for index in sorted(indices, key=_in_order)
     }
     texts = [[_at(report, "data", "eval", "fingerprint"), _at(report, "fidelity", "tokens")] for report in reports]
@@ -46,14 +54,14 @@ def compare(one: str | Path, other: str | Path) -> dict[str, Any]:
 
 
 def _at(content: Any, *keys: str) -> Any:
-    """Return the value at a path of fields and keys; None where a report lacks it."""
+    """Return the value at a path of fields and keys, or None if it is missing."""
     for key in keys:
         content = content.get(key) if isinstance(content, Mapping) else getattr(content, key, None)
     return content
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
-    """Whether both are known, and equal."""
+    """Return whether the values are all known and equal."""
     return None not in one and one == other
 
 
@@ -65,17 +73,19 @@ def _report(folder: Path) -> Report:
     read_config(folder)
     report = read_report(folder)
     if report is None:
-        raise InputError(f"{folder}: has no {REPORT}, so nothing to compare; only checkpoints that `run` has finished have one")
-    for part in ("data", "fidelity", "reliance"):
-        if getattr(report, part) is None or (part == "data" and report.data is not None and report.data.eval is None):
+        raise InputError(
+            f"{folder}: has no {REPORT}, so there are no figures to compare. Checkpoints written by `mxd-convert run` have one."
+        )
+    for section in ("data", "fidelity", "reliance"):
+        if getattr(report, section) is None or (section == "data" and report.data is not None and report.data.eval is None):
             raise InputError(
-                f"{folder / REPORT}: has no {part}, so nothing to compare; `mxd-convert eval` measures the checkpoint"
+                f"{folder / REPORT}: has no {section}, so there are no figures to compare. `mxd-convert eval` measures the checkpoint."
             )
     return report
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    """The keys of a checkpoint's recipe, written with dots, without those of its output."""
+    """Return the recipe of a checkpoint as dotted keys and values, without the `output` section."""
     path = folder / "recipe.yaml"
     content = read_recipe_yaml(path) if path.is_file() else {}
     content.pop("output", None)

@@ -1,4 +1,4 @@
-"""The dashboard: a folder of HTML that shows what every expert does, opened from disk without network."""
+"""`dashboard`: a folder of HTML pages about every expert, which open from disk without a network."""
 
 import shutil
 import tempfile
@@ -38,17 +38,29 @@ def make_dashboard(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Write the dashboard of a checkpoint, loaded from disk, on a text; a dashboard that is there already is replaced.
+    """Write the dashboard of a checkpoint's experts on a text.
 
-    data: a local text file, folder or glob, held out from training. output: a folder that is new, empty or a dashboard. tokens: how many
-    to use at most. layers: [3, 4], "3,4", "0-2" or "all". device: None takes a CUDA device if there is one.
-    Returns {"output", "data", "layers": {index: {"experts", "dead", "rare", "always_on"}}}. Raises InputError.
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        data: Text held out from training: a local file, folder or glob.
+        output: Folder to write: new, empty, or a dashboard, which is replaced.
+        tokens: Maximum number of tokens to read.
+        text_field: Field with the text of each document.
+        layers: Layer indices: [3, 4], "3,4", "0-2" or "all".
+        device: Torch device. None uses CUDA if available, else the CPU.
+        quiet: Print no progress.
+
+    Returns:
+        A dict with `output`, `data`, and `layers`, which has `experts`, `dead`, `rare` and `always_on` counts by layer index.
+
+    Raises:
+        InputError: The checkpoint, text, layers or output folder can't be used.
     """
     output = Path(output).expanduser()
     check_output(output)
     context, mask_bos = checkpoint_settings(Path(checkpoint))
     if tokens < context:
-        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     try:
         indices = None if layers == "all" else layer_indices(layers, None)
     except ValueError as error:
@@ -56,12 +68,12 @@ def make_dashboard(
     labels = read_labels(checkpoint)
     model, tokenizer = load_checkpoint(checkpoint, dtype="float32", finite=True), load_tokenizer(str(checkpoint))
     chosen_layers(model, indices)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as folder:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, tokenizer, Path(folder))
         name = Path(checkpoint).resolve().name
-        return write_dashboard(output, model, tokenizer, blocks, name, labels, indices, mask_bos, place, quiet)
+        return write_dashboard(output, model, tokenizer, blocks, name, labels, indices, mask_bos, torch_device, quiet)
 
 
 def write_dashboard(
@@ -76,7 +88,23 @@ def write_dashboard(
     device: torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """The same for a converted model that is loaded and a text that is tokenised. name: of the checkpoint, as the pages show it."""
+    """Write the dashboard of a loaded converted model on a tokenised text.
+
+    Args:
+        output: Folder to write: new, empty, or a dashboard, which is replaced.
+        model: Converted model.
+        tokenizer: Tokenizer of the model.
+        blocks: Tokenised text.
+        name: Name of the checkpoint shown on the pages.
+        labels: Labels of experts.
+        layers: Layer indices. None takes all layers that have experts.
+        mask_bos: Leave out BOS tokens and the first position of each block.
+        device: Torch device to run on. None takes the CPU.
+        quiet: Print no progress.
+
+    Returns:
+        The same dict as `make_dashboard`.
+    """
     check_output(output)
     check_vocabulary(blocks, model.config.get_text_config().vocab_size)
     with scratch_beside(output) as scratch:
@@ -131,14 +159,14 @@ def _summary(
 
 
 def check_output(output: Path) -> None:
-    """Raise InputError where something else than a dashboard of ours is in the way."""
+    """Raise InputError if `output` exists and is neither an empty folder nor a dashboard."""
     if output.exists() and not _is_replaceable(output):
         raise InputError(f"--output {output}: exists already and is not a dashboard; choose another folder")
     files.check_output(output)
 
 
 def _is_replaceable(output: Path) -> bool:
-    """Whether it is an empty folder, or a dashboard of ours and nothing else."""
+    """Return whether `output` is an empty folder or contains a dashboard only."""
     if not output.is_dir():
         return False
     names, index = {path.name for path in output.iterdir()}, output / "index.html"

@@ -1,4 +1,4 @@
-"""`delta`: what a conversion changed, without the base's own weights."""
+"""`delta`: write only the tensors and files that a conversion changed, without the base's weights."""
 
 import shutil
 from dataclasses import dataclass
@@ -33,7 +33,14 @@ from mxd_convert.report.card import write_card
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta that was written. Sizes in bytes, of its folder and of the full checkpoint's; tensors: those that the base does not have."""
+    """A written delta.
+
+    Attributes:
+        output: the delta's folder.
+        size: size of the delta's folder in bytes.
+        full_size: size of the full checkpoint in bytes.
+        tensors: number of tensors that differ from the base's.
+    """
 
     output: Path
     size: int
@@ -41,11 +48,21 @@ class Delta:
     tensors: int
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return {**vars(self), "output": str(self.output)}
 
 
 def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -> Delta:
-    """Writes what a checkpoint has beyond its base. base: the base model, where not the recorded one. Raises InputError."""
+    """Write the tensors and files of a checkpoint that its base model doesn't have.
+
+    Args:
+        checkpoint: folder of a converted checkpoint.
+        output: folder to write.
+        base: the base model, if it is not the recorded one.
+
+    Raises:
+        InputError: if the checkpoint can't be read, `base` is not its base model, or `output` exists already.
+    """
     folder, output = Path(checkpoint), Path(output)
     check_new(output, folder)
     config = read_config(folder)
@@ -77,13 +94,13 @@ def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -
 
 
 def _header(file: Path) -> str:
-    """The JSON at the head of a safetensors file, as it stands there."""
+    """Return the JSON header of a safetensors file as text, unchanged."""
     with file.open("rb") as content:
         return content.read(int.from_bytes(content.read(8), "little")).decode()
 
 
 def _same(ours: Tensor, theirs: Tensor | None) -> bool:
-    """Bit for bit: as numbers, 0 and -0 would be the same."""
+    """Return whether two tensors are equal bit for bit. A numeric comparison would accept 0 and -0."""
     if theirs is None or ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
     one, other = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (ours, theirs))
@@ -91,11 +108,12 @@ def _same(ours: Tensor, theirs: Tensor | None) -> bool:
 
 
 def _size(folder: Path) -> int:
+    """Return the size of the folder's files in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _write_card(folder: Path, work: Path, config: Any) -> None:
-    """A card of the delta's own, of the checkpoint's report and recipe, which say what the checkpoint itself was measured to be."""
+    """Write the delta's card from the checkpoint's report and recipe; its figures are those of the full checkpoint."""
     if not (folder / REPORT).is_file():
         return
     report = read_report(folder)

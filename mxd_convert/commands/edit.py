@@ -1,4 +1,4 @@
-"""`edit`: experts ablated or scaled for good, or steered by a preset, in a new checkpoint that says so; `eval --record`: figures of another text."""
+"""`edit`: a new checkpoint with experts ablated, scaled or steered. `eval --record`: figures of another text in the report."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -42,22 +42,35 @@ def edit(
     tokens: int = 262_144,
     base: str | None = None,
 ) -> Path:
-    """Writes a copy of a checkpoint with experts changed, and a card that says which.
+    """Write a copy of a checkpoint with changed experts, and a model card that lists the changes.
 
-    edits: {"layer", "expert", and "ablate": True or "scale": factor}; the factor goes into the expert's row of C for good, which is what
-    steering with it does at every position. steering: orders of a preset that is added to config.json, as `steer` takes them. data: held-out text
-    on which the copy is measured; without it the copy has no mxd_report.json, since the old figures are another model's. Raises InputError.
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        output: Folder to write, new or empty.
+        edits: Permanent edits: dicts with `layer`, `expert`, and `ablate` (True) or `scale` (a factor). The factor multiplies the
+            expert's row of C, which equals steering with it at every position.
+        steering: Steering orders to add to the preset in config.json, as `parse_steering` returns them.
+        data: Held-out text to evaluate the copy on. None: no mxd_report.json is written, because the old figures don't apply.
+        text_field: Field with the text of each document.
+        tokens: Maximum number of tokens to evaluate on.
+        base: Base model to use instead of the recorded one.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        InputError: There is nothing to change, an edit is invalid, or an input or output can't be used.
     """
     output = Path(output)
     check_new(output, Path(checkpoint))
     if not edits and not steering:
-        raise InputError("edit: nothing to change; give --ablate L:E, --scale L:E:C or --steer L:E:+C")
+        raise InputError("edit: nothing to change. Use --ablate L:E, --scale L:E:C or --steer L:E:+C.")
     model = load_checkpoint(checkpoint)
     orders = checked_orders(model, edits)
     for order in orders:
         if "ablate" not in order and "scale" not in order:
             raise InputError(
-                f"edit of expert {order['expert']} of layer {order['layer']}: can be ablated or scaled for good, nothing else"
+                f"edit of expert {order['expert']} of layer {order['layer']}: expected ablate or scale. Pass other changes as steering."
             )
     preset = checked_orders(model, steering)
     _apply(model, orders, preset)
@@ -67,7 +80,7 @@ def edit(
         for name in _CARRIED:
             if (Path(checkpoint) / name).is_file():
                 shutil.copyfile(Path(checkpoint) / name, work / name)
-        if local := read_local(Path(checkpoint)).get("base"):  # not whose run it is: it is no longer that run's result
+        if local := read_local(Path(checkpoint)).get("base"):  # without the run's own entries: the copy isn't its result
             write_json(work / LOCAL, {"base": local})
         _write_report(Path(checkpoint), work, model, data, text_field, tokens, base)
     return output
@@ -88,7 +101,10 @@ def _apply(model: Any, orders: list[dict[str, Any]], preset: list[dict[str, Any]
 def _write_report(
     source: Path, work: Path, model: Any, data: str | Path | None, text_field: str, tokens: int, base: str | None
 ) -> None:
-    """The card, and the report where the copy is measured. What the source's report says of base, text and training stays true."""
+    """Write the card, and the report if `data` is given.
+
+    Base, training text, cost and versions are copied from the source's report, because they still apply.
+    """
     earlier = read_report(source)
     before = {} if earlier is None else earlier.to_dict()
     recorded = recorded_base(model.config)
@@ -111,21 +127,29 @@ _OF_ANOTHER_TEXT = ("tokens", "ce_base", "ce_converted", "delta_ce", "kl", "top1
 
 
 def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
-    """Adds an evaluation on another text than the run's to a checkpoint's report (`elsewhere`) and card.
+    """Add an evaluation on another text to a checkpoint's report (`elsewhere`) and card.
 
-    figures: as `evaluate` returns them; those of the same text from before are replaced. Raises InputError where there is no report to add to, or
-    the text is the one that it was evaluated on.
+    Earlier figures of the same text are replaced.
+
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        figures: Result of `evaluate`.
+
+    Raises:
+        InputError: The checkpoint has no report, or the text is the report's own evaluation text.
     """
     folder = Path(checkpoint)
     config = read_config(folder)
     report = read_report(folder)
     if report is None or report.data is None or report.data.eval is None:
         raise InputError(
-            f"{folder}: has no {REPORT} to record figures in; only checkpoints that were measured when they were made have one"
+            f"{folder}: has no {REPORT} to record figures in. Use a checkpoint written by `run`, or by `edit` with --data."
         )
     data = figures["data"]
     if data["fingerprint"] == report.data.eval.fingerprint:
-        raise InputError(f"{data['path']}: is the text that {folder} was evaluated on; its figures are in the report already")
+        raise InputError(
+            f"{data['path']}: {folder} was evaluated on this text, and its report has the figures already. Record another text."
+        )
     others = [other for other in report.elsewhere if other.data.fingerprint != data["fingerprint"]]
     found = {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}
     report.elsewhere = [*others, Elsewhere.model_validate(found)]

@@ -24,15 +24,26 @@ def evaluate(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """The report's fidelity and reliance parts for a checkpoint, loaded from disk, on a text.
+    """Evaluate a checkpoint on a text, in float32.
 
-    data: a local text file, folder or glob. tokens: how many to use at most. base: the base model, where not the recorded one.
-    device: None takes a CUDA device if there is one.
-    Returns {"data": ..., "fidelity": ..., "reliance": ...}, keys as in docs/report.md. Raises InputError.
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        data: Held-out text: a local file, folder or glob.
+        tokens: Maximum number of tokens to evaluate on.
+        text_field: Field with the text of each document.
+        base: Base model to use instead of the recorded one.
+        device: Torch device. None uses CUDA if available, else the CPU.
+        quiet: Print no progress.
+
+    Returns:
+        A dict with the report's sections `data`, `fidelity` and `reliance` (docs/report.md).
+
+    Raises:
+        InputError: The checkpoint, its base model or the text can't be used.
     """
     context, mask_bos = checkpoint_settings(Path(checkpoint))
     if tokens < context:
-        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     converted = load_checkpoint(checkpoint, dtype="float32")
     original = original_of(checkpoint, converted, base)
     original = original.float()
@@ -41,8 +52,8 @@ def evaluate(
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
         check_vocabulary(blocks, original.config.get_text_config().vocab_size)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=place, quiet=quiet)
+        torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=torch_device, quiet=quiet)
         used = len(blocks) * blocks.context
     about = {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used, "documents": blocks.info.documents}
     return {"data": about, **figures}

@@ -1,4 +1,4 @@
-"""Static transcoders of a checkpoint's layers in another tool's layout, with what each of them loses."""
+"""`export`: layers as static transcoders in the layout of another tool, and activations for delphi."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -40,15 +40,29 @@ def export_transcoder(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes a checkpoint's layers as static transcoders, in float32, and mxd_surrogate.json with what that loses; returns the latter.
+    """Write a checkpoint's layers as static transcoders in float32, and their losses as mxd_surrogate.json.
 
-    A (skip) transcoder is written as it is. Of an MxD, row n of the decoder is `c_n * E[u | n active]`, from the first three
-    quarters of the text; the figures are from the last.
+    A (skip) transcoder is exported exactly. An MxD is approximated: row n of the decoder is `c_n * E[u | n active]`, estimated on
+    the first three quarters of the text. The losses are measured on the last quarter.
 
-    layout: "sparsify" or "circuit-tracer". data: held-out text, a local file, folder or glob, of which at most `tokens` are read.
-    layers: [3, 4], "3,4", "0-2" or "all". base: the base model, where not the recorded one; where it is not to be had, the
-    activations are the converted model's own and figures against the base are None. device: None takes a CUDA device if there is one.
-    Keys as in docs/other-tools.md. Raises InputError where the layers, the text or the folder won't do.
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        output: Folder to write, new or empty.
+        layout: "sparsify" or "circuit-tracer".
+        data: Held-out text: a local file, folder or glob.
+        tokens: Maximum number of tokens to read.
+        text_field: Field with the text of each document.
+        layers: Layer indices: [3, 4], "3,4", "0-2" or "all".
+        base: Base model to use instead of the recorded one. If the recorded one isn't available, activations come from the
+            converted model, and figures against the base are None.
+        device: Torch device. None uses CUDA if available, else the CPU.
+        quiet: Print no progress.
+
+    Returns:
+        The content of mxd_surrogate.json (docs/other-tools.md).
+
+    Raises:
+        InputError: The layout, layers, text or output folder can't be used.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -62,11 +76,11 @@ def export_transcoder(
         converted = load_converted(checkpoint)
         if converted.config.mxd.get("steering"):
             converted.set_steering([])
-            notes.append("the steering that the checkpoint carries is neither in the files nor in the figures")
+            notes.append("the checkpoint's steering preset is in neither the files nor the figures")
         original, missing = find_base(checkpoint, converted, base)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        job = Job(converted.to(place), original if original is None else original.to(place), blocks, mask_bos, list(entries))
-        with progress(job.steps, quiet, "surrogates", "making surrogates and measuring what they lose") as advance:
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        job = Job(converted.to(target), original if original is None else original.to(target), blocks, mask_bos, list(entries))
+        with progress(job.steps, quiet, "surrogates", "estimating surrogates and measuring their losses") as advance:
             never = _write_all(form, folder, job, advance)
             surrogates = {i: form.read(folder, i, job.hookpoints[i], layer) for i, layer in job.layers.items()}
             measured = measure(job, surrogates, advance)
@@ -87,7 +101,7 @@ def export_transcoder(
 
 
 def _write_all(form: Layout, folder: Path, job: Job, advance: Any) -> dict[int, int | None]:
-    """Writes every layer's surrogate; returns how many experts never fired while the means were taken, None where none are needed."""
+    """Write every layer's surrogate. Return the number of experts that never fired by layer, or None for exact ones."""
     never: dict[int, int | None] = {}
     for index, layer in job.layers.items():
         if is_exact(layer):
@@ -120,25 +134,41 @@ def cache_activations(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Writes what `encode` returns on a text, in the converted model, for delphi to read from `output`/latents; returns mxd_cache.json.
+    """Write the experts' coefficients on a text to `output`/latents, in the layout of delphi.
 
-    data: a local text file, folder or glob, of which at most `tokens` are read. layers: [3, 4], "3,4", "0-2" or "all". splits: files a
-    layer. mask_first: leave out BOS tokens and the first position of each block; None: where training did. device: None takes a CUDA
-    device if there is one. Coefficients up to 1e-5 count as zero, as in delphi. Memory does not grow with the text. Raises InputError.
+    Coefficients up to 1e-5 count as zero, as in delphi. Memory doesn't grow with the text.
+
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        output: Folder to write, new or empty.
+        data: Text: a local file, folder or glob.
+        tokens: Maximum number of tokens to read.
+        text_field: Field with the text of each document.
+        layers: Layer indices: [3, 4], "3,4", "0-2" or "all".
+        splits: Number of files per layer, at most the number of experts.
+        mask_first: Leave out BOS tokens and the first position of each block. None: as in training.
+        device: Torch device. None uses CUDA if available, else the CPU.
+        quiet: Print no progress.
+
+    Returns:
+        The content of mxd_cache.json (docs/other-tools.md).
+
+    Raises:
+        InputError: The layers, splits, text or output folder can't be used.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     config = read_config(checkpoint)
     entries, notes = chosen_layers(checkpoint, config, layers)
     fewest = min(entry["n_experts"] for entry in entries.values())
     if not 1 <= splits <= fewest:
-        raise InputError(f"splits = {splits}: give a whole number from 1 to the number of experts, {fewest}")
+        raise InputError(f"splits = {splits}: expected a whole number from 1 to the number of experts, {fewest}")
     vocabulary = config.get_text_config().vocab_size
     with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, scratch_beside(output) as scratch:
         blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
         mask = mask_bos if mask_first is None else mask_first
         model = load_converted(checkpoint)
         if model.config.mxd.get("steering"):
-            notes.append("the steering that the checkpoint carries acts on the layers above it, as when the model runs")
+            notes.append("the checkpoint's steering preset was active, so it changes the activations of the layers above")
         model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         sizes = {index: entry["n_experts"] for index, entry in entries.items()}
         caches = {i: LayerCache(scratch / str(i), size, splits, blocks) for i, size in sizes.items()}
@@ -156,10 +186,10 @@ def cache_activations(
         }
         found = {}
         for index, cache in caches.items():
-            place = folder / "latents" / hookpoint(model, index)
-            cache.write(place, blocks)
-            write_json(place / "config.json", settings)
-            found[str(index)] = {"module": place.name, "n_experts": sizes[index], **cache.figures()}
+            layer_folder = folder / "latents" / hookpoint(model, index)
+            cache.write(layer_folder, blocks)
+            write_json(layer_folder / "config.json", settings)
+            found[str(index)] = {"module": layer_folder.name, "n_experts": sizes[index], **cache.figures()}
         masked = "BOS tokens and the first position of each block left out" if mask else "nothing left out"
         content = {
             "layout": "delphi",

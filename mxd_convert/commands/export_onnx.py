@@ -1,4 +1,4 @@
-"""`export-onnx`: builds the graphs, compares them with the checkpoint, and only then gives the folder its name."""
+"""`export-onnx`: build the graphs, compare them with the checkpoint, then rename the folder to its final name."""
 
 import importlib.metadata
 import json
@@ -43,15 +43,21 @@ from mxd_convert.onnx.text import opened
 from mxd_convert.onnx.validation import end_tokens
 
 REPORT = "onnx_report.json"
-OPSET, OLDEST, NEWEST = 20, 18, 23  # 18: what PyTorch's exporter is written in
-INLINE = 2**30  # bytes of weights that may lie in the graph's own file, of which protobuf takes 2 GiB
-_NO_MEMORY = "out of memory while exporting; free some, or export one kind of graph at a time, without --quantize"
+OPSET, OLDEST, NEWEST = 20, 18, 23  # default, oldest and newest opset; PyTorch's exporter is written in opset 18
+INLINE = 2**30  # largest size of weights, in bytes, kept inside the graph's file, which protobuf limits to 2 GiB
+_NO_MEMORY = "out of memory while exporting. Free some memory, or export one --dtype at a time, without --quantize."
 _TORCH = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class Export:
-    """output: the folder, None where a graph is out of tolerance. report: the content of onnx_report.json. failures: what is out, a line each."""
+    """Result of an export.
+
+    Attributes:
+        output: The folder written, or None if a graph is out of tolerance.
+        report: The content of onnx_report.json.
+        failures: One line for each tolerance exceeded.
+    """
 
     output: Path | None
     report: dict[str, Any]
@@ -71,12 +77,25 @@ def export_onnx(
     text_field: str = "text",
     quiet: bool = False,
 ) -> Export:
-    """Writes a folder that onnxruntime, onnxruntime-genai, optimum-onnx and transformers.js run.
+    """Export a checkpoint to ONNX, for onnxruntime, onnxruntime-genai, optimum-onnx and transformers.js.
 
-    dtypes: fp32, fp16 or both, a graph each. quantized: "int8" adds one with weights in 8 bits. expert_outputs: graphs tell the active
-    experts and their coefficients. steering: they take (layer, expert, amount). data: text to compare on, with `tokens` of it for the
-    cross-entropy; None: the checkpoint's held-out text where it is at hand, else one that ships here.
-    Raises InputError. Nothing is written at `output` where a graph does not do what the checkpoint does.
+    Every graph is compared with the checkpoint first. If one is out of tolerance, `output` isn't written.
+
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        output: Folder to write, new or empty.
+        dtypes: Precisions, one graph each: "fp32", "fp16" or both.
+        quantized: "int8" adds a graph with 8-bit weights.
+        opset: ONNX opset version, from 18 to 23.
+        expert_outputs: Add each layer's active experts and their coefficients to the outputs.
+        steering: Add (layer, expert, amount) to the inputs.
+        data: Text to compare on. None: the checkpoint's held-out text if available, else a bundled text.
+        tokens: Maximum number of tokens for the cross-entropy.
+        text_field: Field with the text of each document.
+        quiet: Print no progress.
+
+    Raises:
+        InputError: The checkpoint can't be exported, or an option, the text or the output folder can't be used.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     config = read_config(checkpoint)
@@ -89,7 +108,7 @@ def export_onnx(
     try:
         with (
             memory_guard(_NO_MEMORY),
-            _own_words(output),
+            _explained(output),
             opened(checkpoint, output, data, tokens, text_field, config.get_text_config().vocab_size) as (blocks, held_out),
             new_folder(output, checkpoint) as folder,
         ):
@@ -112,11 +131,11 @@ def export_onnx(
 
 
 class _OutOfTolerance(Exception):
-    """Ends an export whose folder is not to stay."""
+    """Signal that discards the folder of an export out of tolerance."""
 
 
 class _Job:
-    """One export: its graphs, written and compared one after the other."""
+    """One export, whose graphs are written and compared one at a time."""
 
     def __init__(
         self, checkpoint: Path, dtypes: list[str], opset: int, expert_outputs: bool, steering: bool, quiet: bool
@@ -129,25 +148,27 @@ class _Job:
         self.with_data: list[str] = []
 
     def say(self, line: str) -> None:
+        """Print a line of progress on stderr, unless quiet."""
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
     def write(self, folder: Path) -> None:
-        place = folder / FOLDER
-        place.mkdir()
+        """Write all graphs, and the config, tokenizer and labels."""
+        graphs = folder / FOLDER
+        graphs.mkdir()
         for dtype in self.dtypes:
             if dtype in _TORCH:
                 self.say(f"exporting in {dtype}")
-                self._build(place, dtype)
+                self._build(graphs, dtype)
             else:
                 self.say(f"quantising to {dtype}")
-                self._quantise(place)
-            self._finish(place, dtype)
+                self._quantise(graphs)
+            self._publish(graphs, dtype)
         with without_noise():
             model = load_checkpoint(self.checkpoint)
             write_config(model, folder, self.dtypes, self.with_data)
             write_tokenizer(self.checkpoint, folder)
-            graph = ir.load(place / GRAPHS[self.dtypes[0]]).graph
+            graph = ir.load(graphs / GRAPHS[self.dtypes[0]]).graph
             write_genai_config(model, graph, folder, self.dtypes[0])
         self.names = {
             "inputs": [str(value.name) for value in graph.inputs],
@@ -162,7 +183,7 @@ class _Job:
         layers = model.config.mxd["layers"]
         try:
             built = build_graph(model, self.opset, self.steering)
-        except Exception as error:  # PyTorch's exporter has many; what users can do about any of them is the same
+        except Exception as error:  # PyTorch's exporter raises many types; all of them are reported as InputError
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -175,48 +196,51 @@ class _Job:
         return built
 
     def _check_finite(self, model: Any, dtype: str) -> None:
-        """Raise InputError where a tensor is not finite: in the checkpoint, or in half precision only."""
+        """Raise InputError if a tensor isn't finite, in the checkpoint or in half precision only."""
         if (name := not_finite(model)) is not None:
             check_finite(self.checkpoint, model if dtype == "fp32" else load_checkpoint(self.checkpoint))
             raise InputError(
-                f"{self.checkpoint}: the tensor {name} holds numbers beyond 65,504, which fp16 can't; export it with --dtype fp32"
+                f"{self.checkpoint}: the tensor {name} has values beyond 65,504, the limit of fp16. Use --dtype fp32."
             )
 
-    def _build(self, place: Path, dtype: str) -> None:
-        ir.save(self._graph(dtype), place / _full(dtype), external_data=f"{GRAPHS[dtype]}_data")
+    def _build(self, folder: Path, dtype: str) -> None:
+        ir.save(self._graph(dtype), folder / _full(dtype), external_data=f"{GRAPHS[dtype]}_data")
 
-    def _quantise(self, place: Path) -> None:
-        """The int8 graph, from one in float32 in which every product with a weight is a MatMul."""
-        source, full = place / "products.onnx", place / _full("fp32")
+    def _quantise(self, folder: Path) -> None:
+        """Write the int8 graph, quantised from a float32 graph in which every product with a weight is a MatMul."""
+        source, full = folder / "products.onnx", folder / _full("fp32")
         graph = ir.load(full) if full.is_file() else self._graph("fp32")
         as_products(graph)
         ir.save(graph, source, external_data="products.onnx_data")
         del graph
-        quantize(source, place / _full("int8"), f"{GRAPHS['int8']}_data")
-        for file in (source, place / "products.onnx_data"):
+        quantize(source, folder / _full("int8"), f"{GRAPHS['int8']}_data")
+        for file in (source, folder / "products.onnx_data"):
             file.unlink()
 
-    def _finish(self, place: Path, dtype: str) -> None:
-        """The graph as it is published, beside the full one, which tells the experts: one file where the weights are small."""
-        graph, data = ir.load(place / _full(dtype)), place / f"{GRAPHS[dtype]}_data"
+    def _publish(self, folder: Path, dtype: str) -> None:
+        """Write the published graph next to the full one, which also outputs the experts.
+
+        Weights of up to INLINE bytes stay in the graph's file.
+        """
+        graph, data = ir.load(folder / _full(dtype)), folder / f"{GRAPHS[dtype]}_data"
         if not self.expert_outputs:
             graph = without_experts(graph)
         if data.stat().st_size <= INLINE:
             ir.external_data.load_to_model(graph)
         else:
             self.with_data.append(dtype)
-        ir.save(graph, place / GRAPHS[dtype])
-        onnx.checker.check_model(place / GRAPHS[dtype])
+        ir.save(graph, folder / GRAPHS[dtype])
+        onnx.checker.check_model(folder / GRAPHS[dtype])
 
     def compare(self, folder: Path, blocks: Blocks) -> None:
-        """One kind of graph after the other, so that the checkpoint has no more than one beside it in memory, as compared and as published."""
+        """Compare the graphs with the checkpoint, one precision at a time to save memory, and record figures and failures."""
         model = load_checkpoint(self.checkpoint, dtype="float32")
         reference = parity.Reference(model)
         most = max(parity.LENGTHS) + max(parity.PASTS)
         room = min(getattr(model.config, "max_position_embeddings", None) or most, most)
         vocabulary = model.config.get_text_config().vocab_size
-        parts = len(self.dtypes) * (len(parity.cases(room)) + parity.PROMPTS)
-        with progress(parts, self.quiet, "comparing", "comparing with PyTorch on real text") as advance:
+        steps = len(self.dtypes) * (len(parity.cases(room)) + parity.PROMPTS)
+        with progress(steps, self.quiet, "comparing", "comparing with PyTorch on real text") as advance:
             expected = parity.cross_entropy(lambda ids: reference.run(ids, np.ones_like(ids))[0], blocks, vocabulary)
             for dtype in self.dtypes:
                 self.figures[dtype] = self._compare(folder, dtype, reference, blocks, room, expected, advance)
@@ -232,9 +256,12 @@ class _Job:
         expected: float,
         advance: Callable[..., None],
     ) -> dict[str, Any]:
-        """Figures of one graph; what is there for the comparison alone is gone afterwards. expected: PyTorch's cross-entropy."""
-        place, stream = folder / FOLDER, blocks.ids.reshape(-1)
-        full = OnnxModel.from_graph(place / _full(dtype), folder)
+        """Return the figures of one graph, and delete the files needed for the comparison only.
+
+        expected: PyTorch's cross-entropy, in nats per token.
+        """
+        graphs, stream = folder / FOLDER, blocks.ids.reshape(-1)
+        full = OnnxModel.from_graph(graphs / _full(dtype), folder)
         found = parity.compare(reference, full, stream, room, advance)
         vocabulary = reference.model.config.get_text_config().vocab_size
         entropy = parity.cross_entropy(lambda ids: full.step(ids, full.start(len(ids))).logits, blocks, vocabulary)
@@ -242,14 +269,15 @@ class _Job:
         if self.steering and reference.layers:
             found["steering"] = parity.compare_steering(reference, full, stream, room)
         bound = parity.bounds("fp32", found["largest_logit"])["largest_difference"]
-        published = OnnxModel.from_graph(place / GRAPHS[dtype], folder)
+        published = OnnxModel.from_graph(graphs / GRAPHS[dtype], folder)
         found["greedy"] = parity.compare_greedy(reference, published, full, blocks, room, bound, advance)
-        (place / _full(dtype)).unlink()
+        (graphs / _full(dtype)).unlink()
         if dtype not in self.with_data:
-            (place / f"{GRAPHS[dtype]}_data").unlink()
+            (graphs / f"{GRAPHS[dtype]}_data").unlink()
         return found
 
     def report(self, folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of onnx_report.json. data: facts about the text compared on."""
         graphs = {}
         for dtype in self.dtypes:
             files = [file for file in sorted((folder / FOLDER).iterdir()) if file.name.startswith(GRAPHS[dtype])]
@@ -283,64 +311,68 @@ def _full(dtype: str) -> str:
 
 
 def _check(checkpoint: Path, config: Any, dtypes: Sequence[str], quantized: str | None, opset: int) -> None:
-    """Raises InputError for what can't be asked for."""
+    """Raise InputError for options or a checkpoint that can't be exported."""
     for dtype in dtypes:
         if dtype not in _TORCH:
-            raise InputError(f"--dtype {dtype}: give fp32, fp16, or both as fp32,fp16 (8 bits: --quantize int8)")
+            raise InputError(f"--dtype {dtype}: expected fp32, fp16 or fp32,fp16. For 8 bits, use --quantize int8.")
     if not dtypes or len(set(dtypes)) < len(dtypes):
-        raise InputError(f"--dtype {','.join(dtypes)}: give fp32, fp16, or both as fp32,fp16")
+        raise InputError(f"--dtype {','.join(dtypes)}: expected fp32, fp16 or fp32,fp16")
     if quantized not in (None, "int8"):
-        raise InputError(f"--quantize {quantized}: int8 is what there is")
+        raise InputError(f"--quantize {quantized}: expected int8")
     if not OLDEST <= opset <= NEWEST:
-        problem = "too old" if opset < OLDEST else "newer than what runtimes read"
-        raise InputError(f"--opset {opset}: {problem}; give {OLDEST} to {NEWEST}, {OPSET} where in doubt")
+        problem = "too old" if opset < OLDEST else "newer than runtimes support"
+        raise InputError(f"--opset {opset}: {problem}. Use {OLDEST} to {NEWEST}; the default is {OPSET}.")
     if (kind := _length_dependent(config)) is not None:
         raise InputError(
-            f"{checkpoint}: its positions (rope_type {kind!r}) depend on the length of the text, which a graph can't follow;"
-            " there is no ONNX export of such a model"
+            f"{checkpoint}: no ONNX export is possible, because its position embedding (rope_type {kind!r}) depends on the length of the text"
         )
     end_tokens(checkpoint, {"eos_token_id": getattr(config, "eos_token_id", None)})
     for order in config.mxd.get("steering", []):
         if order["positions"] != "all":
             raise InputError(
                 f"{checkpoint}: its steering preset of expert {order['expert']} of layer {order['layer']} acts on the {order['positions']} only,"
-                " which a graph can't tell; take it out of config.json (mxd.steering), and steer with --steering"
+                " which a graph can't do. Remove it from config.json (mxd.steering), and steer with --steering."
             )
 
 
 def _length_dependent(config: Any) -> str | None:
-    """The kind of rotary position embedding that changes with the length of the text; None of another."""
+    """Return the type of a rotary position embedding that depends on the length of the text, or None for other types."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    kinds = [entry.get("rope_type") for entry in (rope, *rope.values()) if isinstance(entry, dict)]
     return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
 
 
 def _check_space(checkpoint: Path, output: Path, dtypes: Sequence[str], quantized: str | None) -> None:
-    """Raises InputError where the disk has not the room for what is written, the intermediate graphs included."""
+    """Raise InputError if the disk has no space for the export, including intermediate graphs."""
     count = sum(map(math.prod, tensor_shapes(checkpoint).values()))
     needed = sum({"fp32": 4, "fp16": 2}[dtype] for dtype in dtypes) * count * (2 if 4 * count <= INLINE else 1)
     needed += 10 * count if quantized else 0
-    place = output.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = output.absolute().parent
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"{output}: the export writes about {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB left;"
-            " free some, or choose another folder"
+            f"{output}: the export needs about {needed / 2**30:.1f} GiB, but the disk has {free / 2**30:.1f} GiB left."
+            " Free some space, or choose another folder."
         )
 
 
 @contextmanager
-def _own_words(output: Path) -> Iterator[None]:
-    """Say what helps an export: it has no state to resume from, as the general message of a full disk says, and it loads the graphs itself."""
+def _explained(output: Path) -> Iterator[None]:
+    """Replace the general messages for a full disk and for used-up memory by those of an export.
+
+    The general ones say that the command resumes, but an export has no saved state.
+    """
     try:
         yield
     except InputError as error:
         if error.__cause__ is not None and is_out_of_memory(error.__cause__):
             raise InputError(_NO_MEMORY) from error.__cause__
         if error.__cause__ is not None and is_disk_full(error.__cause__):
-            raise InputError(f"{output}: no space left on the disk; free some, or choose another folder") from error.__cause__
+            raise InputError(
+                f"{output}: no space left on the disk. Free some space, or choose another folder."
+            ) from error.__cause__
         raise
     except OSError as error:
         if error.errno is None:

@@ -1,4 +1,4 @@
-"""`init`: a commented recipe for a base model."""
+"""`init`: write a commented recipe for a base model."""
 
 import os
 import textwrap
@@ -18,22 +18,33 @@ _WIDTH = 118
 
 
 def starter_recipe(base_model: str, folder: Path | None = None) -> str:
-    """A recipe for `base_model` with every key, its default and what it means; of a family without a row, with what looks like its MLP.
+    """Return a recipe for `base_model` with every key, its default and its meaning.
 
-    folder: where the recipe will be, which a local model's path is written relative to. Raises InputError for a model that can't be converted."""
+    For a family that has no entry in `base_model/families.py`, `base.mlp` is a guess of the MLPs' paths.
+
+    Args:
+        base_model: Hub id or folder of the model.
+        folder: folder of the recipe; the path of a local model is written relative to it. Default: the current directory.
+
+    Returns:
+        The recipe as YAML.
+
+    Raises:
+        InputError: if the model can't be converted.
+    """
     recipe = load_recipe({"base": {"model": base_model}})
     config = load_config(Base(model=recipe.base.model))
     recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"mlp": _mlp_of(config)})})
     head = (
         f"# Converts {base_model} ({config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}).\n"
-        "# mxd-convert plan THIS_FILE shows what it comes to, mxd-convert run THIS_FILE runs it.\n"
+        "# `mxd-convert plan THIS_FILE` shows its size and cost, `mxd-convert run THIS_FILE` runs it.\n"
     )
     shown = os.path.relpath(recipe.base.model, folder or Path.cwd()) if is_local(recipe.base.model) else base_model
     return head + "\n" + _section(Recipe, recipe.model_dump(), shown, 0)
 
 
 def _mlp_of(config: Any) -> Mlp | None:
-    """None for a family that has a row."""
+    """Return the likely MLPs of a family that has no entry in the table of families, otherwise None."""
     try:
         architecture_of(config)
     except InputError:
@@ -44,14 +55,27 @@ def _mlp_of(config: Any) -> Mlp | None:
 
 
 def write_starter(base_model: str, path: Path, force: bool = False) -> None:
-    """Writes that recipe to `path`. Raises InputError where the file exists and `force` is not given."""
+    """Write the starter recipe of `base_model` to `path`.
+
+    Args:
+        base_model: Hub id or folder of the model.
+        path: file to write.
+        force: replace an existing file.
+
+    Raises:
+        InputError: if the model can't be converted, or the file exists and `force` is not set.
+    """
     if path.is_dir() or (path.exists() and not force):
-        raise InputError(f"--output {path} exists; choose another" + ("" if path.is_dir() else ", or --force to replace it"))
+        raise InputError(
+            f"--output {path}: exists already. Choose another file"
+            + ("." if path.is_dir() else ", or use --force to replace it.")
+        )
     text = starter_recipe(base_model, path.resolve().parent)
     write_text(path, text)
 
 
 def _section(section: type[Section], values: dict[str, Any], base_model: str, depth: int) -> str:
+    """Return the YAML of a section and its subsections, with each key's description as a comment above it."""
     lines = []
     for name, field in section.model_fields.items():
         value, indent = values[name], "  " * depth
@@ -59,7 +83,7 @@ def _section(section: type[Section], values: dict[str, Any], base_model: str, de
             lines.append("")
         lines += textwrap.wrap(field.description or "", _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         if isinstance(value, dict):
-            annotation = next(part for part in (*get_args(field.annotation), field.annotation) if part is not type(None))
+            annotation = next(kind for kind in (*get_args(field.annotation), field.annotation) if kind is not type(None))
             assert issubclass(annotation, Section)
             lines.append(f"{indent}{name}:")
             lines.append(_section(annotation, value, base_model, depth + 1))

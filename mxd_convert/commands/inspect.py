@@ -1,4 +1,4 @@
-"""`inspect`: which experts fired, token by token, how strongly, and what each of them added."""
+"""`inspect`: the active experts of every token, with coefficients, shares and labels."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +18,14 @@ from mxd_convert.recipe.schema import layer_indices
 
 @dataclass(frozen=True)
 class Firing:
-    """An expert that is active for a token. share: of the sum of the norms of what all active experts add."""
+    """An expert that is active on a token.
+
+    Attributes:
+        expert: Index of the expert.
+        coefficient: Its coefficient.
+        share: Norm of its contribution to the layer's output, divided by the sum of the norms over all active experts.
+        label: Its label, if any.
+    """
 
     expert: int
     coefficient: float
@@ -28,7 +35,14 @@ class Firing:
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token of the prompt. layers: the experts that are active for it, by layer index, those that add most first."""
+    """A token of the prompt.
+
+    Attributes:
+        position: Position in the prompt, from 0.
+        id: Token id.
+        text: Text of the token.
+        layers: Active experts by layer index, largest contribution first.
+    """
 
     position: int
     id: int
@@ -36,16 +50,24 @@ class TokenView:
     layers: dict[int, list[Firing]]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the token and its experts as JSON-serialisable values."""
         return asdict(self)
 
 
 def inspect(checkpoint: str | Path, prompt: str, layers: str | Sequence[int] = "all", most: int | None = None) -> list[TokenView]:
-    """Which experts of a converted checkpoint fire on a prompt, token by token.
+    """Return the active experts of a converted checkpoint for every token of a prompt.
 
-    layers: [0, 2], "0-2" or "all". most: experts to keep of each token and layer; None: all that are active. Raises InputError.
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        prompt: Text to run the model on.
+        layers: Layer indices: [0, 2], "0-2" or "all".
+        most: Maximum number of experts per token and layer. None: all that are active.
+
+    Raises:
+        InputError: The checkpoint or prompt can't be used, or a layer has no experts.
     """
     if most is not None and most < 1:
-        raise InputError(f"--top {most}: ask for at least one expert")
+        raise InputError(f"--top {most}: expected at least 1")
     model, tokenizer = load_checkpoint(checkpoint), load_tokenizer(str(checkpoint))
     with_experts = [index for index, layer in model.mxd_layers().items() if layer.n_experts]
     try:
@@ -55,19 +77,19 @@ def inspect(checkpoint: str | Path, prompt: str, layers: str | Sequence[int] = "
     for index in wanted:
         if index not in with_experts:
             have = ", ".join(map(str, with_experts)) or "none"
-            raise InputError(f"--layers: layer {index} has no experts here; layers with some: {have}")
+            raise InputError(f"--layers: layer {index} has no experts. Layers with experts: {have}.")
     if not wanted:
-        raise InputError(f"{checkpoint}: none of its layers has experts to look at")
+        raise InputError(f"{checkpoint}: none of its layers has experts to inspect")
     labels = text_of(read_labels(checkpoint))
     inputs = encoded(tokenizer, prompt, model)
-    parts = decompose(model, **inputs)
+    decomposed = decompose(model, **inputs)
     ids = inputs["input_ids"][0].tolist()
     views = []
     for position, token in enumerate(ids):
         found: dict[int, list[Firing]] = {}
         for index in wanted:
-            values, experts = parts[index].values[0, position].float(), parts[index].experts[0, position]
-            norms = parts[index].contributions[0, position].float().norm(dim=-1)
+            values, experts = decomposed[index].values[0, position].float(), decomposed[index].experts[0, position]
+            norms = decomposed[index].contributions[0, position].float().norm(dim=-1)
             total = norms.sum().clamp_min(1e-30)
             order = [int(slot) for slot in torch.argsort(norms, descending=True) if values[slot] > 0]
             found[index] = [

@@ -1,4 +1,4 @@
-"""`label`: notes on experts that travel with the checkpoint."""
+"""`label`: add notes on experts to a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,9 +13,17 @@ from mxd_convert.files import locked
 
 
 def add_labels(checkpoint: str | Path, labels: Iterable[Label | Mapping[str, Any]] | str | Path) -> list[Label]:
-    """Adds labels to a checkpoint; an author's newer label of an expert replaces the older. Returns all that are there then.
+    """Add labels to a checkpoint. An author's new label of an expert replaces their earlier one.
 
-    labels: Label objects, mappings, or a JSON file of them. Raises InputError where one does not fit the checkpoint; nothing is then changed.
+    Args:
+        checkpoint: the checkpoint's folder.
+        labels: Label objects, mappings with the same fields, or the path of a JSON file with a list of mappings.
+
+    Returns:
+        All labels of the checkpoint, sorted by layer, expert and author.
+
+    Raises:
+        InputError: if a label is invalid or its expert doesn't exist. No label is added then.
     """
     folder = Path(checkpoint)
     layers = read_config(folder).mxd["layers"]
@@ -30,11 +38,13 @@ def add_labels(checkpoint: str | Path, labels: Iterable[Label | Mapping[str, Any
         count = layers.get(str(label.layer), {}).get("n_experts")
         if count is None:
             raise InputError(
-                f"label: layer {label.layer} has no experts here; layers with some: {', '.join(_with_experts(layers))}"
+                f"label: layer {label.layer} has no experts. Layers with experts: {', '.join(_with_experts(layers))}."
             )
         if label.expert >= count:
-            raise InputError(f"label: layer {label.layer} has experts 0 to {count - 1}; there is no expert {label.expert}")
-    with locked(folder):  # somebody else may be adding some at this moment
+            raise InputError(
+                f"label: layer {label.layer} has no expert {label.expert}. Choose one of its experts 0 to {count - 1}."
+            )
+    with locked(folder):  # another process may be adding labels
         kept = {(label.layer, label.expert, label.author): label for label in [*read_labels(folder), *new]}
         ordered = [kept[key] for key in sorted(kept)]
         write_labels(folder, ordered)
@@ -42,4 +52,5 @@ def add_labels(checkpoint: str | Path, labels: Iterable[Label | Mapping[str, Any
 
 
 def _with_experts(layers: Mapping[str, Any]) -> list[str]:
+    """Return the indices of the layers that have experts, or "none"."""
     return [index for index, layer in layers.items() if layer.get("n_experts")] or ["none"]

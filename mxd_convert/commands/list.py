@@ -1,4 +1,4 @@
-"""`list`: the checkpoints with MxD layers on the Hub, by what their cards say."""
+"""`list`: list the checkpoints with MxD layers on the Hub, from the metadata of their cards."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,9 +9,18 @@ from mxd_convert.report.card import TAG
 
 @dataclass(frozen=True)
 class Listed:
-    """A checkpoint on the Hub. What its card does not say is None.
+    """A checkpoint on the Hub. A field that its card lacks is None.
 
-    delta_ce: rise of cross-entropy, nats per token, on the text that its card names.
+    Attributes:
+        repo_id: owner/name.
+        base: Hub id of the base model.
+        kind: kind of layer, such as "mxd".
+        layers: indices of the converted layers.
+        k: active experts per token.
+        delta_ce: rise in cross-entropy, nats per token, on the text named in the card.
+        verdict: the report's verdict.
+        downloads: the Hub's count of downloads.
+        updated: date of the last change, as YYYY-MM-DD.
     """
 
     repo_id: str
@@ -25,14 +34,20 @@ class Listed:
     updated: str | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 def list_checkpoints(base: str | None = None, author: str | None = None, limit: int | None = None) -> list[Listed]:
-    """The checkpoints on the Hub that carry the tag of this package, newest first.
+    """Return the checkpoints on the Hub that have this package's tag, most recently updated first.
 
-    base: only those of this model, by its id or the part after the slash. author: only those of this owner. Raises InputError where the
-    Hub can't be reached.
+    Args:
+        base: only conversions of this model, given as its Hub id or as the name after the slash.
+        author: only checkpoints of this owner.
+        limit: at most this number.
+
+    Raises:
+        InputError: if the Hub can't be reached.
     """
     api = client()
     with explained("the Hub", "listing"):
@@ -48,24 +63,25 @@ def list_checkpoints(base: str | None = None, author: str | None = None, limit: 
 
 
 def _read(info: Any) -> Listed:
-    """What a card says, where it says it in the form that ours do: it may come from anyone."""
+    """Return the fields of a card. Anyone can write one, so a value of another type than in our cards is None."""
     card = info.card_data.to_dict() if info.card_data is not None else {}
-    said = card.get("mxd")
-    told: dict[str, Any] = said if isinstance(said, dict) else {}
+    entry = card.get("mxd")
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     base = card.get("base_model")
-    layers = _of(told.get("layers"), list)
+    layers = _of(fields.get("layers"), list)
     return Listed(
         info.id,
-        _of(base[0] if isinstance(base, list) and base else base, str) or _of(told.get("base"), str),
-        _of(told.get("kind"), str),
+        _of(base[0] if isinstance(base, list) and base else base, str) or _of(fields.get("base"), str),
+        _of(fields.get("kind"), str),
         layers if layers is not None and all(type(index) is int for index in layers) else None,
-        _of(told.get("k"), int),
-        _of(told.get("delta_ce"), float, int),
-        _of(told.get("verdict"), str),
+        _of(fields.get("k"), int),
+        _of(fields.get("delta_ce"), float, int),
+        _of(fields.get("verdict"), str),
         info.downloads or 0,
         info.last_modified.date().isoformat() if info.last_modified else None,
     )
 
 
 def _of(value: Any, *types: type) -> Any:
+    """Return the value if it has one of the types, otherwise None."""
     return value if type(value) in types else None

@@ -1,4 +1,4 @@
-"""`measure-steering`: the effect of steering, in a folder with table, samples and plot."""
+"""`measure-steering`: the effect of steering, written as a table, samples and a plot."""
 
 import json
 import math
@@ -46,18 +46,39 @@ def measure_steering(
     base: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Measure what adding to experts' coefficients does; write steering.csv, steering.json, samples.jsonl and steering.png into `output`.
+    """Measure the effect of adding to experts' coefficients.
 
-    experts: (layer, expert) pairs; none: `count` drawn from those that fire on the text. strengths: in units of the 99th percentile of an
-    expert's active coefficients on the text. prompt: what samples begin with; empty: the BOS token. contexts: held-out ones, at whose ends
-    the next token's distribution is compared. Returns {"settings", "unsteered", "effects"}. Raises InputError.
+    Writes steering.csv, steering.json, samples.jsonl and steering.png to `output`.
+
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        data: Held-out text: a local file, folder or glob.
+        output: Folder to write, which must not exist.
+        experts: (layer, expert) pairs. Empty: `count` experts drawn at random among those that are active on the text.
+        count: Number of experts to draw.
+        strengths: Amounts to add, in units of the 99th percentile of an expert's active coefficients on the text.
+        prompt: Prompt of the samples. Empty: the BOS token.
+        samples: Number of samples per expert and strength.
+        new_tokens: Number of tokens per sample.
+        contexts: Number of held-out contexts after which the next-token distribution is compared.
+        text_field: Field with the text of each document.
+        tokens: Maximum number of tokens to take coefficients from.
+        seed: Random seed of the experts drawn and of the samples.
+        base: Base model to use instead of the recorded one.
+        quiet: Print no progress.
+
+    Returns:
+        A dict with `settings`, `unsteered` and `effects`.
+
+    Raises:
+        InputError: An argument is out of range, or the checkpoint, text, experts or output folder can't be used.
     """
     folder = Path(output)
     if folder.exists():
         raise InputError(f"--output {folder}: exists already; choose another folder")
     check_output(folder)
     if not strengths or not all(0 < abs(strength) <= 1e6 for strength in strengths):
-        raise InputError(f"--strengths {', '.join(map(str, strengths))}: give numbers other than 0, such as 1,2,4")
+        raise InputError(f"--strengths {', '.join(map(str, strengths))}: expected numbers other than 0, such as 1,2,4")
     for name, number, least in (
         ("--samples", samples, 2),
         ("--new-tokens", new_tokens, 2),
@@ -65,10 +86,10 @@ def measure_steering(
         ("--count", count, 1),
     ):
         if number < least:
-            raise InputError(f"{name} {number}: give at least {least}")
+            raise InputError(f"{name} {number}: expected at least {least}")
     context, mask_bos = checkpoint_settings(Path(checkpoint))
     if tokens < context:
-        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     model, tokenizer = load_checkpoint(checkpoint, dtype="float32", finite=True), load_tokenizer(str(checkpoint))
     original = original_of(checkpoint, model, base)
     original = original.float()
@@ -78,8 +99,8 @@ def measure_steering(
         check_vocabulary(blocks, original.config.get_text_config().vocab_size)
         chosen = find_experts(model, blocks, experts, count, seed, mask_bos)
         ids = blocks.take(slice(0, contexts))
-        start = encoded(tokenizer, prompt, model, new_tokens)["input_ids"][0]
-        effect = SteeringEffect(model, original, ids, start, samples, new_tokens, seed)
+        prompt_T = encoded(tokenizer, prompt, model, new_tokens)["input_ids"][0]
+        effect = SteeringEffect(model, original, ids, prompt_T, samples, new_tokens, seed)
         with progress(len(chosen) * len(strengths), quiet, "steering") as advance:
             found = measure(effect, chosen, strengths, advance)
         text = {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": len(blocks) * context}
@@ -97,11 +118,11 @@ def measure_steering(
         "unsteered": _row(found[0]),
         "effects": [_row(one) for one in found[1:]],
     }
-    with scratch_beside(folder) as place:
-        work = place / "steering"
+    with scratch_beside(folder) as temporary:
+        work = temporary / "steering"
         work.mkdir()
         _write(work, result, found, tokenizer)
-        put_in_place(work, folder, place)
+        put_in_place(work, folder, temporary)
     return result
 
 
@@ -126,7 +147,10 @@ def _write(folder: Path, result: dict[str, Any], found: Sequence[Effect], tokeni
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    """Left: effect on the next token against strength. Right: what samples have in common against fluency, a point an expert and strength."""
+    """Plot the effect on the next token against strength (left), and similarity of samples against fluency (right).
+
+    The right plot has one point per expert and strength.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 4.0), layout="constrained")
     rows = [row for row in result["effects"] if row["embedding"] is not None]
     by_expert: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
@@ -156,8 +180,8 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     plain = result["unsteered"]
     right.scatter([plain["perplexity"]], [plain["embedding"]], marker="*", s=110, color="#b22222", label="not steered", zorder=4)
     right.set_xscale("log")
-    right.set_xlabel("the base model's perplexity of what is written (less is more fluent)")
-    right.set_ylabel("likeness of samples (cosine of mean states)")
+    right.set_xlabel("base model's perplexity of the samples (lower is more fluent)")
+    right.set_ylabel("similarity of samples (cosine of mean states)")
     right.set_title("consistency against fluency", fontsize=10)
     right.legend(fontsize=7, frameon=False, title="strength", title_fontsize=7)
     for axis in (left, right):

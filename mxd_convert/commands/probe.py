@@ -1,4 +1,4 @@
-"""`probe`: how well single experts tell the classes of labelled documents apart, beside neurons, latents, a random gate and all experts."""
+"""`probe`: classify labelled documents by single experts, compared with neurons, latents, a random gate and all experts."""
 
 import time
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ from mxd_convert.recipe.schema import layer_indices
 from mxd_convert.report.probe import finished_probe, probe_folder, write_probe
 from mxd_convert.report.write import versions
 
-DOCUMENTS = 500  # a class
-TOKENS = 128  # of a document: the context that recipes train with, unless they say otherwise
+DOCUMENTS = 500  # largest number per class
+TOKENS = 128  # largest number per document; the default context of recipes
 _MEMORY = "out of memory: lower --documents, or probe fewer layers at a time with --layers"
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A folder, the config in it, and the layers of it that are probed."""
+    """A converted checkpoint: its folder, its config, and its layers to probe."""
 
     folder: Path
     config: Any
@@ -47,12 +47,13 @@ class _Checkpoint:
 
     @property
     def kind(self) -> str:
+        """Return the kind of the probed layers, or "mixed"."""
         kinds = {self.config.mxd["layers"][str(index)]["kind"] for index in self.layers}
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     @property
     def units(self) -> str:
-        """What one unit of it is called."""
+        """Return the name of its units: "expert" or "latent"."""
         return KINDS[self.kind].unit if self.kind in KINDS else "expert"
 
 
@@ -71,12 +72,28 @@ def probe(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Probes of a converted checkpoint's experts over labelled documents, and of what they are compared with; written to a folder.
+    """Probe a converted checkpoint's experts and the baselines on labelled documents, and write the results to a folder.
 
-    data: .jsonl (also .gz) or .parquet with a text and a label. output: None: `<checkpoint>-probe-<data>`, beside the checkpoint.
-    compare: converted checkpoints of the same base (transcoders, a random gate) whose units are probed too. layers: as in a recipe.
-    documents: a class, at most. tokens: of a document, at most; None: 128, or what the model reads.
-    Returns the content of probe.json (docs/probing.md) and "output". Raises InputError.
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        data: Labelled text: .jsonl (also .gz), .parquet, a folder or a glob.
+        text_field: Field with the text of each document.
+        label_field: Field with the class of each document.
+        output: Folder to write. None: `<checkpoint>-probe-<data>`, next to the checkpoint.
+        compare: Converted checkpoints of the same base model to probe too, such as transcoders.
+        base: Base model to use instead of the recorded one.
+        layers: Layer indices, as in a recipe: 3, [3, 4], "3,4", "0-2" or "all".
+        documents: Maximum number of documents per class.
+        tokens: Maximum number of tokens per document. None: 128, or the model's length if that is shorter.
+        seed: Random seed of the sample, the split, the random gate and the bootstrap.
+        device: Torch device. None uses CUDA if available, else the CPU.
+        quiet: Print no progress.
+
+    Returns:
+        The content of probe.json (docs/probing.md), and `output`.
+
+    Raises:
+        InputError: The checkpoints, labelled text, options or output folder can't be used.
     """
     start = time.monotonic()
     target = probe_folder(output, Path(checkpoint), Path(data))
@@ -90,14 +107,14 @@ def probe(
     check_classes([sample.labels[number] for number in kept], name, label_field)
     classes = sorted({sample.labels[number] for number in kept})
     labels_D = np.asarray([classes.index(sample.labels[number]) for number in kept])
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     passes = 2 + len(others)
     line = f"probing: {len(encoded):,} documents of {len(classes)} classes, {encoded.tokens:,} tokens, through {passes} models"
     with memory_guard(_MEMORY), progress(passes * len(encoded), quiet, "pooling", line) as advance:
-        families, kinds = _pool_all(ours, others, base, encoded, seed, place, advance)
+        families, kinds = _pool_all(ours, others, base, encoded, seed, torch_device, advance)
     pooled = time.monotonic()
     split = probing.split_documents(labels_D, seed)
-    line = "choosing units on the training part, scoring on the test part"
+    line = "choosing units on the training split, scoring on the test split"
     with progress(len(families) + 1, quiet, "probing", line) as advance:
         figures = probe_families(families, kinds, classes, labels_D, split, ours.units, seed, advance)
     content = {
@@ -129,45 +146,49 @@ def _with_experts(folder: Path, layers: str | int | list[int]) -> _Checkpoint:
     able = [index for index, entry in entries.items() if entry.get("n_experts")]
     if not able:
         kinds = ", ".join(sorted({entry["kind"] for entry in entries.values()}))
-        raise InputError(f"{folder}: its layers are of kind {kinds}, which has no experts to probe; give a checkpoint that has")
+        raise InputError(
+            f"{folder}: its layers are of kind {kinds}, which has no experts to probe. Give a checkpoint with experts."
+        )
     try:
         wanted = able if layers == "all" else layer_indices(layers, None)
     except ValueError as error:
         raise InputError(f"--{error}") from None
     for index in wanted:
         if index not in entries:
-            raise InputError(f"--layers: layer {index} is not converted; converted are {', '.join(map(str, entries))}")
+            raise InputError(f"--layers: layer {index} is not converted. Converted layers: {', '.join(map(str, entries))}.")
         if index not in able:
             raise InputError(f"--layers: layer {index} is a {entries[index]['kind']}, which has no experts to probe")
     return _Checkpoint(folder, config, wanted)
 
 
 def _comparable(folder: Path, ours: _Checkpoint) -> _Checkpoint:
-    """A checkpoint to compare with, of the same base, and those of the probed layers in which it has experts or latents."""
+    """Return a checkpoint to compare with, and the probed layers in which it has experts or latents. Raises InputError."""
     other = _with_experts(folder, "all")
     if recorded_base(other.config).get("sha256") != recorded_base(ours.config).get("sha256"):
-        raise InputError(f"--compare {folder}: comes from another base model than {ours.folder}; give one of the same base")
+        raise InputError(
+            f"--compare {folder}: comes from another base model than {ours.folder}. Give a conversion of the same base model."
+        )
     layers = [index for index in ours.layers if index in other.layers]
     if not layers:
         raise InputError(
-            f"--compare {folder}: has experts in layers {', '.join(map(str, other.layers))},"
-            f" and probed are {', '.join(map(str, ours.layers))}; give one with a layer of these"
+            f"--compare {folder}: has experts in layers {', '.join(map(str, other.layers))}, but the layers probed are"
+            f" {', '.join(map(str, ours.layers))}. Give a checkpoint with experts in one of these."
         )
     return _Checkpoint(folder, other.config, layers)
 
 
 def _check_sizes(config: Any, documents: int, tokens: int | None, seed: int) -> int:
-    """How many tokens of a document are read. Raises InputError where a number makes no sense."""
+    """Return the maximum number of tokens per document. Raises InputError if a number is out of range."""
     if documents < FEWEST_DOCUMENTS:
-        raise InputError(f"--documents {documents}: a probe needs at least {FEWEST_DOCUMENTS} a class")
+        raise InputError(f"--documents {documents}: a probe needs at least {FEWEST_DOCUMENTS} per class")
     if not 0 <= seed < 2**32:
-        raise InputError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
+        raise InputError(f"--seed {seed}: expected a whole number from 0 to {2**32 - 1}")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     most = limit if isinstance(limit, int) else None
     if tokens is None:
         return min(TOKENS, most or TOKENS)
     if tokens < 2 or (most is not None and tokens > most):
-        raise InputError(f"--tokens {tokens}: give from 2 to what the model reads at once" + (f", {most}" if most else ""))
+        raise InputError(f"--tokens {tokens}: expected from 2 to the model's maximum length" + (f", {most}" if most else ""))
     return tokens
 
 
@@ -180,7 +201,10 @@ def _pool_all(
     device: torch.device,
     advance: Any,
 ) -> tuple[dict[str, Family], dict[str, str]]:
-    """Every family's pooled coefficients, and its kind. The base is checked against the checkpoint; the others come one at a time."""
+    """Return the pooled coefficients and the kind of every family.
+
+    The base model is checked against the checkpoint. Checkpoints to compare with are loaded one at a time to save memory.
+    """
     converted = load_checkpoint(ours.folder, dtype="float32", finite=True).to(device)
     original = original_of(ours.folder, converted, base)
     sites = find_sites(original, converted.config, ours.layers)
@@ -209,7 +233,7 @@ def _pool_all(
 
 
 def _family_of(other: _Checkpoint, taken: set[str]) -> str:
-    """What the units of a checkpoint to compare with are called: its kind, and its name where that is not enough."""
+    """Return the family name of a checkpoint to compare with: its kind, and its folder if the kind is ambiguous."""
     folder = other.folder.resolve().name
     name = {"mxd": f"expert of {folder}", "random_gate": "random gate, trained layer", "mixed": folder}.get(
         other.kind, other.kind.replace("_", " ")

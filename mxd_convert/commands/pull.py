@@ -1,4 +1,4 @@
-"""`pull`: a checkpoint from the Hub into a folder, whole or not at all."""
+"""`pull`: download a checkpoint from the Hub into a folder, completely or not at all."""
 
 import functools
 import json
@@ -19,12 +19,20 @@ from mxd_convert.hub.client import check_name, client, explained, patiently
 from mxd_convert.hub.content import wrong_files
 from mxd_convert.hub.repository import files_of
 
-MARK = ".pulling"  # in an unfinished folder: the repository that it comes from
+MARK = ".pulling"  # file in an unfinished download with the repository's name
 
 
 @dataclass(frozen=True)
 class Pull:
-    """What was downloaded. files: bytes, by path. already_there: the folder held all of it before."""
+    """A finished download.
+
+    Attributes:
+        output: the checkpoint's folder.
+        repo_id: owner/name.
+        commit: hash of the downloaded commit.
+        files: size of each file in bytes, by path.
+        already_there: whether the folder was complete before this call.
+    """
 
     output: Path
     repo_id: str
@@ -33,14 +41,23 @@ class Pull:
     already_there: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return {**vars(self), "output": str(self.output)}
 
 
 def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
-    """Downloads a checkpoint with MxD layers, or goes on with a download that was cut off; each file is held against the Hub's hash of it.
+    """Download a checkpoint or a delta, or resume an interrupted download.
 
-    Everything arrives in `<output>.partial`, which gets its name when it is whole. Nothing that arrives is run. Raises InputError where there is
-    no such repository, it holds no checkpoint with MxD layers, a file is not what the Hub says it is, or `output` holds something else.
+    Files are downloaded into `<output>.partial`, which is renamed once all files have the Hub's hashes. No downloaded code runs.
+
+    Args:
+        repo_id: owner/name.
+        output: the checkpoint's folder.
+        revision: a branch, tag or commit.
+
+    Raises:
+        InputError: if the repository doesn't exist or has no checkpoint with MxD layers, a file has another hash than on the Hub,
+            or `output` contains other files.
     """
     check_name(repo_id)
     folder = Path(output).expanduser().absolute()
@@ -48,12 +65,12 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
     api = client()
     with explained(repo_id, "downloading", revision), disk_guard(folder):
         commit = str(patiently(lambda: api.model_info(repo_id, revision=revision)).sha)
-        # what is hidden, and what is of one machine only, is no part of a checkpoint, whoever put it there
+        # a repository may have hidden and machine-local files, which don't belong to a checkpoint
         files = {path: file for path, file in files_of(api, repo_id, commit).items() if belongs(path)}
         sizes = {path: file.size for path, file in files.items()}
         if folder.exists() and any(folder.iterdir()):
             if wrong_files(folder, files):
-                raise InputError(f"{output}: is there and holds something else; choose another folder")
+                raise InputError(f"{output}: exists already and contains other files. Choose another folder.")
             (folder / MARK).unlink(missing_ok=True)
             return Pull(folder, repo_id, commit, sizes, True)
         _claim(partial, repo_id)
@@ -70,9 +87,9 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
 
 
 def _download(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoFile], partial: Path) -> None:
-    """Download the files; where the process has a limit of address space, one after another.
+    """Download the files, one after another if the process has a limit of address space.
 
-    A pool's thread that runs out of memory as it starts never ends, and never says so.
+    Under such a limit a thread of a pool may run out of memory while starting, and then hang without an error.
     """
     if address_space() is None:
         patterns = list(map(escape, files))
@@ -83,18 +100,18 @@ def _download(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoFil
 
 
 def _check(partial: Path, files: Mapping[str, RepoFile], repo_id: str) -> None:
-    """Raises InputError where a file is not there, or not what the Hub says it is; then it is thrown away."""
+    """Raise InputError if a file is missing or has another hash than on the Hub; a wrong file is deleted."""
     for path in wrong_files(partial, files):
         if not (partial / path).is_file():
-            raise InputError(f"{repo_id}: {path} has not arrived; give the same command again: it goes on where it stopped")
+            raise InputError(f"{repo_id}: {path} was not downloaded. Run the same command again to resume.")
         (partial / path).unlink()
         raise InputError(
-            f"{repo_id}: {path} arrived with another hash than the Hub has of it, and was thrown away; give the same command again"
+            f"{repo_id}: {path} arrived with another hash than on the Hub and was deleted. Run the same command again."
         )
 
 
 def _clear(partial: Path, files: Mapping[str, RepoFile]) -> None:
-    """Takes away what is not the revision's: the client's notes, and files of another revision that was begun before."""
+    """Remove everything that is not in the revision: the Hub client's cache, and files of another revision's download."""
     shutil.rmtree(partial / ".cache", ignore_errors=True)
     for path in sorted(partial.rglob("*"), reverse=True):
         if path.is_dir():
@@ -105,11 +122,14 @@ def _clear(partial: Path, files: Mapping[str, RepoFile]) -> None:
 
 
 def _claim(partial: Path, repo_id: str) -> None:
-    """Makes the unfinished folder this download's, without what an earlier one that was killed can't use any more."""
+    """Mark the unfinished folder as this download's, and remove the incomplete files of a killed one.
+
+    Raises InputError if the folder is not an unfinished download of this repository.
+    """
     mark = partial / MARK
     if partial.exists() and any(partial.iterdir()) and not (mark.is_file() and mark.read_text() == repo_id):
         raise InputError(
-            f"{partial}: is in the way, and is no unfinished download of {repo_id}; move it away, or choose another folder"
+            f"{partial}: exists already and is not an unfinished download of {repo_id}. Move it, or choose another folder."
         )
     partial.mkdir(parents=True, exist_ok=True)
     write_text(mark, repo_id)
@@ -118,7 +138,7 @@ def _claim(partial: Path, repo_id: str) -> None:
 
 
 def _check_kind(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoFile], partial: Path) -> None:
-    """Before gigabytes are downloaded: whether it is a checkpoint of ours."""
+    """Raise InputError if the repository has no checkpoint with MxD layers. Only config.json is downloaded."""
     found: Any = None
     if DELTA in files:
         return
@@ -131,11 +151,16 @@ def _check_kind(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoF
     if not str(found).startswith("mxd_"):
         shutil.rmtree(partial)
         what = f"a {found} model" if found else "no readable config.json"
-        raise InputError(f"{repo_id}: holds {what}, not a checkpoint with MxD layers; `mxd-convert list` shows those")
+        raise InputError(
+            f"{repo_id}: contains {what}, not a checkpoint with MxD layers. `mxd-convert list` shows such checkpoints."
+        )
 
 
 def _check_room(partial: Path, files: Mapping[str, RepoFile]) -> None:
+    """Raise InputError if the disk has too little space for the remaining files."""
     need = sum(file.size for path, file in files.items() if not (partial / path).is_file())
     free = shutil.disk_usage(partial).free
     if need > free:
-        raise InputError(f"{partial}: {need / 2**20:,.0f} MiB are left to download and {free / 2**20:,.0f} are free; free some")
+        raise InputError(
+            f"{partial}: {need / 2**20:,.0f} MiB remain to download and {free / 2**20:,.0f} MiB are free. Free some space."
+        )

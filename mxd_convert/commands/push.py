@@ -1,8 +1,7 @@
-"""`push`: verify, compare, one commit, compare again.
+"""`push`: publish a checkpoint on the Hub: verify, compare, commit, compare again.
 
-One commit holds the whole change, so that a repository is either as it was or as it is meant to be. `upload_folder` may spread a folder of some
-hundred files (a dashboard) over several commits, hence `create_commit`, which sends the same files in the same way: what has arrived is not
-sent again when the command is given again.
+The whole change is one commit, so a repository is never half updated. `upload_folder` may split a folder of some hundred files
+(a dashboard) into several commits; `create_commit` does not. Both skip files that an interrupted push has uploaded already.
 """
 
 import json
@@ -31,7 +30,17 @@ from mxd_convert.report.card import CARD
 
 @dataclass(frozen=True)
 class Push:
-    """What a push did, or with `dry_run` would do. new: the repository was not there. commit: None where nothing was committed."""
+    """The result of a push, or its preview with `dry_run`.
+
+    Attributes:
+        repo_id: owner/name.
+        url: the repository's page.
+        new: whether the repository did not exist before.
+        verification: the checks made before publishing.
+        difference: the files added, changed and removed.
+        commit: hash of the commit; None if nothing was committed.
+        pull_request: URL of the pull request, if one was opened.
+    """
 
     repo_id: str
     url: str
@@ -42,6 +51,7 @@ class Push:
     pull_request: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values; sizes of files in bytes."""
         return {
             "repo_id": self.repo_id,
             "url": self.url,
@@ -65,13 +75,29 @@ def push(
     base: str | None = None,
     preview: Callable[[Push], None] | None = None,
 ) -> Push:
-    """Publishes a converted checkpoint on the Hub, or goes on with a push that was cut off.
+    """Publish a converted checkpoint on the Hub, or resume an interrupted push.
 
-    First `verify`; then what would change is told to `preview`; then one commit; then the Hub's hashes are compared with the folder's.
-    repo_id: owner/name, or a name under your own. revision: a branch, made where it is not there. create_pr: as a pull request to main.
-    replace: let the repository hold this checkpoint and nothing else, whatever it holds now. Nothing in `checkpoint` is changed.
-    Raises InputError where the checkpoint fails verification, the repository holds something else, the token does not allow it, or the
-    Hub can't be reached.
+    The checkpoint is verified, `preview` is called with the planned change, and one commit is made. Afterwards the Hub's hashes
+    are compared with those of the folder. Nothing in `checkpoint` is changed.
+
+    Args:
+        checkpoint: folder of a checkpoint or a delta.
+        repo_id: owner/name, or a name in your own namespace.
+        private: make the repository private if it is created.
+        revision: a branch; created if it doesn't exist.
+        create_pr: open a pull request to main instead of committing to it.
+        dry_run: verify and compare, but publish nothing.
+        message: the commit message.
+        replace: remove all other files from the repository.
+        base: the base model, if it is not the recorded one.
+        preview: called with the planned push before anything is published.
+
+    Returns:
+        The push, or with `dry_run` its preview.
+
+    Raises:
+        InputError: if the checkpoint fails verification, the repository contains something else, the token doesn't allow it, or
+            the Hub can't be reached.
     """
     folder = Path(checkpoint)
     check_folder(folder)
@@ -79,7 +105,7 @@ def push(
         read_config(folder)
     check_name(repo_id)
     if create_pr and revision not in (None, MAIN):
-        raise InputError(f"--revision {revision}: a pull request goes to {MAIN}; leave --revision or --create-pr out")
+        raise InputError(f"--revision {revision}: a pull request goes to {MAIN}. Remove --revision or --create-pr.")
     api = client()
     with explained(repo_id, "publishing", revision):
         if not dry_run or "/" not in repo_id:
@@ -106,31 +132,31 @@ def push(
 
 
 def check_account(repo_id: str) -> None:
-    """What can be known long before there is something to publish. Raises InputError for an impossible name, and where there is no valid token."""
+    """Check the repository's name and the token before there is a checkpoint to publish. Raises InputError if one is invalid."""
     check_name(repo_id)
     with explained(repo_id, "publishing"):
         patiently(client().whoami)
 
 
 def _full_name(api: HfApi, repo_id: str) -> str:
-    """The name with its owner. Asks who the token belongs to, so a missing or refused one is told before any work."""
+    """Return the name with its owner. Requests the token's account, so a missing or invalid token is reported before any work."""
     account = patiently(api.whoami)
     return repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
 
 
 def _verified(folder: Path, base: str | None) -> Verification:
-    """Raises InputError where a check fails, or the figures that would go with the checkpoint are of another."""
+    """Return the checks of the folder. Raises InputError if one fails, or if the report was measured on other weights."""
     verification = verify_delta(folder, base) if is_delta(folder) else verify(folder, base)
     for check in verification.checks:
         if check.ok is False:
             detail = f" ({check.detail})" if check.detail else ""
             raise InputError(
-                f"{folder}: nothing was published, since it fails a check: {check.check}{detail}; `mxd-convert verify {folder}` shows all"
+                f'{folder}: nothing was published: the check "{check.check}" fails{detail}. `mxd-convert verify {folder}` shows all checks.'
             )
     if changed := measured_on_others(folder) if is_delta(folder) else _changed(folder):
         raise InputError(
-            f"{folder}: nothing was published, since {changed[0]} is not the one that {REPORT} was measured on; put it back, or take"
-            " report and card (README.md) away, whose figures are another checkpoint's"
+            f"{folder}: nothing was published: {changed[0]} is not the one that {REPORT} was measured on. Restore it, or remove the"
+            " report and the card (README.md), whose figures belong to another checkpoint."
         )
     return verification
 
@@ -140,7 +166,7 @@ def _changed(folder: Path) -> list[str]:
 
 
 def _check_card(local: list[Local]) -> None:
-    """Whether the Hub takes the card's metadata, asked before anything is made there. Raises InputError with its reason."""
+    """Let the Hub validate the card's metadata before anything is created. Raises InputError with the Hub's reason."""
     content = next((file.source for file in local if file.path == CARD), None)
     if not isinstance(content, bytes):
         return
@@ -148,7 +174,7 @@ def _check_card(local: list[Local]) -> None:
         card = ModelCard(content.decode("utf-8", "replace"), ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{CARD}: its metadata can't be read ({first_line(error, 120)}); mend it, or take the file away"
+            f"{CARD}: its metadata can't be read ({first_line(error, 120)}). Correct it, or remove the file."
         ) from None
     try:
         patiently(card.validate)
@@ -157,11 +183,11 @@ def _check_card(local: list[Local]) -> None:
             reasons = "; ".join(entry["message"] for entry in json.loads(str(error))["errors"])
         except (ValueError, KeyError, TypeError):
             reasons = " ".join(str(error).split())
-        raise InputError(f"{CARD}: the Hub does not take it: {reasons[:300]}") from None
+        raise InputError(f"{CARD}: the Hub rejects its metadata: {reasons[:300]}") from None
 
 
 def _make(api: HfApi, there: Repository, repo_id: str, private: bool, revision: str | None) -> str:
-    """The repository and its branch, made where they are not there yet. Returns the commit that the push builds on."""
+    """Create the repository and its branch if they don't exist. Return the parent commit of the push."""
     head = there.head
     if head is None:
         patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
@@ -172,6 +198,7 @@ def _make(api: HfApi, there: Repository, repo_id: str, private: bool, revision: 
 
 
 def _commit(api: HfApi, planned: Push, local: list[Local], head: str, revision: str, create_pr: bool, message: str) -> Push:
+    """Make the commit, and return the push with its hash and pull request."""
     difference = planned.difference
     wanted = difference.added.keys() | difference.changed.keys()
     operations: list[Any] = [CommitOperationAdd(file.path, file.source) for file in local if file.path in wanted]
@@ -184,16 +211,16 @@ def _commit(api: HfApi, planned: Push, local: list[Local], head: str, revision: 
             commit_message=message,
             revision=revision,
             create_pr=create_pr,
-            # what the preview was made of: a commit since then makes the Hub refuse this one
+            # the Hub rejects the commit if the branch has changed since the preview
             parent_commit=None if create_pr else head,
         )
 
     try:
-        made = commit() if create_pr else patiently(commit)  # asked twice, there might be two pull requests
+        made = commit() if create_pr else patiently(commit)  # no retries: they could open a second pull request
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
             raise
-        # or it is this very commit, whose answer was lost on the way
+        # the branch may have changed by this commit itself, if only the Hub's response was lost
         now = str(patiently(lambda: api.model_info(planned.repo_id, revision=revision)).sha)
         if not compare(local, files_of(api, planned.repo_id, now), replace=False).none:
             raise
@@ -202,10 +229,11 @@ def _commit(api: HfApi, planned: Push, local: list[Local], head: str, revision: 
 
 
 def _compare_again(api: HfApi, done: Push, local: list[Local]) -> None:
+    """Raise InputError if the committed files differ from the folder's."""
     difference = compare(local, files_of(api, done.repo_id, str(done.commit)), replace=False)
     if wrong := sorted({**difference.added, **difference.changed}):
         raise InputError(
             f"{done.repo_id}: {wrong[0]}"
             + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
-            + " on the Hub is not what was sent; push again, or look whether a .gitignore there keeps it out"
+            + " on the Hub differs from what was sent. Push again, or check whether the repository's .gitignore excludes it."
         )

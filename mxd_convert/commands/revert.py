@@ -1,4 +1,4 @@
-"""`revert`: chosen layers of a checkpoint get their original MLPs back, in a new folder."""
+"""`revert`: a copy of a checkpoint in which chosen layers have their original MLPs again."""
 
 import shutil
 from pathlib import Path
@@ -13,9 +13,22 @@ from mxd_convert.recipe.schema import layer_indices
 
 
 def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, base: str | None = None) -> Path:
-    """Writes a copy of a checkpoint in which the given layers have their original MLPs again; all layers: the base's own class.
+    """Write a copy of a checkpoint in which the given layers have their original MLPs again.
 
-    layers: [3, 4], "3,4", "0-2" or "all". The copy has no mxd_report.json: its figures would be those of another model. Raises InputError.
+    If all layers are reverted, the copy is a checkpoint of the base model's own class. It has no mxd_report.json, because the old
+    figures don't apply to it.
+
+    Args:
+        checkpoint: Folder of the converted checkpoint.
+        layers: Layer indices: [3, 4], "3,4", "0-2" or "all".
+        output: Folder to write, new or empty.
+        base: Base model to use instead of the recorded one.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        InputError: The checkpoint, layers, base model or output folder can't be used.
     """
     output = Path(output)
     check_new(output, Path(checkpoint))
@@ -29,7 +42,7 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
     with new_folder(output, Path(checkpoint)) as work:
         model.save_pretrained(work)
         if (Path(checkpoint) / "recipe.yaml").is_file() and hasattr(model, "mxd_layers"):
-            shutil.copyfile(Path(checkpoint) / "recipe.yaml", work / "recipe.yaml")  # evaluation takes its block length from it
+            shutil.copyfile(Path(checkpoint) / "recipe.yaml", work / "recipe.yaml")  # evaluation reads the block length from it
         load_tokenizer(str(checkpoint)).save_pretrained(work)
         if hasattr(model, "mxd_layers"):
             write_labels(work, [label for label in read_labels(checkpoint) if label.layer not in indices])

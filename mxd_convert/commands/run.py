@@ -1,4 +1,4 @@
-"""`run`: a recipe from plan to finished checkpoint. Every step can be resumed."""
+"""`run`: convert a model as a recipe says, from the plan to the finished checkpoint. Every step can be resumed."""
 
 import shutil
 import uuid
@@ -58,9 +58,13 @@ TWIN = "twin"  # folder of the dense twin, in the workspace
 class Result:
     """A finished conversion.
 
-    report: the content of mxd_report.json. already_finished: it was there before this call. main_process: whether this process,
-    of several, is the one that reports. url: where it was published (`output.push_to`). onnx_failures: what of its ONNX export is out of
-    tolerance; there is no export then.
+    Attributes:
+        output: the checkpoint's folder.
+        report: the content of mxd_report.json.
+        already_finished: whether the checkpoint was finished before this call.
+        main_process: whether this process is the one that reports. Always true in a run of one process.
+        url: the repository on the Hub, if the recipe sets `output.push_to`.
+        onnx_failures: one line per figure of the ONNX export that is out of tolerance. If there are any, no export is written.
     """
 
     output: Path
@@ -73,10 +77,10 @@ class Result:
 
 @dataclass
 class Context:
-    """What the steps of one run share.
+    """The state that the steps of one run share.
 
-    Under torchrun every process has a context. The main process prepares, assembles, evaluates and reports; all of them train.
-    run_id: the same in all processes of this run. trains: whether the training has begun.
+    Under torchrun every process has a context. All processes train; the main process does all other steps.
+    run_id: the same in all processes of the run. trains: whether training has begun.
     """
 
     plan: Plan
@@ -88,21 +92,26 @@ class Context:
 
     @property
     def recipe(self) -> Recipe:
+        """The plan's recipe."""
         return self.plan.recipe
 
     @property
     def main(self) -> bool:
+        """Whether this is the main process."""
         return bool(self.accelerator.is_main_process)
 
     @property
     def processes(self) -> int:
+        """Number of processes in the run."""
         return int(self.accelerator.num_processes)
 
     def say(self, line: str) -> None:
+        """Print a progress line, unless quiet."""
         if not self.quiet:
             say(line)
 
     def agreed(self) -> AbstractContextManager[None]:
+        """Return a context in which an error in one process is raised in all of them."""
         return agreed(self.processes, self.accelerator.process_index)
 
 
@@ -117,14 +126,14 @@ def convert(
 
     Args:
         recipe: a file, the name of a shipped recipe, a mapping or a Recipe.
-        output: the finished checkpoint's folder; replaces the recipe's.
-        overrides: keys and values that replace the recipe's, as in {"train.lr": 1e-3}.
-        fresh: start over, replacing a converted checkpoint or an unfinished run at the output.
+        output: the folder of the finished checkpoint. Overrides the recipe's `output.dir`.
+        overrides: recipe keys and their values, for example {"train.lr": 1e-3}.
+        fresh: start over, and replace a converted checkpoint or an unfinished run at the output.
         quiet: write nothing to stderr.
 
     Raises:
-        InputError: for what the user can put right.
-        KeyboardInterrupt: when interrupted; the run can be resumed.
+        InputError: if the recipe, its files or the machine don't allow the run. The message gives the fix.
+        KeyboardInterrupt: if the run is interrupted. It can be resumed.
     """
     settings = dict(overrides or {})
     if output is not None:
@@ -160,12 +169,13 @@ def _already_finished(run: Context, report: dict[str, Any]) -> Result:
     if run.main:
         run.workspace.tidy()
         if run.recipe.output.dashboard and not (output / DASHBOARD).is_dir():
-            run.say(f"it has no dashboard; `mxd-convert dashboard {output} --data TEXT --output {output / DASHBOARD}` writes one")
+            command = f"mxd-convert dashboard {output} --data TEXT --output {output / DASHBOARD}"
+            run.say(f"the checkpoint has no dashboard; `{command}` writes one")
     return Result(output, report, True, run.main)
 
 
 def _convert_in_workspace(run: Context) -> Result:
-    """Do all steps, in the workspace. A run that fails before it has trained anything leaves nothing behind."""
+    """Do all steps in the workspace. A run that fails before it has trained anything leaves no workspace behind."""
     try:
         _check_processes_agree(run)
         with _reported_once(run):
@@ -177,16 +187,16 @@ def _convert_in_workspace(run: Context) -> Result:
                     _assemble_and_report(run, trained, train, held_out, tokenizer)
             return Result(run.plan.output, read_mapping(run.plan.output / REPORT), False, run.main)
     except Exception:
-        if run.main and (not run.trains or run.processes == 1):  # else other processes may be writing there
+        if run.main and (not run.trains or run.processes == 1):  # otherwise other processes may be writing there
             run.workspace.forget()
         raise
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------------------------------------
 
 
 def _check(run: Context) -> Any:
-    """Find what can be wrong before any work is done. Returns the base's tokenizer."""
+    """Check everything that can be checked before any work is done. Return the base's tokenizer."""
     with run.agreed():
         if run.main:
             if run.recipe.output.push_to is not None:
@@ -204,7 +214,7 @@ def _check(run: Context) -> Any:
 
 
 def _prepare(run: Context, tokenizer: Any) -> tuple[Blocks, Blocks]:
-    """Tokenise training and held-out text. The other processes read what the main process has written."""
+    """Return the tokenised training and held-out text. The main process writes both; the others read them."""
     found: list[tuple[Blocks, Blocks]] = []
     for mains_turn in (True, False):
         with run.agreed():
@@ -228,18 +238,20 @@ def _summary(run: Context, train: Blocks, held_out: Blocks) -> str:
 
 
 def _train(run: Context, blocks: Blocks) -> Trained | None:
-    """Train the layers, and the dense twin where the recipe asks for it. Returns None in all processes but the main one."""
-    [room] = broadcast_object_list([budget(run.recipe)])  # the same groups of layers in all processes
+    """Train the layers, and the dense twin if the recipe asks for it. Return None in all processes but the main one."""
+    [room] = broadcast_object_list([budget(run.recipe)])  # all processes must form the same groups of layers
     with run.agreed():
         check_joint(run.plan, room)
         start_tracker(run.accelerator, run.recipe, run.plan.output.name)
         base = load_base(run.recipe.base, spread=_spread(run, room))
-        check_gradients(run.recipe, base.dtype == torch.float16)  # with `dtype: auto` the weights decide, not the config
+        check_gradients(
+            run.recipe, base.dtype == torch.float16
+        )  # with `dtype: auto` the weights decide the dtype, not the config
     run.trains = True
     trained = train_layers(_job(run, run.plan, base, blocks, run.workspace.work, room))
     finish_tracker(run.accelerator)
     if run.recipe.train.twin:
-        run.say("the dense twin:")
+        run.say("training the dense twin:")
         twin = train_layers(_job(run, twin_of(run.plan), base, blocks, run.workspace.work / TWIN, room))
         if trained is not None:
             trained.twin = twin
@@ -247,7 +259,7 @@ def _train(run: Context, blocks: Blocks) -> Trained | None:
 
 
 def _spread(run: Context, room: int) -> Spread | None:
-    """Return how a base model too large for the device is spread over the device, the machine's memory and the disk."""
+    """Return how to spread a base model too large for the device over device, memory and disk; None if it fits."""
     most = base_room(run.plan, room)
     if most is None:
         return None
@@ -276,7 +288,7 @@ def _job(run: Context, plan: Plan, base: Any, blocks: Blocks, folder: Path, room
 def _assemble_and_report(run: Context, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
     layer = run.recipe.layer
     with memory_guard(
-        "out of memory while assembling and evaluating; free some, or convert fewer layers (layers: ...) or lower"
+        "out of memory while assembling and evaluating. Free some memory, convert fewer layers (layers: ...) or lower"
         f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command resumes from there."
     ):
         original = load_base(run.recipe.base, dtype="auto")
@@ -297,7 +309,7 @@ def _assemble_and_report(run: Context, trained: Trained, train: Blocks, held_out
 
 
 def _origin(recipe: Recipe, original: Any) -> dict[str, Any]:
-    """Return what config.json and the report say of the base model."""
+    """Return the base model's entry in config.json and in the report."""
     base = recipe.base
     return {
         "model": Path(base.model).name if is_local(base.model) else base.model,
@@ -318,7 +330,7 @@ def _assemble(original: Any, layers: Mapping[int, Trainable], origin: dict[str, 
 
 
 def _evaluate(run: Context, folder: Path, held_out: Blocks, twin: Path | None) -> dict[str, Any]:
-    """Measure the checkpoint as it lies on disk."""
+    """Return the evaluation of the checkpoint, loaded from disk."""
     converted = load_checkpoint(folder, dtype="float32")
     constant = None if twin is None else load_checkpoint(twin, dtype="float32")
     base = load_base(run.recipe.base, dtype="float32")
@@ -345,14 +357,14 @@ def _evaluation_device(run: Context) -> torch.device:
 
 
 def _write_report(run: Context, folder: Path, report: Report) -> None:
-    """Write recipe, log, plots, card and report into the checkpoint's folder."""
+    """Write the recipe, log, plots, card and report into the checkpoint's folder."""
     recipe, on_hub = run.recipe, not is_local(run.recipe.base.model)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     shutil.copyfile(run.workspace.work / "training_log.jsonl", folder / "training_log.jsonl")
     texts = {"train": recipe.data.train.path, "eval": recipe.data.eval.path}
     local = {
         **({} if on_hub else {"base": recipe.base.model}),
-        "data": {part: path for part, path in texts.items() if path is not None and is_local(path)},
+        "data": {split: path for split, path in texts.items() if path is not None and is_local(path)},
         "recipe": recipe.fingerprint(),
     }
     write_json(folder / LOCAL, local)
@@ -363,7 +375,7 @@ def _write_report(run: Context, folder: Path, report: Report) -> None:
 
 
 def _publish(run: Context, result: Result) -> Result:
-    """Push the finished checkpoint where the recipe asks for it."""
+    """Push the finished checkpoint to the Hub if the recipe asks for it."""
     name = run.recipe.output.push_to
     if name is None or not run.main:
         return result
@@ -372,12 +384,12 @@ def _publish(run: Context, result: Result) -> Result:
         return replace(result, url=push(result.output, name, base=run.recipe.base.model).url)
     except InputError as error:
         raise InputError(
-            f"{error}\nThe checkpoint itself is finished: `mxd-convert push {result.output} {name}` publishes it."
+            f"{error}\nThe checkpoint is finished: `mxd-convert push {result.output} {name}` publishes it."
         ) from error
 
 
 def _export(run: Context, result: Result) -> Result:
-    """Export the finished checkpoint to ONNX where the recipe asks for it."""
+    """Export the finished checkpoint to ONNX if the recipe asks for it."""
     target = result.output / ONNX
     if not run.recipe.output.onnx or not run.main or target.exists():
         return result
@@ -388,16 +400,16 @@ def _export(run: Context, result: Result) -> Result:
                 export.output.rename(target)
     except InputError as error:
         raise InputError(
-            f"{error}\nThe checkpoint itself is finished: `mxd-convert export-onnx {result.output} DIR` exports it."
+            f"{error}\nThe checkpoint is finished: `mxd-convert export-onnx {result.output} DIR` exports it."
         ) from error
     return replace(result, onnx_failures=tuple(export.failures))
 
 
-# --- several processes -------------------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------------------------------------
 
 
 def _check_processes_agree(run: Context) -> None:
-    """Raise InputError where the processes don't all have the same recipe, or don't see the same workspace."""
+    """Raise InputError if the processes have different recipes or see different workspaces."""
     if run.processes == 1:
         return
     [run.run_id, recipe] = broadcast_object_list([uuid.uuid4().hex, run.recipe.model_dump()])
@@ -408,14 +420,14 @@ def _check_processes_agree(run: Context) -> None:
         run.workspace.check_shown(run.run_id)
         if recipe != run.recipe.model_dump():
             raise InputError(
-                "recipe: not the same in all processes, once its paths and the base's revision are resolved; give all of them the same"
-                " files under the same paths, and base.revision as a commit"
+                "recipe: differs between processes after its paths and the base's revision are resolved. Give all processes the same"
+                " files under the same paths, and set base.revision to a commit."
             )
 
 
 @contextmanager
 def _reported_once(run: Context) -> Iterator[None]:
-    """Let the first process that finds an error report it; the others stay silent."""
+    """Let only the first process that finds an error report it."""
 
     def is_first() -> bool:
         return run.processes == 1 or run.workspace.first_to_tell(run.run_id)

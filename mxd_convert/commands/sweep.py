@@ -1,7 +1,7 @@
-"""`sweep`: a grid over recipe keys. Runs that read the same activations are trained in one pass; each ends as a checkpoint of its own.
+"""`sweep`: run a recipe over a grid of recipe keys. Runs that read the same activations are trained in one pass.
 
-The sweep's folder holds `runs/<name>/`, a finished checkpoint each; `sweep.csv` and `sweep.json`, a row a run; `plots/`. What is finished is
-not done again, and what was cut off goes on.
+The sweep's folder has one checkpoint per run in `runs/<name>/`, one row per run in `sweep.csv` and `sweep.json`, and the plots in
+`plots/`. The same command resumes a sweep: finished runs are kept, unfinished runs resume.
 """
 
 import hashlib
@@ -36,14 +36,17 @@ from mxd_convert.training.loop import Job
 from mxd_convert.training.together import same_activations, train_together
 
 TABLE = "sweep.json"
-MARK = "sweep.mark"  # the recipes of the sweep's runs, and the rows of those that are finished
-# keys that mean nothing where there are no experts
+MARK = "sweep.mark"  # file with the fingerprints of the runs' recipes and the rows of finished runs
+# keys without a meaning for kinds that have no experts
 _OF_EXPERTS = ("layer.k", "layer.experts", "layer.expansion", "layer.sparsity", "layer.l1")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished sweep. rows: as in sweep.json, one a run, with the settings that differ and the figures."""
+    """A finished sweep.
+
+    output: the sweep's folder. rows: one per run, as in sweep.json, with the swept settings and the figures.
+    """
 
     output: Path
     rows: list[dict[str, Any]]
@@ -51,13 +54,18 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _Run:
+    """A run of the sweep."""
+
     name: str
-    settings: dict[str, Any]  # of the grid's keys
+    settings: dict[str, Any]  # values of the swept keys
     plan: Plan
 
 
 def parse_grid(settings: Sequence[str]) -> dict[str, list[Any]]:
-    """`["layer.k=8,16", "train.lr=1e-3"]` -> {"layer.k": [8, 16], "train.lr": [0.001]}, values read as YAML. Raises InputError."""
+    """Return the grid of `--set` options; values are read as YAML. Raises InputError for a setting without a key or a value.
+
+    Example: `["layer.k=8,16", "train.lr=1e-3"]` gives `{"layer.k": [8, 16], "train.lr": [0.001]}`.
+    """
     return {key: values for setting in settings for key, values in [parse_list(setting)]}
 
 
@@ -68,12 +76,24 @@ def sweep(
     fresh: bool = False,
     quiet: bool = False,
 ) -> Sweep:
-    """Runs a recipe for every combination of the grid's values, or goes on with a sweep that was cut off.
+    """Run a recipe for every combination of the grid's values, or resume an unfinished sweep.
 
-    grid: {"layer.k": [8, 16], "layer.kind": ["mxd", "transcoder"]}; a key with one value holds for all runs. The dense twin, which has
-    no experts, is a kind among them, run once for all of the experts' settings, and not trained beside the runs (`train.twin`) unless the
-    grid says so. fresh: start over. Raises InputError before anything is trained for whatever the user can put right; a run whose loss is
-    not finite is noted in the table, and the others go on.
+    The dense twin is a value of `layer.kind`. It has no experts, so it runs once for all settings of the experts.
+    The other runs train no twin of their own unless the grid sets `train.twin`.
+
+    Args:
+        recipe: a file, the name of a shipped recipe, a mapping or a Recipe.
+        grid: the values of each key, for example {"layer.k": [8, 16], "layer.kind": ["mxd", "transcoder"]}. A key with one value
+            applies to all runs.
+        output: the sweep's folder.
+        fresh: start over, and replace an earlier sweep in the folder.
+        quiet: write nothing to stderr.
+
+    Returns:
+        The finished sweep. A run whose loss is not finite has the error in its row; the other runs continue.
+
+    Raises:
+        InputError: if a recipe or the folder can't be used. Raised before any training.
     """
     folder = Path(output).expanduser().absolute()
     runs = _runs(recipe, grid, folder)
@@ -83,9 +103,9 @@ def sweep(
         failed = _train(folder, runs, say)
         rows: list[dict[str, Any]] = []
         for run in runs:
-            rows.append(_finish(run, failed, mark["rows"], say))
+            rows.append(_complete(run, failed, mark["rows"], say))
             write_sealed(folder / MARK, mark)
-            _write(folder, runs, rows)  # what is there is worth having, should the rest be cut off
+            _write(folder, runs, rows)  # after every run, so that an interrupted sweep leaves a table of the finished runs
         if any("ce_base" in row for row in rows):
             write_frontier(folder / "plots", rows)
         shutil.rmtree(folder / "data", ignore_errors=True)
@@ -93,6 +113,8 @@ def sweep(
 
 
 class _Say:
+    """Print a progress line to stderr, unless quiet."""
+
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
 
@@ -101,27 +123,30 @@ class _Say:
             print(line, file=sys.stderr, flush=True)
 
 
-# --- what is to be run -----------------------------------------------------------------------------------------------------------
+# --- runs of the grid -----------------------------------------------------------------------------------------------------------
 
 
 def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[_Run]:
+    """Return one run per distinct combination of the grid's values, with its plan checked against the memory."""
     if not grid:
-        raise InputError("--set: give at least one key of several values, for example --set layer.k=8,16,32")
+        raise InputError(
+            "--set: the sweep has no grid. Give at least one key with several values, for example --set layer.k=8,16,32"
+        )
     swept = [key for key, values in grid.items() if len(values) > 1]
     found: dict[str, _Run] = {}
     for values in itertools.product(*grid.values()):
-        # a twin beside every run would be the same one each time: here it is a kind
+        # every run would train the same twin; a sweep has the twin as a kind instead
         settings = {"train.twin": False, **dict(zip(grid, values, strict=True))}
         layer = load_recipe(recipe, settings).layer
         if not layer.facts.has_experts:
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}
-            settings |= {"train.joint": 0.0} if layer.sparsity == "l1" else {}  # which those beside it can't have
+            settings |= {"train.joint": 0.0} if layer.sparsity == "l1" else {}  # the other runs can't have a joint stage
         shown = {key: value for key, value in settings.items() if key in swept}
         name = _name(shown)
         if name in found:
             if found[name].settings != shown:
                 raise InputError(
-                    f"--set: two combinations would both be called {name}; give values that differ in letters and figures"
+                    f"--set: two combinations would have the same name, {name}. Use values that differ in letters or digits."
                 )
             continue
         made = make_plan(
@@ -135,41 +160,44 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
 
 
 def _name(settings: Mapping[str, Any]) -> str:
-    """A folder's name: `kind-mxd_k-8`."""
-    words = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items()]
-    return re.sub(r"[^\w.,=-]+", "-", "_".join(words)).strip("-.") or "run"
+    """Return the name of a run's folder, such as `kind-mxd_k-8`."""
+    pairs = [f"{key.rpartition('.')[2]}-{value}" for key, value in settings.items()]
+    return re.sub(r"[^\w.,=-]+", "-", "_".join(pairs)).strip("-.") or "run"
 
 
 def _claim(folder: Path, runs: list[_Run], fresh: bool) -> dict[str, Any]:
-    """Make the folder this sweep's; return its mark. Raises InputError where something else is there, or the disk can't hold it."""
+    """Write the sweep's mark into the folder and return it.
+
+    Raises InputError if the folder contains other files or another recipe's sweep, or if the disk is too small.
+    """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder}: is a file; choose another folder")
+        raise InputError(f"--output {folder}: is a file. Choose another folder.")
     ours = {run.name: run.plan.recipe.fingerprint() for run in runs}
     rows: dict[str, Any] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holds_something = any(folder.iterdir())
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"--output {folder}: can't be written ({error.strerror}); choose another folder") from None
+        raise InputError(f"--output {folder}: can't be written ({error.strerror}). Choose another folder.") from None
     if holds_something:
         if not (folder / MARK).is_file():
-            raise InputError(f"--output {folder}: holds something else than a sweep; choose another folder")
+            raise InputError(f"--output {folder}: is not empty and not a sweep. Choose another folder.")
         if not fresh:
             theirs, rows = _read_mark(folder / MARK)
             if any(ours.get(name, print_) != print_ for name, print_ in theirs.items()):
                 raise InputError(
-                    f"--output {folder}: holds a sweep of another recipe; --fresh to start over, or choose another folder"
+                    f"--output {folder}: contains a sweep of another recipe. Use --fresh to start over, or choose another folder."
                 )
             ours = {**theirs, **ours}
     if fresh:
-        for part in ("runs", "plots", "data"):
-            shutil.rmtree(folder / part, ignore_errors=True)
+        for name in ("runs", "plots", "data"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     left = [run for run in runs if not (run.plan.output / REPORT).is_file()]
     need, free = sum(run.plan.disk_bytes for run in left), shutil.disk_usage(folder).free
     if need > free:
         raise InputError(
-            f"--output {folder}: the {len(left)} runs need about {need / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} are free;"
-            " free some or choose another folder"
+            f"--output {folder}: the {len(left)} runs need about {need / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are"
+            " free. Free some space or choose another folder."
         )
     mark = {"recipes": ours, "rows": rows}
     write_sealed(folder / MARK, mark)
@@ -177,25 +205,25 @@ def _claim(folder: Path, runs: list[_Run], fresh: bool) -> dict[str, Any]:
 
 
 def _read_mark(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return fingerprints and rows by the names of runs. Raises InputError where the mark is damaged."""
+    """Return the fingerprints and the rows, each by the name of the run. Raises InputError if the mark is damaged."""
     mark = read_sealed(path)
     if mark is not None:
         return mark["recipes"], mark["rows"]
-    fix = "give --fresh to start over, or choose another folder"
-    before = read_mapping(path, fix)  # earlier versions wrote the fingerprints alone
+    fix = "use --fresh to start over, or choose another folder"
+    before = read_mapping(path, fix)  # earlier versions wrote only the fingerprints
     if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in before.values()):
         return before, {}
     raise InputError(f"{path}: damaged; {fix}")
 
 
-# --- training, evaluation, table -------------------------------------------------------------------------------------------------
+# --- training, evaluation, table ------------------------------------------------------------------------------------------------
 
 
 def _train(folder: Path, runs: list[_Run], say: _Say) -> dict[str, InputError]:
-    """Trains what is not finished, as much as possible from one harvest. Returns what went wrong, by run."""
+    """Train the unfinished runs, as many as possible on one harvest of activations. Return the errors by run."""
     left = [run for run in runs if not (run.plan.output / REPORT).is_file()]
     done = len(runs) - len(left)
-    say(f"{len(runs)} runs" + (f", {done} of them done already" if done else ""))
+    say(f"{len(runs)} runs" + (f", {done} already finished" if done else ""))
     alike: dict[str, list[_Run]] = {}
     for run in left:
         if _shares_a_pass(run.plan.recipe):
@@ -209,18 +237,22 @@ def _train(folder: Path, runs: list[_Run], say: _Say) -> dict[str, InputError]:
 
 
 def _data_folder(root: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Path:
-    """Return a group's folder for tokens: named after all that they are made of, so that no other text's are ever taken for them."""
+    """Return the folder of a group's tokens, named by a hash of everything that they depend on."""
     content = json.dumps([recipe.data.model_dump(), recipe.base.model_dump(), dict(inputs)], sort_keys=True)
     return root / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _shares_a_pass(recipe: Recipe) -> bool:
-    """Not in sequential order, where inputs come from the run's own layers, nor where it has processes or a tracker to itself."""
+    """Return whether a run can be trained together with others.
+
+    In sequential order the inputs depend on the run's own layers. Several processes and trackers belong to a single run.
+    """
     train = recipe.train
     return train.order == "parallel" and train.tracker == "none" and os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputError]:
+    """Train runs that read the same activations in one pass. Return the errors by run."""
     recipe = group[0].plan.recipe
     data = _data_folder(data, recipe, Workspace(recipe, group[0].plan.output, fresh=False).inputs(say))
     tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
@@ -234,11 +266,11 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
         jobs, first = [], group[0].plan
         accelerator = new_accelerator(first.recipe.train, first.output.parent / "logs")
         for run in group:
-            place = Workspace(run.plan.recipe, run.plan.output, fresh=False)
-            place.finished()
-            stack.enter_context(place.locked())
-            place.claim()
-            _lend(data, place.work / "data")
+            workspace = Workspace(run.plan.recipe, run.plan.output, fresh=False)
+            workspace.finished()
+            stack.enter_context(workspace.locked())
+            workspace.claim()
+            _lend(data, workspace.work / "data")
             indices = [layer.index for layer in run.plan.layers]
             jobs.append(
                 Job(
@@ -247,7 +279,7 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
                     run.plan.sites,
                     run.plan.shapes,
                     train,
-                    place.work,
+                    workspace.work,
                     accelerator,
                     [indices],
                     lambda layers: [layers],
@@ -258,11 +290,11 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
 
 
 def _lend(data: Path, folder: Path) -> None:
-    """The tokens once for all runs: a link to each file, or a copy where the file system has no links."""
+    """Link the shared token files into a run's folder, or copy them if the file system has no links."""
     if (folder / "data.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(data.iterdir(), key=lambda file: file.suffix == ".json"):  # the manifest last: with it they are whole
+    for file in sorted(data.iterdir(), key=lambda file: file.suffix == ".json"):  # manifest last: it marks the data as complete
         target = folder / file.name
         target.unlink(missing_ok=True)
         with suppress(OSError):
@@ -271,38 +303,39 @@ def _lend(data: Path, folder: Path) -> None:
             shutil.copyfile(file, target)
 
 
-def _finish(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], say: _Say) -> dict[str, Any]:
-    """Do what is left of a run: all of it, or only its joint stage, assembly and evaluation. Returns its row.
+def _complete(run: _Run, failed: Mapping[str, InputError], rows: dict[str, Any], say: _Say) -> dict[str, Any]:
+    """Do the remaining steps of a run, and return its row.
 
-    rows: of finished runs, by name, to which this one's is added. One that is there already holds what the sweep has measured, whatever has
-    become of the run's report.
+    rows: the rows of finished runs by name; this run's row is added. An existing row is kept, even if the report has changed.
     """
-    start = {"name": run.name, **run.settings}
+    head = {"name": run.name, **run.settings}
     error: InputError | None = failed.get(run.name)
     if error is None:
         trained = Workspace(run.plan.recipe, run.plan.output, fresh=False).has_state()
-        left = "finishing and evaluating" if run.plan.joint_steps else "evaluating"
-        say(f"{run.name}: " + (left if trained else "training and evaluating"))
+        left = "joint stage and evaluation" if run.plan.joint_steps else "evaluation"
+        say(f"{run.name}: " + (left if trained else "training and evaluation"))
         try:
             result = convert(run.plan.recipe, quiet=say.quiet or (trained and not run.plan.joint_steps))
             if not result.already_finished or run.name not in rows:
                 rows[run.name] = _row(result.output, run.plan)
-            return start | rows[run.name]
+            return head | rows[run.name]
         except NotFinite as caught:
             error = caught
     say(f"{run.name}: failed: {error}")
-    return start | {"error": str(error)}
+    return head | {"error": str(error)}
 
 
 def _row(folder: Path, plan: Plan) -> dict[str, Any]:
     report = read_report(folder)
     if report is None or None in (report.fidelity, report.reliance, report.data, report.cost):
-        raise InputError(f"{folder / REPORT}: not a readable report; remove {folder}, and its run is done again")
+        raise InputError(
+            f"{folder / REPORT}: not a readable report. Remove {folder} and run the same command again to repeat the run."
+        )
     return row_of(report, plan.recipe, plan.layers)
 
 
 def _write(folder: Path, runs: list[_Run], rows: list[dict[str, Any]]) -> None:
-    """The table; beside the rows the recipe that they share, without what differs among them."""
+    """Write the table: the rows, and the recipe without the swept keys."""
     recipe = runs[0].plan.recipe.published()
     recipe.pop("output")
     for key in {key for run in runs for key in run.settings} | {"layer.kind", "layer.k"}:

@@ -1,4 +1,4 @@
-"""`verify`: whether a checkpoint is whole, behaves as an ordinary one, and is what its report says."""
+"""`verify`: check that a checkpoint is complete, behaves like any other checkpoint, and matches its base model."""
 
 from pathlib import Path
 
@@ -23,13 +23,25 @@ from mxd_convert.errors import InputError
 
 
 def verify(checkpoint: str | Path, base: str | None = None, trust_remote_code: bool = False) -> Verification:
-    """Checks a converted checkpoint: whole files; loading, generation, saving, sharding, tied weights, bfloat16 and gradient checkpointing
-    in fresh processes with and without this package; tensors outside the layers and logits after reverting against the base model.
+    """Verify a converted checkpoint.
 
-    Without the package, and for families that have no row, code in the checkpoint is needed: this package's own is run in its place where
-    the checkpoint's is the same to the byte. No code of the checkpoint's, its tokenizer's included, runs but with trust_remote_code.
-    base: the base model, where not the recorded one. What needs a base that is not at hand is reported as not checked.
-    Raises InputError where `checkpoint` is no converted checkpoint at all or `base` is not its base.
+    The checks are:
+
+    - the files are complete and fit the config;
+    - loading, generation, saving, sharding, tied weights, bfloat16 and gradient checkpointing work in fresh processes, with and
+      without this package;
+    - the tensors outside the MxD layers, and the logits after reverting, are the base model's.
+
+    Without this package, and for families that it has no table entry for, the model needs the code files in the checkpoint. If
+    they are byte-identical to this package's, this package's files are run instead.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        base: the base model, if it is not the recorded one. Checks that need an unavailable base are reported as not checked.
+        trust_remote_code: run the checkpoint's own code, including its tokenizer's. It never runs otherwise.
+
+    Raises:
+        InputError: if the folder is not a converted checkpoint, or `base` is not its base model.
     """
     with trusting(trust_remote_code):
         return _verify(Path(checkpoint), base, is_trusted())
@@ -50,10 +62,10 @@ def _verify(folder: Path, base: str | None, trust_remote_code: bool) -> Verifica
     ids = token_ids(config)
     compared = against_base(folder, converted, base, ids)  # first, so that a wrong --base is reported at once
     foreign = [] if trust_remote_code else foreign_code(folder)
-    needing = [blocked for blocked in PLACES if blocked or not has_row(config)]  # the checkpoint's own code
-    places = [blocked for blocked in PLACES if not (foreign and blocked in needing)]
-    checks = in_fresh_processes(folder, ids, places, needing, trust_remote_code)
+    needing = [blocked for blocked in PLACES if blocked or not has_row(config)]  # these run the checkpoint's code
+    runnable = [blocked for blocked in PLACES if not (foreign and blocked in needing)]
+    checks = in_fresh_processes(folder, ids, runnable, needing, trust_remote_code)
     for blocked in needing if foreign else []:
-        why = f"{foreign[0]} is not this package's own, and was not run; read it, and give --trust-remote-code"
+        why = f"{foreign[0]} is not this package's own, and was not run. Read it, then use --trust-remote-code."
         checks.append(Check(f"runs in a fresh process ({PLACES[blocked]})", None, why))
     return Verification(folder, [Check(whole, True), *checks, *compared])

@@ -1,1 +1,1 @@
-"""A page for every expert, and the data files behind it."""
+"""The dashboard: a page for every expert, and its data files."""

@@ -1,6 +1,7 @@
-"""The data files of a dashboard: scripts that hand JSON to its pages, which a browser may load from disk where it may not fetch.
+"""The data files of a dashboard: scripts that pass JSON to its pages.
 
-Everything in them is text or numbers; the pages put text in as text, never as markup. What is in them: docs/dashboard.md.
+Browsers may load scripts from disk, but not fetch JSON.
+The files contain only text and numbers; pages insert text as text, never as markup. docs/dashboard.md describes their content.
 """
 
 import json
@@ -20,28 +21,28 @@ from mxd_convert.evaluation.experts.examples import BEFORE, Examples, Figures, e
 from mxd_convert.evaluation.experts.statistics import LayerRecord
 from mxd_convert.evaluation.layer_figures import ALWAYS_ON
 
-SHARD = 64  # experts of a data file
-TEXT_SHARD = 2**16  # tokens of a data file of text
+SHARD = 64  # experts per data file
+TEXT_SHARD = 2**16  # tokens per data file of text
 RARE = 1e-4  # firing rate below which an expert is rare
-_SNIPPET = (10, 3)  # tokens before and after the top one on the index
-_STEPS = 4  # bins of a decade of the density histogram
-_PAIRS = 2**21  # pairs that are held in memory at a time
-_TOGETHER = 256  # experts whose effects on all of the vocabulary are made at a time
-_OF_SIMILAR = 3  # tokens shown beside a similar expert
+_SNIPPET = (10, 3)  # tokens shown on the index before and after an expert's top token
+_STEPS = 4  # bins per decade of the density histogram
+_PAIRS = 2**21  # pairs of expert and token in memory at a time
+_TOGETHER = 256  # experts whose effects on the whole vocabulary are computed at a time
+_OF_SIMILAR = 3  # promoted tokens shown for a similar expert
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the pages are made from: the text, the strings of its tokens, and the way from what is written to logits."""
+    """The sources of the pages: the text, the strings of its tokens, and the map from a layer's output to logits."""
 
     blocks: Blocks
     tokens: Tokens
     unembedding: Unembedding
-    vocabulary: int  # ids that the tokenizer knows
+    vocabulary: int  # number of token ids that the tokenizer knows
 
 
 def write_data(folder: Path, name: str, content: Any) -> None:
-    """Write `name`.js, which hands `content` to the page. Plain ASCII, and no `<`, so that nothing in it can end a script."""
+    """Write `name`.js, which passes `content` to the page. It is ASCII without `<`, so no text can close a script element."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     path = folder / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,14 +50,14 @@ def write_data(folder: Path, name: str, content: Any) -> None:
 
 
 def write_text(folder: Path, blocks: Blocks, tokens: Tokens) -> None:
-    """The whole text as token numbers, in files of TEXT_SHARD tokens."""
+    """Write the whole text as token numbers, in files of TEXT_SHARD tokens."""
     flat = blocks.ids.reshape(-1)
     for number, start in enumerate(range(0, len(flat), TEXT_SHARD)):
         write_data(folder, f"data/text-{number}", tokens.number(flat[start : start + TEXT_SHARD].astype(np.int64)).tolist())
 
 
 class LayerPages:
-    """The pages of one layer's experts, and its rows on the index."""
+    """The data of one layer's expert pages and of its index."""
 
     def __init__(self, index: int, record: LayerRecord, source: Source) -> None:
         self.index, self.record, self.source = index, record, source
@@ -66,7 +67,7 @@ class LayerPages:
         self.previous_N, self.next_N = _neighbours(self.count_N)
 
     def write(self, folder: Path) -> None:
-        """Writes the layer's files."""
+        """Write the layer's data files."""
         self._find_effects()
         shard: list[dict[str, Any]] = []
         for first, last in self.record.firings.ranges(SHARD, _PAIRS):
@@ -77,7 +78,7 @@ class LayerPages:
         write_data(folder, f"data/{self.index}/index", {**self.rows, "up": self.up_tokens})
 
     def _find_effects(self) -> None:
-        """The tokens that every expert promotes and suppresses, as [number, mean, spread]; None for those that never fire."""
+        """Compute every expert's promoted and suppressed tokens as [number, mean, spread]; None for experts that never fire."""
         effects = EffectsOfLayer(self.index, self.record, self.source.unembedding, self.source.vocabulary)
         self.effects: list[tuple[list[Any], list[Any]] | None] = []
         for first in range(0, len(self.count_N), _TOGETHER):
@@ -102,19 +103,19 @@ class LayerPages:
         like = self._similar(first, last)
         contexts = _contexts(of, shown)
         experts = []
-        for place, n in enumerate(range(first, last)):
-            expert = {name: values[place] for name, values in columns.items()}
-            expert |= {"beside": [int(self.previous_N[n]), int(self.next_N[n])], "like": like[place]}
+        for row, n in enumerate(range(first, last)):
+            expert = {name: values[row] for name, values in columns.items()}
+            expert |= {"beside": [int(self.previous_N[n]), int(self.next_N[n])], "like": like[row]}
             if self.weights is not None:
                 expert |= {"rank": int(self.weights.rank[n]), "norm": rounded(self.weights.norm[n])}
             effects = self.effects[n]
             if effects is not None:
-                expert |= {"up": effects[0], "down": effects[1], **contexts[place]}
+                expert |= {"up": effects[0], "down": effects[1], **contexts[row]}
             experts.append(expert)
         return experts
 
     def _similar(self, first: int, last: int) -> list[list[list[Any]]]:
-        """Of each expert, [number, cosine, some tokens that it promotes] of those most like it."""
+        """Return, for each expert, [number, cosine, some promoted tokens] of the most similar experts."""
         experts, cosines = similar(self.unit_NO, first, last)
         return [
             [
@@ -126,22 +127,25 @@ class LayerPages:
         ]
 
     def _snippets(self, positions: Array) -> list[list[str] | None]:
-        """The texts before, at and after each position; None for position -1."""
+        """Return the texts before, at and after each position; None for position -1."""
         blocks, tokens = self.source.blocks, self.source.tokens
         found: list[list[str] | None] = []
         for position in positions.tolist():
             if position < 0:
                 found.append(None)
                 continue
-            block, place = divmod(position, blocks.context)
-            start = max(0, place - _SNIPPET[0])
-            row = tokens.number(blocks.ids[block, start : place + 1 + _SNIPPET[1]].astype(np.int64)).tolist()
-            cut = place - start
+            block, offset = divmod(position, blocks.context)
+            start = max(0, offset - _SNIPPET[0])
+            row = tokens.number(blocks.ids[block, start : offset + 1 + _SNIPPET[1]].astype(np.int64)).tolist()
+            cut = offset - start
             found.append([tokens.text(row[:cut]), tokens.text(row[cut : cut + 1]), tokens.text(row[cut + 1 :])])
         return found
 
     def about(self) -> dict[str, Any]:
-        """What the index says of the layer. `density`: experts by firing rate, in bins of a quarter of a decade from 10 ** `from` up."""
+        """Return the layer's entry on the index.
+
+        `density` is a histogram of experts by firing rate, with _STEPS bins per decade from 10 ** `from` up to 1.
+        """
         layer, tokens = self.layer, self.record.tokens
         rate_N = self.count_N / tokens
         alive = rate_N[rate_N > 0]
@@ -157,7 +161,7 @@ class LayerPages:
 
 
 def about_layer(index: int, layer: Any) -> dict[str, Any]:
-    """What any layer is, with experts or without."""
+    """Return index, kind and sizes of a layer, which needn't have experts."""
     return {
         "layer": index,
         "kind": layer.kind,
@@ -166,51 +170,57 @@ def about_layer(index: int, layer: Any) -> dict[str, Any]:
 
 
 def counts(count_N: Array, tokens: int) -> dict[str, int]:
-    """How many experts never fire, fire on less than RARE of the tokens, and on more than ALWAYS_ON of them."""
+    """Return the numbers of dead experts, of rare ones (firing rate below RARE), and of always-on ones (above ALWAYS_ON)."""
     rate_N = count_N / tokens
     rare = (rate_N > 0) & (rate_N < RARE)
     return {"dead": int((rate_N == 0).sum()), "rare": int(rare.sum()), "always_on": int((rate_N > ALWAYS_ON).sum())}
 
 
 def rounded(values: Any) -> Any:
-    """Numbers to four significant digits, as Python's own."""
+    """Round numbers to four significant digits. Return Python floats, nested like the input."""
     x = np.asarray(values, dtype=np.float64)
-    x = np.nan_to_num(x, posinf=1e300, neginf=-1e300)  # JSON has no such numbers
+    x = np.nan_to_num(x, posinf=1e300, neginf=-1e300)  # JSON has no infinities
     unit = 10.0 ** (3 - np.floor(np.log10(np.maximum(np.abs(x), 1e-290))))
     return (np.round(x * unit) / unit).tolist()
 
 
 def _contexts(of: Figures, shown: Examples) -> list[dict[str, Any]]:
-    """Histogram, top contexts and bands [least, largest, contexts] of each expert. A context is [position, [offset, coefficient, ...]]."""
+    """Return histogram, top contexts and bands of each expert.
+
+    A band is [smallest, largest, contexts]. A context is [position, [offset, coefficient, offset, coefficient, ...]].
+    """
     top = _with_heat(shown.top, shown.top_heat)
     bands = _with_heat(shown.bands, shown.bands_heat)
     bounds = rounded(shown.bounds)
     return [
         {
             "histogram": histogram,
-            "top": top[place],
-            "bands": [[*bound, band] for bound, band in zip(bounds[place], bands[place], strict=True) if band],
+            "top": top[row],
+            "bands": [[*bound, band] for bound, band in zip(bounds[row], bands[row], strict=True) if band],
         }
-        for place, histogram in enumerate(of.histogram.tolist())
+        for row, histogram in enumerate(of.histogram.tolist())
     ]
 
 
 def _with_heat(positions: Array, heat: Array) -> list[Any]:
-    """Positions (..., E) as nested lists of contexts, without those that are -1; of the coefficients around (..., E, W), those above 0."""
+    """Return positions (..., E) as nested lists of contexts.
+
+    Positions of -1 are left out, and so are coefficients of 0 around them; heat is (..., E, BEFORE + 1 + AFTER).
+    """
     if positions.ndim > 1:
         return [_with_heat(one, around) for one, around in zip(positions, heat, strict=True)]
     found = []
     values = rounded(heat)
     for position, row in zip(positions.tolist(), values, strict=True):
         if position >= 0:
-            found.append([position, [part for offset, value in enumerate(row, -BEFORE) if value for part in (offset, value)]])
+            found.append([position, [number for offset, value in enumerate(row, -BEFORE) if value for number in (offset, value)]])
     return found
 
 
 def _neighbours(count_N: Array) -> tuple[Array, Array]:
-    """The experts that fire next below and above each, (N); -1 where there is none."""
-    place_N = np.arange(len(count_N))
-    below_N = np.maximum.accumulate(np.where(count_N > 0, place_N, -1))
-    above_N = np.minimum.accumulate(np.where(count_N > 0, place_N, len(count_N))[::-1])[::-1]
+    """Return the previous and the next expert that fires, (N) each; -1 if none does."""
+    index_N = np.arange(len(count_N))
+    below_N = np.maximum.accumulate(np.where(count_N > 0, index_N, -1))
+    above_N = np.minimum.accumulate(np.where(count_N > 0, index_N, len(count_N))[::-1])[::-1]
     above_N = np.where(above_N == len(count_N), -1, above_N)
     return np.concatenate([[-1], below_N[:-1]]), np.concatenate([above_N[1:], [-1]])

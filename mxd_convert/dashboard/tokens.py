@@ -1,4 +1,4 @@
-"""The strings of tokens, each written once under a number of its own."""
+"""The strings of the tokens that a dashboard shows, numbered so that each is written once."""
 
 import functools
 import re
@@ -10,7 +10,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Tokens:
-    """Numbers the tokens that a dashboard shows, in the order in which they come up."""
+    """The numbering of a dashboard's tokens, in order of first use. vocabulary: number of token ids."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self.tokenizer = tokenizer
@@ -19,7 +19,7 @@ class Tokens:
         self._number_V = np.full(vocabulary, -1, dtype=np.int64)
 
     def number(self, ids: Array) -> Array:
-        """The numbers of token ids (any shape)."""
+        """Return the numbers of token ids, of any shape, and number new ones."""
         found = np.unique(ids)
         new = found[self._number_V[found] < 0]
         if len(new):
@@ -30,12 +30,16 @@ class Tokens:
         return numbers
 
     def text(self, numbers: list[int]) -> str:
+        """Return the text of numbered tokens."""
         return "".join(self.texts[number] for number in numbers)
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Tokens as they read within a text, a space before them included. Parts of a character, which are no text alone, as their bytes: <E2 80>."""
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]  # at the start of a text, some decoders drop the space
+    """Return the text of each token within a sentence, with its leading space.
+
+    Tokens that are only some bytes of a character are shown as these bytes: <E2 80>.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]  # some decoders drop the space of a text's first token
     settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     before = tokenizer.decode(anchor, **settings)
     spelt = tokenizer.convert_ids_to_tokens(ids)
@@ -48,7 +52,7 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def _bytes(raw: str) -> str:
-    """A token that is no text alone, as bytes where the vocabulary spells bytes; else as it is spelt."""
+    """Return the bytes of a vocabulary entry as hexadecimal if it spells bytes, else the entry unchanged."""
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", raw):  # sentencepiece
         return f"<{match[1]}>"
     known = _spellings()
@@ -59,7 +63,7 @@ def _bytes(raw: str) -> str:
 
 @functools.cache
 def _spellings() -> dict[str, int]:
-    """The printable sign that stands for each byte in byte-level vocabularies (GPT-2's): itself where it prints, else from 256 on."""
+    """Return the byte of each character in GPT-2's byte-level alphabet. Bytes that don't print are code points from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(rest)}

@@ -1,1 +1,1 @@
-"""Text and labelled documents as packed blocks of tokens on disk, with a fingerprint."""
+"""Texts: documents read from files and the Hub, labelled documents, and packed blocks of tokens on disk."""

@@ -1,8 +1,10 @@
-"""Packed token blocks, with a fingerprint.
+"""Packed blocks of tokens on disk, with a fingerprint.
 
-Documents are split by content into training and held-out ones, tokenised, joined with the separators that the tokenizer wants, and
-written as token ids to one flat file a part. Training then reads blocks at random from that file, so the order of a run depends on
-nothing but its seed, and a run that was cut off can go on at any block.
+Documents are split by content into training and held-out text, tokenised, and joined with the tokenizer's separators. Each text
+is written to one flat file of token ids. Training reads blocks from the file in a random order that depends only on the seed, so
+an interrupted run can resume at any block.
+
+Shape suffixes: B blocks, T tokens of a block.
 """
 
 import functools
@@ -22,16 +24,16 @@ from mxd_convert.errors import InputError
 from mxd_convert.files import file_sha256, read_sealed, replacing, write_sealed
 from mxd_convert.recipe.schema import Data, EvalText, is_local
 
-# of training text that are read where there are so many, so that a short run takes its blocks from many documents, not from the first few
+# Tokens of training text to read at least, so that a short run draws its blocks from many documents and not from the first few.
 LEAST_TOKENS = 4_000_000
-MANIFEST, FILES = "data.json", ("train.tokens", "eval.tokens")  # what the files hold, and the files
+MANIFEST, FILES = "data.json", ("train.tokens", "eval.tokens")  # description and hashes of the token files; the token files
 _BATCH = 256  # documents tokenised at a time
-_CHARACTERS = 4  # of a token, about: what is pending may fill the file
+_CHARACTERS = 4  # characters per token, roughly: pending documents are tokenised when they may reach the limit
 
 
 @dataclass(frozen=True)
 class Separators:
-    """Token ids that go before and after every document, and the one (if any) that marks a sequence's start."""
+    """Token ids that go before and after every document, and the id of the BOS token, if any."""
 
     before: list[int]
     after: list[int]
@@ -39,7 +41,7 @@ class Separators:
 
 
 def separators(tokenizer: Any) -> Separators:
-    """What the tokenizer wants between documents: what it adds by itself, else BOS before each, else EOS after each."""
+    """Return the special tokens that the tokenizer adds by default; if none, BOS before or else EOS after each document."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     plain, special = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
     start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), None)
@@ -51,7 +53,7 @@ def separators(tokenizer: Any) -> Separators:
 
 
 class _Writer:
-    """Tokenises documents into one flat file until it holds `limit` tokens; keeps count and fingerprint."""
+    """Tokenises documents into one flat file of at least `limit` tokens, whole documents only, with counts and fingerprint."""
 
     def __init__(self, file: BinaryIO, tokenizer: Any, marks: Separators, limit: int) -> None:
         self.file = file
@@ -59,19 +61,22 @@ class _Writer:
         self.dtype = token_dtype(len(tokenizer))
         self.documents = self.tokens = self.characters = 0
         self.digest, self.file_digest = hashlib.sha256(), hashlib.sha256()
-        self.seen: set[bytes] = set()  # hashes of the documents
+        self.seen: set[bytes] = set()  # hashes of the documents written
         self.pending: list[str] = []
 
     def full(self) -> bool:
+        """Return whether the limit is reached."""
         return self.tokens >= self.limit
 
     def add(self, document: str) -> None:
+        """Add a document. It is written with the next batch."""
         self.pending.append(document)
         self.characters += len(document)
         if len(self.pending) >= _BATCH or self.characters > _CHARACTERS * (self.limit - self.tokens):
             self.flush()
 
     def flush(self) -> None:
+        """Tokenise and write the pending documents, up to the limit."""
         if self.pending and not self.full():
             encoded = self.tokenizer(self.pending, add_special_tokens=False, verbose=False)["input_ids"]
             for document, plain in zip(self.pending, encoded, strict=True):
@@ -91,7 +96,7 @@ class _Writer:
 
 @contextmanager
 def _writing(path: Path, tokenizer: Any, marks: Separators, limit: int) -> Iterator[_Writer]:
-    """Yield a writer of a token file, which is there once the block has succeeded."""
+    """Yield a writer of a token file, which appears at `path` when the block succeeds."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         writer = _Writer(file, tokenizer, marks, limit)
         yield writer
@@ -99,14 +104,22 @@ def _writing(path: Path, tokenizer: Any, marks: Separators, limit: int) -> Itera
 
 
 def token_dtype(vocabulary: int) -> np.dtype[Any]:
+    """Return the smaller of uint16 and uint32 that fits all token ids."""
     return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
 
 
 @dataclass(frozen=True)
 class TextInfo:
-    """What a report says of a text: `fingerprint` is the SHA-256 of the documents read, each after its length in bytes.
+    """Description of a text, as in the report.
 
-    disjoint: of a held-out text, whether none of its documents is in the training text; None where that is not known.
+    Attributes:
+        path: Hub dataset, or name of the local file or folder.
+        fingerprint: SHA-256 of the documents read, each preceded by its length in bytes.
+        tokens: number of tokens read.
+        documents: number of documents read.
+        held_out_share: share of the documents that was held out of the training text; None for other texts.
+        dropped_overlap: number of training documents that were dropped because they are in the evaluation text too.
+        disjoint: whether no document of a held-out text is in the training text; None if unknown.
     """
 
     path: str
@@ -120,7 +133,7 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A text as token ids, (blocks, context), on disk."""
+    """A text as blocks of token ids, (blocks, context), memory-mapped from disk."""
 
     ids: np.ndarray[Any, np.dtype[Any]]
     bos: int | None
@@ -131,14 +144,18 @@ class Blocks:
 
     @property
     def context(self) -> int:
+        """Return the length of a block in tokens."""
         return int(self.ids.shape[1])
 
     def take(self, rows: np.ndarray[Any, Any] | slice) -> Tensor:
-        """Blocks by row, (rows, context), int64."""
+        """Return the blocks of some rows, (rows, context), int64."""
         return torch.from_numpy(np.asarray(self.ids[rows], dtype=np.int64))
 
     def counted(self, ids_BT: Tensor, mask_bos: bool) -> Tensor:
-        """Which positions count in loss and figures, (B, T) bool: with `mask_bos`, no BOS and no first position of a block."""
+        """Return which positions count in losses and figures, (B, T) bool.
+
+        With `mask_bos`, BOS tokens and the first position of each block don't count.
+        """
         counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         if mask_bos:
             counted_BT[:, 0] = False
@@ -153,7 +170,7 @@ def _epoch_order(blocks: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
 
 
 def block_order(blocks: int, start: int, count: int, seed: int) -> np.ndarray[Any, Any]:
-    """Rows `start` to `start + count` of an endless order: all blocks once in a random order, then all again in another."""
+    """Return rows `start` to `start + count` of an endless order: all blocks in random order, then all again in another order."""
     rows = []
     while count > 0:
         epoch, offset = divmod(start, blocks)
@@ -164,13 +181,20 @@ def block_order(blocks: int, start: int, count: int, seed: int) -> np.ndarray[An
 
 
 def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], None] = lambda line: None) -> tuple[Blocks, Blocks]:
-    """Return training and evaluation blocks of a recipe, tokenised into `folder`, or read from there if an earlier call finished.
+    """Return the training and evaluation blocks of a recipe.
 
-    Of the training text as many tokens as the run takes, or LEAST_TOKENS where these are more: its blocks come from all of them. Where a
-    file of an earlier call is damaged, the text is tokenised again.
+    The texts are tokenised into `folder`. A later call reads the token files from there, and tokenises the texts again if a file
+    is damaged. At least LEAST_TOKENS tokens of the training text are read, if it has that many.
 
-    Raises InputError for a text that is empty, has a single document where some must be held out, or too few tokens for a block; and
-    where it has to be tokenised again and is no longer the same.
+    Args:
+        data: section `data` of the recipe.
+        tokenizer: tokenizer of the base model.
+        folder: folder of the token files.
+        notify: called with each progress message.
+
+    Raises:
+        InputError: if a text is empty or shorter than a block, if a single document leaves nothing to hold out, or if a text that
+            must be tokenised again has changed.
     """
     manifest = folder / MANIFEST
     marks = separators(tokenizer)
@@ -187,8 +211,8 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
         write_sealed(manifest, {**recorded, "files": {**made, **before}})
         if any(made[name] != before[name] for name in before):
             raise InputError(
-                f"data: {_shown(data.train.path)}: {folder / damaged[0]} is damaged, and the text no longer gives the tokens that this run"
-                " began with; put the text back, or --fresh to start over"
+                f"data: {_shown(data.train.path)}: {folder / damaged[0]} is damaged, and the text no longer gives the tokens of this run."
+                " Restore the text, or use --fresh to start over"
             )
     dtype = token_dtype(len(tokenizer))
     limits = (-(-tokens_to_read(data) // data.context), data.eval.tokens // data.context)
@@ -200,12 +224,12 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each token file that is there."""
+    """Return the SHA-256 of each existing token file, by file name."""
     return {name: file_sha256(folder / name) for name in FILES if (folder / name).is_file()}
 
 
 def check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
-    """Raises InputError where the tokenizer makes ids that the model has no embedding for."""
+    """Raise InputError if a token id has no embedding in the model. vocabulary: number of embeddings."""
     largest = int(blocks.ids.max())
     if largest >= vocabulary:
         raise InputError(
@@ -214,8 +238,10 @@ def check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
 
 
 def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, held_out: bool = False) -> Blocks:
-    """The blocks of one text up to `source.tokens`: of all of it, or of the documents that a run holds out of it. Raises InputError
-    where it makes no block."""
+    """Return the blocks of an evaluation text, up to `source.tokens` tokens.
+
+    held_out: use only the documents that a run holds out of the text. Raises InputError if the text is shorter than a block.
+    """
     marks = separators(tokenizer)
     with _writing(folder / "eval.tokens", tokenizer, marks, source.tokens) as writer:
         for document in read_documents(source):
@@ -231,12 +257,12 @@ def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, h
 
 
 def tokens_to_read(data: Data) -> int:
-    """Of the training text, where it has so many."""
+    """Return the number of tokens to read from the training text, if it has that many."""
     return max(data.tokens, LEAST_TOKENS)
 
 
 def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, Any]:
-    """Write both token files. Returns what is recorded of them: each text's TextInfo, and the files' SHA-256."""
+    """Write both token files. Return the manifest: the TextInfo of each text, and the SHA-256 of each file."""
     first, second = (folder / name for name in FILES)
     with (
         _writing(first, tokenizer, marks, tokens_to_read(data)) as train,
@@ -258,7 +284,7 @@ def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notif
 
 
 def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
-    """Evaluation text of its own; training documents that occur in it are dropped. Returns how many."""
+    """Fill both files from separate texts. Return the number of training documents dropped, which are in the evaluation text."""
     notify(f"reading {_shown(data.eval.path or '')}")
     seen: set[bytes] = set()
     for document in read_documents(data.eval, notify):
@@ -278,15 +304,15 @@ def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callab
             break
     if train.documents == 0 and not train.pending and dropped:
         raise InputError(
-            f"data.train: {data.train.path}: all of its {dropped} documents are in the evaluation text too; give another text for one"
+            f"data.train: {data.train.path}: all of its {dropped} documents are in the evaluation text too. Use another text for one of them"
         )
     return dropped
 
 
 def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
-    """One text for both: a tenth of the documents, by content, is held out."""
+    """Fill both files from one text, of whose documents a tenth, chosen by content, is held out. Return 0, the number dropped."""
     notify(f"reading {_shown(data.train.path)}, holding out a tenth of the documents")
-    waiting: list[str] = []  # until each part has a document: with very few, chance may put all in one
+    waiting: list[str] = []  # until both files have a document: all of a few documents may belong to one file
     started = False
     for document in read_documents(data.train, notify):
         if started:
@@ -304,8 +330,8 @@ def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[
     moved = min(set(waiting), key=lambda text: hashlib.sha256(text.encode()).digest())
     if all(text == moved for text in waiting):
         raise InputError(
-            f"data.train: {data.train.path}: a single document, so none can be held out to evaluate on; give more documents"
-            " (in .txt files a blank line separates them) or set data.eval.path"
+            f"data.train: {data.train.path}: a single document, so none can be held out to evaluate on. Add documents"
+            " (in .txt files, blank lines separate them), or set data.eval.path"
         )
     one, rest = (train, held_out) if is_held_out(waiting[0]) else (held_out, train)
     for text in waiting:
@@ -315,11 +341,11 @@ def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[
 
 def _check_length(path: str, writer: _Writer, context: int) -> None:
     if writer.documents == 0:
-        raise InputError(f"data: {path}: the text is empty")
+        raise InputError(f"data: {path}: the text is empty. Use another text")
     if writer.tokens < context:
         raise InputError(
-            f"data: {path}: {writer.tokens} tokens in {writer.documents} documents are less than one block of {context};"
-            " give more text or lower data.context"
+            f"data: {path}: {writer.tokens} tokens in {writer.documents} documents are less than one block of {context} tokens."
+            " Add text or lower data.context"
         )
 
 
@@ -328,6 +354,6 @@ def _shown(path: str) -> str:
 
 
 def _open(path: Path, dtype: np.dtype[Any], context: int, limit: int, bos: int | None, info: TextInfo) -> Blocks:
-    """limit: how many blocks were asked for; the file ends with a whole document and may hold a few more."""
+    """Return the first `limit` blocks of a token file. It ends with a whole document, and so may contain more."""
     count = max(1, min(limit, path.stat().st_size // dtype.itemsize // context))
     return Blocks(np.memmap(path, dtype=dtype, mode="r", shape=(count, context)), bos, info)

@@ -1,4 +1,4 @@
-"""Documents from local files, datasets and the Hub, one after the other; and which of them are held out."""
+"""Documents from local files and Hub datasets, one at a time, and the rule that selects held-out documents."""
 
 import glob
 import gzip
@@ -17,27 +17,28 @@ from mxd_convert.data.fields import TextField, listed, missing
 from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
 from mxd_convert.recipe.schema import EvalText, Text, is_local
 
-HELD_OUT_SHARE = 0.1
+HELD_OUT_SHARE = 0.1  # share of the documents held out of the training text
 PLAIN = (".txt", ".txt.gz")
 SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".parquet")
-MOST_DOCUMENT = 2**22  # characters; a longer document is split, so that no tokenizer gets gigabytes at once
+MOST_DOCUMENT = 2**22  # characters of a document; longer ones are split, so that no tokenizer gets gigabytes at once
 MOST_LINE = 2**26  # characters of a line of a .jsonl file
-_BATCH_ROWS = 1024  # of a parquet file, in memory at a time
+_BATCH_ROWS = 1024  # rows of a parquet file in memory at a time
 _SECRET = re.compile(r"\b(?:hf|api_org)_\w+|(?i:(?<=bearer )\S+)|(?<=://)[^/\s@]+(?=@)|(?<=\?)[^\s'\")]+=[^\s'\")]+")
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document belongs to the tenth that is held out where no evaluation text is given.
+    """Return whether a document belongs to the tenth that is held out if no evaluation text is given.
 
-    Decided by the document's content alone: the same in every run, in any order of files, and equal documents stay together.
+    This depends only on the document's content, so it is the same in every run and for any order of files, and equal documents
+    stay together.
     """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
 def local_files(path: str) -> list[Path]:
-    """Return the text files that a local path, folder or glob names, sorted. Raises InputError where there are none.
+    """Return the text files that a local path, folder or glob names, sorted. Raises InputError if there are none.
 
-    Hidden files and hidden folders below the path are left out, in a folder as in a glob.
+    Hidden files and folders below the path are left out.
     """
     try:
         files = _find(path)
@@ -45,7 +46,7 @@ def local_files(path: str) -> list[Path]:
         raise InputError(f"data: {error.filename or path}: can't be read ({error.strerror or error})") from None
     for file in files:
         if not file.name.endswith(SUFFIXES):
-            raise InputError(f"data: {file}: unknown kind of text file; known: {', '.join(SUFFIXES)}")
+            raise InputError(f"data: {file}: unknown kind of text file. Use one of {', '.join(SUFFIXES)}")
     return files
 
 
@@ -55,7 +56,7 @@ def _find(path: str) -> list[Path]:
         nothing = f"no {', '.join(SUFFIXES)} file matches this glob"
     elif Path(path).is_dir():
         found = _below(Path(path))
-        nothing = f"the folder holds no {', '.join(SUFFIXES)} file that is not hidden"
+        nothing = f"the folder contains no {', '.join(SUFFIXES)} file that is not hidden"
     elif Path(path).is_file():
         return [Path(path)]
     else:
@@ -65,29 +66,29 @@ def _find(path: str) -> list[Path]:
         raise InputError(f"data: {path}: {nothing}")
     once: dict[Path, Path] = {}
     for file in files:
-        once.setdefault(file.resolve(), file)  # links can give one file several names
+        once.setdefault(file.resolve(), file)  # with links, a file can have several names
     return list(once.values())
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders that are not hidden; links to folders are followed once."""
+    """Yield the files of a folder and its subfolders, except hidden ones. A folder reached by several links is read once."""
 
     def stop(error: OSError) -> None:
         raise error
 
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=stop):
-        here = os.path.realpath(place)
+    for current, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        here = os.path.realpath(current)
         folders[:] = [] if here in seen else sorted(name for name in folders if not name.startswith("."))
         if here not in seen:
-            yield from (Path(place, name) for name in names if not name.startswith("."))
+            yield from (Path(current, name) for name in names if not name.startswith("."))
         seen.add(here)
 
 
 def read_documents(source: Text | EvalText, notify: Callable[[str], None] = lambda line: None) -> Iterator[str]:
-    """Yield the documents of a text source in order, empty ones left out. Raises InputError.
+    """Yield the non-empty documents of a text in order. Raises InputError.
 
-    A document longer than MOST_DOCUMENT is yielded in parts. notify: gets a line if rows without text were left out.
+    A document longer than MOST_DOCUMENT is yielded in pieces. notify: called with a message if rows without text were left out.
     """
     assert source.path is not None
     key = "data.train.text" if isinstance(source, Text) else "data.eval.text"
@@ -99,7 +100,7 @@ def read_documents(source: Text | EvalText, notify: Callable[[str], None] = lamb
                 document = clean(text[start : start + MOST_DOCUMENT])
                 if document.strip():
                     yield document
-    except GeneratorExit:  # enough has been read
+    except GeneratorExit:  # the caller has read enough
         field.report(name, notify)
         raise
     field.check(source.path)
@@ -107,21 +108,21 @@ def read_documents(source: Text | EvalText, notify: Callable[[str], None] = lamb
 
 
 def clean(text: str) -> str:
-    """Return the text without halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
+    """Return the text with lone surrogates replaced. JSON can contain them, and tokenizers don't accept them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Turn an error of reading a text file into an InputError that names it. Running out of memory stays what it is."""
+    """Turn errors of reading a text file into an InputError that names the file. Out-of-memory errors are passed on."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(f"data: {file}: not UTF-8 ({error.reason}); save it as UTF-8, or take it out of the text") from None
+        raise InputError(f"data: {file}: not UTF-8 ({error.reason}). Save it as UTF-8, or leave it out of the text") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
-        raise InputError(f"data: {file}: can't be read ({first_line(error)}); write or download it again") from None
+        raise InputError(f"data: {file}: can't be read ({first_line(error)}). Write or download it again") from None
 
 
 def _read_local(path: str, field: TextField) -> Iterator[str]:
@@ -134,7 +135,7 @@ def _read_local(path: str, field: TextField) -> Iterator[str]:
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
-    """Yield the paragraphs of a .txt file, separated by blank lines; those longer than MOST_DOCUMENT in parts."""
+    """Yield the paragraphs of a .txt file, which blank lines separate. Those longer than MOST_DOCUMENT are yielded in pieces."""
     with opened(file) as lines:
         paragraph, size = [], 0
         for line in iter(partial(lines.readline, MOST_DOCUMENT), ""):
@@ -152,14 +153,15 @@ def _paragraphs(file: Path) -> Iterator[str]:
 
 
 def opened(file: Path) -> TextIO:
-    """Open a text file, gzipped or not, with or without a byte-order mark."""
+    """Open a UTF-8 text file, which may be gzipped and may have a byte-order mark."""
     return gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig")
 
 
 def rows_of(file: Path, fields: dict[str, str]) -> Iterator[tuple[str, Any]]:
     """Yield (location, content) for every row of a .jsonl or .parquet file. Raises InputError.
 
-    fields: {field to read: option that names it}. A .parquet file without one of them is refused; its rows hold only these fields.
+    fields: names of the fields, each with the option that sets it, for errors. Of a .parquet file only these fields are read, and
+    all are required.
     """
     return _parquet_rows(file, fields) if file.suffix == ".parquet" else _json_rows(file)
 
@@ -169,16 +171,16 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(iter(partial(lines.readline, MOST_LINE), ""), 1):
             where = f"{file}, line {number}"
             if len(line) == MOST_LINE and not line.endswith("\n"):
-                raise InputError(f"data: {where}: more than {MOST_LINE:,} characters; write one document per line")
+                raise InputError(f"data: {where}: more than {MOST_LINE:,} characters. Write one document per line")
             if line.strip():
                 try:
                     row = json.loads(line)
                 except RecursionError:
-                    raise InputError(f"data: {where}: nested too deeply to be read; write one document per line") from None
+                    raise InputError(f"data: {where}: nested too deeply to be read. Write one document per line") from None
                 except json.JSONDecodeError as error:
-                    raise InputError(f"data: {where}: not valid JSON ({error.msg}); write one document per line") from None
-                except ValueError:  # Python's limit, of 4,300 digits
-                    raise InputError(f"data: {where}: a number of too many digits; write it as text") from None
+                    raise InputError(f"data: {where}: not valid JSON ({error.msg}). Write one document per line") from None
+                except ValueError:  # Python's limit of 4,300 digits
+                    raise InputError(f"data: {where}: a number has too many digits. Write it as text") from None
                 yield where, row
 
 
@@ -195,14 +197,14 @@ def _parquet_rows(file: Path, fields: dict[str, str]) -> Iterator[tuple[str, Any
         batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=list(fields))
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{file}, row {number}", row
-    except MemoryError:  # pyarrow's own is an ArrowException too
+    except MemoryError:  # pyarrow's subclass is also an ArrowException
         raise
     except pyarrow.ArrowException as error:
-        raise InputError(f"data: {file}: not a readable parquet file ({first_line(error)}); write or download it again") from None
+        raise InputError(f"data: {file}: not a readable parquet file ({first_line(error)}). Write or download it again") from None
 
 
 def _read_dataset(source: Text | EvalText, field: TextField) -> Iterator[str]:
-    """Yield the texts of a Hub dataset, streamed: only what is read is downloaded."""
+    """Yield the texts of a Hub dataset. It is streamed, so only the rows that are read are downloaded."""
     import datasets
 
     assert source.path is not None
@@ -214,7 +216,7 @@ def _read_dataset(source: Text | EvalText, field: TextField) -> Iterator[str]:
         yield from (text for _, _, text in field.texts(((f"{name}, row {n}", row) for n, row in enumerate(rows, 1)), name))
     except InputError:
         raise
-    except Exception as error:  # datasets, fsspec and the HTTP client each have their own; the cause is in the words
+    except Exception as error:  # datasets, fsspec and the HTTP client each have their own types; the message has the cause
         if is_out_of_memory(error) or is_disk_full(error):
             raise
         if isinstance(error, ValueError):
@@ -224,11 +226,11 @@ def _read_dataset(source: Text | EvalText, field: TextField) -> Iterator[str]:
 
 
 def _check_config(source: Text | EvalText) -> None:
-    """Raise InputError if a dataset has several configurations and the recipe names none, or one that it lacks."""
+    """Raise InputError if a dataset needs a configuration and the recipe names none, or if it lacks the one that is named."""
     import datasets
 
     names, default = [], None
-    with suppress(Exception):  # the caller then reports the first error
+    with suppress(Exception):  # the caller then reports the original error
         names = datasets.get_dataset_config_names(source.path)
         default = datasets.get_dataset_default_config_name(source.path)
     key = "data.train.config" if isinstance(source, Text) else "data.eval.config"
@@ -239,7 +241,7 @@ def _check_config(source: Text | EvalText) -> None:
 
 
 def without_secrets(line: str) -> str:
-    """Return an error message of an HTTP client without tokens, passwords and the query strings of URLs."""
+    """Return an HTTP client's error message without access tokens, passwords and query strings of URLs."""
     with suppress(Exception):
         import huggingface_hub
 

@@ -1,4 +1,4 @@
-"""The text and the label of a row, with the same rules and the same errors for every format."""
+"""Text and label of a row, with the same rules and errors for every file format."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,15 +8,18 @@ from mxd_convert.errors import InputError
 from mxd_convert.escaping import printable
 from mxd_convert.files import kind_of
 
-MOST_MISSING = 10_000  # rows at the start of a file; if none of them has the field, the rest is not read
-_MOST_NAMES = 12  # of fields, in a message
+MOST_MISSING = 10_000  # rows at the start of a file without the field, after which the rest is not read
+_MOST_NAMES = 12  # names listed in a message
 _MESSAGES = ({"role", "content"}, {"from", "value"})  # keys of a chat message, in the two common formats
 
 
 class TextField:
-    """The field that holds the text of a row; counts the rows without text over all files of a source.
+    """The text field of a source's rows, with a count of the rows without text.
 
-    option: the recipe key or command-line option that sets the name, for errors. skip: leave rows without text out; else they are refused.
+    Args:
+        name: name of the field.
+        option: recipe key or command-line option that sets the name, for error messages.
+        skip: leave out rows without text instead of raising an error.
     """
 
     def __init__(self, name: str, option: str, skip: bool = False) -> None:
@@ -26,7 +29,12 @@ class TextField:
     def texts(self, rows: Iterable[tuple[str, Any]], source: str) -> Iterator[tuple[str, dict[str, Any], str]]:
         """Yield (where, row, text) for the rows of a file or dataset.
 
-        rows: (location, content) pairs. Raises InputError if the field holds something else than text, or no row has it.
+        Args:
+            rows: (location, content) pairs.
+            source: name of the file or dataset, for error messages.
+
+        Raises:
+            InputError: if the field contains something other than text, or no row has the field.
         """
         found = absent = 0
         names: dict[str, None] = {}
@@ -58,12 +66,12 @@ class TextField:
     def _without_text(self, where: str, row: Mapping[str, Any]) -> InputError:
         what = "it holds null" if self.name in row else "a row lacks it"
         return InputError(
-            f"data: {where}: no text in the field {self.name!r}: {what}. Take such rows out of the data, or set `missing: skip` beside the"
-            " text's path in the recipe to leave them out"
+            f"data: {where}: no text in the field {self.name!r}: {what}. Remove such rows from the data, or set `missing: skip` next to"
+            " the text's path in the recipe to leave them out"
         )
 
     def check(self, source: str) -> None:
-        """Raise InputError if no row had text."""
+        """Raise InputError if no row had text. To be called after all rows are read."""
         if self.rows and self.without == self.rows:
             raise InputError(
                 f"data: {source}: no text in the field {self.name!r}: it is null in all rows, {self.rows:,}."
@@ -71,7 +79,7 @@ class TextField:
             )
 
     def report(self, source: str, notify: Callable[[str], None]) -> None:
-        """Report how many rows were left out because they have no text, if any were."""
+        """Report the number of rows that were left out because they have no text, if any."""
         if self.without:
             notify(f"{source}: {self.without:,} of {self.rows:,} rows have no text in the field {self.name!r} and are left out")
 
@@ -83,9 +91,9 @@ class TextField:
 
 
 def label_of(row: Mapping[str, Any], field: str, where: str) -> str:
-    """Return the class of a row: text, or a whole number. (pandas writes 3 as 3.0 if its column has nulls.)
+    """Return the class of a row, from a label that is text or a whole number.
 
-    Raises InputError, which names what the field holds.
+    3.0 counts as 3, because pandas writes whole numbers like this if the column has nulls. Raises InputError for other labels.
     """
     if field not in row:
         raise InputError(
@@ -97,7 +105,7 @@ def label_of(row: Mapping[str, Any], field: str, where: str) -> str:
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise InputError(
             f"data: {where}: no label in the field {field!r}: it holds {holds(label)}. A label is text or a whole number;"
-            " write one, take the row out, or name another field with --label-field"
+            " write one, remove the row, or name another field with --label-field"
         )
     return str(label)
 
@@ -108,7 +116,7 @@ def missing(field: str, source: str, names: Iterable[str], option: str) -> Input
 
 
 def holds(content: Any) -> str:
-    """Describe a value for an error message: `a list of messages (role, content)`, `bytes`."""
+    """Describe a value for an error message, as in "bytes" or "a list of messages (role, content)"."""
     if isinstance(content, Mapping):
         return f"a mapping with the keys {listed(content)}" if content else "an empty mapping"
     if isinstance(content, list) and content:
@@ -138,7 +146,7 @@ def _is_message(content: Any) -> bool:
 
 
 def listed(names: Iterable[Any], most: int = _MOST_NAMES) -> str:
-    """Join names from data for one line of an error: at most `most`, long ones cut, control characters replaced."""
+    """Join names from untrusted data for an error message: at most `most` names, long ones cut, control characters replaced."""
     everything = [str(name) for name in names]
     shown = [printable(name if len(name) <= 60 else name[:57] + "...") for name in everything[:most]]
     rest = len(everything) - len(shown)

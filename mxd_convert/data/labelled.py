@@ -1,4 +1,4 @@
-"""Labelled documents: texts with a class each, of which a sample a class is kept, chosen by content."""
+"""Labelled documents: texts with a class, sampled per class by their content."""
 
 import hashlib
 import heapq
@@ -11,16 +11,20 @@ from mxd_convert.data.documents import PLAIN, clean, local_files, readable, rows
 from mxd_convert.data.fields import TextField, label_of
 from mxd_convert.errors import InputError
 
-MOST_CLASSES = 100
-FEWEST_DOCUMENTS = 10  # a class: below, neither the folds nor the test part have enough of it
+MOST_CLASSES = 100  # different labels in a data set
+FEWEST_DOCUMENTS = 10  # documents per class: with fewer, the folds and the test split have too few of the class
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A sample of labelled documents, `texts` and `labels` of the same length.
+    """A sample of labelled documents.
 
-    available: documents a class in the data. empty, ambiguous: documents left out because they held nothing but white space or null, or
-    because the same text stood in the sample under several labels.
+    Attributes:
+        texts: texts of the documents.
+        labels: classes of the documents, in the same order.
+        available: number of documents per class in the data.
+        empty: number of documents left out because their text is null or only white space.
+        ambiguous: number of documents left out because the sample had the same text with several labels.
     """
 
     texts: list[str]
@@ -30,19 +34,29 @@ class Labelled:
     ambiguous: int
 
     def fingerprint(self) -> str:
-        """SHA-256 over the sample's texts and labels, each after its length in bytes."""
+        """Return the SHA-256 of the sample's texts and labels, each preceded by its length in bytes."""
         digest = hashlib.sha256()
-        for part in (part.encode() for pair in zip(self.texts, self.labels, strict=True) for part in pair):
-            digest.update(len(part).to_bytes(8, "little") + part)
+        for item in (item.encode() for pair in zip(self.texts, self.labels, strict=True) for item in pair):
+            digest.update(len(item).to_bytes(8, "little") + item)
         return digest.hexdigest()
 
 
 def read_labelled(path: str, text_field: str, label_field: str, most: int, seed: int) -> Labelled:
-    """At most `most` documents a class from .jsonl (also .gz) or .parquet files. Raises InputError.
+    """Return a sample of at most `most` documents per class from .jsonl (also .gz) or .parquet files.
 
-    Which ones follows from the seed and their content, not from their order in the file; of equal texts one is kept.
+    The sample depends on the seed and the documents' content, not on their order. Of equal texts in a class, one is kept.
+
+    Args:
+        path: local file, folder or glob.
+        text_field: name of the field with the text.
+        label_field: name of the field with the class.
+        most: largest number of documents per class.
+        seed: seed of the sample.
+
+    Raises:
+        InputError: if the data can't be read, a label is invalid, or there are more than MOST_CLASSES classes.
     """
-    kept: dict[str, list[tuple[int, str]]] = {}  # heaps, the largest key first out
+    kept: dict[str, list[tuple[int, str]]] = {}  # a heap per class, which removes the largest key first
     available: Counter[str] = Counter()
     empty = 0
     for text, label in _rows(path, text_field, label_field):
@@ -53,8 +67,8 @@ def read_labelled(path: str, text_field: str, label_field: str, most: int, seed:
         heap = kept.setdefault(label, [])
         if len(kept) > MOST_CLASSES:
             raise InputError(
-                f"--label-field {label_field}: more than {MOST_CLASSES} different labels in {Path(path).name};"
-                " name the field that holds the class"
+                f"--label-field {label_field}: more than {MOST_CLASSES} different labels in {Path(path).name}."
+                " Name the field that contains the class"
             )
         item = (-int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:8], "big"), text)
         if (len(heap) < most or item > heap[0]) and item not in heap:
@@ -67,35 +81,35 @@ def read_labelled(path: str, text_field: str, label_field: str, most: int, seed:
 
 
 def check_classes(labels: list[str], source: str, label_field: str) -> None:
-    """Raises InputError where there are not at least two classes with documents enough to train and to test on."""
+    """Raise InputError unless there are at least two classes, each with enough documents to train and to test on."""
     counts = Counter(labels)
     if not counts:
-        raise InputError(f"--data {source}: no document with text in it")
+        raise InputError(f"--data {source}: no document with text in it. Use other data")
     if len(counts) == 1:
         raise InputError(
-            f"--label-field {label_field}: all documents of {source} are of one class, {shown(labels[0])};"
-            " a probe needs at least two"
+            f"--label-field {label_field}: all documents of {source} are of one class, {shown(labels[0])}."
+            " A probe needs at least two classes; add documents or name another field"
         )
     label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
     if count < FEWEST_DOCUMENTS:
         raise InputError(
             f"--data {source}: class {shown(label)} has {count} document{'s' if count != 1 else ''} with text, and a probe needs"
-            f" {FEWEST_DOCUMENTS}; add some, or take the class out of the data"
+            f" {FEWEST_DOCUMENTS}. Add documents, or remove the class from the data"
         )
 
 
 def shown(label: str) -> str:
-    """A label from the data, for a line of text."""
+    """Return a label from the data in quotes, cut to 60 characters and escaped for one line of text."""
     return repr(label if len(label) <= 60 else label[:57] + "...")
 
 
 def _rows(path: str, text_field: str, label_field: str) -> Iterator[tuple[str, str]]:
-    """Yield (text, label) of all rows; the text is empty, and the label unread, in a row without text."""
+    """Yield (text, label) for all rows. For a row without text, both are empty."""
     field = TextField(text_field, "--text-field")
     for file in local_files(path):
         if file.name.endswith(PLAIN):
             raise InputError(
-                f"data: {file}: a .txt file has no labels; give .jsonl (also .gz) or .parquet with a text and a label"
+                f"data: {file}: a .txt file has no labels. Use .jsonl (also .gz) or .parquet files with a text and a label"
             )
         with readable(file):
             rows = rows_of(file, {text_field: field.option, label_field: "--label-field"})

@@ -1,7 +1,8 @@
-"""The evaluation: one pass for the base's activations, then every variant of the model on the same tokens.
+"""Evaluate a converted model: one pass for the base's activations, then every variant of the model on the same tokens.
 
-All variants see the same blocks, so differences of cross-entropy are paired. Figures are of the models handed in: `evaluate`
+All variants see the same blocks, so differences in cross-entropy are paired. Figures describe the models passed in; `evaluate`
 loads both from disk.
+Shape suffixes: B blocks (in flat tensors: tokens), T tokens of a block, V vocabulary, O output width, N experts.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.verdict import sentence, verdict
 from mxd_convert.modeling.layers_mxd import FactoredLayer
 
-PERMUTATIONS = 3
-_LOGITS = 2**22  # of one batch
+PERMUTATIONS = 3  # of the experts of each layer, for routing necessity
+_LOGITS = 2**22  # most logits of one batch
 
 
 @torch.no_grad()
@@ -35,9 +36,20 @@ def evaluate_models(
     quiet: bool = False,
     twin: Any = None,
 ) -> dict[str, Any]:
-    """Fidelity and reliance of `converted` (with layers of any kind at `sites`) against `base` on all of `blocks`.
+    """Measure the fidelity and reliance of a converted model on all of `blocks`.
 
-    twin: the dense twin as a model of its own, where there is one.
+    Args:
+        base: the base model.
+        converted: the converted model, with layers of any kind at `sites`.
+        sites: the MLPs that were replaced.
+        blocks: the held-out text.
+        mask_bos: whether BOS tokens and the first position of each block are left out of the figures of layers.
+        device: where the models run; None for the CPU.
+        quiet: whether to show no progress.
+        twin: the dense twin as a separate model, if it was trained.
+
+    Returns:
+        The sections "fidelity" and "reliance" of mxd_report.json.
     """
     device = device or torch.device("cpu")
     base, converted, twin = base.to(device), converted.to(device), None if twin is None else twin.to(device)
@@ -64,7 +76,7 @@ def evaluate_models(
 
 
 def rows_a_batch(context: int, vocabulary: int) -> int:
-    """Blocks that are evaluated at a time: their logits are what takes the memory."""
+    """Return the number of blocks per batch. Their logits dominate the memory."""
     return max(1, min(64, _LOGITS // (context * vocabulary)))
 
 
@@ -79,7 +91,7 @@ def _activations(
 
 
 class Totals:
-    """Sums over predicted tokens."""
+    """Sums over predicted tokens, in float64, by name."""
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = 0
@@ -87,13 +99,16 @@ class Totals:
         self.device = device
 
     def add(self, name: str, value: Tensor) -> None:
+        """Add a batch's sum, a scalar, to the total."""
         self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.double()
 
     def add_cross_entropy(self, name: str, logits_BTV: Tensor, ids_BT: Tensor) -> None:
+        """Add the cross-entropy of each block's tokens but the first, in nats."""
         logits, targets = logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()
         self.add(name, nn.functional.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64))
 
     def mean(self, name: str) -> float:
+        """Return the mean per predicted token."""
         return (self.sums[name] / self.tokens).item()
 
 
@@ -125,9 +140,13 @@ def _compare(
 def _variants(
     base: Any, sites: list[Site], layers: dict[int, FactoredLayer], figures: dict[int, LayerFigures]
 ) -> Iterator[tuple[str, Any]]:
-    """(name, context) for every variant of the base model: ablations, and one layer converted at a time, as it is and permuted."""
+    """Yield (name, context) for every variant of the base model.
+
+    All layers ablated to zero or to their mean; then one layer at a time, converted, ablated, and converted with its experts
+    permuted.
+    """
     zeros = {site.index: Constant(torch.zeros(site.d_out, device=layers[site.index].output_bias.device)) for site in sites}
-    # the base's own mean output; of the tokens that count, so that a sink does not set it
+    # the mean is over counted tokens only, because an attention sink would dominate it
     means = {site.index: Constant(figures[site.index].masked.mean_O().float()) for site in sites}
     yield "zero", standing_in(base, sites, zeros)
     yield "mean", standing_in(base, sites, means)
@@ -154,7 +173,7 @@ def _both(first: Any, second: Any) -> Iterator[None]:
 
 
 def _permutation(fired_N: Tensor, number: int) -> Tensor:
-    """An order of the experts in which those that fired are permuted among themselves."""
+    """Return an order of the experts, (N), that permutes those that fired among themselves. number: the seed."""
     alive = fired_N.nonzero().squeeze(-1).cpu()
     order_N = torch.arange(len(fired_N))
     order_N[alive] = alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(number))]
@@ -206,5 +225,5 @@ def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: Totals)
 
 
 def _recovered(value: float, base: float, ablated: float) -> float | None:
-    """The share of the ablation's rise that is not there: 1 is the base model, 0 the ablation. None where the ablation costs nothing."""
+    """Return 1 - rise / rise of the ablation: 1 for the base model, 0 for the ablation. None if the ablation changes nothing."""
     return 1.0 - (value - base) / (ablated - base) if ablated != base else None

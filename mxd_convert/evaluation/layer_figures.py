@@ -1,6 +1,7 @@
-"""Figures of one layer on the base model's own activations: FVU, L0, dead experts, gate share, identity share, dimensions of the gain.
+"""Figures of one layer on the base model's activations: FVU, L0, dead experts, shares of variance, dimensions of the gain.
 
 Let g = C^T a, u = D^T z, y = g * u and s = sum_n a_n. All sums are float64 and streamed over the evaluation's tokens.
+Shape suffixes: B tokens, I input width, O output width, N experts, P pairs of tokens.
 """
 
 from typing import Any
@@ -11,11 +12,11 @@ from torch import Tensor
 from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 ALWAYS_ON = 0.5  # firing rate above which an expert is always on
-MOST_PAIRS = 1024  # of tokens in a batch, for the dimensions
+MOST_PAIRS = 1024  # pairs of tokens per batch from which dimensions are estimated
 
 
 class Variance:
-    """Fraction of variance unexplained, streamed."""
+    """The fraction of variance unexplained (FVU), streamed over batches."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.tokens = 0
@@ -24,24 +25,28 @@ class Variance:
         self.sums_O = torch.zeros(width, dtype=torch.float64, device=device)
 
     def add(self, output_BO: Tensor, target_BO: Tensor) -> None:
+        """Add a batch of outputs and their targets."""
         self.tokens += len(target_BO)
         self.error += (output_BO - target_BO).square().sum()
         self.squares += target_BO.square().sum()
         self.sums_O += target_BO.sum(0)
 
     def fvu(self) -> float:
+        """Return the squared error divided by the variance of the targets, both summed over outputs."""
         variance = self.squares - self.sums_O.square().sum() / max(self.tokens, 1)
         return (self.error / variance.clamp_min(1e-30)).item()
 
     def mean_O(self) -> Tensor:
+        """Return the mean target."""
         return self.sums_O / max(self.tokens, 1)
 
 
 class Dimensions:
-    """In how many directions rows vary: the participation ratio tr(S)^2 / tr(S^2) of their covariance S, streamed.
+    """The number of directions in which rows vary: the participation ratio tr(S)^2 / tr(S^2) of their covariance S, streamed.
 
-    r for rows that vary alike in r directions. S (O x O) is never made: differences of two rows have twice its trace without a mean to
-    take out, and the squared inner product of two such differences has 4 tr(S^2) as its mean.
+    It is r for rows that vary equally in r directions. S, (O, O), is never formed. The difference d of two independent rows,
+    divided by sqrt(2), has mean 0 and covariance S. So |d|^2 has mean tr(S), and the squared inner product of two such
+    differences tr(S^2).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +54,7 @@ class Dimensions:
         self.crossed, self.crossings = torch.zeros((), dtype=torch.float64, device=device), 0
 
     def add(self, rows_BO: Tensor) -> None:
-        """Rows of several texts at once: the pairs are of the first and the second half of them."""
+        """Add a batch of rows from several texts. Each pair takes one row from the first half and one from the second."""
         pairs = min(len(rows_BO) // 2, MOST_PAIRS)
         half = len(rows_BO) // 2
         difference_PO = (rows_BO[:pairs] - rows_BO[half : half + pairs]).double() / 2**0.5
@@ -60,14 +65,14 @@ class Dimensions:
         self.crossings += pairs * (pairs - 1)
 
     def value(self) -> float:
-        """0 where nothing varies."""
+        """Return the participation ratio, or 0 if nothing varies."""
         if self.crossed <= 0:
             return 0.0
         return ((self.squares / self.pairs).square() / (self.crossed / self.crossings)).item()
 
 
 class LayerFigures:
-    """Streams the figures of one layer. `add` takes the base's activations, `report` gives the numbers."""
+    """The figures of one layer, streamed: `add` the base's activations, then call `report` and `shares`."""
 
     def __init__(self, layer: FactoredLayer) -> None:
         self.layer = layer
@@ -77,12 +82,13 @@ class LayerFigures:
         self.active = torch.zeros((), dtype=torch.float64, device=device)
         self.firings_N = torch.zeros(layer.n_experts, dtype=torch.int64, device=device)
         self.gain_dimensions, self.target_dimensions = Dimensions(device), Dimensions(device)
-        # moments over tokens, for each output, of the features (1, u, s u), of y, and of all of the output, skip path included
+        # per output: first and second moments over tokens of u, v = s u, y, and t, the whole output with its skip path
         names = ("u", "v", "y", "uu", "uv", "vv", "uy", "vy", "yy", "t", "tt")
         self.moments = {name: torch.zeros(layer.d_out, dtype=torch.float64, device=device) for name in names}
 
     @torch.no_grad()
     def add(self, x_BI: Tensor, y_BO: Tensor, counted_B: Tensor) -> None:
+        """Add the base's activations: the MLP's inputs and outputs, and which tokens count."""
         layer = self.layer
         codes = layer.encode(x_BI)
         values = codes if isinstance(codes, Tensor) else codes[0]
@@ -104,7 +110,7 @@ class LayerFigures:
         u, y = linear_BO[counted_B], product_BO[counted_B]
         v = strength_B1[counted_B] * u
         if layer.n_experts:
-            # each output's gain counts as much as it moves that output
+            # each output's gain is weighted by its effect on that output
             self.gain_dimensions.add(gain_BO[counted_B] * u.square().mean(0).sqrt())
         self.target_dimensions.add(y_BO[counted_B])
         whole = y if layer.skip is None else output_BO[counted_B]
@@ -114,12 +120,21 @@ class LayerFigures:
             self.moments[name] += product.sum(0)
 
     def add_in_place(self, output_BO: Tensor, local_BO: Tensor, teacher_BO: Tensor) -> None:
-        """The layer's output in the converted model, against the MLP's on that same input and against the base's own output there."""
+        """Add the layer's outputs in the converted model.
+
+        Args:
+            output_BO: the layer's outputs.
+            local_BO: the original MLP's outputs on the same inputs.
+            teacher_BO: the MLP's outputs in the base model.
+        """
         self.local.add(output_BO.double(), local_BO.double())
         self.teacher.add(output_BO.double(), teacher_BO.double())
 
     def report(self) -> dict[str, float | None]:
-        """FVU and, of a layer with experts, how many are active a token, the share that never was, and how many are for most tokens."""
+        """Return the layer's entry of `fidelity.layers` in the report: FVUs, L0, dead share, and number of always-on experts.
+
+        The latter three are None for a layer without experts.
+        """
         experts, tokens = self.layer.n_experts > 0, max(self.masked.tokens, 1)
         return {
             "fvu": self.masked.fvu(),
@@ -132,15 +147,16 @@ class LayerFigures:
         }
 
     def shares(self) -> dict[str, float | None]:
-        """gate_share: share of the variance of g*u beyond the best constant gain. identity_share: beyond the best gain linear in s.
+        """Return gate_share, identity_share, gain_dimensions and output_dimensions; all None for a layer without experts.
 
-        Near 0 the gain is constant, so the experts do nothing; an identity share near 0 beside a gate share above it says that
-        the experts only turn the volume, whichever of them fire. Both are shares of the whole output's variance, that of a skip path
-        included. A plain transcoder's u is 1: its gate share is 1 by definition, its identity share is not. None without experts.
+        gate_share is the variance of y that the best constant gain doesn't explain, as a share of the output's variance, skip
+        path included. identity_share is the same for the best gain linear in s. Near 0, a gate share shows that the experts do
+        nothing. An identity share near 0 shows that only the sum of coefficients matters, not which experts fire. A plain
+        transcoder has u = 1, so its gate share is 1 by definition; its identity share can be lower.
 
-        gain_dimensions: in how many directions the gain varies, as it moves the output (of g_o times the root mean square of u_o).
-        Shares can be high by one direction alone, a sign that experts turn and the linear factor turns back. output_dimensions: the same
-        of what the MLP returned, the natural measure for it.
+        gain_dimensions is the number of directions in which the gain varies, each g_o weighted by the root mean square of u_o.
+        output_dimensions is the same for the MLP's output, to compare with. A gain of one direction can have high shares: the
+        experts may flip a sign that the linear factor flips back.
         """
         if self.layer.n_experts == 0:
             return dict.fromkeys(("gate_share", "identity_share", "gain_dimensions", "output_dimensions"))
@@ -149,6 +165,7 @@ class LayerFigures:
 
 
 def shares(moments: dict[str, Tensor], tokens: int) -> dict[str, float | None]:
+    """Return gate_share and identity_share from the sums of `LayerFigures.moments`, each (O), over `tokens` tokens."""
     mean = {name: value / max(tokens, 1) for name, value in moments.items()}
 
     def covariance(a: str, b: str) -> Tensor:
@@ -161,14 +178,19 @@ def shares(moments: dict[str, Tensor], tokens: int) -> dict[str, float | None]:
     constant_O = _explained_variance([covariance("u", "u")], [covariance("u", "y")])
     features = [covariance("u", "u"), covariance("u", "v"), covariance("v", "v")]
     linear_O = _explained_variance(features, [covariance("u", "y"), covariance("v", "y")])
-    # rounding can put an explained share just above one, and the richer fit just below the poorer
+    # rounding can lift an explained share above 1, or put the fit with two features below that with one
     gate = ((total_O - constant_O).sum() / whole).clamp(0.0, 1.0).item()
     identity = ((total_O - linear_O).sum() / whole).clamp(0.0, gate).item()
     return {"gate_share": gate, "identity_share": identity}
 
 
 def _explained_variance(features: list[Tensor], target: list[Tensor]) -> Tensor:
-    """Variance explained by least squares with an intercept, for each output. features: the upper triangle of their covariance."""
+    """Return the variance that least squares with an intercept explains, for each output, (O).
+
+    Args:
+        features: the upper triangle of the features' covariance, row by row, each (O).
+        target: the covariance of each feature with the target, each (O).
+    """
     size = len(target)
     matrix: Any = torch.zeros(*target[0].shape, size, size, dtype=torch.float64, device=target[0].device)
     pairs = [(i, j) for i in range(size) for j in range(i, size)]
@@ -176,7 +198,7 @@ def _explained_variance(features: list[Tensor], target: list[Tensor]) -> Tensor:
         matrix[..., i, j] = matrix[..., j, i] = value
     vector = torch.stack(target, -1)
     scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
-    # scaled to unit diagonal, so that the pseudo-inverse's cut-off does not depend on the units of u and s
+    # with a unit diagonal, the pseudo-inverse's cut-off doesn't depend on the units of u and s
     scaled = torch.linalg.pinv(scale.unsqueeze(-1) * matrix * scale.unsqueeze(-2), hermitian=True, rtol=1e-10)
     vector = vector * scale
     return (vector.unsqueeze(-2) @ scaled @ vector.unsqueeze(-1)).squeeze(-1).squeeze(-1)

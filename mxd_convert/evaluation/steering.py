@@ -1,4 +1,4 @@
-"""Steering: change experts' coefficients while the model runs, after top-k, whether or not they are active."""
+"""Steering: change experts' coefficients, active or not, after top-k while the model runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,16 +20,27 @@ def steer(
     ablate: bool = False,
     positions: str = "all",
 ) -> Iterator[None]:
-    """Within it, the coefficient of one expert of a converted model, or of several, is another.
+    """Change the coefficients of one or several experts of a converted model within the context.
 
-    One of: `add` to it, `set` it, `scale` it, `ablate` it (to 0). positions: "all", "prompt", or "generation", which is what
-    `generate` has written (the token chosen at the prompt's end is steered from its own position on). Works in plain forwards and in
-    `generate`, with cache, batches and beams. Contexts nest, each working on what the one around it makes of the coefficient, after a
-    preset of the checkpoint.
+    Steering works in plain forwards and in `generate`, with cache, batches and beams. It applies after the checkpoint's own
+    preset. Contexts nest: an inner one changes the coefficient that the outer one left.
 
-    A context belongs to its thread (or asyncio task), so several threads may steer one model at once. A thread that runs a model which
-    another one steers must steer it too, or say `with steered(model, []):`.
-    Raises InputError where the model has no such layer or expert.
+    A context belongs to its thread (or asyncio task), so several threads may steer one model at once. Every other thread that
+    runs the model meanwhile must steer it too, or run it under `with steered(model, []):`.
+
+    Args:
+        model: a converted model.
+        layer: index of the layer.
+        expert: one expert, or several.
+        add: number to add to the coefficient.
+        set: number that replaces the coefficient.
+        scale: number to multiply the coefficient by.
+        ablate: set the coefficient to 0. Give exactly one of `add`, `set`, `scale` and `ablate`.
+        positions: "all", "prompt", or "generation" for the positions of generated tokens. The latter doesn't affect the choice
+            of the first generated token.
+
+    Raises:
+        InputError: the model has no such layer or expert, or not exactly one change is given.
     """
     given = {"add": add, "set": set, "scale": scale, "ablate": ablate or None}
     how = {name: value for name, value in given.items() if value is not None}
@@ -42,18 +53,26 @@ def steer(
 
 @contextmanager
 def steered(model: Any, orders: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """The same for a list of orders: {"layer", "expert", "positions", and one of "add", "set", "scale", "ablate"}. Raises InputError."""
+    """Apply a list of steering orders within the context.
+
+    Args:
+        model: a converted model.
+        orders: mappings with "layer", "expert", "positions", and one of "add", "set", "scale" and "ablate"; see `steer`.
+
+    Raises:
+        InputError: the model has no such layer or expert, or its own code is too old to steer.
+    """
     checked_orders(model, orders)
     if not hasattr(model, "steered"):
         raise InputError(
-            f"{type(model).__name__}: its code is that of an older mxd-convert, from its own folder; load it with mxd_convert.load"
+            f"{type(model).__name__} runs the code of an older mxd-convert from its own folder; load it with mxd_convert.load"
         )
     with model.steered(orders):
         yield
 
 
 def checked_orders(model: Any, orders: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Steering orders, completed. Raises InputError where the model can't follow one."""
+    """Return steering orders with their defaults filled in. Raises InputError if the model has no such layer or expert."""
     try:
         return read_steering(orders, model.config.mxd["layers"])
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""What steering does, without a judge from outside: to the next token, to fluency, and to what samples have in common.
+"""Measure the effect of steering without an external judge: on the next token, on fluency, and on the similarity of samples.
 
-For an expert and a strength (in units of the 99th percentile of its active coefficients): the KL between the next token's distributions without
-and with steering, at the ends of held-out contexts; the base model's perplexity of what the steered model writes; and how alike its samples are,
-in their n-grams and in the base model's hidden states.
+Each expert is steered at several strengths, in units of the 99th percentile of its positive coefficients. Measured are the KL of
+the next token's distribution from the unsteered one at the ends of held-out contexts, the base model's perplexity on generated
+text, and the similarity of samples, by their n-grams and by the base model's hidden states.
 """
 
 import itertools
@@ -20,13 +20,16 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.experts.decomposition import sparse
 from mxd_convert.evaluation.steering import steer
 
-PERCENTILE = 0.99
-_ROWS = 16  # blocks at a time
+PERCENTILE = 0.99  # of an expert's positive coefficients: the unit of strength
+_ROWS = 16  # blocks or contexts per forward
 
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert to steer. fires: on how many of the tokens looked at; unit: the 99th percentile of its coefficient there."""
+    """An expert to steer.
+
+    fires: number of tokens on which it fires. unit: the PERCENTILE of its coefficient on these tokens.
+    """
 
     layer: int
     number: int
@@ -36,10 +39,11 @@ class Expert:
 
 @dataclass(frozen=True)
 class Effect:
-    """One strength of one expert. Without steering all strengths of 0 are the same, the line to compare with.
+    """The effect of steering one expert at one strength.
 
-    kl: mean over contexts, nats. perplexity: the base model's, of what was written. ngrams: mean Jaccard overlap of the token bigrams of two
-    samples. embedding: mean cosine of two samples' mean hidden states in the base model, the mean of other, unsteered samples taken off.
+    coefficient: the number added, strength times the expert's unit. kl: mean over contexts, nats. perplexity: the base model's,
+    on the samples. ngrams: mean Jaccard overlap of the token bigrams of two samples. embedding: mean cosine of two samples' mean
+    hidden states in the base model, after subtracting the mean of other, unsteered samples. samples: generated token ids.
     """
 
     layer: int
@@ -57,9 +61,18 @@ class Effect:
 def find_experts(
     model: Any, blocks: Blocks, wanted: Sequence[tuple[int, int]], count: int, seed: int, mask_bos: bool = True
 ) -> list[Expert]:
-    """The wanted (layer, expert) pairs, or `count` drawn from those that fire on the text; with the unit of each.
+    """Return the experts to steer, with the unit of each, from one pass over the text.
 
-    Raises InputError where a wanted one is not there or never fires, or none does.
+    Args:
+        model: a converted model.
+        blocks: the text on which coefficients are measured.
+        wanted: (layer, expert) pairs; if empty, `count` experts are drawn from those that fire.
+        count: number of experts to draw.
+        seed: seed of the draw.
+        mask_bos: whether BOS tokens and the first position of each block are ignored.
+
+    Raises:
+        InputError: a wanted expert doesn't exist or never fires, or no expert fires.
     """
     layers = {index: layer for index, layer in model.mxd_layers().items() if layer.n_experts}
     for index, n in wanted:
@@ -83,24 +96,25 @@ def find_experts(
     if not wanted:
         alive = [(index, int(n)) for index, (_, experts) in codes.items() for n in experts.unique()]
         if not alive:
-            raise InputError("no expert fires on this text, so there is none to steer; give other text")
+            raise InputError("no expert fires on this text, so none can be steered; give other text")
         order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:count]
-        wanted = sorted(alive[place] for place in order.tolist())
+        wanted = sorted(alive[i] for i in order.tolist())
     chosen = []
     for index, n in wanted:
         values = codes[index][0][codes[index][1] == n]
         if not len(values):
             raise InputError(
-                f"--expert {index}:{n}: never fires on this text, so its coefficients have no scale; give another expert or text"
+                f"--expert {index}:{n}: never fires on this text, so the unit of strength is unknown; give another expert or text"
             )
         chosen.append(Expert(index, n, len(values), values.quantile(PERCENTILE).item()))
     return chosen
 
 
 class SteeringEffect:
-    """Measures experts of a converted model, both in float32 on the CPU or both on one device.
+    """The measurement of a converted model's experts, with one set of contexts, prompt and seed.
 
-    contexts: token ids (B, T) at whose ends the next token is compared. prompt: token ids (T) that the samples begin with.
+    Both models are in float32 and on one device. contexts: token ids, (B, T); the distribution after the last token is compared.
+    prompt: token ids, (T), that every sample begins with. samples: number of samples; new_tokens: length of each.
     """
 
     def __init__(self, model: Any, base: Any, contexts: Tensor, prompt: Tensor, samples: int, new_tokens: int, seed: int) -> None:
@@ -108,15 +122,15 @@ class SteeringEffect:
         self.samples, self.new_tokens, self.seed = samples, new_tokens, seed
         self.plain = self._next()
         self.unsteered = self._write()
-        # of other samples: the unsteered ones themselves would lie around their own mean
+        # from other samples: centring the unsteered ones on their own mean would bias their cosines
         self.centre = self._states(self._write(1)).mean(0)
 
     def none(self) -> Effect:
-        """Without steering."""
+        """Return the effect at strength 0, the reference for all experts. Its layer and expert are -1."""
         return Effect(-1, -1, 0.0, 0.0, 0.0, *self._figures(self.unsteered))
 
     def of(self, expert: Expert, strength: float) -> Effect:
-        """With `strength` units of an expert added at every position."""
+        """Return the effect of adding `strength` units to an expert's coefficient at every position."""
         amount = strength * expert.unit
         with torch.no_grad(), steer(self.model, expert.layer, expert.number, add=amount):
             steered = self._next()
@@ -126,12 +140,12 @@ class SteeringEffect:
 
     @torch.no_grad()
     def _next(self) -> Tensor:
-        """Log-probabilities of the next token after every context, (B, V)."""
+        """Return log-probabilities of the next token after every context, (B, V)."""
         logits = [self.model(input_ids=ids, use_cache=False).logits[:, -1] for ids in self.contexts.split(_ROWS)]
         return torch.cat(logits).double().log_softmax(-1)
 
     def _write(self, more: int = 0) -> Tensor:
-        """Samples at temperature 1, (S, new tokens). more: on the seed."""
+        """Return samples at temperature 1, (S, new tokens). more: added to the seed."""
         torch.manual_seed(self.seed + more)
         ids = self.prompt[None].expand(self.samples, -1)
         written = self.model.generate(
@@ -148,11 +162,11 @@ class SteeringEffect:
         return written[:, len(self.prompt) :]
 
     def _figures(self, written: Tensor) -> tuple[float, float, float, list[list[int]]]:
-        return self._perplexity(written), ngram_overlap(written.tolist()), self._alike(written), written.tolist()
+        return self._perplexity(written), ngram_overlap(written.tolist()), self._similarity(written), written.tolist()
 
     @torch.no_grad()
     def _perplexity(self, written: Tensor) -> float:
-        """The base model's, of the written tokens after the prompt."""
+        """Return the base model's perplexity on the tokens written after the prompt."""
         ids = torch.cat([self.prompt[None].expand(len(written), -1), written], 1)
         logits = self.base(input_ids=ids, use_cache=False).logits[:, len(self.prompt) - 1 : -1].double()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), written.flatten())
@@ -160,11 +174,12 @@ class SteeringEffect:
 
     @torch.no_grad()
     def _states(self, written: Tensor) -> Tensor:
-        """The mean of each sample's last hidden states in the base model, (S, O)."""
+        """Return the mean of each sample's last hidden states in the base model, (S, O)."""
         states = self.base(input_ids=written, use_cache=False, output_hidden_states=True).hidden_states[-1]
         return states.double().mean(1)
 
-    def _alike(self, written: Tensor) -> float:
+    def _similarity(self, written: Tensor) -> float:
+        """Return the mean cosine of two samples' centred mean hidden states; nan for fewer than two samples."""
         states = torch.nn.functional.normalize(self._states(written) - self.centre, dim=-1)
         cosines = states @ states.T
         pairs = ~torch.eye(len(states), dtype=torch.bool)
@@ -172,7 +187,7 @@ class SteeringEffect:
 
 
 def ngram_overlap(samples: Sequence[Sequence[int]], n: int = 2) -> float:
-    """Mean Jaccard overlap of the sets of n-grams of two samples, over all pairs; nan with fewer than two samples."""
+    """Return the mean Jaccard overlap of the n-gram sets of two samples, over all pairs; nan for fewer than two samples."""
     sets = [set(zip(*(sample[i:] for i in range(n)), strict=False)) for sample in samples]
     overlaps = [len(a & b) / max(1, len(a | b)) for a, b in itertools.combinations(sets, 2)]
     return sum(overlaps) / len(overlaps) if overlaps else math.nan
@@ -181,7 +196,7 @@ def ngram_overlap(samples: Sequence[Sequence[int]], n: int = 2) -> float:
 def measure(
     effect: SteeringEffect, experts: Sequence[Expert], strengths: Sequence[float], advance: Callable[[], None]
 ) -> list[Effect]:
-    """No steering, then every strength of every expert."""
+    """Return the effect without steering, then of every expert at every strength. advance: called after each of the latter."""
     found = [effect.none()]
     for expert in experts:
         for strength in strengths:

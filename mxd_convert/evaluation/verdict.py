@@ -1,25 +1,25 @@
-"""One plain sentence on what the reliance figures say."""
+"""The verdict on the reliance figures, as a label and as a sentence."""
 
 from collections.abc import Mapping
 from typing import Any
 
-THRESHOLD = 0.5
-FEW_DIRECTIONS = 0.25  # of the directions that the MLP's output varies in
+THRESHOLD = 0.5  # least value of every figure in every layer for CARRY
+FEW_DIRECTIONS = 0.25  # gain_dimensions / output_dimensions below which the sentence has a warning
 CARRY = "experts carry the layer"
 NOT_SHOWN = "experts not shown to matter"
 NOT_APPLICABLE = "not applicable"
 _MEANING = {
-    "gate_share": "of the output's variance is beyond a constant gain",
-    "identity_share": "hangs on which experts fire",
-    "routing_necessity": "of the layer's use is lost when experts swap places",
+    "gate_share": "of the output's variance is not explained by a constant gain",
+    "identity_share": "of the output's variance depends on which experts fire",
+    "routing_necessity": "of the layer's benefit is lost when its experts are permuted",
 }
 
 
 def verdict(layers: Mapping[str, Mapping[str, Any]]) -> str:
-    """The verdict over all layers: each of gate share, identity share and routing necessity is at least a half in every one.
+    """Return CARRY if gate share, identity share and routing necessity are at least THRESHOLD in every layer, else NOT_SHOWN.
 
-    A half, because then more of the layer's output (or of what the model loses without it) hangs on which experts fire than does
-    not. Layers without experts (figures None) make it "not applicable".
+    At a half or more, most of a layer's output, and of its benefit to the model, depends on which experts fire. NOT_APPLICABLE if
+    no layer has experts (all figures are None).
     """
     figures = [layer[name] for layer in layers.values() for name in _MEANING]
     if not figures or all(value is None for value in figures):
@@ -28,9 +28,12 @@ def verdict(layers: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def sentence(layers: Mapping[str, Mapping[str, Any]], rise: float, twin_rise: float | None) -> str:
-    """The verdict with its grounds: of each figure the layer where it is lowest; and the gap to the dense twin.
+    """Return the verdict with its grounds: each figure's lowest layer, and the comparison with the dense twin.
 
-    rise, twin_rise: of cross-entropy over the base, nats a token, of the converted model and of the dense twin (None: not trained).
+    Args:
+        layers: the figures of each layer, by layer index.
+        rise: rise in cross-entropy of the converted model over the base, nats per token.
+        twin_rise: the same for the dense twin; None if it was not trained.
     """
     found = verdict(layers)
     if found == NOT_APPLICABLE:
@@ -46,14 +49,18 @@ def sentence(layers: Mapping[str, Mapping[str, Any]], rise: float, twin_rise: fl
     against = "the dense twin was not trained"
     if twin_rise is not None:
         gap = rise - twin_rise
-        against = f"the dense twin rises {twin_rise:+.3f} where this rises {rise:+.3f}: experts are {abs(gap):.3f} " + (
-            "better than a constant gain" if gap < 0 else "worse than a constant gain"
+        against = (
+            f"the dense twin rises {twin_rise:+.3f}, this model {rise:+.3f}: "
+            f"the experts {'save' if gap < 0 else 'add'} {abs(gap):.3f} nats per token over a constant gain"
         )
     return f"{found}: {where} {', '.join(grounds)}{_narrow(layers)}; {against}"
 
 
 def _narrow(layers: Mapping[str, Mapping[str, Any]]) -> str:
-    """A warning where some layer's gain varies in far fewer directions than its output has: then a knob would do what the experts do."""
+    """Return a warning if a layer's gain varies in less than FEW_DIRECTIONS of its output's directions, else "".
+
+    A few scalar gains could then replace its experts.
+    """
     ratios = {
         index: layer["gain_dimensions"] / layer["output_dimensions"]
         for index, layer in layers.items()
@@ -63,7 +70,7 @@ def _narrow(layers: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     index = min(ratios, key=lambda index: ratios[index])
     gain, output = layers[index]["gain_dimensions"], layers[index]["output_dimensions"]
-    return f", but the gain of layer {index} varies in {gain:.1f} directions where the MLP's output varies in {output:.1f}"
+    return f", but the gain of layer {index} varies in only {gain:.1f} directions, the MLP's output in {output:.1f}"
 
 
 def _or_zero(value: float | None) -> float:
@@ -71,4 +78,4 @@ def _or_zero(value: float | None) -> float:
 
 
 def _shown(value: float | None) -> str:
-    return "an unknown part" if value is None else f"{value:.2f}"
+    return "an unknown share" if value is None else f"{value:.2f}"

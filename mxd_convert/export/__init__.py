@@ -1,1 +1,1 @@
-"""Layouts of other tools: sparsify, circuit-tracer, delphi, lm-eval."""
+"""Export to the file formats of other tools: sparsify, circuit-tracer, delphi, lm-eval."""

@@ -1,7 +1,7 @@
-"""Coefficients on a text in the format of EleutherAI's delphi: <module>/<first>_<last>.safetensors and config.json.
+"""Coefficients on a text in the format of EleutherAI's delphi: `<module>/<first>_<last>.safetensors` and config.json.
 
-A file holds the experts first to last: `locations` (P, 3), (block, position, expert - first), and `activations` (P), in the order of
-the text; beside them the text's `tokens`. P: pairs of an expert and a token on which it is active.
+A file covers the experts `first` to `last`. It has `locations` (P, 3), each (block, position, expert - first), and
+`activations` (P), both in text order, and the text's `tokens`. P: pairs of an expert and a token on which it is active.
 """
 
 import json
@@ -18,9 +18,9 @@ from mxd_convert.data.blocks import Blocks
 from mxd_convert.files import replacing
 from mxd_convert.modeling.layers_mxd import Codes
 
-SPLITS = 5  # as in delphi
+SPLITS = 5  # files per layer, delphi's default
 SUMMARY = "mxd_cache.json"
-_LEAST = 1e-5  # what delphi takes for zero
+_LEAST = 1e-5  # delphi treats coefficients up to this as 0
 _MOST = float(np.finfo(np.float16).max)
 _DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
@@ -33,28 +33,40 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def active_entries(codes: Codes, counted_BT: Tensor) -> tuple[Array, Array, Array, Array]:
-    """(blocks, positions, experts, values), (P) each, by block, position and expert: what is above delphi's zero where positions count."""
+    """Return (blocks, positions, experts, values), (P) each, of coefficients above `_LEAST` at counted positions.
+
+    Entries are sorted by block, position and expert. codes: as `encode` returns them for (B, T, I). counted_BT: bool mask.
+    """
     if isinstance(codes, Tensor):
         active_BTN = (codes > _LEAST) & counted_BT.unsqueeze(-1)
-        place = active_BTN.nonzero(as_tuple=True)
-        found = (*place, codes[active_BTN])
+        where = active_BTN.nonzero(as_tuple=True)
+        found = (*where, codes[active_BTN])
     else:
         indices_BTK, order_BTK = codes[1].sort(dim=-1)
         values_BTK = codes[0].gather(-1, order_BTK)
         active_BTK = (values_BTK > _LEAST) & counted_BT.unsqueeze(-1)
-        place = active_BTK.nonzero(as_tuple=True)
-        found = (place[0], place[1], indices_BTK[active_BTK], values_BTK[active_BTK])
+        where = active_BTK.nonzero(as_tuple=True)
+        found = (where[0], where[1], indices_BTK[active_BTK], values_BTK[active_BTK])
     block_P, position_P, expert_P, value_P = (tensor.cpu().numpy() for tensor in found)
     return block_P, position_P, expert_P, value_P
 
 
 class LayerCache:
-    """One layer's coefficients: split by expert into raw files as they come, then each made a safetensors file without reading it in."""
+    """Writer of one layer's coefficients.
+
+    `add` appends them to raw files, split by expert. `write` copies these into safetensors files, at constant memory.
+
+    Args:
+        folder: new folder for the raw files.
+        n_experts: number of experts of the layer.
+        splits: number of files.
+        blocks: the text.
+    """
 
     def __init__(self, folder: Path, n_experts: int, splits: int, blocks: Blocks) -> None:
         folder.mkdir()
         self.folder = folder
-        # delphi's own borders; a reader takes them from the names of the files
+        # boundaries computed as in delphi; a reader takes them from the file names
         self.starts = torch.linspace(0, n_experts, splits + 1).long().tolist()
         widest = max(last - first for first, last in zip(self.starts, self.starts[1:], strict=False))
         self.wide = "U16" if max(len(blocks), blocks.context, widest) <= 2**16 else "U32"
@@ -62,6 +74,7 @@ class LayerCache:
         self.fired_N = np.zeros(n_experts, dtype=bool)
 
     def add(self, block_P: Array, position_P: Array, expert_P: Array, value_P: Array) -> None:
+        """Append the entries of one batch, as `active_entries` returns them, with `block_P` relative to the whole text."""
         self.fired_N[expert_P] = True
         split_P = np.searchsorted(self.starts, expert_P, side="right") - 1
         for split, first in enumerate(self.starts[:-1]):
@@ -73,8 +86,9 @@ class LayerCache:
                     file.write(np.ascontiguousarray(array.astype(_DTYPES[kind])).tobytes())
             self.counts[split] += len(locations)
 
-    def write(self, place: Path, blocks: Blocks) -> None:
-        place.mkdir(parents=True)
+    def write(self, target: Path, blocks: Blocks) -> None:
+        """Write the safetensors files into the new folder `target`, and delete the raw files."""
+        target.mkdir(parents=True)
         for split, (first, last) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
             count = self.counts[split]
             shapes = {
@@ -82,7 +96,7 @@ class LayerCache:
                 "locations": (self.wide, [count, 3]),
                 "activations": ("F16", [count]),
             }
-            with replacing(place / f"{first}_{last - 1}.safetensors") as temporary, temporary.open("wb") as file:
+            with replacing(target / f"{first}_{last - 1}.safetensors") as temporary, temporary.open("wb") as file:
                 file.write(safetensors_header(shapes))
                 for start in range(0, len(blocks), 1024):
                     file.write(blocks.ids[start : start + 1024].astype(_DTYPES["I64"]).tobytes())
@@ -92,11 +106,12 @@ class LayerCache:
                     (self.folder / f"{split}.{name}").unlink()
 
     def figures(self) -> dict[str, Any]:
+        """Return the number of entries and the number of experts that never fired."""
         return {"entries": sum(self.counts), "never_fired": int((~self.fired_N).sum())}
 
 
 def safetensors_header(shapes: Mapping[str, tuple[str, list[int]]]) -> bytes:
-    """The head of a safetensors file whose tensors, (dtype, shape) by name, follow one after the other in this order."""
+    """Return the header of a safetensors file with contiguous tensors, in the order of `shapes`: (dtype, shape) by name."""
     header, offset = {}, 0
     for name, (dtype, shape) in shapes.items():
         size = int(np.prod(shape, dtype=np.int64)) * _DTYPES[dtype].itemsize

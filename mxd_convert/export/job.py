@@ -1,4 +1,4 @@
-"""One export of surrogates: the models, the layers, and the text, one part to take means on and one to measure."""
+"""The models, layers and text of one export of surrogates."""
 
 from typing import Any
 
@@ -12,15 +12,19 @@ from mxd_convert.export.sources import batches, hookpoint
 from mxd_convert.export.surrogate import is_exact
 from mxd_convert.modeling.layers_mxd import FactoredLayer
 
-ESTIMATED = 0.75  # of the text
-_SUMS = 2**30  # bytes of sums that are kept at a time
+ESTIMATED = 0.75  # share of the text's blocks on which means are estimated; the rest is for measurement
+_SUMS = 2**30  # most bytes of float64 sums in memory at a time
 
 
 class Job:
-    """What to export and on what text. `source` is the model whose activations count: the base, or the converted one without it.
+    """The models, layers and text of one export of surrogates. Raises InputError if the text is shorter than two blocks.
 
-    layers, sites, hookpoints: by layer index. groups: layers whose means are taken in one pass. estimation, measurement: batches of
-    blocks, none of them in both. Raises InputError where the text is too short to be two.
+    Attributes:
+        source: the model whose activations are used: the base model, or the converted one if there is no base model.
+        layers: layers to export, by index, as are `sites` and `hookpoints`.
+        groups: layer indices whose means are estimated in one pass over the text.
+        estimation: batches of blocks on which means are estimated.
+        measurement: batches of the other blocks, on which losses are measured.
     """
 
     def __init__(self, converted: Any, original: Any, blocks: Blocks, mask_bos: bool, indices: list[int]) -> None:
@@ -60,26 +64,26 @@ class Job:
     def _estimated(self) -> int:
         if len(self.blocks) < 2:
             raise InputError(
-                f"the text makes a single block of {self.blocks.context} tokens, and means and what they lose need a block each;"
-                " give more text, or more --tokens"
+                f"the text gives a single block of {self.blocks.context} tokens, and an export needs two: one to estimate means"
+                " and one to measure losses; give more text, or raise --tokens"
             )
         return min(len(self.blocks) - 1, max(1, round(ESTIMATED * len(self.blocks))))
 
     @property
     def steps(self) -> int:
-        """Of the progress bar."""
+        """Number of steps of the progress bar."""
         return len(self.groups) * len(self.estimation) + len(self.measurement)
 
     def take(self, batch: slice) -> Tensor:
-        """Token ids (B, T) where the models are."""
+        """Return token ids (B, T) on the models' device."""
         return self.blocks.take(batch).to(self.source.device)
 
     def counted(self, ids_BT: Tensor) -> Tensor:
-        """Which positions count in means, FVU and shares, (B, T) bool."""
+        """Return a bool mask (B, T) of the positions that count in means, FVU and shares."""
         return self.blocks.counted(ids_BT, self.mask_bos)
 
     def text(self) -> dict[str, Any]:
-        """How the text is used, for the report."""
+        """Return the report's entry on the use of the text."""
         masked = "BOS tokens and the first position of each block" if self.mask_bos else "nothing"
         return {
             "tokens_estimated": self.first * self.blocks.context,

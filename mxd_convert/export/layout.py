@@ -1,4 +1,4 @@
-"""What the layouts of transcoders have in common: tensors renamed and written, read back, and what can't be written."""
+"""The base class of transcoder layouts: check, write and read back a tool's files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,37 +12,43 @@ from mxd_convert.export.surrogate import empty_surrogate
 from mxd_convert.files import replacing
 from mxd_convert.modeling.layers_mxd import FactoredLayer, Transcoder
 
-Entries = Mapping[int, Mapping[str, Any]]  # of config.json, by layer index
+Entries = Mapping[int, Mapping[str, Any]]  # the layers' entries in config.json, by layer index
 
 
 class Layout(ABC):
-    """One tool's files. `names`: a surrogate's tensors -> the tool's. Nothing is transposed: (N, I) gate, (N, O) rows, (O, I) skip path."""
+    """The file layout of one tool.
+
+    Attributes:
+        name: the tool's name.
+        names: maps the names of a surrogate's tensors to the tool's names. Shapes are unchanged: gate (N, I), rows (N, O),
+            skip path (O, I).
+    """
 
     name: ClassVar[str]
     names: ClassVar[dict[str, str]]
 
     def check(self, config: Any, entries: Entries) -> None:
-        """Raises InputError where the layers can't be written so. config: of the checkpoint. entries: of the layers to export."""
+        """Raise InputError if the layout can't represent these layers. config: the checkpoint's config."""
         for index, entry in entries.items():
             if entry["d_in"] != entry["d_out"]:
                 raise InputError(
-                    f"layer {index} maps {entry['d_in']} features to {entry['d_out']}; {self.name} knows transcoders of one width only"
+                    f"layer {index} maps {entry['d_in']} features to {entry['d_out']}; {self.name} supports only transcoders of one width"
                 )
 
     @abstractmethod
     def file(self, index: int, hookpoint: str) -> str:
-        """Where a layer's tensors go, relative to the folder. hookpoint: the MLP's path as seen from the model without its head."""
+        """Return the file of a layer's tensors, relative to the exported folder. hookpoint: see `sources.hookpoint`."""
 
     @abstractmethod
     def describe(self, folder: Path, layers: Mapping[int, FactoredLayer], hookpoints: Mapping[int, str], model_name: str) -> None:
-        """Writes what the tool reads beside the tensors. model_name: of the base."""
+        """Write the tool's config files. model_name: name of the base model."""
 
     def notes(self, entries: Entries) -> list[str]:
-        """What a user of these files should know."""
+        """Return warnings for users of these files."""
         return []
 
     def write(self, folder: Path, index: int, hookpoint: str, surrogate: Transcoder) -> None:
-        """Writes one layer's tensors, in the dtype that they have."""
+        """Write one layer's tensors in their own dtype."""
         path = folder / self.file(index, hookpoint)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {self.names[name]: tensor.cpu().contiguous() for name, tensor in surrogate.state_dict().items()}
@@ -50,7 +56,7 @@ class Layout(ABC):
             save_file(tensors, temporary)
 
     def read(self, folder: Path, index: int, hookpoint: str, layer: FactoredLayer) -> Transcoder:
-        """The surrogate as written, where `layer` is on."""
+        """Return a layer's surrogate as read from its file, on the device of `layer`."""
         ours = {theirs: name for name, theirs in self.names.items()}
         tensors = load_file(folder / self.file(index, hookpoint), device=str(layer.output_bias.device))
         surrogate = empty_surrogate(layer)

@@ -1,4 +1,4 @@
-"""What surrogates lose: of every layer's output, and in the model. On text that the means were not taken on."""
+"""Losses of surrogates: FVU per layer and cross-entropy of the model, on text not used to estimate the means."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from mxd_convert.modeling.layers_mxd import FactoredLayer, Transcoder
 
 
 class LayerLoss:
-    """Streams what one layer's surrogate loses of its output."""
+    """Streaming FVU and L0 of one layer's surrogate."""
 
     def __init__(self, layer: FactoredLayer, surrogate: Transcoder) -> None:
         self.layer, self.surrogate = layer, surrogate
@@ -26,7 +26,7 @@ class LayerLoss:
         self.few = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x_BI: Tensor, target_BO: Tensor | None) -> None:
-        """Counts tokens in: the layer's inputs and what the original MLP makes of them, where that is known."""
+        """Add tokens. x_BI: the layer's inputs. target_BO: the original MLP's outputs, None without a base model."""
         layer_BO, surrogate_BO = self.layer(x_BI).double(), self.surrogate(x_BI).double()
         self.lost.add(surrogate_BO, layer_BO)
         if target_BO is not None:
@@ -38,7 +38,7 @@ class LayerLoss:
         self.few += (active_B < self.layer.k).sum()
 
     def figures(self) -> dict[str, Any]:
-        """Of this layer, keys as in docs/other-tools.md."""
+        """Return the layer's figures, keys as in docs/other-tools.md."""
         tokens, known = max(self.lost.tokens, 1), self.own.tokens > 0
         return {
             "kind": self.layer.kind,
@@ -55,7 +55,15 @@ class LayerLoss:
 
 @torch.no_grad()
 def measure(job: Job, surrogates: dict[int, Transcoder], advance: Callable[..., None]) -> dict[str, Any]:
-    """FVU and cross-entropies for surrogates as read from their files, over the job's text to measure on."""
+    """Return FVU per layer and cross-entropies (nats per token) of surrogates, on the job's measurement text.
+
+    Keys as in docs/other-tools.md.
+
+    Args:
+        job: the export.
+        surrogates: by layer index, as read back from their files.
+        advance: called once per batch.
+    """
     losses = {index: LayerLoss(layer, surrogates[index]) for index, layer in job.layers.items()}
     totals = Totals(job.source.device)
     sites = list(job.sites.values())
@@ -77,13 +85,13 @@ def measure(job: Job, surrogates: dict[int, Transcoder], advance: Callable[..., 
                 totals.add_cross_entropy(name, job.converted(input_ids=ids_BT, use_cache=False).logits, ids_BT)
         advance()
     base = totals.mean("base") if job.original is not None else None
-    converted, all_in_place = totals.mean("converted"), totals.mean("surrogates")
+    converted, all_replaced = totals.mean("converted"), totals.mean("surrogates")
     return {
         "ce_base": base,
         "ce_converted": converted,
-        "ce_surrogates": all_in_place,
-        "delta_ce_converted": all_in_place - converted,
-        "delta_ce_base": None if base is None else all_in_place - base,
+        "ce_surrogates": all_replaced,
+        "delta_ce_converted": all_replaced - converted,
+        "delta_ce_base": None if base is None else all_replaced - base,
         "layers": {
             str(index): {**loss.figures(), "delta_ce": totals.mean(str(index)) - converted} for index, loss in losses.items()
         },

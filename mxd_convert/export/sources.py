@@ -1,4 +1,4 @@
-"""What an export reads: the layers asked for, the text, the base model."""
+"""The inputs of an export: selected layers, text, converted model and base model."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,21 @@ from mxd_convert.errors import InputError
 from mxd_convert.recipe.schema import EvalText, layer_indices
 
 NO_MEMORY = "out of memory while exporting; free some, or export fewer --layers at a time"
-GATE_VALUES = 2**25  # of one batch and layer: a gate is (B, N) before the top-k
-_TOKENS = 4096  # of one batch
+GATE_VALUES = 2**25  # most gate values per batch and layer: the gate is (B, N) before top-k
+_TOKENS = 4096  # most tokens per batch
 
 
 def chosen_layers(checkpoint: Path, config: Any, layers: str | list[int]) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """(config.json's entries of the layers that are asked for and have experts, what to say of the others). Raises InputError."""
+    """Return (entries, notes): config.json's entries of the selected layers with experts, and notes on layers left out.
+
+    Args:
+        checkpoint: the converted checkpoint, for messages.
+        config: its config.
+        layers: [3, 4], "3,4", "0-2" or "all".
+
+    Raises:
+        InputError: if a layer is not converted, or no selected layer has experts.
+    """
     entries: dict[str, dict[str, Any]] = config.mxd["layers"]
     try:
         indices = [int(index) for index in entries] if layers == "all" else sorted(layer_indices(layers, None))
@@ -26,18 +35,30 @@ def chosen_layers(checkpoint: Path, config: Any, layers: str | list[int]) -> tup
             raise InputError(f"--layers: layer {index} is not converted; converted are {', '.join(entries)}")
     dense = [index for index in indices if not entries[str(index)].get("n_experts")]
     if dense == indices:
-        raise InputError(f"{checkpoint}: every layer asked for is a dense_twin, which has no experts to export")
-    notes = [f"left out, as a dense_twin has no experts: layer {', '.join(map(str, dense))}"] if dense else []
+        raise InputError(f"{checkpoint}: every selected layer is a dense_twin, which has no experts to export")
+    notes = [f"layer {', '.join(map(str, dense))}: left out, because a dense_twin has no experts"] if dense else []
     return {index: entries[str(index)] for index in indices if index not in dense}, notes
 
 
 def read_text(
     checkpoint: Path, data: str | Path, tokens: int, text_field: str, vocabulary: int, folder: Path
 ) -> tuple[Blocks, bool]:
-    """(the text in blocks as the checkpoint is evaluated in, whether BOS and first positions are left out). Raises InputError."""
+    """Return (blocks, mask_bos): the text in the checkpoint's evaluation blocks, and whether BOS and first positions are ignored.
+
+    Args:
+        checkpoint: the converted checkpoint.
+        data: a local file, folder or glob.
+        tokens: most tokens to read.
+        text_field: field of a document with its text.
+        vocabulary: vocabulary size of the model.
+        folder: folder for the blocks.
+
+    Raises:
+        InputError: if the text is unreadable or shorter than one block.
+    """
     context, mask_bos = checkpoint_settings(checkpoint)
     if tokens < context:
-        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens; set --tokens to {context} or more")
     source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
     blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), folder)
     check_vocabulary(blocks, vocabulary)
@@ -45,29 +66,40 @@ def read_text(
 
 
 def load_converted(checkpoint: Path) -> Any:
-    """The converted model in float32. Raises InputError where a tensor of it is not finite, as nothing measured on it would be."""
+    """Return the converted model in float32. Raises InputError if one of its tensors is not finite."""
     converted = load_checkpoint(checkpoint, dtype="float32")
     check_finite(checkpoint, converted)
     return converted
 
 
 def find_base(checkpoint: Path, converted: Any, base: str | None) -> tuple[Any, list[str]]:
-    """(the base model or None, what to say of it). Raises InputError where the one that was given is not the checkpoint's."""
+    """Return (base, notes): the base model in float32, or None with a note if it is unavailable.
+
+    base: id or path from the user; None uses the recorded one. Raises InputError if `base` is not the checkpoint's base model.
+    """
     try:
         original = original_of(checkpoint, converted, base)
     except InputError as error:
         if base is not None:
             raise
-        return None, [f"without the figures that need the base model; {error}"]
+        return None, [f"figures that need the base model are missing: {error}"]
     return original.float(), []
 
 
 def batches(first: int, last: int, context: int, most_rows: int, n_experts: int) -> list[slice]:
-    """Blocks `first` to `last` - 1 in batches whose gates, of `n_experts` experts a token, fit in a modest memory."""
+    """Return slices of blocks `first` to `last - 1` whose gate values fit in `GATE_VALUES`.
+
+    Args:
+        first: first block.
+        last: end of the blocks.
+        context: tokens per block.
+        most_rows: most blocks per batch.
+        n_experts: number of experts of the widest layer.
+    """
     rows = max(1, min(most_rows, _TOKENS // context, GATE_VALUES // (context * n_experts)))
     return [slice(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
 def hookpoint(model: Any, index: int) -> str:
-    """The path of a layer as seen from the model without its head, by which sparsify, delphi and lm-eval name modules."""
+    """Return a layer's module path in the model without its head, as sparsify, delphi and lm-eval name modules."""
     return str(model.config.mxd["mlp"].format(i=index).removeprefix(f"{model.base_model_prefix}."))

@@ -1,4 +1,4 @@
-"""The layout of EleutherAI's sparsify: a folder a module, with cfg.json and sae.safetensors."""
+"""The layout of EleutherAI's sparsify: one folder per module, with cfg.json and sae.safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,8 @@ from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 
 class Sparsify(Layout):
+    """The files of sparsify: one folder per module."""
+
     name = "sparsify"
     names: ClassVar = {
         "gate.weight": "encoder.weight",
@@ -20,26 +22,30 @@ class Sparsify(Layout):
     }
 
     def file(self, index: int, hookpoint: str) -> str:
+        """Return the file of a layer's tensors, in the module's folder."""
         return f"{hookpoint}/sae.safetensors"
 
     def describe(self, folder: Path, layers: Mapping[int, FactoredLayer], hookpoints: Mapping[int, str], model_name: str) -> None:
+        """Write cfg.json of every module."""
         for index, layer in layers.items():
             write_json(folder / hookpoints[index] / "cfg.json", _settings(layer))
 
     def notes(self, entries: Entries) -> list[str]:
+        """Return a note on layers with `sparsity: l1`."""
         penalised = [str(index) for index, entry in entries.items() if entry["sparsity"] == "l1"]
         if not penalised:
             return []
         return [
-            f"layer {', '.join(penalised)}: of sparsity l1; sparsify knows top-k only, so k is the number of experts, which is the same"
+            f"layer {', '.join(penalised)}: trained with sparsity: l1; sparsify supports only top-k, so cfg.json sets k to the number"
+            " of experts, which is equivalent"
         ]
 
 
 def _settings(layer: FactoredLayer) -> dict[str, Any]:
-    """cfg.json. What is left out there has defaults that would not fit."""
+    """Return the content of cfg.json. It sets every key whose default would be wrong."""
     return {
         "activation": "topk",
-        "expansion_factor": layer.n_experts // layer.d_in,  # num_latents goes before it
+        "expansion_factor": layer.n_experts // layer.d_in,  # num_latents overrides it
         "normalize_decoder": False,
         "num_latents": layer.n_experts,
         "k": layer.n_experts if layer.sparsity == "l1" else layer.k,

@@ -1,7 +1,8 @@
-"""A layer as a static transcoder, `y = W_dec^T a + b (+ W_skip x)`: the same gate, and for each expert one fixed row, `c_n * E[u | n active]`.
+"""Surrogates: layers as static transcoders, `y = W_dec^T a + b (+ W_skip x)`.
 
-An MxD's output is `sum_n a_n (c_n * u)`, and u depends on the input: a fixed row can only have its mean over the tokens where the
-expert is active. A transcoder has u = 1, so that the row is c_n and nothing is lost. P: pairs of an expert and a token on which it is active.
+A surrogate has the layer's gate and one fixed row per expert, `c_n * E[u | n active]`. An MxD's output is
+`sum_n a_n (c_n * u)`, where u depends on the input; the fixed row uses the mean of u over the tokens where the expert is
+active. A transcoder has u = 1, so its surrogate is exact. P: pairs of an expert and a token on which it is active.
 """
 
 import torch
@@ -12,7 +13,7 @@ from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, SkipTranscoder
 
 
 class ConditionalMeans:
-    """The mean of u over the tokens where each expert is active, each such token counting once: streamed, sums (N, O) in float64."""
+    """Streaming mean of u over the tokens where each expert is active, unweighted, with sums (N, O) in float64."""
 
     def __init__(self, layer: FactoredLayer) -> None:
         self.layer = layer
@@ -24,7 +25,7 @@ class ConditionalMeans:
 
     @torch.no_grad()
     def add(self, x_BI: Tensor) -> None:
-        """Counts tokens in, by the layer's inputs."""
+        """Add tokens. x_BI: the layer's inputs."""
         linear_BO = self.layer.linear(x_BI)
         self.tokens += len(linear_BO)
         self.all_O += linear_BO.sum(0, dtype=torch.float64)
@@ -33,26 +34,29 @@ class ConditionalMeans:
             return
         order_P = experts_P.argsort(stable=True)
         experts_U, counts_U = experts_P[order_P].unique_consecutive(return_counts=True)
-        # one bag an expert: many times quicker than adding pair by pair, and no tensor of (P, O)
+        # one bag per expert: much faster than adding pairs one by one, without a (P, O) tensor
         sums_UO = F.embedding_bag(tokens_P[order_P], linear_BO, counts_U.cumsum(0) - counts_U, mode="sum")
         self.sums_NO.index_add_(0, experts_U, sums_UO.double())
         self.counts_N[experts_U] += counts_U
 
     @property
     def never(self) -> int:
-        """How many experts were never active."""
+        """Number of experts that were never active."""
         return int((self.counts_N == 0).sum())
 
     @torch.no_grad()
     def decoder(self) -> Tensor:
-        """`c_n * E[u | n active]`, (N, O), in the experts' dtype; with the mean of u over all tokens for experts never active. Ends the count."""
+        """Return `c_n * E[u | n active]`, (N, O), in the experts' dtype.
+
+        Experts that were never active use the mean of u over all tokens. Call it once, at the end: it reuses the sums.
+        """
         rows_NO = self.sums_NO.div_(self.counts_N.clamp_min(1).unsqueeze(-1))
         rows_NO[self.counts_N == 0] = self.all_O / max(self.tokens, 1)
         return rows_NO.mul_(self.layer.experts).to(self.layer.experts.dtype)
 
 
 def active_pairs(codes: Codes) -> tuple[Tensor, Tensor]:
-    """(tokens, experts), (P) each: which experts are active on which tokens, from what `encode` returns for (B, I)."""
+    """Return (tokens, experts), (P) each, of all active pairs. codes: as `encode` returns them for (B, I)."""
     if isinstance(codes, Tensor):
         tokens_P, experts_P = (codes > 0).nonzero(as_tuple=True)
         return tokens_P, experts_P
@@ -62,12 +66,12 @@ def active_pairs(codes: Codes) -> tuple[Tensor, Tensor]:
 
 
 def is_exact(layer: FactoredLayer) -> bool:
-    """Whether the layer is a static transcoder already."""
+    """Return whether the layer is a static transcoder, so that its surrogate is exact."""
     return layer.decoder is None
 
 
 def surrogate_of(layer: FactoredLayer, decoder_NO: Tensor) -> Transcoder:
-    """The layer's gate, bias and skip path with these rows: a transcoder, its tensors shared with the layer."""
+    """Return a transcoder with the layer's gate, output bias and skip path, and these rows. It shares the layer's tensors."""
     surrogate = empty_surrogate(layer)
     tensors = {name: tensor for name, tensor in layer.state_dict().items() if name in surrogate.state_dict()}
     surrogate.load_state_dict({**tensors, "experts": decoder_NO}, assign=True)
@@ -75,7 +79,7 @@ def surrogate_of(layer: FactoredLayer, decoder_NO: Tensor) -> Transcoder:
 
 
 def empty_surrogate(layer: FactoredLayer) -> Transcoder:
-    """A transcoder of the layer's shape, without values (on the meta device)."""
+    """Return a transcoder of the layer's shape on the meta device."""
     with torch.device("meta"):
         kind = Transcoder if layer.skip is None else SkipTranscoder
         return kind(layer.d_in, layer.d_out, layer.n_experts, layer.k, layer.sparsity)

@@ -1,1 +1,1 @@
-"""The Hub: its client, repositories, and what is published. With `data` and `base_model` the only room that reaches the network."""
+"""The Hugging Face Hub: client, repositories, published files. Only this package, `data` and `base_model` access the network."""

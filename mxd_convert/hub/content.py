@@ -1,4 +1,4 @@
-"""What of a checkpoint's folder is published, and how it compares with what a repository holds."""
+"""The published files of a checkpoint's folder, and their comparison with a repository."""
 
 import hashlib
 import re
@@ -14,8 +14,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from mxd_convert.checkpoint.read import REPORT, belonging
 from mxd_convert.report.card import CARD, REPOSITORY
 
-ATTRIBUTES = ".gitattributes"  # the Hub's own
-# what goes where the folder has not got it: weights of another layout, which would be loaded in place of these, and what is said of others
+ATTRIBUTES = ".gitattributes"  # managed by the Hub
+# files of an earlier checkpoint that a push removes: weights that would be loaded instead of the new ones, their report and plots
 _STALE = re.compile(
     rf"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|layers\.safetensors|{re.escape(REPORT)}|(full/)?plots/\w+\.png"
 )
@@ -23,17 +23,21 @@ _STALE = re.compile(
 
 @dataclass(frozen=True)
 class Local:
-    """A file as it goes to the Hub. source: where it is, or its content."""
+    """A file to publish. path: in the repository. source: a local file, or the content itself."""
 
     path: str
     source: Path | bytes
 
     @property
     def size(self) -> int:
+        """Size in bytes."""
         return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
 
     def is_in(self, remote: RepoFile) -> bool:
-        """Whether the repository's file has the same content, by the hash that the Hub keeps: SHA-256 of large files, git's of others."""
+        """Return whether the repository's file has the same content.
+
+        The Hub stores SHA-256 hashes of large files and git's hashes of others.
+        """
         if remote.size != self.size:
             return False
         return remote.lfs.sha256 == self._sha256 if remote.lfs is not None else remote.blob_id == self._git_sha1
@@ -51,9 +55,10 @@ class Local:
 
 
 def to_publish(folder: Path, repo_id: str) -> list[Local]:
-    """The files of a checkpoint's folder that are published, by path.
+    """Return the files of a checkpoint's folder to publish, sorted by path.
 
-    The card is published with the repository's name in its examples, also where it was pulled from another; the folder's own is left as it is.
+    The published card has the repository's name in its examples, even if the checkpoint was pulled from another repository.
+    The card in the folder is not changed.
     """
     found = []
     for path in belonging(folder):
@@ -65,6 +70,7 @@ def to_publish(folder: Path, repo_id: str) -> list[Local]:
 
 
 def _named(card: str, repo_id: str) -> str:
+    """Return the card with `repo_id` in its examples."""
     earlier = re.search(r'^name = "([\w.-]+/[\w.-]+)"$', card, re.MULTILINE)
     if earlier is not None:
         card = re.sub(r"```.*?```", lambda block: block[0].replace(earlier[1], repo_id), card, flags=re.DOTALL)
@@ -73,24 +79,33 @@ def _named(card: str, repo_id: str) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """What a push does to a repository. Each by path, with sizes in bytes."""
+    """Changes of a push to a repository. Each field has sizes in bytes, by path."""
 
     added: dict[str, int]
     changed: dict[str, int]
     removed: dict[str, int]
-    left: dict[str, int]  # in the repository only, and not touched
+    left: dict[str, int]  # only in the repository, and kept
     same: dict[str, int]
 
     @property
     def none(self) -> bool:
+        """Whether the push would change nothing."""
         return not (self.added or self.changed or self.removed)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return {name: dict(getattr(self, name)) for name in ("added", "changed", "removed", "left", "same")}
 
 
 def compare(local: list[Local], remote: Mapping[str, RepoFile], replace: bool) -> Difference:
-    """replace: whether what only the repository has is removed; without it, only weights of another layout and an earlier report are."""
+    """Return the changes that make a repository contain the local files.
+
+    Args:
+        local: the files to publish.
+        remote: the repository's files, by path.
+        replace: remove all other files. Otherwise only weights of another layout and an earlier checkpoint's report and plots are
+            removed.
+    """
     ours = {file.path: file for file in local}
     same = {path: file.size for path, file in ours.items() if path in remote and file.is_in(remote[path])}
     only_there = {path: file.size for path, file in remote.items() if path not in ours and path != ATTRIBUTES}
@@ -105,6 +120,6 @@ def compare(local: list[Local], remote: Mapping[str, RepoFile], replace: bool) -
 
 
 def wrong_files(folder: Path, files: Mapping[str, RepoFile]) -> list[str]:
-    """The files that a folder lacks or holds with another content than the repository."""
+    """Return the paths of the files that are missing in the folder or differ from the repository's."""
     here = {path: Local(path, folder / path) for path in files if (folder / path).is_file()}
     return sorted(path for path, file in files.items() if path not in here or not here[path].is_in(file))

@@ -1,4 +1,4 @@
-"""A repository on the Hub as it stands before a push: what it holds, and whether that may be touched."""
+"""A repository on the Hub before a push: its files, and whether the push may change them."""
 
 import json
 from dataclasses import dataclass
@@ -14,12 +14,20 @@ from mxd_convert.hub.client import patiently
 from mxd_convert.hub.content import ATTRIBUTES
 
 MAIN = "main"
-_MARKS = (DELTA, "config.json")
+_MARKS = (DELTA, "config.json")  # files that identify a checkpoint, in order of preference
 
 
 @dataclass(frozen=True)
 class Repository:
-    """head: the commit at the revision, or at main where that is not there yet; None: no such repository. files: what is there, by path."""
+    """A repository before a push.
+
+    Attributes:
+        repo_id: owner/name.
+        head: commit of the revision, or of main if the revision doesn't exist. None if the repository doesn't exist.
+        has_revision: whether the revision exists.
+        private: whether the repository is private.
+        files: the files at `head`, by path.
+    """
 
     repo_id: str
     head: str | None
@@ -29,6 +37,7 @@ class Repository:
 
     @classmethod
     def find(cls, api: HfApi, repo_id: str, revision: str | None) -> "Repository":
+        """Return the state of a repository, which may not exist."""
         try:
             found = patiently(lambda: api.model_info(repo_id))
         except RepositoryNotFoundError:
@@ -42,10 +51,17 @@ class Repository:
         return cls(repo_id, found.sha, has_revision, bool(found.private), files_of(api, repo_id, str(found.sha)))
 
     def check(self, api: HfApi, folder: Path, private: bool, replace: bool) -> None:
-        """Raises InputError where it holds something else than a version of `folder`, or is public where it should not be."""
+        """Raise InputError if the repository can't take a push.
+
+        Args:
+            api: the client.
+            folder: the checkpoint to publish. The repository may be empty or contain another version of it.
+            private: whether the repository must be private.
+            replace: accept any content.
+        """
         if self.head is not None and private and not self.private:
             raise InputError(
-                f"--private: {self.repo_id} is there already, and public; change that in its settings on the Hub, or leave --private out"
+                f"--private: {self.repo_id} exists already and is public. Change that in its settings on the Hub, or remove --private."
             )
         content = sorted(path for path in self.files if path != ATTRIBUTES)
         if not content or replace:
@@ -60,37 +76,42 @@ class Repository:
             else f"{content[0]}" + (f" and {len(content) - 1} more" if content[1:] else "")
         )
         raise InputError(
-            f"{self.repo_id}: holds something else ({what}); choose another name, or --replace to let it hold this checkpoint and nothing"
-            " else (what was there stays in its history)"
+            f"{self.repo_id}: already contains something else ({what}). Choose another name, or use --replace to remove all its other"
+            " files (they remain in its history)."
         )
 
     def _identity(self, api: HfApi, name: str) -> "Identity":
+        """Return the identity of the repository's content, read from the file `name`."""
         return _read(Path(patiently(lambda: api.hf_hub_download(self.repo_id, name, revision=self.head))))
 
 
 def files_of(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
-    """What a revision holds, by path, with sizes and hashes. Raises InputError where a path leads out of the repository."""
+    """Return the files of a revision by path, with sizes and hashes. Raises InputError if a path points out of the repository."""
     entries = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     for path in files:
         if path.startswith("/") or ".." in path.split("/"):
-            raise InputError(f"{repo_id}: has a file called {path!r}, which no repository should; nothing of it was used")
+            raise InputError(f"{repo_id}: the path {path!r} points out of the repository. None of its files was used.")
     return files
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a folder or repository is a version of: a conversion of one base into layers of certain shapes, whole or as a delta."""
+    """The identity of a checkpoint.
+
+    Two versions of a checkpoint have the same base model, the same kinds and shapes of layers, and the same form (full or delta).
+    """
 
     kind: str  # config.json's model_type, or "delta"
-    base: str | None  # hash of the base's tensors
-    layers: str  # kinds and shapes
+    base: str | None  # SHA-256 of the base model's tensors; None if not recorded
+    layers: str  # kinds and shapes, as JSON
 
     def same(self, other: "Identity") -> bool:
+        """Return whether both are versions of one checkpoint. False if no base model is recorded."""
         return self == other and self.base is not None
 
     def words(self, ours: "Identity") -> str:
-        """What it is, to one who would publish `ours`."""
+        """Return how it differs from `ours`, for an error message."""
         if self.kind != ours.kind:
             return "a delta" if self.kind == "delta" else f"a model of type {self.kind}"
         return (
@@ -101,10 +122,12 @@ class Identity:
 
 
 def identity(folder: Path) -> Identity:
+    """Return the identity of a folder's checkpoint or delta."""
     return _read(next(folder / name for name in _MARKS if (folder / name).is_file()))
 
 
 def _read(file: Path) -> Identity:
+    """Return the identity in a config.json or a delta's file; of kind "unreadable" if it is damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         holder = content if file.name == DELTA else content.get("mxd") or {}

@@ -1,4 +1,4 @@
-"""What training adds to the layers of a checkpoint: initialisation, losses, matched expert counts. Knows neither files nor models."""
+"""Trainable layers: initialisation, training losses and matched expert counts. Independent of files and of base models."""
 
 from mxd_convert.layers.losses import normalised_mse
 from mxd_convert.layers.spec import LayerSpec

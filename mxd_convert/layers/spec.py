@@ -1,4 +1,4 @@
-"""`LayerSpec`: the kind and the sizes of a layer, and what follows from them."""
+"""`LayerSpec`: the kind and sizes of a layer, with its parameter and FLOP counts."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +9,7 @@ from mxd_convert.recipe.kinds import KINDS, Kind
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Kind and sizes of a layer. d_hidden is 0 without a linear factor, n_experts and k are 0 without experts."""
+    """Kind and sizes of a layer. `d_hidden` is 0 without a linear factor; `n_experts` and `k` are 0 without experts."""
 
     kind: str
     d_in: int
@@ -24,39 +24,40 @@ class LayerSpec:
 
     @property
     def facts(self) -> Kind:
-        """The row of the kind."""
+        """The row of this kind in `recipe/kinds.py`."""
         return KINDS[self.kind]
 
     def entry(self) -> dict[str, Any]:
         """Return the layer's entry in config.json."""
         sizes, defaults = configuration_mxd.KINDS[self.kind]
-        settings = {key: getattr(self, key, default) for key, default in defaults.items()}  # the dropout is the base's
+        # a spec has no dropout: it comes from the base model
+        settings = {key: getattr(self, key, default) for key, default in defaults.items()}
         return {"kind": self.kind, **{key: getattr(self, key) for key in sorted(sizes)}, **settings}
 
     @property
     def active(self) -> int:
-        """Experts that a token may use: with L1 every gate may be positive."""
+        """Maximum number of active experts per token: k with top-k, all experts with L1."""
         return self.n_experts if self.sparsity == "l1" else self.k
 
     @property
     def parameters(self) -> int:
-        """Parameters of encoder(s), decoder, gate, experts, output bias, and of the skip path if there is one."""
+        """Number of parameters: encoders, decoder, gate, experts, output bias and the optional skip path."""
         linear = (2 if self.glu else 1) * self.d_hidden * (self.d_in + 1) + self.d_hidden * self.d_out
         gain = self.n_experts * (self.d_in + 1 + self.d_out)
         return linear + gain + self.d_out + (self.d_in * self.d_out if self.skip else 0)
 
     @property
     def forward_flops(self) -> int:
-        """Floating-point operations of a forward pass, per token."""
+        """FLOPs of a forward pass, per token."""
         linear = 2 * self.d_in * self.d_hidden * (2 if self.glu else 1) + 2 * self.d_hidden * self.d_out
         gain = 2 * self.d_in * self.n_experts + 2 * self.active * self.d_out
         return linear + gain + (2 * self.d_in * self.d_out if self.skip else 0)
 
     @property
     def step_flops(self) -> int:
-        """Floating-point operations of forward and backward, per token, with sparse gradients of gate and experts.
+        """FLOPs of a forward and backward pass, per token, with sparse gradients of gate and experts.
 
-        The layer's input needs no gradient: matrices that read it have two products, the others three.
+        The layer's input needs no gradient, so each matrix that reads it takes two products; every other matrix takes three.
         """
         linear = 4 * self.d_in * self.d_hidden * (2 if self.glu else 1) + 6 * self.d_hidden * self.d_out
         gain = 2 * self.d_in * self.n_experts + 6 * self.active * self.d_out
@@ -68,16 +69,17 @@ class LayerSpec:
 
     @property
     def input_flops(self) -> int:
-        """Floating-point operations of the gradient of the layer's input, per token."""
+        """FLOPs of the gradient with respect to the layer's input, per token."""
         gain = 2 * self.active * self.d_in
-        if not self.facts.learns_gate:  # otherwise the step already has the coefficients' gradient
+        if not self.facts.learns_gate:  # otherwise `step_flops` includes the gradient of the coefficients
             gain += 2 * self.active * self.d_out
         return 2 * self.d_in * self.d_hidden * (2 if self.glu else 1) + gain + (2 * self.d_in * self.d_out if self.skip else 0)
 
     def matched(self, expansion: int) -> "LayerSpec":
-        """Return the spec with the most experts that keep its parameters within those of a plain transcoder of width `expansion` x `d_in`.
+        """Return the spec with the most experts that fit the parameter count of a plain transcoder (paper, section 4.1).
 
-        A layer without experts is returned unchanged. Raises ValueError where not even one expert fits. Paper, section 4.1.
+        The transcoder has `expansion * d_in` latents. A spec of a kind without experts is returned unchanged.
+        Raises ValueError if not even one expert fits.
         """
         if not self.facts.has_experts:
             return self
@@ -86,13 +88,13 @@ class LayerSpec:
         n_experts = room // (self.d_in + self.d_out + 1)
         if n_experts < 1:
             raise ValueError(
-                f"layer.expansion: a transcoder of width {width} has fewer parameters than this kind of layer without experts;"
-                " raise layer.expansion or set layer.experts"
+                f"layer.expansion: {expansion} is too small: a transcoder with {width} latents has fewer parameters than the"
+                f" {self.kind} layer has without experts; raise layer.expansion or set layer.experts"
             )
         return replace(self, n_experts=n_experts)
 
     def twin(self) -> "LayerSpec":
-        """Return the dense twin: the same linear factor, and a constant gain."""
+        """Return the spec of the dense twin: the same linear factor with a constant gain."""
         return replace(self, kind="dense_twin", n_experts=0, k=0, sparsity="topk")
 
     def __str__(self) -> str:

@@ -1,4 +1,7 @@
-"""The layers as they are trained: the checkpoint's own, with their initialisation, the sparse operations, and the experts' unit norm."""
+"""Trainable versions of the checkpoint's layers, with initialisation, sparse operations and unit-norm experts.
+
+Shape suffixes: B tokens, I input width, H hidden width, O output width, N experts, K active experts.
+"""
 
 from typing import Any
 
@@ -14,30 +17,31 @@ from mxd_convert.recipe.kinds import KINDS
 
 _FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same function, in one kernel
 
-CONSTANT = 2.0  # what the constant hidden unit gives its activation: every one in use is far from 0 there
+CONSTANT = 2.0  # input of the constant hidden unit's activation: no activation in use is near 0 there
 
 
 class Trainable(FactoredLayer):
-    """Goes before a checkpoint's layer: the same forward pass, with gradients of gate and experts that stay sparse.
+    """Mixin for a checkpoint's layer class: the same forward pass, with sparse gradients for gate and experts.
 
-    Initialisation (in `reset_parameters`; `init: paper`, from the paper's appendix):
+    Initialisation with `init: paper` (paper, appendix), set by `reset_parameters`:
 
-    | parameter               | shape     | start                                |
-    | ----------------------- | --------- | ------------------------------------ |
-    | encoder(s), gate weight | (H,I) (N,I) | as nn.Linear                       |
-    | their biases            | (H) (N)   | 0                                    |
-    | decoder (D)             | (O,H)     | 0: the layer starts as its bias      |
-    | experts (C)             | (N,O)     | uniform, then rows of unit norm; of a transcoder 0 |
-    | output bias, skip       | (O) (O,I) | 0                                    |
+    | parameter               | shape       | initial value                                      |
+    | ----------------------- | ----------- | -------------------------------------------------- |
+    | encoder(s), gate weight | (H,I) (N,I) | as nn.Linear                                       |
+    | their biases            | (H) (N)     | 0                                                  |
+    | decoder (D)             | (O,H)       | 0, so the layer returns its output bias            |
+    | experts (C)             | (N,O)       | uniform, then unit-norm rows; 0 for a transcoder   |
+    | output bias, skip       | (O) (O,I)   | 0                                                  |
 
-    With `init: tokens` an MxD begins as a transcoder: rows of C at 0 and without a norm to keep, and u = 1, by a hidden unit of no weight,
-    a constant, that D starts on. (training/start.py then puts tokens of the text into gate and experts.)
+    With `init: tokens` an MxD is initialised as a transcoder. The rows of C are 0 and have no norm constraint.
+    The linear factor is u = 1: the first hidden unit is constant, and D reads only that unit.
+    `training/token_init.py` then initialises gate and experts from training tokens.
     """
 
     def __init__(self, *args: Any, init: str = "paper", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.unit_norm = KINDS[self.kind].unit_norm and init == "paper"  # of the experts
-        self.sinks: dict[Tensor, RowGradient] = {}  # of the gate's weight and the experts, where an optimiser wants it so
+        self.unit_norm = KINDS[self.kind].unit_norm and init == "paper"  # applies to the rows of C
+        self.sinks: dict[Tensor, RowGradient] = {}  # by parameter, see `defer_row_gradients`
         if self.decoder is not None:
             self.act = ACT2FN[_FUSED.get(self.activation, self.activation)]
         self.reset_parameters()
@@ -45,17 +49,18 @@ class Trainable(FactoredLayer):
             self.gate.requires_grad_(False)
 
     def init_rows(self) -> None:
-        """Left to `reset_parameters`: what it draws depends on the order of the draws."""
+        """Do nothing: `reset_parameters` draws all parameters, in an order that keeps a seed's values reproducible."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Initialise all parameters in place, see the class docstring."""
         for linear in (self.encoder, self.encoder_gate, self.gate):
             if linear is not None:
                 linear.reset_parameters()
                 nn.init.zeros_(linear.bias)
-        for start in (self.decoder, self.skip):
-            if start is not None:
-                nn.init.zeros_(start.weight)
+        for projection in (self.decoder, self.skip):
+            if projection is not None:
+                nn.init.zeros_(projection.weight)
         nn.init.zeros_(self.output_bias)
         if self.experts is not None and self.unit_norm:
             bound = self.d_out**-0.5
@@ -64,10 +69,10 @@ class Trainable(FactoredLayer):
         elif self.experts is not None:
             nn.init.zeros_(self.experts)
             if self.decoder is not None:
-                self._begin_constant()
+                self._init_constant_linear()
 
-    def _begin_constant(self) -> None:
-        """u = 1: the first hidden unit has no weight, and D is 0 elsewhere."""
+    def _init_constant_linear(self) -> None:
+        """Initialise u = 1: make the first hidden unit constant, and let D, 0 elsewhere, read only that unit."""
         for linear in (self.encoder, self.encoder_gate):
             if linear is not None:
                 nn.init.zeros_(linear.weight[0])
@@ -76,7 +81,10 @@ class Trainable(FactoredLayer):
         nn.init.constant_(self.decoder.weight[:, 0], 1.0 / unit.item())
 
     def encode(self, x_BI: Tensor) -> Codes:
-        """As the checkpoint's, chunk by chunk of tokens: no (..., N) tensor is made, and none kept for the backward."""
+        """Return the coefficients, as the checkpoint's layer does: (values, indices), (..., K), or dense (..., N) with L1.
+
+        With top-k, gate values are computed in chunks of tokens, so no (..., N) tensor is allocated or saved for backward.
+        """
         if self.gate is None or self.sparsity == "l1":
             return super().encode(x_BI)
         weight, bias = self.gate.weight, self.gate.bias
@@ -84,6 +92,7 @@ class Trainable(FactoredLayer):
         return values_BK.view(*x_BI.shape[:-1], self.k), indices_BK.view(*x_BI.shape[:-1], self.k)
 
     def gain_of(self, codes: Codes) -> Tensor:
+        """Return the gain `C^T a` of the coefficients, (..., O), with a sparse gradient for the experts."""
         if self.experts is None or isinstance(codes, Tensor):
             return super().gain_of(codes)
         values_BK, indices_BK = (tensor.reshape(-1, self.k) for tensor in codes)
@@ -91,26 +100,26 @@ class Trainable(FactoredLayer):
         return sums_BO.view(*codes[0].shape[:-1], self.d_out)
 
     def defer_row_gradients(self) -> None:
-        """From now on the gradients of the gate's weight and of the experts are kept in `sinks`, not made whole in `.grad`."""
+        """Accumulate the gradients of the gate's weight and the experts in `sinks`, instead of dense tensors in `.grad`."""
         if self.gate is not None and self.sparsity == "topk":
             rows = (self.gate.weight, self.experts)
             self.sinks = {parameter: RowGradient() for parameter in rows if parameter.requires_grad}
 
     def penalty(self, codes: Codes, weight_B: Tensor) -> Tensor:
-        """The L1 norm of the coefficients, a mean over the tokens that count."""
+        """Return the L1 norm of the coefficients, averaged over tokens with weight 1."""
         values = codes if isinstance(codes, Tensor) else codes[0]
         return (values.float().sum(-1) * weight_B).sum() / weight_B.sum().clamp_min(1)
 
 
 class MxD(Trainable, layers_mxd.MxD):
-    """A Mixture of Decoders layer, to be trained. Arguments as in modeling/layers_mxd.py."""
+    """A trainable Mixture of Decoders layer. It takes the arguments of `modeling.layers_mxd.MxD`, and `init`."""
 
 
 _CLASSES: dict[str, type[Trainable]] = {"mxd": MxD}
 
 
 def trainable_class(kind: str) -> type[Trainable]:
-    """Return the class of a kind's layers as they are trained."""
+    """Return the trainable class of a kind of layer."""
     if kind not in _CLASSES:
         shipped = layers_mxd.LAYERS[kind]
         _CLASSES[kind] = type(f"Trainable{shipped.__name__}", (Trainable, shipped), {"__doc__": shipped.__doc__})
@@ -118,12 +127,12 @@ def trainable_class(kind: str) -> type[Trainable]:
 
 
 def new_layer(spec: LayerSpec, init: str = "paper") -> Trainable:
-    """Return a layer to be trained, its parameters drawn from torch's generator. init: "paper" or "tokens", see Trainable."""
+    """Return an initialised trainable layer. init: "paper" or "tokens", see `Trainable`. Draws from torch's default generator."""
     return trainable_class(spec.kind)(**{key: value for key, value in spec.entry().items() if key != "kind"}, init=init)
 
 
 def normalise(rows_ND: Tensor, which_N: Tensor | None = None) -> None:
-    """Gives rows unit norm, in place: those that `which` (bool) names, or all."""
+    """Scale rows to unit norm, in place. which_N: a bool mask of the rows to scale; None scales all."""
     norm_N1 = torch.linalg.vector_norm(rows_ND, dim=-1, keepdim=True).clamp_min(1e-8)
     if which_N is not None:
         norm_N1 = norm_N1.where(which_N.unsqueeze(-1), 1.0)
@@ -131,6 +140,9 @@ def normalise(rows_ND: Tensor, which_N: Tensor | None = None) -> None:
 
 
 def project(gradient_ND: Tensor, rows_ND: Tensor) -> None:
-    """Removes from each row's gradient its component along the row (which the unit norm would undo), in place. Rows have unit norm."""
+    """Remove from each row's gradient its component along the row, in place. Rows must have unit norm.
+
+    The unit-norm constraint would undo a step along the row.
+    """
     along_N1 = (gradient_ND * rows_ND).sum(-1, keepdim=True)
     gradient_ND.addcmul_(along_N1, rows_ND, value=-1)

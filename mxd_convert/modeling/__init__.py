@@ -1,4 +1,4 @@
-"""What ships inside every checkpoint: three flat files that need nothing but torch and transformers."""
+"""The code that every checkpoint ships: three flat files that depend only on torch and transformers."""
 
 from pathlib import Path
 

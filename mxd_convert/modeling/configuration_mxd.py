@@ -1,12 +1,21 @@
 # Copyright 2026 The mxd-convert authors. Apache-2.0.
-"""Configurations of models whose MLPs are Mixtures of Decoders (MxD, arXiv 2505.21364).
+"""Configurations of models whose MLPs are replaced by Mixtures of Decoders (MxD, arXiv 2505.21364).
 
-One file serves every architecture: `MxdLlamaConfig` is made, on demand, from transformers' own `LlamaConfig`. It adds one key:
+One file serves all architectures: `MxdLlamaConfig` is created on demand from transformers' `LlamaConfig`. It adds one key:
 
-    "mxd": {"format_version": 1, "mlp": "model.layers.{i}.mlp", "layers": {"0": {"kind": "mxd", "d_in": 64, "d_hidden": 172, ...}, ...}}
+    "mxd": {
+        "format_version": 1,
+        "mlp": "model.layers.{i}.mlp",
+        "layers": {"0": {"kind": "mxd", "d_in": 64, "d_hidden": 172, ...}, ...}
+    }
 
-`mlp` says where the layers are; `then`, in families whose MLP is no module of its own, what their output passes unchanged after that;
-`flat`, where these flatten their tokens to one row, a module of the decoder layer that sees them as (B, T) before.
+`mlp` is the path of the module that a layer replaces. Families without an MLP module have two more keys:
+
+- `then`: paths of the MLP's remaining modules, which pass the layer's output on unchanged.
+- `flat`: only if the decoder layer flattens its tokens to one row: name of a module of the decoder layer that is called before
+  that, with hidden states of shape (B, T, I).
+
+`steering` is an optional list of steering orders.
 """
 
 import re
@@ -16,23 +25,27 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
-FORMAT_VERSION = 2  # 2: `then` in the `mxd` entry, which a reader of 1 would pass over
-_LINEAR = {"activation": "gelu", "glu": False}  # defaults of the linear factor's settings, and of the gain's
-_GAIN = {"sparsity": "topk"}
+FORMAT_VERSION = 2  # version 2 adds `then` to the `mxd` entry, which readers of version 1 would ignore
+_LINEAR = {"activation": "gelu", "glu": False}  # default settings of the linear factor
+_GAIN = {"sparsity": "topk"}  # default settings of the gain
+# For each kind: the sizes that an entry must have, and the defaults of its other settings.
 KINDS = {
     "mxd": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
     "random_gate": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
     "transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
     "skip_transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
     "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, "skip": False, "dropout": 0.0}),
-}  # kind -> sizes, which an entry must have, and defaults of the rest
-MOST = 2**31  # of a width, or a number of experts: tensors beyond it can't be indexed
+}
+MOST = 2**31  # largest width or number of experts; larger tensors can't be indexed
 STEERING = ("add", "set", "scale", "ablate")
 POSITIONS = ("all", "prompt", "generation")
 
 
 def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
-    """Checks the `mxd` entry of a config.json and completes its layers. Raises ValueError, one line, where it can't be read."""
+    """Check the `mxd` entry of a config.json and return it with all defaults filled in.
+
+    Raises ValueError, with a message of one line, if the entry is invalid.
+    """
     if not isinstance(mxd, dict):
         raise ValueError(f"config.json: mxd is {mxd!r}; expected format_version, mlp and layers")
     version = mxd.get("format_version")
@@ -81,22 +94,25 @@ def _read_layer(index: str, entry: Any) -> dict[str, Any]:
 
 
 def _is_path(path: Any) -> bool:
-    """Whether it is the path of a module of every layer, {i} for the layer: `model.layers.{i}.mlp`."""
+    """Return whether `path` is a module path with {i} for the layer, such as `model.layers.{i}.mlp`."""
     return isinstance(path, str) and re.fullmatch(r"(\w+\.)*\{i\}(\.\w+)*", path, re.ASCII) is not None
 
 
 def format_version(then: Sequence[str]) -> int:
-    """The oldest version whose readers understand an entry with such a `then`."""
+    """Return the oldest format version that supports an entry with this `then`."""
     return 2 if then else 1
 
 
 def mlp_paths(mxd: Mapping[str, Any], index: int | str) -> tuple[str, ...]:
-    """How the names of a layer's tensors begin, those of what stood in its place before included."""
+    """Return the prefixes of the tensor names of a layer and of the modules that it replaces."""
     return tuple(f"{path.format(i=index)}." for path in (mxd["mlp"], *mxd.get("then", [])))
 
 
 def read_steering(orders: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Checks a list of steering orders against the layers' entries, and completes them. Raises ValueError, one line."""
+    """Check steering orders against the layers' entries and return them with all defaults filled in.
+
+    Raises ValueError, with a message of one line, if an order is invalid.
+    """
     if not isinstance(orders, Sequence) or not all(isinstance(order, Mapping) for order in orders):
         raise ValueError(f"steering: {orders!r}: expected a list of mappings with layer, expert and one of {', '.join(STEERING)}")
     return [_read_order(order, layers) for order in orders]
@@ -120,7 +136,7 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
     if how[0] == "ablate":
         good = value is True
     else:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e6  # false for nan
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e6  # False for NaN
     if not good:
         expected = "true" if how[0] == "ablate" else "a number up to a million either way"
         raise ValueError(f"steering of expert {expert} of layer {layer}: {how[0]} is {value!r}; expected {expected}")
@@ -137,7 +153,10 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
 
 
 def config_class(stem: str) -> type[PretrainedConfig]:
-    """The MxD counterpart of transformers' `<stem>Config`: model_type `mxd_<base>`. Raises AttributeError if there is no such base."""
+    """Return the MxD counterpart of transformers' `<stem>Config`, with model_type `mxd_<base>`.
+
+    Raises AttributeError if transformers has no such class.
+    """
     name = f"Mxd{stem}Config"
     if name not in globals():
         base = getattr(transformers, f"{stem}Config", None)
@@ -148,8 +167,15 @@ def config_class(stem: str) -> type[PretrainedConfig]:
 
 
 def make_config(stem: str, base: Any, module: str = __name__, prefix: str = "mxd_") -> type[PretrainedConfig]:
-    """The MxD counterpart of a config class. module: where it is said to be defined, which travels with the checkpoint; that of the models has
-    the same name with `modeling` for `configuration`. prefix: of the model_type."""
+    """Create the MxD counterpart of a config class.
+
+    Args:
+        stem: architecture name, such as `Llama`.
+        base: config class to extend.
+        module: value of `__module__`. The checkpoint ships this file and that of the model classes, whose name has `modeling`
+            instead of `configuration`.
+        prefix: prefix of the model_type.
+    """
     name, home = f"Mxd{stem}Config", module.rpartition(".")[2]
 
     def post_init(self: Any, **kwargs: Any) -> None:
@@ -163,9 +189,9 @@ def make_config(stem: str, base: Any, module: str = __name__, prefix: str = "mxd
                 "AutoModel": f"{models}.Mxd{stem}Model",
                 "AutoModelForCausalLM": f"{models}.Mxd{stem}ForCausalLM",
             }
-        self.validate()  # a class that is made of a strict dataclass is not one itself
+        self.validate()  # a strict dataclass validates itself, but a subclass made by `type` does not
 
-    # the tensor-parallel plan of the base names the projections of MLPs that may no longer be there
+    # The base's tensor-parallel plan names the projections of MLPs, which may be replaced.
     plan = base.base_model_tp_plan and {key: value for key, value in base.base_model_tp_plan.items() if ".mlp." not in key}
     members = {
         "__module__": module,
@@ -175,7 +201,7 @@ def make_config(stem: str, base: Any, module: str = __name__, prefix: str = "mxd
         "mxd": None,
         "model_type": f"{prefix}{base.model_type}",
         "base_model_tp_plan": plan,
-        "_auto_class": "AutoConfig",  # save_pretrained then copies this file into the checkpoint
+        "_auto_class": "AutoConfig",  # makes save_pretrained copy this file into the checkpoint
     }
     return type(name, (base,), members)
 

@@ -1,7 +1,8 @@
 # Copyright 2026 The mxd-convert authors. Apache-2.0.
-"""The layers: Mixtures of Decoders (MxD, arXiv 2505.21364) and the kinds that they are compared with.
+"""The layers: Mixtures of Decoders (MxD, arXiv 2505.21364) and the kinds of layers that they are compared with.
 
-Shape suffixes: B tokens (any leading dimensions), I input width, H hidden width, O output width, N experts, K active experts.
+Shape suffixes: B tokens (any number of leading dimensions), T tokens of a sequence, I input width, H hidden units, O output
+width, N experts, K active experts.
 """
 
 import threading
@@ -19,15 +20,16 @@ from transformers.activations import ACT2FN
 
 from .configuration_mxd import KINDS
 
-ORDER = ("d_in", "d_hidden", "d_out", "n_experts", "k")  # of the sizes in an entry
+ORDER = ("d_in", "d_hidden", "d_out", "n_experts", "k")  # order of the sizes in an entry
 
-Codes = tuple[Tensor, Tensor] | Tensor  # coefficients: (values, indices) of the K active experts, or dense (..., N)
+Codes = tuple[Tensor, Tensor] | Tensor  # coefficients: (values, indices) of the active experts, each (..., K); or dense (..., N)
 
 
 class ExpertActs(nn.Module):
-    """Gate values (..., N) -> the coefficients `a = TopK(ReLU(gate))` as (values, indices), (..., K); with "l1", `ReLU(gate)`, (..., N).
+    """Coefficients of the experts, from their gate values (..., N).
 
-    Values of experts that are not positive are 0. A hook may put either form in place of what it returns.
+    With sparsity "topk", `a = TopK(ReLU(gate))` as (values, indices), each (..., K); values are 0 for experts without a positive
+    gate value. With "l1", `a = ReLU(gate)`, (..., N). A forward hook may return coefficients of either form instead.
     """
 
     def __init__(self, k: int, sparsity: str) -> None:
@@ -35,35 +37,32 @@ class ExpertActs(nn.Module):
         self.k, self.sparsity = k, sparsity
 
     def forward(self, gate_BN: Tensor) -> Codes:
+        """Return the coefficients."""
         if self.sparsity == "l1":
             return F.relu(gate_BN)
         values_BK, indices_BK = gate_BN.topk(self.k, dim=-1, sorted=False)
-        return F.relu(values_BK), indices_BK  # the same as top-k of ReLU, without a pass over all N
+        return F.relu(values_BK), indices_BK  # equal to TopK(ReLU(gate)), without a pass over all N
 
 
 class Gain(nn.Module):
-    """Coefficients -> `C^T a`, (..., O). Adding `s * c_n` to what it returns is adding s to the coefficient of expert n.
-
-    changes: (expert, what its coefficient changes by, (...)) of steered experts.
-    """
+    """The gain `C^T a`, (..., O), from the coefficients. Adding `s * c_n` to it adds s to the coefficient of expert n."""
 
     def forward(self, codes: Codes, experts_NO: Tensor, changes: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
+        """Return the gain. changes: steered experts, each with the change of its coefficient, (...)."""
         gain_BO = codes @ experts_NO.to(codes.dtype) if isinstance(codes, Tensor) else weighted_rows(*codes, experts_NO)
         for expert, change_B in changes:
             gain_BO = gain_BO + change_B.to(gain_BO.dtype).unsqueeze(-1) * experts_NO[expert].to(gain_BO.dtype)
         return gain_BO
 
 
-# Steering belongs to the thread (or asyncio task) that asks for it: several may steer one model at once, each in its own way.
-_steered: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar(
-    "mxd_steered", default=MappingProxyType({})
-)  # by id of the layer
-_counting = threading.Lock()
+# Steering orders by id of the layer. Each thread (or asyncio task) has its own, so that several can steer one model at once.
+_steered: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar("mxd_steered", default=MappingProxyType({}))
+_counting = threading.Lock()  # guards `contexts` and `was_steered` of the layers
 
 
 @contextmanager
 def steering(layers: Sequence[Any], orders: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Within it, this thread steers `layers`, each by those of the orders that name its `index`."""
+    """Steer `layers` in this thread within the context, each by the orders for its `index`."""
     thread, outer = threading.get_ident(), _steered.get()
     inner = {id(layer): tuple(order for order in orders if order["layer"] == layer.index) for layer in layers}
     token = _steered.set({**outer, **{key: outer.get(key, ()) + inner[key] for key in inner}})
@@ -82,9 +81,9 @@ def steering(layers: Sequence[Any], orders: Sequence[dict[str, Any]]) -> Iterato
 
 
 def orders_of(layer: Any) -> list[dict[str, Any]]:
-    """The steering of a layer that holds in this thread: the checkpoint's own, then that of the contexts around.
+    """Return a layer's steering orders in this thread: those of the checkpoint, then those of the enclosing contexts.
 
-    Raises ValueError in a thread that has none of its own while another one steers: whether it was meant to be steered too is unknown.
+    Raises ValueError in a thread without a context while another thread steers the layer: its intended steering is unknown.
     """
     given = _steered.get()
     if layer.contexts and id(layer) not in given and threading.get_ident() not in layer.contexts:
@@ -97,13 +96,13 @@ def orders_of(layer: Any) -> list[dict[str, Any]]:
 
 _orders_of = torch.compiler.disable(orders_of)
 
-# position of this thread's forward: its first token, and the tokens of the prompt (None outside of `generate`)
+# Position of this thread's forward pass: index of its first token, and number of prompt tokens (None outside of `generate`).
 position: ContextVar[tuple[int, int | None]] = ContextVar("mxd_position", default=(0, None))
 
 
 @torch.compiler.disable
 def _is_steered_at(positions: str, tokens: int, device: torch.device) -> Tensor:
-    """Which of the forward's tokens are steered, (T) bool. What `generate` did not write is prompt."""
+    """Return which tokens of the forward pass are steered, (T) bool. All tokens not written by `generate` are prompt tokens."""
     first, prompt = position.get()
     at_T = first + torch.arange(tokens, device=device)
     written_T = torch.zeros_like(at_T, dtype=torch.bool) if prompt is None else at_T >= prompt
@@ -111,18 +110,25 @@ def _is_steered_at(positions: str, tokens: int, device: torch.device) -> Tensor:
 
 
 class FactoredLayer(nn.Module):
-    """What stands in an MLP's place: `y = gain * linear + b`, gain `C^T a` and linear `D^T z`. A kind of layer may have but one of them.
+    """A layer that replaces an MLP: `y = gain * linear + b`, with gain `C^T a` and linear factor `D^T z`.
 
-    Attributes: `kind` as in config.json; widths `d_in`, `d_hidden`, `d_out`; `n_experts` and `k` (0 without a gain); `steering`, the
-    checkpoint's own, a list of {"expert", "positions", and one of "add", "set", "scale", "ablate"}, applied in order.
+    Some kinds of layers have only one of the two.
+
+    Attributes:
+        kind: kind of layer, as in config.json.
+        d_in, d_hidden, d_out: input width, number of hidden units, output width. `d_hidden` is 0 without a linear factor.
+        n_experts, k: number of experts, and of active experts per token. Both are 0 without a gain.
+        steering: the checkpoint's steering orders, applied in order. Each has "expert", "positions", and one of "add", "set",
+            "scale" and "ablate".
+        index: index of the decoder layer in the model.
     """
 
     kind: str
-    encoder: Any  # a Linear, as the next three, or None
-    encoder_gate: Any
-    decoder: Any
-    gate: Any
-    experts: Any  # a Parameter or None
+    encoder: Any  # Linear or None
+    encoder_gate: Any  # Linear or None
+    decoder: Any  # Linear or None
+    gate: Any  # Linear or None
+    experts: Any  # Parameter or None
 
     def __init__(self, d_in: int, d_out: int, skip: bool, dropout: float) -> None:
         super().__init__()
@@ -133,9 +139,9 @@ class FactoredLayer(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(d_out))
         self.dropout = nn.Dropout(dropout)
         self.steering: list[dict[str, Any]] = []
-        self.index = 0  # of the decoder layer, in a model
-        self.contexts: list[int] = []  # threads that steer this layer at this moment
-        self.was_steered = False  # a thread that inherited a context may be in it for longer than the one that opened it
+        self.index = 0
+        self.contexts: list[int] = []  # threads that steer this layer now
+        self.was_steered = False  # a thread that inherits a context may outlive it, so `contexts` alone is not enough
 
     def _add_linear(self, d_hidden: int, activation: str, glu: bool) -> None:
         if activation not in ACT2FN:
@@ -159,7 +165,7 @@ class FactoredLayer(nn.Module):
 
     @property
     def k(self) -> int:
-        """Active experts per token, 0 in a layer without experts. Kept in `expert_acts`; setting it changes every use."""
+        """Return the number of active experts per token, 0 in a layer without experts. It can be set, from 1 to `n_experts`."""
         return 0 if self.gate is None else self.expert_acts.k
 
     @k.setter
@@ -169,7 +175,7 @@ class FactoredLayer(nn.Module):
         self.expert_acts.k = k
 
     def entry(self) -> dict[str, Any]:
-        """Return the layer's entry in `config.mxd["layers"]`, of which `build_layer` makes it again."""
+        """Return the layer's entry in `config.mxd["layers"]`, from which `build_layer` creates an equal layer."""
         sizes, defaults = KINDS[self.kind]
         values = {"skip": self.skip is not None, "dropout": self.dropout.p}
         return {
@@ -179,36 +185,36 @@ class FactoredLayer(nn.Module):
 
     @torch.no_grad()
     def init_rows(self) -> None:
-        """Initialise the parameters that belong to no Linear."""
+        """Initialise the parameters outside of Linear modules: experts and output bias."""
         if self.experts is not None:
             init.normal_(self.experts, std=self.d_out**-0.5)
         init.zeros_(self.output_bias)
 
     def encode(self, x_BI: Tensor) -> Codes:
-        """The coefficients: (values, indices) of shape (..., K), 0 where a gate is not positive; dense (..., N) with `sparsity: l1`."""
+        """Return the coefficients: (values, indices), each (..., K), 0 if the gate value is not positive; with "l1", (..., N)."""
         if self.gate is None:
             nobody = x_BI.new_zeros((*x_BI.shape[:-1], 0))
             return nobody, nobody.long()
         return self.expert_acts(self.gate(x_BI))
 
     def hidden(self, x_BI: Tensor) -> Tensor:
-        """The hidden units z, (..., H), of which every expert is a linear map."""
+        """Return the hidden units z, (..., H), the input of every expert's linear map."""
         if self.encoder_gate is not None:
             return self.act(self.encoder_gate(x_BI)) * self.encoder(x_BI)
         return self.act(self.encoder(x_BI))
 
     def linear(self, x_BI: Tensor) -> Tensor:
-        """`u = D^T z`, (..., O); ones in a layer without hidden units."""
+        """Return the linear factor `u = D^T z`, (..., O); ones in a layer without hidden units."""
         return x_BI.new_ones((*x_BI.shape[:-1], self.d_out)) if self.decoder is None else self.decoder(self.hidden(x_BI))
 
     def gain_of(self, codes: Codes) -> Tensor:
-        """`g = C^T a`, (..., O), from what `encode` returns, steering included; ones in a layer without experts."""
+        """Return the gain `g = C^T a`, (..., O), from the result of `encode`, with steering; ones in a layer without experts."""
         if self.experts is None:
             return codes[0].new_ones((*codes[0].shape[:-1], self.d_out))
         return self.gain(codes, self.experts, self.changes(codes))
 
     def combine(self, x_BI: Tensor, codes: Codes) -> Tensor:
-        """The layer's output, (..., O), for given coefficients."""
+        """Return the layer's output, (..., O), for given coefficients."""
         if self.decoder is None:
             y_BO = self.gain_of(codes) + self.output_bias
         elif self.experts is None:
@@ -218,10 +224,11 @@ class FactoredLayer(nn.Module):
         return self.dropout(y_BO if self.skip is None else y_BO + self.skip(x_BI))
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        """Return the layer's output, (..., O)."""
         return self.combine(x_BI, self.encode(x_BI))
 
     def changes(self, codes: Codes) -> list[tuple[int, Tensor]]:
-        """By how much steering changes the coefficient of each steered expert, (...), in float32."""
+        """Return the steered experts, each with the change of its coefficient, (...), in float32."""
         before: dict[int, Tensor] = {}
         after: dict[int, Tensor] = {}
         inherited = self.was_steered and not torch.compiler.is_compiling()
@@ -235,26 +242,37 @@ class FactoredLayer(nn.Module):
             elif "set" in order:
                 wanted = torch.full_like(a, order["set"])
             else:
-                wanted = a * order.get("scale", 0.0)  # what is left is "ablate"
+                wanted = a * order.get("scale", 0.0)  # 0 for "ablate"
             if order.get("positions", "all") != "all":
                 wanted = torch.where(_is_steered_at(order["positions"], a.shape[-1], a.device), wanted, a)
             after[n] = wanted
         return [(n, after[n] - before[n]) for n in before]
 
     def extra_repr(self) -> str:
+        """Return kind and number of experts, for `repr`."""
         return f"kind={self.kind}, n_experts={self.n_experts}, k={self.k}"
 
 
 class MxD(FactoredLayer):
-    """A sparse mixture of N linear experts in place of an MLP: `y = (C^T a) * (D^T z) + b` (paper, section 3).
+    """A sparse mixture of N linear experts that replaces an MLP: `y = (C^T a) * (D^T z) + b` (paper, section 3).
 
-    Equal to `sum_n a_n W_n^T z` with `W_n = D diag(c_n)` (Lemma 2). `a` are the expert coefficients, `z` the hidden units:
-    `z = act(encoder(x))`, or `act(encoder_gate(x)) * encoder(x)` for GLUs.
+    The product equals `sum_n a_n W_n^T z` with `W_n = D diag(c_n)` (Lemma 2). `a` are the coefficients of the experts and `z` the
+    hidden units: `z = act(encoder(x))`, or `z = act(encoder_gate(x)) * encoder(x)` for GLUs.
 
-    Args: widths `d_in` I, `d_hidden` H, `d_out` O; `n_experts` N; `k` active experts a token; `activation` a name of
-    transformers' ACT2FN; `sparsity` "topk" (the k largest positive gates) or "l1" (every positive gate, k unused);
-    `skip` adds a linear path from input to output; `dropout` is on the output, in training mode, where the base's MLP had it.
-    Raises ValueError where they make no layer.
+    Args:
+        d_in: input width I.
+        d_hidden: number of hidden units H.
+        d_out: output width O.
+        n_experts: number of experts N.
+        k: active experts per token.
+        activation: name of an activation in transformers' ACT2FN.
+        glu: whether the hidden units are those of a GLU.
+        sparsity: "topk" (the k largest gate values, where positive) or "l1" (all positive gate values; k is not used).
+        skip: whether to add a linear skip path from input to output.
+        dropout: dropout on the output in training mode, as in the base's MLP.
+
+    Raises:
+        ValueError: if the arguments don't describe a layer.
     """
 
     kind = "mxd"
@@ -279,22 +297,22 @@ class MxD(FactoredLayer):
 
     @torch.no_grad()
     def expert_weight(self, n: int) -> Tensor:
-        """The materialised weight of expert n, `D diag(c_n)`, (H, O). Raises IndexError where there is no such expert."""
+        """Return the materialised weight of expert n, `D diag(c_n)`, (H, O). Raises IndexError if the layer has no expert n."""
         if not 0 <= n < self.n_experts:
             raise IndexError(f"expert {n} of a layer with experts 0 to {self.n_experts - 1}")
         return self.decoder.weight.T * self.experts[n]
 
 
 class RandomGate(MxD):
-    """An MxD whose gate was drawn at random and never trained: the control for what learning the routing is worth."""
+    """An MxD with a random, untrained gate: the control that measures the benefit of a learned gate."""
 
     kind = "random_gate"
 
 
 class Transcoder(FactoredLayer):
-    """A sparse transcoder, the usual alternative: `y = C^T a + b`, with rows of C as the decoder.
+    """A sparse transcoder, the usual alternative: `y = C^T a + b`. The rows of C are its decoder.
 
-    Args as for MxD. Raises ValueError where they make no layer.
+    The arguments are those of MxD. Raises ValueError if they don't describe a layer.
     """
 
     kind = "transcoder"
@@ -314,7 +332,10 @@ class SkipTranscoder(Transcoder):
 
 
 class DenseTwin(FactoredLayer):
-    """An MxD whose gain is constant: `y = D^T z + b`, an MLP. What the experts must beat or explain. Args as for MxD."""
+    """An MxD with constant gain, which is an MLP: `y = D^T z + b`. It is the baseline for the experts.
+
+    The arguments are those of MxD.
+    """
 
     kind = "dense_twin"
 
@@ -337,12 +358,12 @@ LAYERS: dict[str, type[FactoredLayer]] = {layer.kind: layer for layer in (MxD, R
 
 
 def build_layer(entry: Mapping[str, Any]) -> FactoredLayer:
-    """Return the layer of an entry of `config.mxd["layers"]`, newly initialised."""
+    """Create a freshly initialised layer from an entry of `config.mxd["layers"]`."""
     return LAYERS[entry["kind"]](**{key: value for key, value in entry.items() if key != "kind"})
 
 
 def weighted_rows(values_BK: Tensor, indices_BK: Tensor, rows_NO: Tensor) -> Tensor:
-    """`sum_k values[..., k] * rows[indices[..., k]]`, (..., O), without a tensor of (B, K, O) or (B, N)."""
+    """Return `sum_k values[..., k] * rows[indices[..., k]]`, (..., O), without a tensor of shape (B, K, O) or (B, N)."""
     lead, k = values_BK.shape[:-1], values_BK.shape[-1]
     sums = F.embedding_bag(
         indices_BK.reshape(-1, k), rows_NO, per_sample_weights=values_BK.reshape(-1, k).to(rows_NO.dtype), mode="sum"
@@ -351,7 +372,7 @@ def weighted_rows(values_BK: Tensor, indices_BK: Tensor, rows_NO: Tensor) -> Ten
 
 
 def coefficient(codes: Codes, expert: int) -> Tensor:
-    """The coefficient of one expert, (...), 0 where it is not active."""
+    """Return the coefficient of one expert, (...), which is 0 where the expert is not active."""
     if isinstance(codes, Tensor):
         return codes[..., expert]
     return (codes[0] * (codes[1] == expert)).sum(-1)

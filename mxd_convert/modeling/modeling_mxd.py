@@ -1,7 +1,7 @@
 # Copyright 2026 The mxd-convert authors. Apache-2.0.
-"""Models whose MLPs are Mixtures of Decoders (MxD, arXiv 2505.21364), or another kind of layer of `layers_mxd.py`.
+"""Models whose MLPs are replaced by Mixtures of Decoders (MxD, arXiv 2505.21364), or by another kind of layer in `layers_mxd.py`.
 
-One file serves every architecture: `MxdLlamaForCausalLM` is made, on demand, from transformers' own `LlamaForCausalLM`.
+One file serves all architectures: `MxdLlamaForCausalLM` is created on demand from transformers' `LlamaForCausalLM`.
 Shape suffixes: B sequences, T tokens, I input width.
 """
 
@@ -18,17 +18,17 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedM
 from .configuration_mxd import config_class, read_steering
 from .layers_mxd import FactoredLayer, build_layer, orders_of, position, steering
 
-# Of this thread, since several may run one model at once: tokens of the prompt that it generates from, by id of the model; and (B, T) of the
-# tokens that a decoder layer flattens.
+# State per thread, because several threads may run one model at once: the number of prompt tokens of a running `generate`, by id
+# of the model; and (B, T) of the tokens that a decoder layer flattens.
 _prompts: ContextVar[Mapping[int, int]] = ContextVar("mxd_prompts", default=MappingProxyType({}))
 _lead: ContextVar[torch.Size | None] = ContextVar("mxd_lead", default=None)
 
 
 class MxdModelMixin:
-    """Goes before a transformers class: builds it, then puts the layers of `config.mxd` where the MLPs were."""
+    """A mixin for a transformers model class, which replaces the MLPs by the layers of `config.mxd` when the model is built."""
 
-    base_class: Any  # of transformers, or the base's own code
-    _mxd_prefix = ""  # of module paths, which are given as seen from the causal LM
+    base_class: Any  # class of transformers or of the base's own code
+    _mxd_prefix = ""  # prefix to remove from module paths, which are relative to the causal LM
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -49,7 +49,7 @@ class MxdModelMixin:
 
     @staticmethod
     def _note_place(model: Any, _: Any, arguments: dict[str, Any]) -> None:
-        """Before a forward: where in its text it is, for steering that only acts on the prompt, or on what is written."""
+        """Record the position before a forward pass, for steering of only the prompt or only the generated tokens."""
         if any(layer.steering or layer.was_steered for layer in model.mxd_layers().values()):
             model._note_position(arguments.get("past_key_values"))
 
@@ -60,19 +60,28 @@ class MxdModelMixin:
 
     @contextmanager
     def steered(self, orders: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-        """Steer within it, in this thread (or asyncio task) alone, after the checkpoint's own steering; contexts nest.
+        """Steer the model within the context, only in this thread (or asyncio task), after the checkpoint's own steering.
 
-        orders: as in `set_steering`; an empty list says that this thread is not steered, while another one is. A thread that is started
-        within it inherits nothing, unless it is started with `contextvars.copy_context().run`. Raises ValueError.
+        Contexts nest. A thread started within a context inherits its steering only with `contextvars.copy_context().run`.
+
+        Args:
+            orders: as in `set_steering`. With an empty list this thread is not steered, even while another thread steers.
+
+        Raises:
+            ValueError: if an order is invalid.
         """
         with steering(self._mxd_copies(), read_steering(orders, self.config.mxd["layers"])):
             yield
 
     def set_steering(self, orders: Sequence[Mapping[str, Any]]) -> None:
-        """Steers from now on, also after `save_pretrained` and `from_pretrained`; an empty list ends it.
+        """Set the steering of the model, which `save_pretrained` and `from_pretrained` keep. An empty list removes it.
 
-        orders: mappings with "layer", "expert", one of "add", "set", "scale" (numbers) and "ablate" (true), and "positions": "all"
-        (default), "prompt", "generation" (what `generate` writes). Applied in order. Raises ValueError.
+        Args:
+            orders: mappings, applied in order. Each has "layer", "expert", one of "add", "set", "scale" (numbers) and "ablate"
+                (true), and optionally "positions": "all" (default), "prompt" or "generation" (the tokens that `generate` writes).
+
+        Raises:
+            ValueError: if an order is invalid.
         """
         orders = read_steering(orders, self.config.mxd["layers"])
         for layer in self._mxd_copies():
@@ -82,7 +91,7 @@ class MxdModelMixin:
             self.config.mxd["steering"] = orders
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, with every layer's `k` as it is now."""
+        """Save the model as transformers does, with the current `k` of every layer in the config."""
         entries, layers = self.config.mxd["layers"], self.mxd_layers()
         now = {index: {**entry, "k": layers[int(index)].k} if "k" in entry else entry for index, entry in entries.items()}
         if now != entries:
@@ -97,8 +106,11 @@ class MxdModelMixin:
         setattr(self.get_submodule(parent), name, module)
 
     def _unflatten(self, index: str, layer: FactoredLayer) -> None:
-        """Lets a layer whose decoder layer flattens its tokens see them as (B, T, I); standing elsewhere, it takes them as they come.
-        By hooks within the decoder layer's forward, which gradient checkpointing repeats as it does not the decoder layer's own."""
+        """Restore the shape (B, T, I) of a layer's input that its decoder layer has flattened.
+
+        The hooks are on modules within the decoder layer, because gradient checkpointing repeats those, but not hooks of the
+        decoder layer itself. Outside of such a decoder layer, the input keeps its shape.
+        """
         template, compiled = self.config.mxd["mlp"], _Lead()
         before = f"{template[: template.index('{i}') + 3]}.{self.config.mxd['flat']}"
 
@@ -115,16 +127,19 @@ class MxdModelMixin:
         layer.register_forward_pre_hook(unflatten)
 
     def mxd_layers(self) -> dict[int, FactoredLayer]:
-        """The layers that stand in MLPs' places, by layer index, ascending. Of one that PEFT has wrapped, the copy that is in use."""
+        """Return the layers that replace MLPs, by layer index, ascending. For a layer wrapped by PEFT, return the active copy."""
         found = {int(index): self.get_submodule(self._mxd_path(int(index))) for index in self.config.mxd["layers"]}
         return {index: module if isinstance(module, FactoredLayer) else _in_use(module) for index, module in found.items()}
 
     def _mxd_copies(self) -> list[FactoredLayer]:
-        """Every layer of ours in the model, with those that PEFT has made copies of (`modules_to_save`), and these copies."""
+        """Return all MxD layers in the model, including originals and copies of layers in PEFT's `modules_to_save`."""
         return [module for module in self.modules() if isinstance(module, FactoredLayer)]
 
     def initialize_weights(self) -> None:
-        """As transformers' own, but our layers first: to a model without head within this one, their rows are unknown."""
+        """Initialise the weights as transformers does, but MxD layers first.
+
+        The headless model within a causal LM is another class, which does not know how to initialise the experts.
+        """
         for layer in self._mxd_copies():
             layer.apply(self._initialize_weights)
         super().initialize_weights()
@@ -136,19 +151,22 @@ class MxdModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """As of the base: transformers initialises fewer modules of a class that it takes for another's code."""
+        """Return the base's value, because transformers initialises fewer modules of classes that it considers custom code."""
         return bool(cls.base_class.is_custom_code())
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers' own, but a missing or unexpected tensor is an error: a layer made up at random would go unnoticed."""
+        """Load a model as transformers does, but raise ValueError for missing or unexpected tensors.
+
+        A layer that transformers initialises at random would go unnoticed.
+        """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if output_loading_info or (args[0] if args else kwargs.get("pretrained_model_name_or_path")) is None:
-            return (model, info) if output_loading_info else model  # it is asked for, or there is no checkpoint
+            return (model, info) if output_loading_info else model  # the caller checks `info`, or there is no checkpoint
         shapes = () if kwargs.get("ignore_mismatched_sizes") else ("mismatched_keys",)
         for problem in ("missing_keys", "unexpected_keys", *shapes):
             keys = _names(info.get(problem, ()))
-            if problem == "unexpected_keys":  # a model without head leaves the heads of its checkpoint aside
+            if problem == "unexpected_keys":  # a headless model ignores the heads of its checkpoint
                 keys = [key for key in keys if key.startswith(cls._mxd_prefix)]
             if keys:
                 more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
@@ -159,10 +177,10 @@ class MxdModelMixin:
 
 
 class MxdGenerationMixin(MxdModelMixin):
-    """The same for a causal LM, whose `generate` tells the layers where the prompt ends."""
+    """The mixin for causal LMs, whose `generate` records the length of the prompt for steering."""
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own."""
+        """Generate tokens as transformers does."""
         given = next((ids for ids in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if ids is not None), None)
         token = _prompts.set({**_prompts.get(), id(self): 1 if given is None else given.shape[1]})
         try:
@@ -172,17 +190,22 @@ class MxdGenerationMixin(MxdModelMixin):
 
 
 class _Lead:
-    """(B, T) from one hook to the next within a decoder layer's forward. Compiled, it is a constant of the graph; else the thread's own."""
+    """(B, T), passed from one hook to the next in a decoder layer.
+
+    When compiled it is a constant of the graph, otherwise it is kept per thread.
+    """
 
     traced: torch.Size | None = None
 
     def put(self, lead: torch.Size) -> None:
+        """Store (B, T)."""
         if torch.compiler.is_compiling():
             self.traced = lead
         else:
             _lead.set(lead)
 
     def take(self) -> torch.Size | None:
+        """Return and clear (B, T), None if nothing is stored."""
         if torch.compiler.is_compiling():
             lead, self.traced = self.traced, None
         else:
@@ -201,15 +224,21 @@ def _names(keys: Any) -> list[str]:
 
 
 def make_model(config: Any, base: Any, auto_class: str, module: str = __name__) -> type[PreTrainedModel]:
-    """The MxD counterpart of a model class, for the MxD counterpart of its config. module: where it is said to be defined, which travels with
-    the checkpoint."""
+    """Create the MxD counterpart of a model class.
+
+    Args:
+        config: MxD counterpart of its config class.
+        base: model class to extend.
+        auto_class: auto class that loads it, "AutoModel" or "AutoModelForCausalLM".
+        module: value of `__module__`. The checkpoint ships this file.
+    """
     headless = auto_class == "AutoModel"
     members = {
         "__module__": module,
         "__doc__": f"{base.__name__} with MxD layers in place of MLPs.",
         "config_class": config,
         "base_class": base,
-        "_auto_class": auto_class,  # save_pretrained then copies this file into the checkpoint
+        "_auto_class": auto_class,  # makes save_pretrained copy this file into the checkpoint
         "_mxd_prefix": f"{base.base_model_prefix}." if headless else "",
     }
     name = config.__name__.removesuffix("Config") + ("Model" if headless else "ForCausalLM")

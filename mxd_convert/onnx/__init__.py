@@ -1,6 +1,6 @@
-"""For runtimes without PyTorch: a converted model as one ONNX graph, and `OnnxModel`, which runs it on onnxruntime alone.
+"""ONNX export: a converted model as one ONNX graph, and `OnnxModel`, which runs it with onnxruntime.
 
-`OnnxModel` is imported when it is used: running a model needs neither torch nor transformers.
+Running a model needs neither torch nor transformers, so `OnnxModel` is imported lazily.
 """
 
 from typing import TYPE_CHECKING, Any

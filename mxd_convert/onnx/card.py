@@ -1,4 +1,7 @@
-"""README.md of an exported folder: what it is, what was measured, how to run it. Figures are from onnx_report.json and the checkpoint's report."""
+"""README.md of an exported folder: description, measured parity, and how to run it.
+
+Figures are from onnx_report.json and from the checkpoint's report.
+"""
 
 import math
 import re
@@ -15,7 +18,7 @@ from mxd_convert.report.schema import Report
 
 _CLIENTS = """## Running it
 
-Python, onnxruntime alone (`pip install onnxruntime tokenizers && pip install --no-deps mxd-convert`; torch is not needed):
+Python, without torch (`pip install onnxruntime tokenizers && pip install --no-deps mxd-convert`):
 
 ```python
 from mxd_convert.onnx import OnnxModel
@@ -38,8 +41,8 @@ from optimum.onnxruntime import ORTModelForCausalLM
 model = ORTModelForCausalLM.from_pretrained("{folder}", subfolder="onnx", file_name="{file}")
 ```
 
-onnxruntime-genai reads the folder as it is; where the model's texts begin with a special token, ask its tokenizer for that with
-`tokenizer.update_options(add_special_tokens="true")`.
+onnxruntime-genai reads the folder directly. If the model's texts begin with a special token, call
+`tokenizer.update_options(add_special_tokens="true")` on its tokenizer.
 """
 
 
@@ -48,7 +51,7 @@ _WEB = re.compile(r"https?://[^\s<>\"'`]+")
 
 
 def write_card(folder: Path, report: Mapping[str, Any], conversion: Report | None) -> None:
-    """Write README.md into an exported folder. conversion: the checkpoint's own report, whose text may come from anyone."""
+    """Write README.md into an exported folder. conversion: the checkpoint's report, whose text is untrusted."""
     model = _line(report["base"]["model"])
     base = markdown(model or "a local model")
     on_hub = not report["base"]["local"] and _REPOSITORY.fullmatch(model or "")
@@ -62,9 +65,9 @@ def write_card(folder: Path, report: Mapping[str, Any], conversion: Report | Non
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {base} with sparse MLPs, for ONNX runtimes",
-        f"MLPs of {base} are replaced by interpretable layers (checkpoint {markdown(report['checkpoint'])}, made by mxd-convert);"
-        " they are part of the graph, which is why config.json names the base's own model type,"
-        f" {markdown(report['model_type'])}. Opset {report['opset']}; one graph serves the prompt and what is written after it.",
+        f"MLPs of {base} are replaced by interpretable layers (checkpoint {markdown(report['checkpoint'])}, converted with mxd-convert)."
+        f" The layers are part of the graph, so config.json has the base's model type, {markdown(report['model_type'])}."
+        f" Opset {report['opset']}. One graph serves both prefill and decoding.",
         _measured(report),
         _conversion(conversion),
         _CLIENTS.format(
@@ -79,7 +82,7 @@ def write_card(folder: Path, report: Mapping[str, Any], conversion: Report | Non
 
 
 def _measured(report: Mapping[str, Any]) -> str:
-    """The table of parity."""
+    """Return the section with the parity table."""
     rows = [
         "## Against the checkpoint in PyTorch (float32)",
         "",
@@ -96,17 +99,17 @@ def _measured(report: Mapping[str, Any]) -> str:
     first = next(iter(report["graphs"].values()))["parity"]
     rows += [
         "",
-        f"On {first['tokens']:,} tokens of {markdown(report['data']['path'])} in batches of 1 to 3, with and without a cache and padding;"
-        f" cross-entropies on {report['data']['tokens']:,} ({first['ce_checkpoint']:.4f} in PyTorch)."
-        " The largest difference is over tokens that have the same experts as in PyTorch, as have all tokens before them."
-        " Rise: of the cross-entropy. Same experts: the share of tokens with the same ones in every layer; shared: of a token's experts,"
-        " how many both have.",
+        f"Measured on {first['tokens']:,} tokens of {markdown(report['data']['path'])} in batches of 1 to 3, with and without cache and"
+        f" padding; cross-entropies on {report['data']['tokens']:,} tokens ({first['ce_checkpoint']:.4f} nats per token in PyTorch)."
+        " Largest difference: over tokens that, like all tokens before them, have the same experts as in PyTorch."
+        " Rise: in cross-entropy. Same experts: share of tokens with identical experts in every layer."
+        " Shared experts: of a token's experts that are active in either, the share active in both.",
     ]
     return "\n".join(rows)
 
 
 def _licence(conversion: Report | None) -> dict[str, Any]:
-    """The base's licence and language, as the checkpoint's report has them."""
+    """Return the base's licence and language from the checkpoint's report."""
     if conversion is None:
         return {}
     base = conversion.base
@@ -118,12 +121,12 @@ def _licence(conversion: Report | None) -> dict[str, Any]:
 
 
 def _line(value: Any) -> str | None:
-    """A value as one line of text; None where it is no text."""
+    """Return a string as one line of printable text, None for an empty string or another type."""
     return printable(" ".join(value.split())) or None if isinstance(value, str) else None
 
 
 def _conversion(conversion: Report | None) -> str:
-    """What the checkpoint's own report says of the conversion, in a sentence; empty where it has no such figures."""
+    """Return a sentence on the conversion from the checkpoint's report, empty if the figures are missing."""
     if conversion is None or conversion.fidelity is None or conversion.reliance is None:
         return ""
     fidelity, sentence = conversion.fidelity, _line(conversion.reliance.sentence)
@@ -131,12 +134,13 @@ def _conversion(conversion: Report | None) -> str:
     if sentence is None or converted is None or base is None or not math.isfinite(converted + base):
         return ""
     return (
-        f"The conversion itself: cross-entropy {converted:.4f} where the base has {base:.4f}, on {tokens:,} held-out tokens;"
-        f" {markdown(sentence)}."
+        f"The conversion: cross-entropy {converted:.4f}, against {base:.4f} of the base, in nats per token on {tokens:,} held-out"
+        f" tokens; {markdown(sentence)}."
     )
 
 
 def _more(report: Mapping[str, Any]) -> str:
+    """Return further Python examples, for the experts and steering that the graph supports."""
     lines = []
     if any(name.startswith("experts.") for name in report["outputs"]):
         lines.append(

@@ -1,4 +1,4 @@
-"""What lies beside the graphs: config, generation settings, tokenizer, and what onnxruntime-genai wants to know."""
+"""The other files of an exported folder: config, generation settings, tokenizer and onnxruntime-genai's config."""
 
 import json
 import shutil
@@ -11,25 +11,29 @@ from mxd_convert.base_model.load import load_tokenizer, quiet
 from mxd_convert.files import read_mapping, write_json, write_text
 from mxd_convert.onnx.runtime import FOLDER, GRAPHS, JS_TYPES
 
-_OF_OURS = ("model_type", "architectures", "auto_map", "mxd")
-_PLAIN_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 and other readers know it by
+_OF_OURS = ("model_type", "architectures", "auto_map", "mxd")  # config keys that only a converted checkpoint has
+_PLAIN_TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the class name in transformers 4, which other tools read
 
 
 def base_type(config: Any) -> Any:
-    """The class of the base's config, of which a converted model's is made."""
+    """Return the config class of the base model, from which the converted model's config class is derived."""
     return type(config).__mro__[1]
 
 
 def write_config(model: Any, folder: Path, dtypes: list[str], with_data: list[str]) -> None:
-    """config.json with the base's model type, by which clients choose how to run a graph; the layers themselves are in the graph.
+    """Write config.json with the base's model type, by which clients select how to run a graph.
 
-    with_data: the dtypes whose weights are in a file of their own.
+    Args:
+        model: the converted model.
+        folder: the exported folder.
+        dtypes: dtypes of the exported graphs, the default first.
+        with_data: dtypes of graphs with a separate weights file.
     """
     base = base_type(model.config)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _OF_OURS}
     config = base(**settings)
     config.architectures = [model.base_class.__name__]
-    content = json.loads(config.to_json_string())  # what a checkpoint has of it, without where it was read
+    content = json.loads(config.to_json_string())  # drops the path that the config was read from
     content["transformers.js_config"] = {
         "dtype": JS_TYPES[dtypes[0]],
         "kv_cache_dtype": {"fp16": "float16"},
@@ -39,7 +43,7 @@ def write_config(model: Any, folder: Path, dtypes: list[str], with_data: list[st
 
 
 def write_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Tokenizer with its chat template, and generation settings."""
+    """Write the tokenizer with its chat template, and the generation settings."""
     with quiet():
         tokenizer = load_tokenizer(str(checkpoint))
         tokenizer.save_pretrained(folder)
@@ -48,14 +52,14 @@ def write_tokenizer(checkpoint: Path, folder: Path) -> None:
     name = str(content.get("tokenizer_class"))
     content["tokenizer_class"] = _PLAIN_TOKENIZER.get(name, name)
     if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        content["add_bos_token"] = True  # without it transformers.js' pipeline leaves out what the tokenizer itself puts there
+        content["add_bos_token"] = True  # otherwise transformers.js' pipeline omits the BOS token
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     if (checkpoint / "generation_config.json").is_file():
         shutil.copyfile(checkpoint / "generation_config.json", folder / "generation_config.json")
 
 
 def write_genai_config(model: Any, graph: ir.Graph, folder: Path, dtype: str) -> None:
-    """genai_config.json, for the graph of `dtype`."""
+    """Write genai_config.json for the graph of `dtype`."""
     config, generation = model.config.get_text_config(), model.generation_config
     keys = [
         value for value in graph.inputs if str(value.name).startswith("past_key_values.") and str(value.name).endswith(".key")
@@ -69,11 +73,11 @@ def write_genai_config(model: Any, graph: ir.Graph, folder: Path, dtype: str) ->
     room = int(getattr(config, "max_position_embeddings", 2048))
     content = {
         "model": {
-            "type": "decoder",  # onnxruntime-genai's general one
+            "type": "decoder",  # onnxruntime-genai's generic type
             "vocab_size": config.vocab_size,
             "context_length": room,
             "bos_token_id": begin,
-            "eos_token_id": ends or [config.vocab_size],  # it wants one: where there is none, one that can't come
+            "eos_token_id": ends or [config.vocab_size],  # required: without an EOS token, an id that is never generated
             "pad_token_id": pad,
             "decoder": {
                 "filename": f"{FOLDER}/{GRAPHS[dtype]}",

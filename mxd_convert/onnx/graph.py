@@ -1,10 +1,15 @@
-"""A converted model as one ONNX graph that serves prefill and decoding, with the names that runtimes expect.
+"""A converted model as one ONNX graph for prefill and decoding, with the names that runtimes expect.
 
-    input_ids, attention_mask, position_ids, past_key_values.{i}.key, .value  ->  logits, present.{i}.key, .value
-    experts.{i}.indices, experts.{i}.values             the active experts of a layer and their coefficients, (B, T, K)
-    steering.layers, steering.experts, steering.amounts what is added to which coefficients, (S) each; nothing where they are not given
+Inputs:
+    input_ids, attention_mask, position_ids, past_key_values.{i}.key, past_key_values.{i}.value
+    steering.layers, steering.experts, steering.amounts   (S) each, optional: amounts to add to coefficients
 
-Dimensions are called batch_size, sequence_length, past_sequence_length.
+Outputs:
+    logits, present.{i}.key, present.{i}.value
+    experts.{i}.indices, experts.{i}.values               (B, T, K): active experts of layer i and their coefficients
+
+Dimensions are named batch_size, sequence_length and past_sequence_length. Shape suffixes: B rows, T tokens, P past tokens,
+H attention heads, D width of a head, K active experts, S steering orders, I input width, O output width, N experts.
 """
 
 import inspect
@@ -28,22 +33,21 @@ from mxd_convert.onnx.sparse_gain import sparse_gain, spell_out
 
 STEERING = ("steering.layers", "steering.experts", "steering.amounts")
 TOTAL = "past_sequence_length + sequence_length"
-_BATCH, _TOKENS, _PAST, _STEERED = (
-    2,
-    3,
-    5,
-    2,
-)  # of the example that is traced; none of them 1 or 0, which would be taken for fixed
+# sizes of the traced example: the exporter would treat a size of 0 or 1 as constant
+_BATCH, _TOKENS, _PAST, _STEERED = 2, 3, 5, 2
 
 
 class _Steering:
-    """The graph's steering inputs while it is traced; None without them."""
+    """The graph's steering inputs during tracing; None if the graph has none."""
 
     inputs: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class _TracedGain(nn.Module):
-    """In the place of a layer's Gain: the product itself where `known` does not have it, the preset's changes, the graph's steering."""
+    """Replaces a layer's Gain while it is traced.
+
+    Adds the checkpoint's steering and the graph's steering inputs to the gain. `known`: the gain, if already computed.
+    """
 
     def __init__(self, index: int, steering: _Steering) -> None:
         super().__init__()
@@ -58,14 +62,17 @@ class _TracedGain(nn.Module):
         if self.steering.inputs is None:
             return gain_BTO
         layers_S, experts_S, amounts_S = self.steering.inputs
-        ours_S = layers_S == self.index
-        rows_SO = experts_NO[torch.where(ours_S, experts_S, 0)]
-        amounts_S = torch.where(ours_S, amounts_S, 0.0).to(experts_NO.dtype)
+        here_S = layers_S == self.index
+        rows_SO = experts_NO[torch.where(here_S, experts_S, 0)]
+        amounts_S = torch.where(here_S, amounts_S, 0.0).to(experts_NO.dtype)
         return gain_BTO + (amounts_S.unsqueeze(-1) * rows_SO).sum(0)
 
 
 class _TracedLayer(nn.Module):
-    """A layer as it is traced: gate, top-k and weighted sum as one node. `seen`: its (indices, values), or (values) of all experts."""
+    """Replaces a layer while it is traced: gate, top-k and weighted sum are one node.
+
+    `seen`: (indices, values) of the active experts; (values) of all experts with L1.
+    """
 
     def __init__(self, index: int, layer: FactoredLayer, steering: _Steering) -> None:
         super().__init__()
@@ -89,7 +96,7 @@ class _TracedLayer(nn.Module):
 
 
 class _Wrapper(nn.Module):
-    """The model with a flat cache; its outputs in the order of `outputs`."""
+    """The model with a flat list of keys and values as its cache. Returns logits, present cache and experts."""
 
     def __init__(self, model: Any, steering: _Steering, positions: bool) -> None:
         super().__init__()
@@ -109,7 +116,7 @@ class _Wrapper(nn.Module):
         steering: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         self.steering.inputs = steering
-        cache = DynamicCache()  # of no config: a sliding window is the mask's business, and clients keep all of the past
+        cache = DynamicCache()  # no config, so no sliding window: clients keep the full past, and the mask applies the window
         for index in range(len(past) // 2):
             cache.update(past[2 * index], past[2 * index + 1], index)
         at = {"position_ids": position_ids} if self.positions else {}
@@ -117,31 +124,27 @@ class _Wrapper(nn.Module):
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, return_dict=True, **at
         )
         present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
-        experts = [
-            seen.reshape(*input_ids.shape, -1) for traced in self.traced.values() for seen in traced.seen
-        ]  # some see one row
+        # some models flatten (B, T) before their MLPs
+        experts = [seen.reshape(*input_ids.shape, -1) for traced in self.traced.values() for seen in traced.seen]
         return (output.logits.float(), *present, *experts)
 
 
 @torch.no_grad()
 def build_graph(model: Any, opset: int, steering: bool) -> ir.Model:
-    """The graph of a converted model, whose layers it takes apart: `model` is of no use afterwards.
+    """Return the ONNX graph of a converted model. It modifies `model`, which can't be used afterwards.
 
-    Weights and cache have the model's dtype, logits are float32. Every layer's experts are among the outputs.
+    Weights and cache have the model's dtype, logits are float32. The outputs include the experts of every layer.
     """
-    model.set_attn_implementation("eager")  # others guard against rows without any key, which cost more and no text has
+    model.set_attn_implementation("eager")  # other implementations add a costly guard for rows without keys, which never occur
     positions = "position_ids" in inspect.signature(type(model).forward).parameters
     dtype = model.dtype
     past_BHPD = _example_past(model)
     wrapper = _Wrapper(model, _Steering(), positions).eval()
     room = getattr(model.config, "max_position_embeddings", None)
-    batch, tokens, past = (
-        Dim("batch_size"),
-        Dim("sequence_length"),
-        Dim("past_sequence_length", max=room),
-    )  # a mask may be as large
+    # the past is limited because some models have a mask buffer of `room` positions
+    batch, tokens, past = Dim("batch_size"), Dim("sequence_length"), Dim("past_sequence_length", max=room)
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
-    mask[0, :2] = 0  # on the left, or the graph would do without it
+    mask[0, :2] = 0  # some padding on the left, or the exporter would drop the mask from the graph
     inputs: dict[str, Any] = {"input_ids": torch.ones(_BATCH, _TOKENS, dtype=torch.int64), "attention_mask": mask}
     dynamic: dict[str, Any] = {"input_ids": {0: batch, 1: tokens}, "attention_mask": {0: batch, 1: Dim.AUTO}}
     if positions:
@@ -174,21 +177,24 @@ def build_graph(model: Any, opset: int, steering: bool) -> ir.Model:
 
 
 def expert_parts(layer: FactoredLayer) -> tuple[str, ...]:
-    """Which outputs a layer's experts have: none without experts, with `sparsity: l1` the coefficients of all of them, (B, T, N)."""
+    """Return the names of a layer's expert outputs: none without experts, only "values", (B, T, N), with `sparsity: l1`."""
     if layer.experts is None:
         return ()
     return ("values",) if layer.sparsity == "l1" else ("indices", "values")
 
 
 def _example_past(model: Any) -> list[Tensor]:
-    """A cache as the model makes it, filled with noise: keys and values of every layer, (B, heads, P, width of a head)."""
+    """Return keys and values of every layer, (B, H, P, D), of a cache in the model's format, filled with noise."""
     ids = torch.ones(_BATCH, _PAST, dtype=torch.int64)
     cache = model(input_ids=ids, use_cache=True).past_key_values
     return [torch.randn_like(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _tidied(model: ir.Model, paths: list[str], steering: bool) -> ir.Model:
-    """Without what tells of the machine that made it, with the weights' own names, and steering that may be left out. paths: of the layers."""
+    """Return the graph without metadata of this machine, with the checkpoint's weight names and optional steering inputs.
+
+    paths: module paths of the converted layers.
+    """
     for graph in (model.graph, *model.graph.subgraphs()):
         graph.metadata_props.clear()
         graph.doc_string = None
@@ -218,7 +224,7 @@ def _tidied(model: ir.Model, paths: list[str], steering: bool) -> ir.Model:
 
 
 def _make_optional(graph: ir.Graph) -> None:
-    """Gives the steering inputs what they are where they are not given: a change of nothing, in no layer."""
+    """Give the steering inputs a default, which steers no layer."""
     defaults = (np.array([-1]), np.array([0]), np.array([0.0], dtype=np.float32))
     for value in graph.inputs:
         if value.name in STEERING:
@@ -227,7 +233,7 @@ def _make_optional(graph: ir.Graph) -> None:
 
 
 def without_experts(model: ir.Model) -> ir.Model:
-    """The graph without the experts among its outputs."""
+    """Return the graph without its expert outputs."""
     kept = [value for value in model.graph.outputs if not str(value.name).startswith("experts.")]
     model.graph.outputs.clear()
     model.graph.outputs.extend(kept)
@@ -236,7 +242,7 @@ def without_experts(model: ir.Model) -> ir.Model:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps the exporter's own words, meant for those who port models, from our users."""
+    """Mute the exporter's messages, which are for developers who port models."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

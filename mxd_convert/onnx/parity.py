@@ -1,8 +1,8 @@
-"""Does the graph do what the checkpoint does? onnxruntime against PyTorch, which runs without a cache, on real text.
+"""Parity of an ONNX graph with its checkpoint: onnxruntime against PyTorch without a cache, on real text.
 
-Ties in a top-k may fall one way here and another there, and then other experts write: so besides the largest difference there
-is the share of tokens whose active experts are the same in every layer, and the largest difference over those that have
-no other token, themselves included, with other experts before them.
+Near-ties in top-k may be resolved differently by the two runtimes, which activates different experts. The largest difference
+of logits is therefore taken over tokens that, like all tokens before them in their row, have the same experts in every layer.
+Agreement of experts is measured separately. Shape suffixes: B rows, T tokens, V vocabulary, N experts.
 """
 
 import math
@@ -20,44 +20,52 @@ from mxd_convert.evaluation.steering import steered
 from mxd_convert.modeling.layers_mxd import Codes
 from mxd_convert.onnx.runtime import Array, OnnxModel
 
-BATCHES, LENGTHS, PASTS = (1, 2, 3), (1, 2, 33, 200), (0, 1, 40)
-PROMPTS, NEW_TOKENS, LONGEST_PROMPT = 20, 64, 24
-STEERED_TOKENS = 64
-# what passes; largest_difference in logits, or RELATIVE times the largest logit where that is more; the rest are shares and nats a token
+BATCHES, LENGTHS, PASTS = (1, 2, 3), (1, 2, 33, 200), (0, 1, 40)  # rows, tokens per row, past tokens
+PROMPTS, NEW_TOKENS, LONGEST_PROMPT = 20, 64, 24  # greedy continuations: number, tokens each, most tokens of a prompt
+STEERED_TOKENS = 64  # most tokens in the comparison of steering
+# limits per dtype: largest_difference in logits, or RELATIVE times the largest logit if that is more; kl and delta_ce in nats per
+# token; the others are shares of tokens or experts
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {"largest_difference": 1e-4, "kl": 1e-4, "argmax_agreement": 0.995, "expert_overlap": 0.999, "delta_ce": 1e-3},
     "fp16": {"kl": 1e-2, "argmax_agreement": 0.95, "delta_ce": 5e-3},
     "int8": {"kl": 5e-2, "argmax_agreement": 0.85, "delta_ce": 2e-2},
 }
 RELATIVE = 1e-5
-_AT_LEAST = ("argmax_agreement", "expert_overlap")
-_STEERED_OVERLAP = 0.99  # the tokens are fewer, and one weighs more
+_AT_LEAST = ("argmax_agreement", "expert_overlap")  # figures with a lower limit; the others have an upper one
+_STEERED_OVERLAP = 0.99  # lower than for plain text: there are fewer tokens, so a single one counts more
 
 
 @dataclass
 class Comparison:
-    """Sums over the tokens that were compared."""
+    """Sums over the compared tokens."""
 
     tokens: int = 0
-    finite: int = 0  # tokens whose logits are numbers
+    finite: int = 0  # tokens with finite logits
     agreeing: int = 0  # tokens with the same experts in every layer
-    flips: int = 0  # tokens that are the first of their row to have others; what follows has them in its context
+    flips: int = 0  # tokens that are the first of their row with different experts
     overlap: float = 0.0  # sum over tokens of the mean over layers
-    argmax: int = 0
-    kl: float = 0.0
-    largest: float = 0.0
-    largest_agreeing: float = 0.0  # over tokens that agree as do all before them
-    in_agreement: int = 0  # how many these are
+    argmax: int = 0  # tokens with the same largest logit
+    kl: float = 0.0  # nats
+    largest: float = 0.0  # largest difference of logits
+    largest_agreeing: float = 0.0  # the same over tokens that, like all tokens before them, have the same experts
+    in_agreement: int = 0  # number of such tokens
     largest_logit: float = 0.0
-    seen: set[tuple[int, int, int]] = field(default_factory=set)
+    seen: set[tuple[int, int, int]] = field(default_factory=set)  # compared (rows, tokens, past)
 
     def add(self, ours_BTV: Array, theirs_BTV: Array, overlap_BT: Array, mask_BT: Array) -> None:
-        """theirs: PyTorch's logits. overlap: of the experts, 1 where they are the same. Padding, which stands on the left, does not count."""
+        """Add a batch of tokens.
+
+        Args:
+            ours_BTV: the graph's logits.
+            theirs_BTV: PyTorch's logits.
+            overlap_BT: overlap of the active experts, 1 where they are the same.
+            mask_BT: 0 for padding, which is on the left and doesn't count.
+        """
         text_BT, agree_BT = mask_BT.astype(bool), overlap_BT == 1.0
         before_BT = np.logical_and.accumulate(agree_BT | ~text_BT, axis=1) & text_BT
         difference_BT = np.abs(ours_BTV - theirs_BTV).max(-1)
         finite_BT = np.isfinite(difference_BT)
-        difference_BT = np.where(finite_BT, difference_BT, np.inf)  # a maximum passes over what is no number
+        difference_BT = np.where(finite_BT, difference_BT, np.inf)  # `max` below would drop a NaN
         self.tokens += int(text_BT.sum())
         self.finite += int((finite_BT & text_BT).sum())
         self.in_agreement += int(before_BT.sum())
@@ -73,6 +81,7 @@ class Comparison:
             self.kl += float((p.exp() * (p - q)).sum())
 
     def figures(self) -> dict[str, Any]:
+        """Return the figures of onnx_report.json."""
         return {
             "tokens": self.tokens,
             "not_finite": self.tokens - self.finite,
@@ -88,7 +97,7 @@ class Comparison:
 
 
 class Reference:
-    """The checkpoint in PyTorch, in float32."""
+    """The checkpoint in PyTorch, as the reference. model: the converted model, in float32."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -96,7 +105,7 @@ class Reference:
 
     @torch.no_grad()
     def run(self, ids_BT: Array, mask_BT: Array) -> tuple[Array, dict[int, Codes]]:
-        """(logits, experts of every layer) of one forward over all of it."""
+        """Return (logits (B, T, V), coefficients by layer) of one forward pass."""
         seen: dict[int, Codes] = {}
 
         def hook(index: int) -> Any:
@@ -118,17 +127,20 @@ class Reference:
 
     @torch.no_grad()
     def continuation(self, prompt: list[int], new_tokens: int, end: set[int]) -> list[int]:
-        """The most likely token, again and again; `generate` would heed whatever else the generation settings ask for."""
+        """Return the greedy continuation of a prompt. `generate` would apply the checkpoint's generation settings.
+
+        end: end tokens, which stop the continuation and are included.
+        """
         ids, cache = torch.tensor([prompt]), None
-        written: list[int] = []
-        while len(written) < new_tokens and not end.intersection(written[-1:]):
+        generated: list[int] = []
+        while len(generated) < new_tokens and not end.intersection(generated[-1:]):
             output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            written.append(int(ids))
-        return written
+            generated.append(int(ids))
+        return generated
 
     def usual(self, ids_BT: Array) -> dict[int, tuple[int, int, float]]:
-        """By layer: an expert that is active on a text, one that is not or hardly, and the mean coefficient of the active ones."""
+        """Return, by layer, the most active expert on a text, the least active one, and the mean positive coefficient."""
         _, experts = self.run(ids_BT, np.ones_like(ids_BT))
         found = {}
         for index, codes in experts.items():
@@ -144,8 +156,10 @@ class Reference:
 
 
 def overlap_of(ours: Any, theirs: Codes) -> Array:
-    """Of a token's active experts in either, the share that is active in both, (B, T); 1 where there are none. With l1, coefficients
-    within 1e-5 of zero count as neither on nor off."""
+    """Return the share of the experts active in either that are active in both, (B, T); 1 for tokens without active experts.
+
+    With `sparsity: l1`, experts that are active in one only, with a coefficient of at most 1e-5, are ignored.
+    """
     if isinstance(theirs, Tensor):
         a, b = ours, theirs.numpy()
         both = ((a > 0) & (b > 0)).sum(-1)
@@ -161,30 +175,38 @@ def overlap_of(ours: Any, theirs: Codes) -> Array:
 
 
 def cases(room: int) -> list[tuple[int, int, int]]:
-    """(rows, tokens, past) within a model's `room` of positions."""
+    """Return the compared (rows, tokens, past) that fit in `room` positions."""
     lengths = sorted({min(length, room) for length in LENGTHS})
     return [(rows, length, past) for rows in BATCHES for length in lengths for past in PASTS if length + past <= room]
 
 
 def compare(reference: Reference, graph: OnnxModel, stream: Array, room: int, advance: Callable[..., None]) -> dict[str, Any]:
-    """Figures over all cases. graph: one that tells its experts. stream: token ids of a text."""
+    """Return the figures over all cases.
+
+    Args:
+        reference: the checkpoint.
+        graph: the graph, with expert outputs.
+        stream: token ids of a text, (tokens).
+        room: most positions of the model.
+        advance: called once per case.
+    """
     sums, start = Comparison(), 0
     for rows, length, past in cases(room):
         total = past + length
         ids_BT, start = _rows(stream, start, rows, total)
         mask_BT = np.ones_like(ids_BT)
-        for row in range(1, rows):  # padding on the left, of another length in every row, and never all of it
+        for row in range(1, rows):  # left padding of a different length in every row, never the whole row
             mask_BT[row, : min(3 * row, total - 1)] = 0
         ids_BT = ids_BT * mask_BT
         theirs, experts = reference.run(ids_BT, mask_BT)
         cache, logits, overlap_BT = graph.start(rows), [], np.zeros((rows, total))
-        for part in (slice(0, past), slice(past, total)):
-            if part.stop > part.start:
-                step = graph.step(ids_BT[:, part], cache, mask_BT[:, part])
+        for span in (slice(0, past), slice(past, total)):
+            if span.stop > span.start:
+                step = graph.step(ids_BT[:, span], cache, mask_BT[:, span])
                 logits.append(step.logits)
                 for index, codes in experts.items():
-                    here = codes[:, part] if isinstance(codes, Tensor) else (codes[0][:, part], codes[1][:, part])
-                    overlap_BT[:, part] += overlap_of(step.experts[index], here)
+                    here = codes[:, span] if isinstance(codes, Tensor) else (codes[0][:, span], codes[1][:, span])
+                    overlap_BT[:, span] += overlap_of(step.experts[index], here)
         sums.add(np.concatenate(logits, 1), theirs, _mean(overlap_BT, len(experts)), mask_BT)
         sums.seen.add((rows, length, past))
         advance()
@@ -193,7 +215,11 @@ def compare(reference: Reference, graph: OnnxModel, stream: Array, room: int, ad
 
 
 def compare_steering(reference: Reference, graph: OnnxModel, stream: Array, room: int) -> dict[str, Any]:
-    """The same with one expert steered at a time: of every layer one that is active and one that is not, by what is usual there."""
+    """Return the figures with one expert steered at a time: the most and the least active expert of every layer.
+
+    Each is steered by the layer's mean positive coefficient. `moved`: smallest effect of any steering on the graph's logits,
+    as the largest difference over tokens and vocabulary. Arguments as in `compare`.
+    """
     ids_BT, _ = _rows(stream, 0, 1, min(STEERED_TOKENS, room))
     mask_BT, sums, moved = np.ones_like(ids_BT), Comparison(), math.inf
     plain = graph.step(ids_BT, graph.start(1), mask_BT).logits
@@ -212,16 +238,25 @@ def compare_steering(reference: Reference, graph: OnnxModel, stream: Array, room
 def compare_greedy(
     reference: Reference,
     graph: OnnxModel,
-    telling: OnnxModel,
+    with_experts: OnnxModel,
     blocks: Blocks,
     room: int,
     tolerance: float,
     advance: Callable[..., None],
 ) -> dict[str, Any]:
-    """Greedy continuations of the beginnings of a text's blocks, the graph's in batches of four with padding on the left.
+    """Return how many greedy continuations are equal, and how many of the others are explained by rounding.
 
-    A difference is explained where PyTorch's two best logits are within twice `tolerance`, or where the experts differ somewhere before
-    (`telling`: the graph that tells them).
+    A difference is explained if PyTorch's logits of the two tokens are within twice `tolerance`, or if experts differ at an
+    earlier token. The graph runs prompts in batches of four, padded on the left.
+
+    Args:
+        reference: the checkpoint.
+        graph: the graph.
+        with_experts: the graph with expert outputs.
+        blocks: a text; its blocks' first tokens are the prompts.
+        room: most positions of the model.
+        tolerance: largest allowed difference of logits.
+        advance: called once per prompt.
     """
     new_tokens = min(NEW_TOKENS, room - 4)
     longest = max(2, min(LONGEST_PROMPT, room - new_tokens, blocks.context))
@@ -234,26 +269,27 @@ def compare_greedy(
             theirs = reference.continuation(prompt, new_tokens, graph.eos)
             if ours == theirs:
                 equal += 1
-            elif _explained(reference, telling, [*prompt, *ours], [*prompt, *theirs], tolerance):
+            elif _explained(reference, with_experts, [*prompt, *ours], [*prompt, *theirs], tolerance):
                 explained += 1
             advance()
     return {"prompts": PROMPTS, "new_tokens": new_tokens, "equal": equal, "explained": explained}
 
 
-def _explained(reference: Reference, telling: OnnxModel, ours: list[int], theirs: list[int], tolerance: float) -> bool:
+def _explained(reference: Reference, with_experts: OnnxModel, ours: list[int], theirs: list[int], tolerance: float) -> bool:
+    """Return whether rounding explains the first difference of two continuations, see `compare_greedy`."""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-    if at is None:  # one goes on where the other has ended
+    if at is None:  # one is a prefix of the other
         return False
     ids_BT = np.array([theirs[:at]], dtype=np.int64)
     logits, experts = reference.run(ids_BT, np.ones_like(ids_BT))
     if abs(float(logits[0, -1, ours[at]] - logits[0, -1, theirs[at]])) <= 2 * tolerance:
         return True
-    step = telling.step(ids_BT, telling.start(1))
+    step = with_experts.step(ids_BT, with_experts.start(1))
     return any((overlap_of(step.experts[index], codes) < 1.0).any() for index, codes in experts.items())
 
 
 def cross_entropy(logits_of: Callable[[Array], Array], blocks: Blocks, vocabulary: int) -> float:
-    """Mean over the blocks' predicted tokens, nats. logits_of: of token ids (B, T)."""
+    """Return the mean cross-entropy of the blocks' predicted tokens, in nats. logits_of: token ids (B, T) -> logits (B, T, V)."""
     total, rows = 0.0, min(rows_a_batch(blocks.context, vocabulary), 8)
     for start in range(0, len(blocks), rows):
         ids_BT = blocks.take(slice(start, start + rows))
@@ -263,7 +299,7 @@ def cross_entropy(logits_of: Callable[[Array], Array], blocks: Blocks, vocabular
 
 
 def bounds(dtype: str, largest_logit: float) -> dict[str, float]:
-    """What a graph has to keep to, where logits are as large as `largest_logit`."""
+    """Return the limits of a graph's figures. largest_logit: largest absolute logit of the checkpoint."""
     found = dict(TOLERANCES[dtype])
     if "largest_difference" in found and math.isfinite(largest_logit):
         found["largest_difference"] = max(found["largest_difference"], RELATIVE * largest_logit)
@@ -271,40 +307,41 @@ def bounds(dtype: str, largest_logit: float) -> dict[str, float]:
 
 
 def failures(dtype: str, figures: dict[str, Any]) -> list[str]:
-    """What is out of tolerance, a line each, the name of the graph before it."""
+    """Return one line per figure that is out of tolerance, starting with the dtype of the graph."""
     found = _beyond(bounds(dtype, figures["largest_logit"]), figures)
     greedy, steering = figures.get("greedy"), figures.get("steering")
     if greedy is not None and dtype == "fp32" and greedy["equal"] + greedy["explained"] < greedy["prompts"]:
-        found.append(f"{greedy['equal']} of {greedy['prompts']} greedy continuations are PyTorch's")
+        found.append(f"only {greedy['equal']} of {greedy['prompts']} greedy continuations are the same as in PyTorch")
     if steering is not None:
         limits = bounds(dtype, steering["largest_logit"])
         del limits["delta_ce"]
         if "expert_overlap" in limits:
             limits["expert_overlap"] = _STEERED_OVERLAP
-        found += [f"steered, {line}" for line in _beyond(limits, steering)]
+        found += [f"with steering, {line}" for line in _beyond(limits, steering)]
         if not steering["moved"] > 0:
-            found.append("steering changes nothing")
+            found.append("steering has no effect")
     return [f"{dtype}: {line}" for line in found]
 
 
 def _beyond(limits: dict[str, float], figures: dict[str, Any]) -> list[str]:
+    """Return one line per figure beyond its limit."""
     found = []
     if figures["not_finite"]:
-        found.append(f"the logits of {figures['not_finite']} of {figures['tokens']} tokens are no numbers")
+        found.append(f"{figures['not_finite']} of {figures['tokens']} tokens have logits that are not finite")
     for name, limit in limits.items():
         value = figures[name]
-        if not (value >= limit if name in _AT_LEAST else value <= limit):  # also where it is no number
+        if not (value >= limit if name in _AT_LEAST else value <= limit):  # true for NaN too
             relation = "at least" if name in _AT_LEAST else "at most"
-            found.append(f"{name.replace('_', ' ')} is {value:.3g}, and should be {relation} {limit:.3g}")
+            found.append(f"{name.replace('_', ' ')} is {value:.3g}; expected {relation} {limit:.3g}")
     return found
 
 
 def _mean(overlaps_BT: Array, layers: int) -> Array:
-    """Of sums over layers; 1 without layers that have experts."""
+    """Return the mean of overlaps summed over layers; 1 if no layer has experts."""
     return overlaps_BT / layers if layers else np.ones_like(overlaps_BT)
 
 
 def _rows(stream: Array, start: int, rows: int, length: int) -> tuple[Array, int]:
-    """(rows, length) of a text's tokens from `start`, going round at its end; and where the next begin."""
+    """Return (rows, length) tokens of a text from `start`, wrapping around at its end, and the start of the next ones."""
     at = (start + np.arange(rows * length)) % len(stream)
     return stream[at].reshape(rows, length).astype(np.int64), int(start + rows * length)

@@ -1,6 +1,7 @@
-"""Weights in 8 bits, in blocks of their own scale (onnxruntime's MatMulNBits): every product with a constant matrix, the gates included.
+"""8-bit weight quantisation with blockwise scales (onnxruntime's MatMulNBits).
 
-Experts, embeddings and norms stay as they are: of these only rows are read.
+Covers all matrix products with a constant matrix, including the gates. Experts and embeddings keep their dtype, because only
+single rows of them are read; so do norms.
 """
 
 import logging
@@ -12,12 +13,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-BLOCK = 32  # weights that share a scale; larger blocks are no faster and less exact
-_INT8_ACTIVATIONS = 4  # onnxruntime's accuracy level: products of 8 bits by 8 bits, which is what makes it fast
+BLOCK = 32  # weights per scale; larger blocks are less exact and no faster
+_INT8_ACTIVATIONS = 4  # onnxruntime's accuracy level with int8 by int8 products, the fast ones
 
 
 def quantize(source: Path, target: Path, data: str | None) -> None:
-    """Writes `target`, the graph `source` in 8 bits. data: name of the file for its weights; None: all in one."""
+    """Write the graph `source` with 8-bit weights to `target`. data: name of a separate weights file; None embeds the weights."""
     with _own_logging():
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
@@ -33,7 +34,7 @@ def quantize(source: Path, target: Path, data: str | None) -> None:
 
 @contextmanager
 def _own_logging() -> Iterator[None]:
-    """Keeps our logging ours: that module sets up the root logger when it is imported, and then speaks of every node."""
+    """Restore the root logger's handlers and level, which the quantiser's import changes, and mute its log line per node."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     logging.disable(logging.INFO)
@@ -45,7 +46,10 @@ def _own_logging() -> Iterator[None]:
 
 
 def as_products(model: ir.Model) -> None:
-    """Writes every product with a constant matrix as MatMul, which is what quantisation looks for: no Gemm, no transposed constant."""
+    """Rewrite all products with a constant matrix as MatMul, the only operator that the quantiser handles.
+
+    Gemm nodes are split, and transposes of constants are folded.
+    """
     for node in list(model.graph):
         if node.op_type == "Transpose":
             _transpose(model.graph, node)
@@ -69,7 +73,7 @@ def _transpose(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
-    """Gemm -> MatMul, and Add where there is a bias. As PyTorch's exporter writes them: neither scaled nor transposed."""
+    """Replace a Gemm with MatMul, and Add for a bias. Scaled or transposed ones, which PyTorch's exporter doesn't write, stay."""
     attributes = node.attributes
     if attributes.get_int("transA", 0) or attributes.get_int("transB", 0):
         return

@@ -1,6 +1,7 @@
-"""An exported model on onnxruntime alone: neither torch nor transformers is imported, nor needed.
+"""`OnnxModel`: runs an exported model with onnxruntime, without torch or transformers.
 
-Text goes through the folder's tokenizer.json (package tokenizers); token ids do without. Shapes: B rows, T tokens, K active experts.
+Text needs the folder's tokenizer.json and the package tokenizers; token ids don't. Shape suffixes: B rows, T tokens,
+P past tokens, V vocabulary, N experts, K active experts.
 """
 
 import math
@@ -14,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it as it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # must be set before onnxruntime is imported
 import onnxruntime as ort
 
 from mxd_convert.errors import InputError
 from mxd_convert.onnx import validation
 
-GRAPHS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}  # names as transformers.js has them
-FOLDER = "onnx"  # of the graphs, in the exported folder
-JS_TYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # what transformers.js calls them
-METADATA = "mxd"  # key of the graph's metadata that describes its layers
-PREFILL = 512  # tokens of a prompt that are run at a time
+GRAPHS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}  # file names of transformers.js
+FOLDER = "onnx"  # folder of the graphs in an exported folder
+JS_TYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # dtype names of transformers.js
+METADATA = "mxd"  # metadata key with the descriptions of the layers
+PREFILL = 512  # most prompt tokens per run
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -32,7 +33,12 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 @dataclass(frozen=True)
 class Step:
-    """What one run gives. logits (B, T, V); experts: by layer (values, indices), (B, T, K), with `sparsity: l1` the values (B, T, N)."""
+    """The outputs of one run.
+
+    Attributes:
+        logits: (B, T, V).
+        experts: by layer, (values, indices), each (B, T, K); values (B, T, N) with `sparsity: l1`.
+    """
 
     logits: Array
     experts: dict[int, tuple[Array, Array] | Array]
@@ -40,18 +46,18 @@ class Step:
 
 @dataclass
 class Cache:
-    """Keys and values so far, and which of their positions are text, (B, P) of 0 and 1."""
+    """Keys and values of the past tokens. mask: (B, P), 0 for padding. positions: (B), position of each row's next token."""
 
     tensors: dict[str, Any]
     mask: Array
-    positions: Array = field(init=False)  # of the next token of each row, (B)
+    positions: Array = field(init=False)
 
     def __post_init__(self) -> None:
         self.positions = self.mask.sum(1)
 
 
 class OnnxModel:
-    """A converted model, exported by `export-onnx`. `layers`: by index, what its graph says of each: kind, n_experts, k, sparsity."""
+    """A converted model exported with `export-onnx`. `layers`: by index, {"kind", "n_experts", "k", "sparsity"} of each layer."""
 
     def __init__(self, file: Path, folder: Path, session: Any) -> None:
         self.file, self.folder, self.session = file, folder, session
@@ -70,35 +76,42 @@ class OnnxModel:
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> "OnnxModel":
-        """The model in an exported folder. dtype: fp32, fp16 or int8; None: the first of these that is there. threads: None leaves it
-        to onnxruntime. providers: its execution providers, the preferred one first. Raises InputError."""
+        """Load the model from an exported folder.
+
+        Args:
+            folder: an exported folder.
+            dtype: "fp32", "fp16" or "int8". None selects the first one available.
+            threads: number of threads per operator. None uses onnxruntime's default.
+            providers: onnxruntime's execution providers, the preferred one first.
+
+        Raises:
+            InputError: if the folder is not an exported model or is damaged, or has no graph in `dtype`.
+        """
         folder = Path(folder)
         files = {name: folder / FOLDER / file for name, file in GRAPHS.items()}
-        there = [name for name, file in files.items() if file.is_file()]
-        if not there:
+        available = [name for name, file in files.items() if file.is_file()]
+        if not available:
             raise InputError(
-                f"{folder}: no {FOLDER}/{GRAPHS['fp32']}, so not an exported model; `mxd-convert export-onnx` makes one"
+                f"{folder}: not an exported model, it has no {FOLDER}/{GRAPHS['fp32']}; export one with `mxd-convert export-onnx`"
             )
-        if dtype is not None and dtype not in there:
-            raise InputError(f"{folder}: no graph in {dtype}; there is {', '.join(there)}")
-        return cls.from_graph(files[dtype or there[0]], folder, threads, providers)
+        if dtype is not None and dtype not in available:
+            raise InputError(f"{folder}: no graph in {dtype}; available: {', '.join(available)}")
+        return cls.from_graph(files[dtype or available[0]], folder, threads, providers)
 
     @classmethod
     def from_graph(
         cls, file: Path, folder: Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
     ) -> "OnnxModel":
-        """The same with a graph from anywhere, and the rest from `folder`. Raises InputError."""
+        """Load the graph `file`, with config and tokenizer from `folder`. Arguments and errors as in `from_pretrained`."""
         validation.check_graph(file, folder)
         options = ort.SessionOptions()
-        options.log_severity_level = (
-            4  # errors are raised as well; one of the warnings says that steering may be given, which is its purpose
-        )
+        options.log_severity_level = 4  # fatal only: errors are raised too, and optional steering inputs cause a warning
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            other = list(providers) != ["CPUExecutionProvider"]  # else it prints, and tries the same again
+            other = list(providers) != ["CPUExecutionProvider"]  # on the CPU a fallback only prints and tries the same again
             session = ort.InferenceSession(str(file), options, providers=list(providers), enable_fallback=int(other))
-        except Exception as error:  # onnxruntime has no common class for its own
+        except Exception as error:  # onnxruntime's errors have no common base class
             validation.raise_failure(file, error, "onnxruntime can't load it")
         return cls(file, folder, session)
 
@@ -106,7 +119,7 @@ class OnnxModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The folder's tokenizer, of package tokenizers. Raises InputError."""
+        """The folder's tokenizer, from the package tokenizers. Raises InputError if tokenizer.json is missing or invalid."""
         if self._tokenizer is None:
             path = self.folder / "tokenizer.json"
             if not path.is_file():
@@ -121,13 +134,13 @@ class OnnxModel:
         return self._tokenizer
 
     def tokens(self, text: str) -> list[int]:
-        """A text's token ids, with what the tokenizer puts around it."""
+        """Return the token ids of a text, including the special tokens that the tokenizer adds."""
         tokenizer = self.tokenizer
         with self._explained("it can't encode the text"):
             return list(tokenizer.encode(text).ids)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         tokenizer, whole = self.tokenizer, [int(token) for token in ids]
         with self._explained("it can't decode token ids"):
             return str(tokenizer.decode(whole, skip_special_tokens=True))
@@ -138,7 +151,7 @@ class OnnxModel:
     # --- one run ---------------------------------------------------------------------------------------------------------------
 
     def start(self, rows: int) -> Cache:
-        """An empty cache."""
+        """Return an empty cache for a batch of `rows` rows."""
         empty = {}
         for name, entry in self._past.items():
             shape = (rows, entry.shape[1], 0, entry.shape[3])
@@ -146,17 +159,23 @@ class OnnxModel:
         return Cache(empty, np.zeros((rows, 0), dtype=np.int64))
 
     def step(self, ids: Array, cache: Cache, mask: Array | None = None, steering: Iterable[Mapping[str, Any]] = ()) -> Step:
-        """Runs tokens (B, T) after those in `cache`, which then holds them too.
+        """Run the model on the next tokens, and add them to `cache`.
 
-        mask: (B, T), 0 where a token is padding; None: nowhere. steering: orders {"layer", "expert", "add"} for these tokens.
-        Raises InputError where the graph can't follow them; the cache is then as it was.
+        Args:
+            ids: token ids, (B, T).
+            cache: the past tokens. It is unchanged if an error is raised.
+            mask: (B, T), 0 for padding. None: no padding.
+            steering: orders {"layer", "expert", "add"} for these tokens.
+
+        Raises:
+            InputError: if the tokens or the steering are invalid, or onnxruntime can't run the graph.
         """
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         new = np.ones_like(ids) if mask is None else mask.astype(np.int64)
         self._check_ids(ids, cache.mask.shape[1])
-        all_of_it = np.concatenate([cache.mask, new], axis=1)
+        full_mask = np.concatenate([cache.mask, new], axis=1)
         positions = np.maximum(cache.positions[:, None] + new.cumsum(1) - 1, 0)
-        given = {"input_ids": ids, "attention_mask": all_of_it, "position_ids": positions, **self._orders(steering)}
+        given = {"input_ids": ids, "attention_mask": full_mask, "position_ids": positions, **self._orders(steering)}
         feed = {
             name: ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in given.items()
@@ -168,12 +187,15 @@ class OnnxModel:
             validation.raise_failure(self.file, error, "onnxruntime can't run it")
         found = dict(zip([*self._kept, *self._experts], outputs, strict=True))
         validation.check_step(self.file, ids.shape, {name: found[name] for name in ("logits", *self._experts)})
-        cache.mask, cache.positions = all_of_it, cache.positions + new.sum(1)
+        cache.mask, cache.positions = full_mask, cache.positions + new.sum(1)
         cache.tensors = {name: found[name.replace("past_key_values", "present")] for name in cache.tensors}
         return Step(found["logits"].numpy(), self._codes({name: found[name].numpy() for name in self._experts}))
 
     def prefill(self, ids: Array, cache: Cache, mask: Array, steering: Iterable[Mapping[str, Any]] = ()) -> Step:
-        """The same for a prompt of any length, `PREFILL` tokens at a time, which bounds what it takes. Logits of the last token only."""
+        """Run the model on a prompt in pieces of `PREFILL` tokens, which limits memory. Arguments and errors as in `step`.
+
+        The logits are those of the last token, (B, 1, V).
+        """
         orders = list(steering)
         steps = [
             self.step(ids[:, start : start + PREFILL], cache, mask[:, start : start + PREFILL], orders)
@@ -194,7 +216,7 @@ class OnnxModel:
     def _checked(self, steering: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         orders = list(steering)
         if orders and not self._steerable:
-            raise InputError(f"{self.folder}: its graph takes no steering; export it with --steering")
+            raise InputError(f"{self.folder}: its graph has no steering inputs; export it with --steering")
         for order in orders:
             self._check(order)
         return orders
@@ -210,7 +232,9 @@ class OnnxModel:
             experts = f"experts 0 to {count - 1}" if count else "no experts"
             raise InputError(f"steering: layer {layer} has {experts}; there is no expert {expert}")
         if set(order) - {"layer", "expert", "add", "positions"} or amount is None:
-            raise InputError(f"steering of expert {expert} of layer {layer}: a graph can only add; give a number as `add`")
+            raise InputError(
+                f"steering of expert {expert} of layer {layer}: an ONNX graph can only add to coefficients; give a number as `add`"
+            )
         if not _is_number(amount, numbers.Real) or not math.isfinite(float(amount)):
             raise InputError(f"steering of expert {expert} of layer {layer}: add is {amount!r}; expected a number")
         if order.get("positions", "all") not in ("all", "prompt", "generation"):
@@ -224,13 +248,22 @@ class OnnxModel:
                 codes[index] = values if indices is None else (values, indices)
         return codes
 
-    # --- what people do with it ------------------------------------------------------------------------------------------------
+    # --- encode and generate ---------------------------------------------------------------------------------------------------
 
     def encode(self, text: str | Sequence[int]) -> dict[int, tuple[Array, Array] | Array]:
-        """The coefficients of every layer's experts on a text or its token ids: by layer (values, indices), (T, K); with `sparsity: l1`
-        the values (T, N). As `encode` of the layers in PyTorch. Raises InputError where the graph does not give them."""
+        """Return the coefficients of every layer's experts on a text, as `encode` of the layers in PyTorch does.
+
+        Args:
+            text: a text, or its token ids.
+
+        Returns:
+            By layer, (values, indices), each (T, K); values (T, N) with `sparsity: l1`.
+
+        Raises:
+            InputError: if the graph has no expert outputs, or the text is empty or too long.
+        """
         if not self._experts:
-            raise InputError(f"{self.folder}: its graph does not tell which experts are active; export it with --expert-outputs")
+            raise InputError(f"{self.folder}: its graph has no expert outputs; export it with --expert-outputs")
         ids = np.array([self.tokens(text) if isinstance(text, str) else list(text)], dtype=np.int64)
         if not ids.size:
             raise InputError("the text is empty; give at least one token, such as the model's BOS")
@@ -246,10 +279,18 @@ class OnnxModel:
         seed: int = 0,
         steering: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """The prompt continued. temperature: 0 takes the most likely token each time.
+        """Return the prompt and its continuation as text.
 
-        steering: orders {"layer", "expert", "add"}, and "positions": "all" (default), "prompt", or "generation", what is written.
-        Raises InputError.
+        Args:
+            prompt: a text.
+            max_new_tokens: most tokens to generate. Generation stops early at an end token.
+            temperature: sampling temperature; 0 is greedy.
+            seed: seed for sampling.
+            steering: orders {"layer", "expert", "add", "positions"}. Positions are "all" (default), "prompt" or "generation",
+                the generated tokens.
+
+        Raises:
+            InputError: if the prompt is empty or too long, or the steering is invalid.
         """
         ids = self.tokens(prompt)
         return self.text([*ids, *self.continuations([ids], max_new_tokens, temperature, seed, steering)[0]])
@@ -262,7 +303,17 @@ class OnnxModel:
         seed: int = 0,
         steering: Sequence[Mapping[str, Any]] = (),
     ) -> list[list[int]]:
-        """The new token ids for prompts of token ids, together as one batch; each ends with its first end token. Options as in `generate`."""
+        """Return the generated token ids of several prompts, run as one batch.
+
+        Each list includes the end token at which it stopped, if any. Other arguments and errors as in `generate`.
+
+        Args:
+            prompts: token ids of each prompt.
+            max_new_tokens: see `generate`.
+            temperature: see `generate`.
+            seed: see `generate`.
+            steering: see `generate`.
+        """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise InputError("a prompt is empty; give at least one token, such as the model's BOS")
         longest = max(len(prompt) for prompt in prompts)
@@ -270,59 +321,59 @@ class OnnxModel:
         ids, mask = (np.zeros((len(prompts), longest), dtype=np.int64) for _ in range(2))
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
-        steering = self._checked(steering)  # all of them, before any work
+        steering = self._checked(steering)  # before the prompt is run, which may take long
         in_prompt, in_text = (
-            [o for o in steering if o.get("positions", "all") in ("all", part)] for part in ("prompt", "generation")
+            [order for order in steering if order.get("positions", "all") in ("all", phase)] for phase in ("prompt", "generation")
         )
         cache, random = self.start(len(prompts)), np.random.default_rng(seed)
         logits = self.prefill(ids, cache, mask, in_prompt).logits[:, -1]
-        written: list[list[int]] = [[] for _ in prompts]
-        going = [True] * len(prompts)
+        generated: list[list[int]] = [[] for _ in prompts]
+        unfinished = [True] * len(prompts)
         for number in range(max_new_tokens):
-            chosen = _chosen(logits, temperature, random)
+            chosen = _next_tokens(logits, temperature, random)
             for row, token in enumerate(chosen.tolist()):
-                if going[row]:
-                    written[row].append(token)
-                    going[row] = token not in self.eos
-            if not any(going) or number == max_new_tokens - 1:
+                if unfinished[row]:
+                    generated[row].append(token)
+                    unfinished[row] = token not in self.eos
+            if not any(unfinished) or number == max_new_tokens - 1:
                 break
             logits = self.step(chosen[:, None], cache, steering=in_text).logits[:, -1]
-        return written
+        return generated
 
     def _check_ids(self, ids: Array, past: int) -> None:
         vocabulary = self.config.get("vocab_size")
         if ids.size and isinstance(vocabulary, int) and not (ids.min() >= 0 and ids.max() < vocabulary):
             raise InputError(
-                f"token id {ids.max() if ids.max() >= vocabulary else ids.min()}: the model knows 0 to {vocabulary - 1}"
+                f"token id {ids.max() if ids.max() >= vocabulary else ids.min()}: outside of the vocabulary, 0 to {vocabulary - 1}"
             )
         self._check_length(past + ids.shape[1], 0)
 
     def _check_length(self, length: int, new_tokens: int) -> None:
         room = self.config.get("max_position_embeddings", self.config.get("n_positions"))
         if isinstance(room, int) and length + new_tokens > room:
-            added = f" and {new_tokens} new ones" if new_tokens else ""
-            raise InputError(
-                f"the prompt's {length} tokens{added} are more than the model's {room}; shorten {'one' if added else 'it'}"
-            )
+            added = f" and {new_tokens} new tokens" if new_tokens else ""
+            fix = "shorten the prompt or lower max_new_tokens" if new_tokens else "shorten the prompt"
+            raise InputError(f"the prompt's {length} tokens{added} are more than the model's {room} positions; {fix}")
 
 
-def _chosen(logits_BV: Array, temperature: float, random: np.random.Generator) -> Array:
-    """The next token of each row, (B)."""
+def _next_tokens(logits_BV: Array, temperature: float, random: np.random.Generator) -> Array:
+    """Return the next token of each row, (B)."""
     if temperature <= 0:
         return np.asarray(logits_BV.argmax(-1))
     scaled = logits_BV.astype(np.float64) / temperature
-    return np.asarray((scaled + random.gumbel(size=scaled.shape)).argmax(-1))  # a sample of the softmax
+    return np.asarray((scaled + random.gumbel(size=scaled.shape)).argmax(-1))  # Gumbel-max: a sample from the softmax
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Whether it is one, of Python or of numpy; a truth value is none."""
+    """Return whether a value is a Python or numpy number of a kind. A bool is not a number."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _joined(parts: list[dict[int, tuple[Array, Array] | Array]]) -> dict[int, tuple[Array, Array] | Array]:
+def _joined(steps: list[dict[int, tuple[Array, Array] | Array]]) -> dict[int, tuple[Array, Array] | Array]:
+    """Return the experts of consecutive steps, concatenated along T."""
     joined: dict[int, tuple[Array, Array] | Array] = {}
-    for index in parts[0]:
-        pieces = [part[index] for part in parts]
+    for index in steps[0]:
+        pieces = [step[index] for step in steps]
         if isinstance(pieces[0], tuple):
             joined[index] = (np.concatenate([piece[0] for piece in pieces], 1), np.concatenate([piece[1] for piece in pieces], 1))
         else:

@@ -1,7 +1,8 @@
-"""The gain of a sparse layer as a graph: gate, top-k, the rows of the active experts, their weighted sum.
+"""The gain of a sparse layer as a subgraph: gate, top-k, and the weighted sum of the active experts' rows.
 
-Tokens go through it in chunks, so that what it takes (gates of N experts and K rows a token) does not grow with the prompt.
-In chunks of one length: what is lacking is filled with zeros and cut off again. A single chunk, as in decoding, costs no more than none.
+Tokens are processed in chunks, so memory (N gate values and K rows per token) does not grow with the prompt. Chunks have the
+same length: the last is padded with zeros, which are cut off afterwards. A single chunk, as in decoding, adds no cost.
+Shape suffixes: B rows, T tokens, I input width, O output width, N experts, K active experts.
 """
 
 import onnx
@@ -11,7 +12,7 @@ from onnx_ir.passes.common import InlinePass
 from torch import Tensor
 
 DOMAIN, NAME = "mxd_convert", "SparseGain"
-CHUNK = 256  # tokens: beyond it, the product with the gate's weight is not limited by reading the weight
+CHUNK = 256  # tokens per chunk: enough that the gate's product is not limited by reading the weight
 
 _FUNCTION = """
 <opset_import: ["" : {opset}], domain: "{domain}">
@@ -73,7 +74,7 @@ _CUT = """
 
 
 def sparse_gain(x_BTI: Tensor, gate_IN: Tensor, bias_N: Tensor, experts_NO: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(gain (B, T, O), values (B, T, K), indices (B, T, K)) as one node of a traced graph; computes nothing by itself."""
+    """Return (gain (B, T, O), values (B, T, K), indices (B, T, K)) of one symbolic node, which computes nothing itself."""
     lead = x_BTI.shape[:-1]
     gain, values, indices = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{NAME}",
@@ -87,7 +88,7 @@ def sparse_gain(x_BTI: Tensor, gate_IN: Tensor, bias_N: Tensor, experts_NO: Tens
 
 
 def spell_out(model: ir.Model, opset: int, dtype: torch.dtype) -> ir.Model:
-    """The graph with every such node replaced by ONNX's own operators."""
+    """Return the graph with every `sparse_gain` node replaced by standard ONNX operators."""
     text = _FUNCTION.format(
         opset=opset,
         domain=DOMAIN,

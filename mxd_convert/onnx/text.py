@@ -1,4 +1,4 @@
-"""The text that an export is compared on: the one given, else what is at hand that the checkpoint was not trained on."""
+"""The comparison text of an ONNX export: the user's text, or text that the checkpoint was not trained on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ SHIPPED = "python-docs.jsonl.gz"
 
 @dataclass(frozen=True)
 class Source:
-    """A text. held_out: whether only the tenth of its documents is read that a run holds out of it."""
+    """A text. held_out: whether to read only the tenth of its documents that a run holds out of training."""
 
     path: str
     field: str = "text"
@@ -30,15 +30,26 @@ class Source:
 def opened(
     checkpoint: Path, output: Path, data: str | Path | None, tokens: int, text_field: str, vocabulary: int
 ) -> Iterator[tuple[Blocks, bool | None]]:
-    """(blocks of a text, as the checkpoint is evaluated in; whether it had no part in the training, None where that is not known).
+    """Yield (blocks, held_out): the comparison text, and whether it was held out of training (None if unknown).
 
-    The given text; else the checkpoint's evaluation text, or what it held out of its training text, where these are on this machine and
-    long enough; else the documentation that ships with this package. output: the folder to write; the tokens are kept beside it until
-    then. Raises InputError.
+    The blocks have the checkpoint's evaluation context. The first available text is used: `data`; the checkpoint's evaluation
+    text; the held-out documents of its training text; the documentation shipped with this package. A recorded text must be
+    on this machine and long enough.
+
+    Args:
+        checkpoint: the converted checkpoint.
+        output: the folder to export to. Tokens are kept in a temporary folder next to it.
+        data: a local file, folder or glob; None selects a text.
+        tokens: most tokens to read.
+        text_field: field of a document with its text, for `data`.
+        vocabulary: vocabulary size of the model.
+
+    Raises:
+        InputError: if `tokens` is less than one block, or the text is unreadable.
     """
     context, _ = checkpoint_settings(checkpoint)
     if tokens < context:
-        raise InputError(f"--tokens {tokens}: fewer than one block of {context}; give more")
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens; set --tokens to {context} or more")
     tokenizer = load_tokenizer(str(checkpoint))
     shipped = Source(str(shipped_folder().parent / "examples" / SHIPPED))
     sources = [Source(str(Path(data).expanduser().absolute()), text_field)] if data else [*_recorded(checkpoint), shipped]
@@ -57,18 +68,18 @@ def opened(
 
 
 def _recorded(checkpoint: Path) -> Iterator[Source]:
-    """The texts of the checkpoint's run, if it was on this machine."""
+    """Yield the evaluation and training texts of the checkpoint's run, if it was on this machine."""
     recorded = read_local(checkpoint).get("data")
     paths: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-    for part in ("eval", "train"):
-        if isinstance(paths.get(part), str):
-            yield Source(paths[part], _field(checkpoint, part), held_out=part == "train")
+    for split in ("eval", "train"):
+        if isinstance(paths.get(split), str):
+            yield Source(paths[split], _field(checkpoint, split), held_out=split == "train")
 
 
-def _field(checkpoint: Path, part: str) -> str:
-    """The field of a document that the checkpoint's recipe names; the usual one where it names none."""
+def _field(checkpoint: Path, split: str) -> str:
+    """Return the text field in the checkpoint's recipe for a split, by default "text"."""
     path = checkpoint / "recipe.yaml"
     data = read_recipe_yaml(path).get("data") if path.is_file() else None
-    source = data.get(part) if isinstance(data, dict) else None
+    source = data.get(split) if isinstance(data, dict) else None
     field = source.get("text") if isinstance(source, dict) else None
     return field if isinstance(field, str) else "text"

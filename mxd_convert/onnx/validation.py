@@ -1,6 +1,6 @@
-"""What an exported folder holds, checked before onnxruntime or our own code acts on it: every file of it may come from anyone.
+"""Validation of an exported folder, before onnxruntime or our own code uses it. All its files are untrusted.
 
-Imports neither torch nor transformers nor package onnx, none of which running a model needs.
+Doesn't import torch, transformers or onnx, which running a model doesn't need.
 """
 
 import json
@@ -17,30 +17,30 @@ from mxd_convert.files import check_links, kind_of, read_mapping
 
 STEERING = {"steering.layers": "tensor(int64)", "steering.experts": "tensor(int64)", "steering.amounts": "tensor(float)"}
 _FIX = "download it or export the model again"
-_SIZES = ("vocab_size", "max_position_embeddings", "n_positions")  # of config.json, where the runtime reads them
+_SIZES = ("vocab_size", "max_position_embeddings", "n_positions")  # keys of config.json that the runtime reads
 _CACHE_TYPES = ("tensor(float)", "tensor(float16)")
-_MOST_WIDTH = 2**20  # heads, or features of a head
-_MOST_TOKEN = 2**63 - 1
-_MOST_FIELDS = 5_000_000  # of a graph's file; the graphs of the largest models have a tenth of it
+_MOST_WIDTH = 2**20  # most heads, and most features per head
+_MOST_TOKEN = 2**63 - 1  # largest token id
+_MOST_FIELDS = 5_000_000  # most protobuf fields in a graph's file, ten times those of the largest models
 
-# --- the files beside the graphs --------------------------------------------------------------------------------------------------
+# --- config, generation settings and tokenizer ------------------------------------------------------------------------------------
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json. Raises InputError where a size that the runtime reads is no whole number."""
+    """Read config.json. Raises InputError if a size that the runtime reads is not a positive integer."""
     path = folder / "config.json"
     config = read_mapping(path, _FIX)
     for key in _SIZES:
         value = config.get(key)
         if value is not None and not (_is_whole(value) and value >= 1):
-            raise InputError(f"{path}: {key} is {_shown(value)}; expected a whole number from 1; {_FIX}")
+            raise InputError(f"{path}: {key} is {_shown(value)}; expected an integer of 1 or more; {_FIX}")
     return config
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
-    """Return the token ids that end a text: of generation_config.json, else of config.json. Raises InputError.
+    """Return the end tokens from generation_config.json, or else config.json. Raises InputError if they are not token ids.
 
-    An id beyond the vocabulary is accepted: it ends nothing, and small models often keep the one of the model they are shaped after.
+    An id outside of the vocabulary is accepted, because small models often keep the id of the model they are derived from.
     """
     path, found = folder / "config.json", config.get("eos_token_id")
     generation = folder / "generation_config.json"
@@ -57,21 +57,30 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
 
 @contextmanager
 def explained_tokenizer(path: Path, what: str) -> Iterator[None]:
-    """Turn an error of package tokenizers into an InputError that names tokenizer.json."""
+    """Turn an error of the package tokenizers into an InputError that names tokenizer.json."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, TypeError):
         raise
-    except BaseException as error:  # a panic of its Rust code is no Exception
+    except BaseException as error:  # a panic in its Rust code is not an Exception
         raise InputError(f"{path}: {what} ({first_line(error)}); {_FIX}") from None
 
 
-# --- the graph, by what onnxruntime says of it ------------------------------------------------------------------------------------
+# --- the graph, as loaded by onnxruntime ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Names:
-    """layers: by index, what the metadata says of each. past: inputs of the cache by name. experts: outputs, in the graph's order."""
+    """Layers, inputs and outputs of a graph.
+
+    Attributes:
+        layers: the metadata of each layer, by index.
+        inputs: all inputs, by name.
+        past: the inputs that are the cache, by name.
+        outputs: logits, then the present cache.
+        experts: expert outputs, in the graph's order.
+        steerable: whether the graph has steering inputs.
+    """
 
     layers: dict[int, dict[str, Any]]
     inputs: dict[str, Any]
@@ -82,7 +91,10 @@ class Names:
 
 
 def read_names(file: Path, session: Any, key: str) -> Names:
-    """Read a session's layers, inputs and outputs. key: of the metadata. Raises InputError where the graph is none of ours."""
+    """Read the layers, inputs and outputs of a session. key: the metadata key with the layers.
+
+    Raises InputError if `export-onnx` can't have written the graph.
+    """
     try:
         layers = _read_layers(file, session.get_modelmeta().custom_metadata_map.get(key), key)
         inputs = {entry.name: entry for entry in session.get_inputs()}
@@ -110,7 +122,7 @@ def read_names(file: Path, session: Any, key: str) -> Names:
             raise _no_export(file, f"input {name} has shape {_shown(shape)}; expected (batch, heads, past, width of a head)")
     for name in experts:
         if name.endswith("indices") and name.replace("indices", "values") not in experts:
-            raise _no_export(file, f"output {name} is without its values")
+            raise _no_export(file, f"output {name} has no matching output with values")
     kept = ["logits", *(name for name in outputs if name.startswith("present."))]
     return Names(layers, inputs, past, kept, [name for name in outputs if name in experts], bool(optional))
 
@@ -126,16 +138,14 @@ def _read_layers(file: Path, text: str | None, key: str) -> dict[int, dict[str, 
         raise _no_export(file, f"its metadata {key!r} holds {kind_of(content)}; expected a mapping of layers")
     for index, layer in content.items():
         if not re.fullmatch(r"[0-9]{1,6}", index):
-            raise _no_export(file, f"its metadata {key!r} has a layer {_shown(index)}; expected a number")
+            raise _no_export(file, f"its metadata {key!r} has a layer {_shown(index)}; expected a layer index")
         if not isinstance(layer, dict) or not isinstance(layer.get("kind"), str):
-            raise _no_export(
-                file, f"its metadata {key!r} says {_shown(layer)} of layer {index}; expected a mapping with its kind"
-            )
+            raise _no_export(file, f"its metadata {key!r}: layer {index} is {_shown(layer)}; expected a mapping with its kind")
         for name in ("n_experts", "k"):
             if name in layer and not (_is_whole(layer[name]) and layer[name] >= 1):
                 raise _no_export(
                     file,
-                    f"its metadata {key!r}: {name} of layer {index} is {_shown(layer[name])}; expected a whole number from 1",
+                    f"its metadata {key!r}: {name} of layer {index} is {_shown(layer[name])}; expected an integer of 1 or more",
                 )
     return {int(index): layer for index, layer in content.items()}
 
@@ -145,13 +155,13 @@ def _check_names(file: Path, what: str, found: Mapping[str, Any], expected: Mapp
         if name not in found:
             raise _no_export(file, f"it has no {what} {name}")
         if name not in expected:
-            raise _no_export(file, f"it has an {what} {_shown(name)}")
+            raise _no_export(file, f"it has an unexpected {what} {_shown(name)}")
         if found[name].type not in expected[name]:
             raise _no_export(file, f"{what} {name} is a {found[name].type}; expected {' or '.join(expected[name])}")
 
 
 def check_step(file: Path, shape: Sequence[int], arrays: Mapping[str, Any]) -> None:
-    """Raises InputError where the graph has made something of other than (rows, tokens, ...). shape: of the token ids."""
+    """Raise InputError if an output is not of shape (rows, tokens, ...). shape: (rows, tokens) of the token ids."""
     for name, array in arrays.items():
         found = array.shape()
         if len(found) != 3 or tuple(found[:2]) != tuple(shape):
@@ -159,10 +169,10 @@ def check_step(file: Path, shape: Sequence[int], arrays: Mapping[str, Any]) -> N
 
 
 def raise_failure(file: Path, error: Exception, problem: str) -> NoReturn:
-    """Raise the one-line InputError for an error of onnxruntime, whose own classes don't tell one from the other."""
+    """Raise a one-line InputError for an error of onnxruntime. Its classes don't tell out of memory from other errors."""
     if is_out_of_memory(RuntimeError(str(error))) or is_out_of_memory(error) or "BFCArena" in str(error):
         raise InputError(
-            f"{file}: out of memory in onnxruntime; free some, or use a graph in fp16 or int8, or shorter and fewer texts at a time"
+            f"{file}: out of memory in onnxruntime; free memory, use a graph in fp16 or int8, or run fewer or shorter texts at a time"
         ) from MemoryError(first_line(error))
     reason = re.split(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", first_line(error, 2000))[-1]
     raise InputError(f"{file}: {problem} ({reason[:200]}); {_FIX}") from None
@@ -176,7 +186,7 @@ def _no_export(file: Path, problem: str) -> InputError:
 
 
 def check_graph(file: Path, folder: Path) -> None:
-    """Raises InputError where a link leads out of the folder, or a weight kept outside the graph is not in a whole file beside it."""
+    """Raise InputError if a link or an external weight points outside of the folder, or an external weight is incomplete."""
     check_links(folder if file.resolve().is_relative_to(folder.resolve()) else file.parent)
     try:
         for tensor, entries in _external_tensors(file):
@@ -186,26 +196,27 @@ def check_graph(file: Path, folder: Path) -> None:
 
 
 def _check_external(file: Path, tensor: str, entries: list[tuple[str, str]]) -> None:
-    """Checks where one tensor's values are said to be. A key may be there twice, and a reader may take either."""
+    """Check the location of one tensor's external values. All values of a repeated key are checked: a reader may use any."""
     locations = [value for key, value in entries if key == "location"]
-    start, length = (
+    offset, length = (
         max((_count(file, key, value) for key, value in entries if key == name), default=0) for name in ("offset", "length")
     )
     if not locations:
-        raise InputError(f"{file}: tensor {_shown(tensor)} has its values in another file, and names none; {_FIX}")
+        raise InputError(f"{file}: tensor {_shown(tensor)} has external values without a location; {_FIX}")
     for location in locations:
         absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor or "\0" in location
         if not location or absolute or ".." in PurePosixPath(location.replace("\\", "/")).parts:
             raise InputError(
-                f"{file}: tensor {_shown(tensor)} has its values in {_shown(location)}, outside of the folder, so it is not loaded; {_FIX}"
+                f"{file}: tensor {_shown(tensor)} has its values in {_shown(location)}, outside of the folder; {_FIX}"
             )
-        place = file.parent / location
-        if not place.is_file():
-            raise InputError(f"{place}: missing, and tensor {_shown(tensor)} of {file.name} has its values there; {_FIX}")
-        size = place.stat().st_size
-        if start + length > size:
+        path = file.parent / location
+        if not path.is_file():
+            raise InputError(f"{path}: missing, but tensor {_shown(tensor)} of {file.name} has its values there; {_FIX}")
+        size = path.stat().st_size
+        if offset + length > size:
             raise InputError(
-                f"{place}: {size:,} bytes, and tensor {_shown(tensor)} of {file.name} has its values up to byte {start + length:,}; {_FIX}"
+                f"{path}: {size:,} bytes, but the values of tensor {_shown(tensor)} of {file.name} end at byte"
+                f" {offset + length:,}; {_FIX}"
             )
 
 
@@ -216,10 +227,10 @@ def _count(file: Path, key: str, value: str) -> int:
 
 
 class _Unreadable(Exception):
-    """The file is no message of protobuf, or one that no exporter writes."""
+    """The file is not a protobuf message, or is one that no exporter writes."""
 
 
-# By kind of message: the fields in which tensors are, and the kind of each. Numbers are those of onnx.proto.
+# by kind of message: the fields that may contain tensors, and the kind of each; field numbers are those of onnx.proto
 _INSIDE = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -233,7 +244,7 @@ _TENSOR_NAME, _TENSOR_EXTERNAL = 8, 13
 
 
 def _external_tensors(file: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield (name, external_data) of every tensor in a graph's file that has such entries. Weights are passed over, not read."""
+    """Yield (name, external_data entries) of every tensor with external data in a graph's file. Weights are skipped, not read."""
     if file.stat().st_size == 0:
         raise _Unreadable("empty")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -247,8 +258,8 @@ def _external_tensors(file: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]
                     if number == _TENSOR_NAME:
                         name = reader.text(first, last)
                     elif number == _TENSOR_EXTERNAL:
-                        parts = {field: reader.text(*where) for field, *where in reader.fields(first, last)}
-                        entries.append((parts.get(1, ""), parts.get(2, "")))
+                        entry = {field: reader.text(*where) for field, *where in reader.fields(first, last)}
+                        entries.append((entry.get(1, ""), entry.get(2, "")))
                 if entries:
                     yield name, entries
                 continue
@@ -257,13 +268,13 @@ def _external_tensors(file: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]
 
 
 class _Reader:
-    """Reads protobuf's wire format."""
+    """Reader of protobuf's wire format."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.left = content, _MOST_FIELDS
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (number, start, end) of a message's fields that have a length; the others are passed over."""
+        """Yield (number, start, end) of a message's length-delimited fields. Other fields are skipped."""
         at = start
         while at < end:
             self.left -= 1
@@ -281,7 +292,7 @@ class _Reader:
             else:
                 raise _Unreadable(f"a field of wire type {kind}")
             if at > end or tag >= 2**32:
-                raise _Unreadable("it ends within a field")
+                raise _Unreadable("truncated within a field")
             if kind == 2:
                 yield tag >> 3, first, at
 
@@ -295,9 +306,10 @@ class _Reader:
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value, at
-        raise _Unreadable("it ends within a number")
+        raise _Unreadable("truncated within a number")
 
     def text(self, start: int, end: int) -> str:
+        """Return a field's content as text."""
         if end - start > 2**16:
             raise _Unreadable("a name of more than 64 KiB")
         return self.content[start:end].decode("utf-8", errors="replace")
@@ -313,6 +325,6 @@ def _is_whole(value: Any) -> bool:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, or a deep list
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or a deeply nested list
         return kind_of(value)
     return text if len(text) <= 80 else text[:77] + "..."

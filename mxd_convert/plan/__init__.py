@@ -1,1 +1,1 @@
-"""What a recipe comes to before any work: sizes, memory, disk, time."""
+"""The plan of a conversion before any work: sizes, memory, disk, time."""

@@ -1,4 +1,4 @@
-"""The work a conversion is: the products it really makes, by arithmetic from the shapes."""
+"""Floating point operations of a conversion, computed from the shapes of the products that it performs."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from mxd_convert.plan.resolve import Plan
 
 
 def flops_per_token(plan: Plan, groups: Sequence[Sequence[int]]) -> int:
-    """Floating point operations for one token of the text, over all passes: the layers' steps, and the base's forwards.
+    """Return the floating point operations per training token, over all passes: steps of the layers and forwards of the base.
 
-    groups: layer indices by pass. A product with a weight counts 2 a weight; attention's scores, norms and the optimiser's pass
-    are left out. With a joint stage, the mean over the run's steps.
+    A product counts 2 per weight. Attention scores, norms and the optimiser are not counted. With a joint stage, the result is
+    the mean over the run's steps. groups: layer indices by pass.
     """
     learning = sum(layer.shape.step_flops for layer in plan.layers)
     alone = learning + sum(_forward(plan, max(group)) for group in groups)
@@ -19,8 +19,10 @@ def flops_per_token(plan: Plan, groups: Sequence[Sequence[int]]) -> int:
 
 
 def _through(plan: Plan) -> int:
-    """Beside the layers' steps, while all are trained in the model: forwards of base and converted model, and back to the lowest layer,
-    whose input needs no gradient."""
+    """Return the operations per token of the joint stage, without the layers' own steps.
+
+    They are the forwards of base and converted model, and the backward down to the lowest layer, whose input needs no gradient.
+    """
     head = 2 * plan.vocabulary * plan.sites[-1].d_out
     base = _forward(plan, len(plan.depth_weights) - 1, alone=True) + head
     kept = base - sum(_of_the_mlp(site) for site in plan.sites)
@@ -29,9 +31,11 @@ def _through(plan: Plan) -> int:
 
 
 def _forward(plan: Plan, last: int, alone: bool = False) -> int:
-    """Of the base up to layer `last`; in sequential order with the converted layers below it, and besides as it is for a teacher.
+    """Return the operations per token of the forwards up to layer `last`.
 
-    alone: of the base as it is, in any order.
+    In sequential order, the converted layers below `last` replace MLPs. With `train.target: teacher`, the base's own forward is
+    added.
+    alone: count the base's own forward only, in any order.
     """
     base = 2 * sum(plan.depth_weights[: last + 1])
     if alone or plan.recipe.train.order == "parallel":
@@ -42,4 +46,5 @@ def _forward(plan: Plan, last: int, alone: bool = False) -> int:
 
 
 def _of_the_mlp(site: Site) -> int:
+    """Return the operations per token of an MLP's forward."""
     return 2 * site.d_in * site.d_hidden * (2 if site.glu else 1) + 2 * site.d_hidden * site.d_out

@@ -1,6 +1,6 @@
-"""How much memory a conversion takes, which layers are trained together, and whether it fits.
+"""Memory of a conversion: the estimate, the groups of layers that fit together, and whether the run fits at all.
 
-All figures in bytes, of one process; on a GPU of the device. Checked against real runs by benchmarks/memory.py.
+All figures are bytes of one process, on a GPU of the device's memory. benchmarks/memory.py compares them with real runs.
 """
 
 import os
@@ -20,43 +20,47 @@ from mxd_convert.training.joint import piece_tokens
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
 from mxd_convert.training.stream import FORWARD_TOKENS, buffer_steps
 
-LIBRARIES = 520 * 2**20  # of a CPU process: torch, transformers and what they load, resident once a model has run
-BASE_SHARE = 0.5  # of the memory to be had, that the base model may take; a larger one is spread over device, memory and disk
-SPARE = 1.1  # what an allocator holds above what is asked of it
-USABLE = 0.9  # of the memory that is free: the rest is for what an estimate leaves out
-_WIDTHS = {"bfloat16": 2, "float16": 2}
+LIBRARIES = 520 * 2**20  # bytes of torch, transformers and their dependencies, resident in a CPU process after a forward
+BASE_SHARE = 0.5  # of the available memory, for the base model; a larger one is spread over device, memory and disk
+SPARE = 1.1  # factor for allocator overhead
+USABLE = 0.9  # of the free memory: the rest is for what the estimate leaves out
+_WIDTHS = {"bfloat16": 2, "float16": 2}  # bytes per element; others take 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """An estimate by phase: while layers are trained, together in one pass, and while the checkpoint is evaluated."""
+    """Peak memory by phase, in bytes: training of a group of layers, and evaluation of the checkpoint."""
 
     training: int
     evaluation: int
 
     @property
     def peak(self) -> int:
+        """Return the larger of the two."""
         return max(self.training, self.evaluation)
 
 
 def estimate(plan: Plan, group: Sequence[LayerPlan], processes: int = 1, room: int | None = None) -> Memory:
-    """The memory of a run that trains the layers of `group` together. processes: that share out every batch. room: to be had."""
+    """Return the memory of a run that trains the layers of `group` in one pass.
+
+    processes: number of processes. room: available memory; a base model too large for it is spread. None: count the base whole.
+    """
     return Memory(max(_training(plan, group, processes, room), _joint(plan, processes)), _evaluation(plan))
 
 
 def base_bytes(plan: Plan) -> int:
-    """Of the base model's weights, as they are held while activations are harvested."""
+    """Return the bytes of the base model's weights while activations are harvested."""
     return _WIDTHS.get(plan.recipe.base.dtype, 4) * plan.base_parameters
 
 
 def base_room(plan: Plan, room: int) -> int | None:
-    """The memory for a base model too large to be held whole, which accelerate then spreads; None for one that is not."""
+    """Return the memory limit of a base model that is too large for `room` and is spread by accelerate; None if it fits."""
     most = int(BASE_SHARE * room)
     return most if base_bytes(plan) > most else None
 
 
 def _held(recipe: Recipe, group: Sequence[LayerPlan], whole_gradients: bool) -> int:
-    """Weights, moments and gradients; those of gate and experts are mostly not made whole."""
+    """Return the bytes of weights, moments and gradients. Gate and experts have whole gradients only for L1 or shared batches."""
     held = 0
     for layer in group:
         rows = layer.shape.n_experts * (layer.shape.d_in + layer.shape.d_out)
@@ -66,6 +70,7 @@ def _held(recipe: Recipe, group: Sequence[LayerPlan], whole_gradients: bool) -> 
 
 
 def _chunk_of_the_optimiser(recipe: Recipe, group: Sequence[LayerPlan]) -> int:
+    """Return the bytes of the optimiser's largest chunk on a GPU; 0 on a CPU, where chunks are small."""
     if device_of(recipe) != "cuda":
         return 0
     rows_at_a_time = min(
@@ -75,7 +80,7 @@ def _chunk_of_the_optimiser(recipe: Recipe, group: Sequence[LayerPlan]) -> int:
 
 
 def _joint(plan: Plan, processes: int) -> int:
-    """While all layers are trained together in the model; 0 where they are not."""
+    """Return the bytes of the joint stage; 0 if there is none."""
     recipe = plan.recipe
     if not plan.joint_steps:
         return 0
@@ -86,7 +91,7 @@ def _joint(plan: Plan, processes: int) -> int:
     widest = max(plan.sites, key=lambda site: site.d_hidden)
     base = width * tokens * len(plan.depth_weights) * (20 * widest.d_in + 2 * widest.d_hidden)
     logits = 6 * 4 * tokens * plan.vocabulary
-    # of a whole step, what gradients of gate and experts are made of
+    # kept over a whole step to compute the gradients of gate and experts
     sources = 4 * step_tokens * sum(shape.d_in + shape.d_out + 6 * shape.active for shape in plan.shapes.values())
     held = _held(recipe, plan.layers, processes > 1) + _chunk_of_the_optimiser(recipe, plan.layers)
     most_experts = max(shape.n_experts for shape in plan.shapes.values())
@@ -95,38 +100,40 @@ def _joint(plan: Plan, processes: int) -> int:
 
 
 def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int | None) -> int:
+    """Return the bytes of a pass that trains the layers of `group`."""
     recipe = plan.recipe
     together = processes > 1 and recipe.train.distribute == "data"
     step_tokens = plan.tokens // plan.steps
     tokens = step_tokens // (processes if together else 1)
     width = _WIDTHS.get(recipe.base.dtype, 4)
     held = _held(recipe, group, together)
-    if recipe.train.order == "sequential":  # those below stay, in the base's precision
+    if recipe.train.order == "sequential":  # trained layers below stay in memory, in the base's precision
         held += width * sum(layer.parameters for layer in plan.layers if layer.index < group[0].index)
     held += _chunk_of_the_optimiser(recipe, group)
     steps = min(plan.steps, buffer_steps(step_tokens, plan.sites))
     a_token = width * sum(layer.shape.d_in + layer.shape.d_out for layer in group)
-    buffer = (steps + 1) * tokens * a_token  # and one step's as it is harvested
+    buffer = (steps + 1) * tokens * a_token  # one step more while it is harvested
     step = max(_step(recipe, layer, tokens) for layer in group)
-    widest = max(plan.sites, key=lambda site: site.d_hidden)  # the base's own hidden width, not the experts'
-    a_forward = width * (6 * widest.d_hidden + 12 * widest.d_in)  # for a token
-    context = recipe.data.context  # a forward takes a block at least
+    widest = max(plan.sites, key=lambda site: site.d_hidden)  # the base's hidden width, not the layers'
+    a_forward = width * (6 * widest.d_hidden + 12 * widest.d_in)  # per token
+    context = recipe.data.context  # a forward takes at least one block
     forward = max(context, min(tokens, FORWARD_TOKENS)) * a_forward
-    start = 0
-    if recipe.train.init == "tokens":  # all layers' activations; in float32 an eighth of them, and one layer's others twice
-        read = max(context, FORWARD_TOKENS)  # whatever a step takes
+    initialisation = 0
+    if recipe.train.init == "tokens":  # activations of all layers; in float32 an eighth of them, and the rest of one layer twice
+        read = max(context, FORWARD_TOKENS)  # for any batch size
         widths = [layer.shape.d_in + layer.shape.d_out for layer in group]
-        start = read * (max(a_forward, sum(widths) // 2 + 7 * max(widths)) + a_token)
+        initialisation = read * (max(a_forward, sum(widths) // 2 + 7 * max(widths)) + a_token)
     base = base_bytes(plan) if room is None else base_room(plan, room) or base_bytes(plan)
-    return _libraries(recipe) + base + int(SPARE * (held + max(start, buffer + max(step, forward))))
+    return _libraries(recipe) + base + int(SPARE * (held + max(initialisation, buffer + max(step, forward))))
 
 
 def _libraries(recipe: Recipe) -> int:
+    """Return the bytes of the libraries, which take none of a GPU's memory."""
     return LIBRARIES if device_of(recipe) == "cpu" else 0
 
 
 def _step(recipe: Recipe, layer: LayerPlan, tokens: int) -> int:
-    """What one layer's forward and backward make, at most at a time."""
+    """Return the peak of intermediate tensors in one layer's forward and backward."""
     hidden = 4 * tokens * (6 if layer.shape.glu else 4) * layer.shape.d_hidden
     outputs = 4 * tokens * (10 * layer.shape.d_out + 2 * layer.shape.d_in)
     gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk(device_of(recipe), 4 * layer.shape.n_experts))
@@ -134,6 +141,7 @@ def _step(recipe: Recipe, layer: LayerPlan, tokens: int) -> int:
 
 
 def _evaluation(plan: Plan) -> int:
+    """Return the bytes of an evaluation with base and converted model in float32."""
     context = plan.recipe.data.context
     tokens = context * rows_a_batch(context, plan.vocabulary)
     widest = max(plan.layers, key=lambda layer: layer.shape.n_experts)
@@ -147,23 +155,24 @@ def _evaluation(plan: Plan) -> int:
 
 
 def device_of(recipe: Recipe) -> str:
-    """Where a recipe's layers will be trained: cpu or cuda."""
+    """Return the device on which a recipe's layers are trained: cpu or cuda."""
     return "cpu" if recipe.train.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def available(device: str) -> int:
-    """Memory that a run may take: free on the GPU; or free on the machine, within the limit of the process's control group."""
+    """Return the bytes a run may take: free on the GPU, or free on the machine within the limit of the control group."""
     if device == "cuda":
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, to be used again
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # cached by torch, which reuses it
         return torch.cuda.mem_get_info()[0] + kept
     free = psutil.virtual_memory().available
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
         free = min(free, max(0, limit - used + _reclaimable()))
-    return free + psutil.Process(os.getpid()).memory_info().rss  # what this process holds, the estimate counts too
+    return free + psutil.Process(os.getpid()).memory_info().rss  # the estimate counts this process's memory too
 
 
 def _cgroup(name: str) -> int | None:
+    """Return a figure of the control group in bytes, or None if there is no limit or no control group."""
     try:
         return int(Path("/sys/fs/cgroup", name).read_text())
     except (OSError, ValueError):  # no such file, or "max"
@@ -171,7 +180,7 @@ def _cgroup(name: str) -> int | None:
 
 
 def _reclaimable() -> int:
-    """Of what the control group uses: pages of files, which the system gives back when asked."""
+    """Return the bytes of file pages in the control group's usage, which the system frees on demand."""
     try:
         lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
     except OSError:
@@ -181,16 +190,16 @@ def _reclaimable() -> int:
 
 
 def budget(recipe: Recipe) -> int:
-    """The memory that the layers of one pass must fit into: most of what is free for this process, and not above `train.memory_gib`."""
-    device, beside = device_of(recipe), 1
+    """Return the memory budget of a pass: most of the free memory of this process, at most `train.memory_gib`."""
+    device, neighbours = device_of(recipe), 1
     if device == "cpu":
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's name for the processes of this machine
-    free = int(USABLE * available(device)) // beside
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, set by torchrun
+    free = int(USABLE * available(device)) // neighbours
     return free if recipe.train.memory_gib is None else min(free, int(recipe.train.memory_gib * 2**30))
 
 
 def groups(plan: Plan, indices: Sequence[int], room: int, processes: int = 1) -> list[list[int]]:
-    """The layers in groups that fit into `room` bytes, one by one at least; in sequential order always one by one."""
+    """Return the layers in groups that fit into `room` bytes, with at least one layer each; in sequential order always one."""
     layers = {layer.index: layer for layer in plan.layers}
     found: list[list[int]] = []
     for index in indices:
@@ -204,7 +213,10 @@ def groups(plan: Plan, indices: Sequence[int], room: int, processes: int = 1) ->
 
 
 def fitting_together(plans: Sequence[Plan], room: int) -> list[list[int]]:
-    """Runs on the same base and text, by number, in groups that can be trained at once; one by one where not all layers of a run fit."""
+    """Return groups of runs that fit into `room` bytes together, by their number. All runs have the same base and text.
+
+    A run whose layers don't all fit has a group of its own.
+    """
     found: list[list[int]] = []
     used = 0
     for number, plan in enumerate(plans):
@@ -220,7 +232,7 @@ def fitting_together(plans: Sequence[Plan], room: int) -> list[list[int]]:
 
 
 def shares(plan: Plan, processes: int) -> list[list[int]]:
-    """The layers of every process: its own share of them, in runs of neighbours of about the same work, or all of them for all."""
+    """Return the layer indices of each process: consecutive layers of about equal size, or all layers if batches are shared."""
     indices = [layer.index for layer in plan.layers]
     if plan.recipe.train.distribute == "data" or processes == 1:
         return [indices] * processes
@@ -233,54 +245,55 @@ def shares(plan: Plan, processes: int) -> list[list[int]]:
 
 
 def largest_group(plan: Plan, processes: int = 1) -> list[LayerPlan]:
-    """The layers of the pass that takes the most memory."""
+    """Return the layers of the pass that takes the most memory."""
     layers = {layer.index: layer for layer in plan.layers}
     found = groups(plan, list(layers), budget(plan.recipe), processes)
     return max(([layers[index] for index in group] for group in found), key=lambda group: _training(plan, group, processes, None))
 
 
 def fits_for_evaluation(plan: Plan, device: str) -> bool:
-    """Whether base and converted model can be evaluated on a device."""
+    """Return whether base and converted model fit on a device for evaluation."""
     return _evaluation(plan) <= USABLE * available(device)
 
 
 def check_joint(plan: Plan, room: int) -> None:
-    """Raises InputError where layers are to be trained together in a base model that has to be spread."""
+    """Raise InputError for a joint stage in a base model that must be spread over devices."""
     if plan.joint_steps and base_room(plan, room) is not None:
         raise InputError(
             f"train.joint: {plan.recipe.train.joint:g}: the base model takes {base_bytes(plan) / 2**30:.1f} GiB, more than half of the"
-            f" {room / 2**30:.1f} to be had, and would be spread over several devices, where no layers can be trained in it;"
-            " set train.joint: 0"
+            f" {room / 2**30:.1f} GiB available. It would be spread over several devices, where the joint stage can't train."
+            " Set train.joint: 0."
         )
 
 
 def check_memory(plan: Plan, processes: int = 1, begun: bool = False) -> None:
-    """Raises InputError where not even one layer at a time fits, naming what to change. begun: whether the run has a state to go on from."""
-    worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))  # the last: in sequential order with all below it
+    """Raise InputError if not even one layer at a time fits. begun: whether the run has a saved state to resume from."""
+    # of equal layers the last: in sequential order it has all others below it
+    worst = max(plan.layers, key=lambda layer: (layer.parameters, layer.index))
     room = budget(plan.recipe)
     need = Memory(_training(plan, [worst], processes, room), _evaluation(plan))
     gib, layer = plan.recipe.train.memory_gib, plan.recipe.layer
     set_lower = gib is not None and int(gib * 2**30) <= room
     have = f"train.memory_gib: {gib:g} GiB" if set_lower else f"memory: {room / 2**30:.1f} GiB usable"
     more = ", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else ""
-    more += ", or raise train.memory_gib" if set_lower else ""
+    more += ", or raise train.memory_gib." if set_lower else "."
     if begun:
-        more += f". The run that was begun goes on only with more memory{' or fewer processes' if processes > 1 else ''}; else add --fresh"
+        more += f" The unfinished run resumes only with more memory{' or fewer processes' if processes > 1 else ''}; otherwise add --fresh."
     if need.training > room:
         raise InputError(
-            f"{have}, and layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB; lower {layer.size_key}"
+            f"{have}, but layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB. Lower {layer.size_key}"
             f" ({layer.size}) or train.batch_tokens ({plan.recipe.train.batch_tokens}){more}"
         )
     check_joint(plan, room)
     joint = _joint(plan, processes)
     if joint > room:
         raise InputError(
-            f"{have}, and the joint stage of all layers (train.joint: {plan.recipe.train.joint:g}) needs about"
-            f" {joint / 2**30:.1f} GiB; set train.joint: 0, lower {layer.size_key} ({layer.size}){more}"
+            f"{have}, but the joint stage (train.joint: {plan.recipe.train.joint:g}) needs about"
+            f" {joint / 2**30:.1f} GiB. Set train.joint: 0 or lower {layer.size_key} ({layer.size}){more}"
         )
     usable, device = int(USABLE * available("cpu")), device_of(plan.recipe)
     if need.evaluation > usable and (device == "cpu" or not fits_for_evaluation(plan, device)):
         raise InputError(
-            f"memory: {usable / 2**30:.1f} GiB usable, and base and converted model together need about {need.evaluation / 2**30:.1f}"
-            f" to be evaluated; convert fewer layers at a time (layers: ...) or lower {layer.size_key} ({layer.size})"
+            f"memory: {usable / 2**30:.1f} GiB usable, but evaluating base and converted model needs about {need.evaluation / 2**30:.1f} GiB."
+            f" Convert fewer layers at a time (layers: ...) or lower {layer.size_key} ({layer.size})."
         )

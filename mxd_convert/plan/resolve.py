@@ -1,4 +1,4 @@
-"""A recipe resolved against its base model: known from the base's config before any weight is loaded."""
+"""Resolution of a recipe against its base model, from the base's config alone, before any weight is loaded."""
 
 import importlib.util
 import shutil
@@ -20,12 +20,12 @@ from mxd_convert.layers import LayerSpec
 from mxd_convert.recipe.presets import joint_steps, resolve_hidden, resolve_train, steps_of
 from mxd_convert.recipe.schema import Recipe, is_local, layer_indices
 
-GROWTH_WARNING = 3.0
+GROWTH_WARNING = 3.0  # times the base's parameters
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to convert: its shape and parameters, and those of the MLP that it replaces."""
+    """A layer to convert: its shape, and the parameters of the MLP that it replaces."""
 
     index: int
     shape: LayerSpec
@@ -33,9 +33,11 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
+        """Return the number of the layer's parameters."""
         return self.shape.parameters
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
         shape = asdict(self.shape)
         experts = shape.pop("n_experts")
         return {
@@ -49,8 +51,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to. Sizes in bytes. depth_weights: of each of the base's layers, in all its matrices. mlp: where the base's MLPs
-    are and what they compute, in words."""
+    """A resolved recipe with its layers, sizes and amount of work.
+
+    Attributes:
+        recipe: with every setting resolved.
+        sites: the MLPs to replace, in the order of `layers`.
+        steps: of each layer, with those of the joint stage.
+        tokens: of training.
+        disk_bytes: that the run needs at most.
+        depth_weights: number of weights in the matrices of each decoder layer of the base.
+        mlp: description of the base's MLPs: their module path and what they compute.
+    """
 
     recipe: Recipe
     sites: list[Site]
@@ -67,20 +78,22 @@ class Plan:
 
     @property
     def shapes(self) -> dict[int, LayerSpec]:
+        """Return the shapes by layer index."""
         return {layer.index: layer.shape for layer in self.layers}
 
     @property
     def joint_steps(self) -> int:
-        """Of the steps the last, in which all layers are trained together."""
+        """Return the number of steps of the joint stage, which are the last of `steps`."""
         return joint_steps(self.steps, self.recipe.train.joint)
 
     @property
     def output(self) -> Path:
+        """Return the output folder."""
         assert self.recipe.output.dir is not None
         return Path(self.recipe.output.dir)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it, the recipe in its published form."""
+        """Return the fields for JSON, with the recipe in its published form."""
         keys = (
             "base_parameters",
             "converted_parameters",
@@ -99,9 +112,9 @@ class Plan:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Resolves a recipe against its base model: which MLPs, how many experts, settings of the preset, size and work.
+    """Resolve a recipe against its base model: MLPs, number of experts, settings of the preset, sizes and work.
 
-    Reads the base's config only. Raises InputError for whatever in the recipe does not fit the model.
+    Reads only the base's config. Raises InputError if the recipe does not fit the model.
     """
     with trusting(recipe.base.trust_remote_code):
         return _make_plan(recipe)
@@ -118,7 +131,9 @@ def _make_plan(recipe: Recipe) -> Plan:
         raise InputError(str(error)) from None
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.data.context > limit:
-        raise InputError(f"data.context: {recipe.data.context} tokens are more than the base model's {limit}; lower data.context")
+        raise InputError(
+            f"data.context: {recipe.data.context} tokens exceed the base model's {limit}. Set data.context to {limit} or less."
+        )
     with explained("its config", recipe.base.model):
         model = empty_model(config)
         sites = find_sites(model, config, indices, recipe.base.mlp)
@@ -156,7 +171,7 @@ def _make_plan(recipe: Recipe) -> Plan:
 
 
 def _architecture(recipe: Recipe, config: Any) -> Architecture:
-    """As `architecture_of`; where a family has no row, the error says what looks like its MLP."""
+    """Return the base's architecture. For an unknown family, the error names the modules that look like its MLP."""
     try:
         return architecture_of(config, recipe.base.mlp)
     except InputError as error:
@@ -164,9 +179,10 @@ def _architecture(recipe: Recipe, config: Any) -> Architecture:
 
 
 def _weights_on_disk(plan: Plan) -> int:
-    """The checkpoint; two saved states, and a third while it is written; the same for the dense twin; and the dashboard.
+    """Return the bytes of checkpoint, saved states and dashboard, and those of the dense twin.
 
-    With a joint stage, its states come beside the last two of the layers alone, of which the newest is without moments.
+    There are two saved states, and a third while it is written. A joint stage adds its own states to the last two of the layers
+    alone, the newest of which has no moments.
     """
     parameters = sum(layer.parameters for layer in plan.layers)
     a_state = (8 if plan.recipe.train.moments == "bf16" else 12) * parameters
@@ -176,7 +192,7 @@ def _weights_on_disk(plan: Plan) -> int:
 
 
 def _dashboard_on_disk(plan: Plan) -> int:
-    """While it is made: 20 bytes a pair of a token and an active expert, and 16 an expert and output."""
+    """Return the bytes of a dashboard while it is written: 20 per token and active expert, 16 per expert and output."""
     if not plan.recipe.output.dashboard:
         return 0
     shapes = [layer.shape for layer in plan.layers]
@@ -184,7 +200,7 @@ def _dashboard_on_disk(plan: Plan) -> int:
 
 
 def twin_of(plan: Plan) -> Plan:
-    """The plan of the dense twin: the same layers with constant gain, on the same text with the same settings."""
+    """Return the plan of the dense twin: the same layers with constant gain, on the same text with the same settings."""
     layers = [replace(layer, shape=layer.shape.twin()) for layer in plan.layers]
     recipe = plan.recipe.model_copy(
         update={
@@ -197,10 +213,10 @@ def twin_of(plan: Plan) -> Plan:
 
 
 def _check_settings(recipe: Recipe) -> None:
-    """What can be told without the base model: before anything heavy is loaded."""
+    """Raise InputError for settings that are wrong for any base model, before one is loaded."""
     if recipe.layer.activation is not None and recipe.layer.activation not in ACT2FN:
         raise InputError(
-            f"layer.activation: {recipe.layer.activation!r} is not one that transformers names, such as gelu, relu or silu"
+            f"layer.activation: {recipe.layer.activation!r} is unknown to transformers. Set it to, for example, gelu, relu or silu."
         )
     for key, path in (("data.train", recipe.data.train.path), ("data.eval", recipe.data.eval.path)):
         if path is not None and is_local(path):
@@ -210,31 +226,33 @@ def _check_settings(recipe: Recipe) -> None:
                 raise InputError(str(error).replace("data:", f"{key}.path:", 1)) from None
     tracker = recipe.train.tracker
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise InputError(f"train.tracker: {tracker} is not installed; pip install {tracker}, or set train.tracker: none")
+        raise InputError(f"train.tracker: {tracker} is not installed. Run `pip install {tracker}`, or set train.tracker: none.")
     device = recipe.train.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"train.device: {device} is not available on this machine; set it to auto or cpu")
+        raise InputError(f"train.device: {device} is not available on this machine. Set train.device to auto or cpu.")
 
 
 def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan:
+    """Return the plan of a layer. Raises InputError if its size does not fit the MLP or k exceeds its experts."""
     shape = _shape(recipe, site)
     try:
         if recipe.layer.experts == "auto":
             shape = shape.matched(recipe.layer.expansion)
     except ValueError as error:
         raise InputError(f"layer {site.index}: {error}") from None
-    if shape.sparsity == "l1":  # which has no use for k
+    if shape.sparsity == "l1":  # does not use k
         shape = replace(shape, k=min(shape.k, shape.n_experts))
     if shape.k > shape.n_experts:
         raise InputError(
-            f"layer.k: {shape.k} active experts of only {shape.n_experts} in layer {site.index}; lower layer.k or raise {recipe.layer.size_key}"
+            f"layer.k: {shape.k} exceeds the {shape.n_experts} experts of layer {site.index}. Set layer.k to {shape.n_experts} or less,"
+            f" or raise {recipe.layer.size_key}."
         )
     mlp = sum(parameter.numel() for path in site.modules for parameter in model.get_submodule(path).parameters())
     return LayerPlan(site.index, shape, mlp)
 
 
 def _shape(recipe: Recipe, site: Site) -> LayerSpec:
-    """The shape that a recipe asks for at a site; with `experts: auto` their number is still to be matched."""
+    """Return the shape of the layer at a site. With `experts: auto` it has 0 experts, to be matched to the MLP's parameters."""
     layer = recipe.layer
     hidden, experts = layer.hidden or site.d_hidden, 0 if layer.experts == "auto" else layer.experts
     linear: dict[str, Any] = {"d_hidden": 0, "activation": "relu", "glu": False}
@@ -247,17 +265,19 @@ def _shape(recipe: Recipe, site: Site) -> LayerSpec:
 
 
 def _is_half(recipe: Recipe, config: Any) -> bool:
-    """Whether the base runs in float16."""
+    """Return whether the base runs in float16."""
     return recipe.base.dtype == "float16" or (recipe.base.dtype == "auto" and config.dtype == torch.float16)
 
 
 def _complete(recipe: Recipe, layers: list[LayerPlan], half: bool) -> Recipe:
-    """The recipe with everything that it left open: the preset's settings and the output folder."""
+    """Return the recipe with the preset's settings and the output folder filled in."""
     check_gradients(recipe, half)
     experts = min(layer.shape.n_experts for layer in layers)
     recipe = resolve_train(recipe, min(layer.shape.d_in for layer in layers), experts, half)
     if experts and recipe.layer.sparsity == "topk" and (recipe.train.k_init or 0) > experts:
-        raise InputError(f"train.k_init: {recipe.train.k_init} active experts of only {experts}; lower it to at most that")
+        raise InputError(
+            f"train.k_init: {recipe.train.k_init} exceeds the {experts} experts. Set train.k_init to {experts} or less."
+        )
     if recipe.output.dir is None:
         folder = Path.cwd() / "runs" / f"{Path(recipe.base.model).name}-mxd"
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder)})})
@@ -265,51 +285,54 @@ def _complete(recipe: Recipe, layers: list[LayerPlan], half: bool) -> Recipe:
 
 
 def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str]:
+    """Return warnings about a large model and about a warm-up that is too long. base, converted: numbers of parameters."""
     found = []
     if converted > GROWTH_WARNING * base:
         smaller = max(1, int(recipe.layer.size * (GROWTH_WARNING - 1) * base / max(converted - base, 1)))
         times = f"{converted / base:.1f} times the base's parameters"
         found.append(
-            f"the converted model has {times}; {recipe.layer.size_key}: {smaller} would keep it below about {GROWTH_WARNING:g}"
+            f"the converted model has {times}; {recipe.layer.size_key}: {smaller} would give at most about {GROWTH_WARNING:g} times"
         )
     warmup = recipe.train.warmup_steps or 0
     joint = joint_steps(steps, recipe.train.joint)
     if warmup > steps - joint:
-        stretch = f"steps before the last {joint} of all layers together" if joint else "steps in all"
-        found.append(f"train.warmup_steps: {warmup} of {steps - joint} {stretch}, so the learning rate never reaches its peak")
+        before = f" before the {joint} of the joint stage" if joint else ""
+        found.append(
+            f"train.warmup_steps: {warmup} exceeds the {steps - joint} training steps{before}, so the learning rate never reaches its peak"
+        )
     return found
 
 
 def check_gradients(recipe: Recipe, half: bool) -> None:
-    """Raises InputError for a joint stage in a base that runs in float16."""
+    """Raise InputError for a joint stage in a base that runs in float16."""
     if half and recipe.train.joint:
         raise InputError(
-            f"train.joint: {recipe.train.joint:g}: gradients that go through a base in float16 vanish; set base.dtype: float32 or bfloat16,"
-            " or train.joint: 0"
+            f"train.joint: {recipe.train.joint:g}: gradients through a base in float16 underflow. Set base.dtype: float32 or bfloat16,"
+            " or train.joint: 0."
         )
 
 
 def check_processes(plan: Plan, processes: int) -> None:
-    """Raises InputError where a batch has too few blocks for all processes to have one."""
+    """Raise InputError if a batch has fewer blocks than there are processes."""
     train = plan.recipe.train
     assert train.batch_tokens is not None
     rows = train.batch_tokens // plan.recipe.data.context
     if (train.distribute == "data" or plan.joint_steps) and rows < processes:
-        alone = "" if train.distribute == "data" else ", or set train.joint: 0, so that each process keeps to its own layers"
+        alone = "" if train.distribute == "data" else ", or set train.joint: 0, so that each process trains only its own layers"
         raise InputError(
             f"train.batch_tokens: {train.batch_tokens} tokens are {rows} blocks of {plan.recipe.data.context}, fewer than the"
-            f" {processes} processes; raise train.batch_tokens{alone}"
+            f" {processes} processes. Raise train.batch_tokens to {processes * plan.recipe.data.context} or more{alone}."
         )
 
 
 def check_space(plan: Plan) -> None:
-    """Raises InputError where the disk of the output folder can't hold what the run writes."""
+    """Raise InputError if the disk of the output folder has too little free space for the run."""
     folder = plan.output
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < plan.disk_bytes:
         raise InputError(
-            f"output.dir: {plan.output}: the run needs about {plan.disk_bytes / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} are free;"
-            " free some or choose another output.dir"
+            f"output.dir: {plan.output}: the run needs about {plan.disk_bytes / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} are free."
+            " Free some space or choose another output.dir."
         )

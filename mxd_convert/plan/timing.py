@@ -1,7 +1,7 @@
-"""A short probe of this machine: how many tokens a second a plan will make, and so how long it takes.
+"""A short measurement of this machine that predicts the duration of a run.
 
-Weights don't matter for the time, so none are loaded: a layer of each shape takes a few steps on random activations, and the base's
-forward is timed on one and two of its layers, uninitialised.
+Time doesn't depend on the values of weights, so none are loaded. A layer of each shape takes a few steps on random activations,
+and the base's forward is timed with one and two decoder layers of constant weights.
 """
 
 import copy
@@ -22,14 +22,14 @@ from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import learn, make_layer
 from mxd_convert.training.window import Window
 
-INIT_TOKENS = 2  # an expert, that a start looks at in most layers
-MOST_FLOPS = 3e11  # of a probed step; larger ones are timed on fewer tokens and extrapolated
-STARTING_SECONDS = 12.0  # of imports, loading, hashing, saving and plots
+INIT_TOKENS = 2  # per expert, that initialisation from tokens reads in most layers
+MOST_FLOPS = 3e11  # of a timed step; larger ones are timed on fewer tokens and extrapolated
+STARTING_SECONDS = 12.0  # for imports, loading, hashing, saving and plots
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Seconds a step in the base's forward and in the layers; tokens a second while training; seconds of training and evaluation."""
+class MachineTiming:
+    """Predicted times of a run on this machine: seconds per training step in base and layers, tokens per second, and totals."""
 
     base_step_seconds: float
     layers_step_seconds: float
@@ -39,16 +39,17 @@ class Probe:
 
     @property
     def seconds(self) -> float:
+        """Return the duration of the whole run."""
         return STARTING_SECONDS + self.training_seconds + self.evaluation_seconds
 
 
-def probe(plan: Plan) -> Probe:
-    """Times the parts of a run of one process on this machine, in a few seconds."""
+def measure_machine(plan: Plan) -> MachineTiming:
+    """Predict the times of a run in one process from a measurement of a few seconds."""
     with kept_memory():
-        return _probe(plan)
+        return _measure(plan)
 
 
-def _probe(plan: Plan) -> Probe:
+def _measure(plan: Plan) -> MachineTiming:
     passes = groups(plan, [layer.index for layer in plan.layers], budget(plan.recipe))
     device = torch.device(device_of(plan.recipe))
     step_tokens = plan.tokens // plan.steps
@@ -64,21 +65,22 @@ def _probe(plan: Plan) -> Probe:
             alike[shape] = _layer_seconds(plan, layer, step_tokens, device)
         learning, evaluating = learning + alike[shape][0], evaluating + alike[shape][1]
     read = INIT_TOKENS * max(shape.n_experts for shape in alike) if plan.recipe.train.init == "tokens" else 0
-    compared = sum(alike[layer.shape][1] for layer in plan.layers) / 2  # with half of the experts in the mean
-    starting = read * (a_layer * depths + compared)
+    compared = sum(alike[layer.shape][1] for layer in plan.layers) / 2  # with half of the experts on average
+    initialising = read * (a_layer * depths + compared)
     depth = int(load_config(plan.recipe.base).get_text_config().num_hidden_layers)
     sites = len(plan.layers)
-    # the base, its activations, two ablations of all layers, the converted model, six variants a layer; each layer's own work in
-    # the converted model, alone and permuted, and three times as much for its statistics
+    # forwards: the base, its activations, two ablations of all layers, the converted model, and six variants per layer; each
+    # layer's work: in the converted model, alone, permuted, and three times as much for its statistics
     forward = (5 + (3 + PERMUTATIONS) * sites) * (a_layer * depth + head) + (5 + PERMUTATIONS) * evaluating
     joint = plan.joint_steps
-    whole = 4 * (a_layer * depth + head) * step_tokens  # the base; the converted model there, and twice as much back
-    seconds = starting + (plan.steps - joint) * (base + learning) + joint * (whole + learning)
-    return Probe(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
+    # forward of the base; forward of the converted model, and a backward of twice its time
+    whole = 4 * (a_layer * depth + head) * step_tokens
+    seconds = initialising + (plan.steps - joint) * (base + learning) + joint * (whole + learning)
+    return MachineTiming(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
 
 
 def _forward_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
-    """Seconds a token of one decoder layer of the base, and of what comes before and after the layers."""
+    """Return seconds per token of one decoder layer of the base, and of the embedding and head together."""
     config = load_config(plan.recipe.base)
     context = plan.recipe.data.context
     rows = max(1, min(plan.tokens // plan.steps, 2048) // context)
@@ -98,6 +100,7 @@ def _forward_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
 
 
 def _shallow(config: Any, depth: int, dtype: str) -> Any:
+    """Return the base model with `depth` decoder layers and no memory for its weights."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = depth
@@ -108,7 +111,7 @@ def _shallow(config: Any, depth: int, dtype: str) -> Any:
 
 
 def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of one training step of a layer, and a token of its forward in a checkpoint."""
+    """Return seconds of a layer's training step, and seconds per token of its forward in a checkpoint."""
     recipe = plan.recipe
     module = make_layer(layer.shape, recipe.train.seed, layer.index, recipe.train.init).to(device)
     optimiser = Optimiser({layer.index: module}, 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
@@ -125,10 +128,10 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
 
         return step
 
-    if module.n_experts:  # as many active as in the mean over the run
+    if module.n_experts:  # the mean over the run
         module.k = layer.shape.k + ((recipe.train.k_init or layer.shape.k) - layer.shape.k) // 4
     seconds = _seconds(step_of(tokens), device)
-    if tokens < step_tokens:  # the optimiser's pass takes the same however many tokens there are
+    if tokens < step_tokens:  # the optimiser's time does not depend on the number of tokens
         half = _seconds(step_of(tokens // 2), device)
         a_token = max(seconds - half, 0.1 * seconds) / (tokens - tokens // 2)
         seconds += a_token * (step_tokens - tokens)
@@ -141,7 +144,7 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The median of a few runs, after one that is not counted."""
+    """Return the median seconds of three calls, after one that is not counted."""
     times = []
     for _ in range(4):
         start = time.perf_counter()

@@ -1,1 +1,1 @@
-"""What the user asked for: the settings of a run, and how they are read from YAML, `--set` and presets."""
+"""Recipes: the settings of a run, read from YAML and `--set`, and completed by presets."""

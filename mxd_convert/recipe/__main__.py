@@ -1,4 +1,4 @@
-"""`python -m mxd_convert.recipe` prints the JSON schema of recipes, docs/recipe.schema.json."""
+"""Print the JSON schema of recipes (`python -m mxd_convert.recipe > docs/recipe.schema.json`)."""
 
 import json
 

@@ -1,19 +1,30 @@
-"""ONE table of the kinds of layers that can replace an MLP: what each consists of, and how it is called in tables, plots and cards.
+"""The table of layer kinds that can replace an MLP: their components, and their names in tables, plots and cards.
 
-A new kind is a row here, a class in `modeling/layers_mxd.py`, and the form of its entry in `modeling/configuration_mxd.py`.
+A new kind needs a row here, a class in `modeling/layers_mxd.py`, and the keys of its config entry in
+`modeling/configuration_mxd.py`.
 """
 
+import difflib
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table.
+    """A kind of layer: one row of the table.
 
-    name: in recipes and config.json. title: in tables and plots. family: in model cards, where `tags` are the Hub's tags.
-    unit: what one row of the gate is called. has_linear: has hidden units. has_experts: has a gate and experts. learns_gate: the gate is
-    trained. unit_norm: experts keep unit norm in training (`train.init: paper`). has_skip: always has a linear path from input to output.
-    colour, marker: in plots.
+    Attributes:
+        name: name in recipes and config.json.
+        title: name in tables and plots.
+        family: name in model cards.
+        tags: tags of the model card on the Hub.
+        colour: colour in plots, as #rrggbb.
+        marker: matplotlib marker in plots.
+        unit: name of one row of the gate, "expert" or "latent".
+        has_linear: whether the layer has hidden units and a linear factor.
+        has_experts: whether the layer has a gate and experts.
+        learns_gate: whether the gate is trained.
+        unit_norm: whether experts keep unit norm in training with `train.init: paper`.
+        has_skip: whether the layer always has a linear skip path.
     """
 
     name: str
@@ -31,7 +42,7 @@ class Kind:
 
     @property
     def is_product(self) -> bool:
-        """Whether the output is a product of a gain and a linear factor."""
+        """Return whether the layer's output is the product of a gain and a linear factor."""
         return self.has_linear and self.has_experts
 
 
@@ -68,3 +79,12 @@ _DENSE_TWIN = Kind(
     marker="*",
 )
 KINDS: dict[str, Kind] = {row.name: row for row in (_MXD, _TRANSCODER, _SKIP_TRANSCODER, _DENSE_TWIN, _RANDOM_GATE)}
+
+
+def check_kind(name: str) -> str:
+    """Return the name of a kind. Raises ValueError for any other name, with the closest one."""
+    if name in KINDS:
+        return name
+    close = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"layer.kind: {name!r} is not one of {', '.join(KINDS)}{hint}")

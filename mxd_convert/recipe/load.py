@@ -1,6 +1,6 @@
-"""From a recipe file to a Recipe: YAML with YAML 1.2's numbers, `--set` overrides, paths and variables resolved.
+"""Reading of recipes: YAML with the numbers of YAML 1.2, `--set` overrides, paths and environment variables.
 
-Every mistake ends in one line that names the key, the value and the fix.
+Every error is an InputError of one line that names the key, the value and the fix.
 """
 
 import difflib
@@ -20,18 +20,18 @@ from mxd_convert.recipe.schema import PRESET_KEYS, RENAMED, Recipe, Section
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans (PyYAML reads 2e-3 as a string and `no` as false)."""
+    """A SafeLoader with the numbers and booleans of YAML 1.2, where PyYAML reads 2e-3 as a string and `no` as false."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "a recipe has no aliases")
+            raise yaml.composer.ComposerError(None, None, "a recipe can't contain aliases (*name); write the value out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain word", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain string", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -54,21 +54,31 @@ _Loader.add_implicit_resolver(
 
 
 def shipped_folder() -> Path:
-    """The folder that holds the recipes: inside the wheel, or at the top of a checkout."""
+    """Return the folder of the shipped recipes: in the installed package, or at the top of a git checkout."""
     package = Path(__file__).parent.parent
     packaged = package / "shipped" / "recipes"
     return packaged if packaged.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
     return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a recipe file, a shipped recipe by its name, a mapping or a Recipe; applies `overrides` ({"train.lr": 1e-3}).
+    """Load a recipe and apply overrides.
 
-    Relative paths are taken relative to the recipe file, those of `overrides` and of mappings to the working directory.
-    Raises InputError, one clear line, for whatever is wrong with it.
+    Paths in a recipe file are relative to that file. Paths in mappings and overrides are relative to the working directory.
+
+    Args:
+        recipe: path of a recipe file, name of a shipped recipe, nested mapping, or Recipe.
+        overrides: values by full key, as in {"train.lr": 1e-3}.
+
+    Returns:
+        The recipe, with absolute paths and ${VAR} expanded.
+
+    Raises:
+        InputError: if the recipe can't be read or is invalid. The message names the key, the value and the fix.
     """
     content: dict[str, Any]
     references: dict[str, str] = {}
@@ -81,11 +91,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         path, by_name = _find(recipe)
         name, folder = path.name, path.resolve().parent
         content = read_recipe_yaml(path)
-        if by_name:  # its folder is the installed package: results belong to the working directory
+        if by_name:  # the recipe's own folder is in the installed package, where no results should go
             output = content.setdefault("output", {})
             if isinstance(output, dict):
                 output["dir"] = str(Path.cwd() / "runs" / path.stem)
-    if not (isinstance(recipe, Recipe) and recipe.is_resolved):  # else what is in it is meant as it is
+    if not (isinstance(recipe, Recipe) and recipe.is_resolved):  # expanded strings may contain a literal ${...}
         references |= _expand(content, name)
         _resolve_paths(content, folder)
     given = dict(overrides or {})
@@ -94,7 +104,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
         _set(changes, key, value)
     references = {key: text for key, text in references.items() if not _is_set(changes, key)} | _expand(changes, "--set")
     _resolve_paths(changes, Path.cwd())
-    # a preset given on the command line outranks the keys that the file sets under its own preset
+    # A preset in the overrides takes precedence over the keys that the file sets for its own preset.
     if "train.preset" in given:
         for section, keys in PRESET_KEYS.items():
             for key in keys:
@@ -110,25 +120,28 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
-    """`["train.lr=1e-3"]` -> `{"train.lr": 0.001}`, values read as YAML."""
+    """Parse KEY=VALUE settings into overrides: `["train.lr=1e-3"]` gives `{"train.lr": 0.001}`.
+
+    Values are read as YAML. Raises InputError.
+    """
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise InputError(f"--set {_short(setting)}: write it as KEY=VALUE, for example --set train.lr=1e-3")
+            raise InputError(f"--set {_short(setting)}: write it as KEY=VALUE, as in --set train.lr=1e-3")
         try:
             overrides[key.strip()] = parse_yaml(value)
         except yaml.YAMLError:
             raise InputError(f"--set {_short(setting)}: the value is not valid YAML") from None
         except RecursionError:
             raise InputError(f"--set {_short(setting)}: the value is nested too deeply") from None
-        except ValueError as error:  # a number of thousands of digits
+        except ValueError as error:  # Python's limit on the digits of an integer
             raise InputError(f"--set {_short(setting)}: the value can't be read ({first_line(error, 80)})") from None
     return overrides
 
 
 def parse_list(setting: str) -> tuple[str, list[Any]]:
-    """`"layer.k=8,16"` -> ("layer.k", [8, 16]); a list in brackets is one value."""
+    """Parse one setting with several values: `"layer.k=8,16"` gives ("layer.k", [8, 16]). A list in brackets is one value."""
     key, _, value = setting.partition("=")
     [(key, values)] = parse_overrides([f"{key}=[{value}]"]).items()
     if not values:
@@ -143,7 +156,7 @@ def _find(recipe: str | Path) -> tuple[Path, bool]:
         if path.is_file():
             return path, True
         known = shipped_recipes()
-        raise InputError(f"no recipe named {text!r} is shipped; there are {', '.join(known)}{_suggest(text, known)}")
+        raise InputError(f"{text}: no shipped recipe has this name. Choose one of {', '.join(known)}{_suggest(text, known)}")
     path = Path(text).expanduser()
     if not path.is_file():
         folder = " (it is a folder)" if path.is_dir() else ""
@@ -152,7 +165,7 @@ def _find(recipe: str | Path) -> tuple[Path, bool]:
 
 
 def read_recipe_yaml(path: Path) -> dict[str, Any]:
-    """Read a file of sections that may come from anyone. Raises InputError, which names the file and the line."""
+    """Read an untrusted YAML file of sections. Raises InputError, which names the file and the line."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, RecursionError) as error:
@@ -167,7 +180,7 @@ def read_recipe_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML with the numbers and booleans of YAML 1.2, without aliases. Raises yaml.YAMLError, RecursionError, ValueError."""
+    """Parse YAML with YAML 1.2's numbers and booleans, without aliases. Raises yaml.YAMLError, RecursionError or ValueError."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
 
 
@@ -183,13 +196,13 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def _expand(content: Any, name: str, prefix: str = "") -> dict[str, str]:
-    """Expand ${VAR} and ${VAR:-default} in every string, in place. Returns the strings that had some as they were, by key ("data.train.path")."""
+    """Expand ${VAR} and ${VAR:-default} in every string, in place. Return the originals by key ("data.train.path")."""
     found: dict[str, str] = {}
 
     def replaced(match: re.Match[str]) -> str:
         value = os.environ.get(match[1]) or match[2]
         if value is None:
-            raise InputError(f"{name}: the environment variable {match[1]} is not set; set it, or write ${{{match[1]}:-default}}")
+            raise InputError(f"{name}: the environment variable {match[1]} is not set. Set it, or write ${{{match[1]}:-default}}")
         return value
 
     items = content.items() if isinstance(content, dict) else enumerate(content)
@@ -197,7 +210,7 @@ def _expand(content: Any, name: str, prefix: str = "") -> dict[str, str]:
         if isinstance(value, str):
             content[key] = _VARIABLE.sub(replaced, value)
             if "\0" in content[key]:
-                raise InputError(f"{name}: {prefix}{key}: holds a null character, which no name or path has")
+                raise InputError(f"{name}: {prefix}{key}: contains a null character. Remove it")
             if content[key] != value:
                 found[f"{prefix}{key}"] = value
         elif isinstance(value, (dict, list)):
@@ -206,19 +219,19 @@ def _expand(content: Any, name: str, prefix: str = "") -> dict[str, str]:
 
 
 def _is_set(content: dict[str, Any], key: str) -> bool:
-    """Whether `content` has a key, given with dots, or a section above it as something else than one."""
-    place: Any = content
+    """Return whether `content` sets a dotted key, either itself or by a value that replaces one of its sections."""
+    node: Any = content
     for part in key.split("."):
-        if not isinstance(place, dict):
+        if not isinstance(node, dict):
             return True
-        if part not in place:
+        if part not in node:
             return False
-        place = place[part]
+        node = node[part]
     return True
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
-    """Makes local paths absolute, in place. A name that looks like a Hub id stays one unless such a path exists."""
+    """Make local paths absolute, in place. A name like a Hub id only counts as a path if a file or folder has that name."""
 
     def resolve(section: Any, key: str, always: bool = False) -> None:
         if not isinstance(section, dict) or not isinstance(section.get(key), str) or not section[key]:
@@ -227,10 +240,10 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         file_like = path.suffix in (".txt", ".jsonl", ".parquet", ".gz") or "*" in section[key]
         if always or file_like or section[key].startswith((".", "~", "/")) or (folder / path).exists():
             section[key] = os.path.normpath(folder / path)
-        elif path.exists():  # relative to the working directory, which is another: there the Hub's clients would look first
+        elif path.exists():  # the Hub's clients would read this path in the working directory instead of the Hub
             raise InputError(
-                f"{section[key]}: names something on the Hub, and {path.absolute()} in the working directory too; give the path of that"
-                " one in full, or start from another directory"
+                f"{section[key]}: names something on the Hub, and {path.absolute()} in the working directory too."
+                " Give the absolute path of the latter, or run from another directory"
             )
 
     data = content.get("data")
@@ -258,11 +271,11 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-# --- errors in words -----------------------------------------------------------------------------------------------------------
+# --- error messages ------------------------------------------------------------------------------------------------------------
 
 
-def _suggest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -273,14 +286,14 @@ def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
         parts = (
             [] if field is None else [part for part in get_args(field.annotation) or [field.annotation] if part is not type(None)]
         )
-        section = parts[0] if len(parts) == 1 else None  # a section, or one that may be left out
+        section = parts[0] if len(parts) == 1 else None  # a section, possibly optional
     return section if isinstance(section, type) and issubclass(section, Section) else None
 
 
-def _everywhere(word: str) -> str:
-    """A section that has the key `word`, for keys written one level too high or in the wrong section."""
+def _everywhere(key: str) -> str:
+    """Return a hint to the section that has `key`, for a key in the wrong section or one level too high."""
     for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and word in field.annotation.model_fields:
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section) and key in field.annotation.model_fields:
             return f" (it belongs under {name}:)"
     return ""
 
@@ -288,16 +301,16 @@ def _everywhere(word: str) -> str:
 def _explain(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     problem = problems[0]
-    # a union reports each of its members; the location ends in their names, which mean nothing to a user
+    # For a union, pydantic appends the name of the member type to the location. Only the key concerns the user.
     location = tuple(part for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", str(part)))
-    if problem["type"] == "extra_forbidden":  # a key of the user's, however it is written
+    if problem["type"] == "extra_forbidden":  # the unknown key may contain any characters
         return _unknown_key(tuple(problem["loc"]), problems)
     while location and _section_at(location[:-1]) is None and not isinstance(location[-1], int) and len(location) > 1:
         location = location[:-1]
     key = ".".join(map(str, location))
     value = problem["input"]
     if problem["type"] == "missing":
-        message = f"{key}: missing; it has no default"
+        message = f"{key}: missing. Set it; it has no default"
     elif problem["type"] == "value_error":
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     elif problem["type"].startswith("literal_error"):
@@ -318,16 +331,15 @@ def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
         return f"{'.'.join(map(str, location))}: this key is now {new}; rename it ({new}: {_accepted(new)})"
     section = _section_at(location[:-1])
     known = list(section.model_fields) if section else []
-    word = str(location[-1])
-    lower = word.lower().replace("-", "_")
+    lower = str(location[-1]).lower().replace("-", "_")
     hint = f" (did you mean {lower!r}?)" if lower in known else _suggest(lower, known) or _everywhere(lower)
-    key = ".".join([*map(str, location[:-1]), _short(word)[1:-1]])
-    hint = hint or f"; known here: {', '.join(known)}"
+    key = ".".join([*map(str, location[:-1]), _short(str(location[-1]))[1:-1]])
+    hint = hint or f"; accepted here: {', '.join(known)}"
     return f"{key}: unknown key{hint}" + _and_more(location, problems)
 
 
 def _accepted(key: str) -> str:
-    """Say what a key of `train` takes."""
+    """Describe the accepted values of a renamed key of `train`."""
     return {"train.init": "tokens or paper", "train.k_init": "a number of experts"}.get(
         key, "a share of the steps, from 0 to below 1"
     )

@@ -1,33 +1,35 @@
-"""Presets: what `train.preset` puts in place of the keys that a recipe leaves open."""
+"""Presets: the values that `train.preset` gives to the keys that a recipe leaves at null."""
 
 from mxd_convert.recipe.schema import Recipe
 
-JOINT = 0.4  # of the steps
-# tokens a step of `fast`, for budgets below so many, and 4,096 above
+JOINT = 0.4  # share of the steps of `fast` in the joint stage
+# Tokens per step of `fast` for token budgets below each key. Larger budgets use 4,096.
 BATCHES = {1_000_000: 256, 4_000_000: 512, 10_000_000: 1024, 40_000_000: 2048}
-K_INIT = 4  # x layer.k active experts at the first step of `fast`
-HIDDEN = 4  # hidden units of the base's MLP to one of `fast`
+K_INIT = 4  # active experts at the first step of `fast`, in multiples of layer.k
+HIDDEN = 4  # ratio of the MLP's hidden units to those of a layer with `fast`
 
 
 def steps_of(tokens: int, batch_tokens: int, context: int) -> int:
-    """Training steps for a token budget; a step takes whole blocks."""
+    """Return the number of training steps for a token budget. A step takes whole blocks of `context` tokens."""
     return max(1, tokens // (batch_tokens // context * context))
 
 
 def batch_of(tokens: int) -> int:
-    """Tokens a step of `fast` for a budget."""
+    """Return the tokens per step of `fast` for a token budget."""
     return next((batch for below, batch in BATCHES.items() if tokens < below), 4096)
 
 
 def joint_steps(steps: int, share: float | None) -> int:
-    """Of a run's steps, those in which all layers are trained together; at least one is left for the layers alone."""
+    """Return the number of steps in the joint stage. At least one step remains in which each layer is trained alone."""
     return min(steps - 1, round((share or 0.0) * steps))
 
 
 def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
-    """The recipe with the experts' hidden width, which `fast` makes a quarter of the MLP's. d_hidden: of the narrowest MLP to convert.
+    """Return the recipe with `layer.hidden` set. `fast` uses a quarter of the MLP's hidden units.
 
-    Whoever has all of the MLP's hidden units learns that MLP once more, given enough text, and its experts stop mattering.
+    With all of the MLP's hidden units, long training converges to the MLP itself, and the experts lose their effect.
+
+    d_hidden: hidden units of the narrowest MLP to convert.
     """
     layer = recipe.layer
     if recipe.train.preset == "paper" or layer.hidden is not None or not layer.facts.has_linear:
@@ -36,12 +38,21 @@ def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
 
 
 def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False) -> Recipe:
-    """The recipe with the open keys of `train` filled in. d_in: the narrowest input width of the layers to convert; n_experts: the fewest.
-    half: the base runs in float16, through which no gradients can go.
+    """Return the recipe with all keys of `train` that are null set by the preset.
 
-    paper: the published settings. fast: layers that start on the text, four times as many active experts at first, a batch that grows
-    with the budget, a learning rate that falls with the square root of the width, warm-up over a twentieth of the steps, a decay to zero
-    over the last fifth; and a joint stage of all layers in the last two fifths of the run.
+    `paper` gives the published settings. `fast` gives:
+
+    - experts initialised from training tokens, and four times layer.k active experts at the first step;
+    - a batch size that grows with the token budget;
+    - a peak learning rate that falls with the square root of the width;
+    - warm-up over a twentieth of the steps before the joint stage, and a decay to zero over their last fifth;
+    - a joint stage over the last two fifths of the run.
+
+    Args:
+        recipe: the recipe to complete.
+        d_in: smallest input width of the layers to convert.
+        n_experts: smallest number of experts of the layers to convert.
+        half: whether the base model runs in float16. Gradients can't pass through it, so `fast` has no joint stage then.
     """
     train, context = recipe.train, recipe.data.context
     if train.preset == "paper":
@@ -51,7 +62,8 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         batch = batch_of(recipe.data.tokens) // context * context  # whole blocks
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, init = "trapezoid", "tokens"
-        many = recipe.layer.sparsity == "l1" and recipe.layer.facts.has_experts  # no loss of the joint stage limits their number
+        # The joint stage has no loss that limits the number of active experts.
+        many = recipe.layer.sparsity == "l1" and recipe.layer.facts.has_experts
         joint = 0.0 if half or many else JOINT
         k_init = max(recipe.layer.k, min(K_INIT * recipe.layer.k, n_experts))
         warmup = -1

@@ -1,1 +1,1 @@
-"""The metrics file, model card, plots and tables of a finished run. Every figure comes from the report."""
+"""The report, model card, plots and tables of a finished run. Every figure comes from the report."""

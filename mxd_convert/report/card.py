@@ -1,6 +1,6 @@
-"""The model card of a checkpoint: the template filled from the report, nothing typed by hand.
+"""The model card of a checkpoint: the template, filled from the report.
 
-A report may come from anyone. Whatever the template takes from it is escaped; only text that is marked as ours goes in as it stands.
+A report may come from anyone, so every value from it is escaped. Only text marked as `_Ours` is inserted verbatim.
 """
 
 import math
@@ -23,33 +23,40 @@ from mxd_convert.recipe.load import parse_yaml
 from mxd_convert.report.schema import Base, Report
 
 CARD = "README.md"
-REPOSITORY = "THIS_REPOSITORY"  # in a card that is not published yet: where it will be
-TAG = "mxd-convert"  # by which checkpoints are found on the Hub
+REPOSITORY = "THIS_REPOSITORY"  # placeholder for the repository's id until the card is published
+TAG = "mxd-convert"  # finds checkpoints on the Hub
 _PLOTS = {
     "plots/layers.png": "Rise of cross-entropy and reliance on the experts, by layer",
     "plots/training.png": "Training: FVU and idle experts",
 }
-_LOCAL = ("base.model", "data.train.path", "data.eval.path")  # keys of a recipe that may name something of one machine
+_LOCAL = ("base.model", "data.train.path", "data.eval.path")  # keys of a recipe that may name local files
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEB = re.compile(r"https?://[^\s<>\"'`]+")
 NOT_MEASURED = "not measured"
 
 
 class _Ours(str):
-    """Text that goes into a card as it stands."""
+    """Trusted text, inserted into a card verbatim."""
 
 
 def template_folder() -> Path:
-    """The folder of card templates: inside the wheel, or at the top of a checkout."""
+    """Return the folder of card templates: inside the wheel, or at the top of a checkout."""
     packaged = Path(__file__).parent.parent / "shipped" / "model_cards"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent / "model_cards"
 
 
 def write_card(folder: Path, report: Report, recipe_yaml: str, base_on_hub: bool, full: Path | None = None) -> None:
-    """Write README.md into `folder`, from the files there and the report.
+    """Write README.md into `folder`, from the report and the files of the checkpoint.
 
-    base_on_hub: whether the base's name is a Hub id, which alone may stand in the metadata. full: of a delta, where the full checkpoint's files are.
-    Raises InputError where report, config or recipe lacks something, or has it in another form than ours.
+    Args:
+        folder: the folder of the checkpoint or delta.
+        report: the report.
+        recipe_yaml: the text of recipe.yaml.
+        base_on_hub: whether the base's name is a Hub id; only then the metadata names it.
+        full: for a delta, the folder with the full checkpoint's files.
+
+    Raises:
+        InputError: report, config or recipe lacks a value that the card needs, or has one of another form.
     """
     files = full or folder
     config = _layers_of(files / "config.json")
@@ -72,7 +79,7 @@ def _filled(
     delta: bool,
     plots: list[tuple[str, str]],
 ) -> str:
-    """The template, filled."""
+    """Return the filled template."""
     indices = list(config["layers"])
     entry = config["layers"][indices[0]]
     title = f"{report.base.model} with {KINDS[entry['kind']].family} layers"
@@ -89,7 +96,7 @@ def _filled(
         fence=_Ours(fence(recipe)),
         local=[_Ours(key) for key in report.local if key in _LOCAL],
         order=train.get("order"),
-        joint=train.get("joint", train.get("finish")),  # the latter: of recipes before this key had its name
+        joint=train.get("joint", train.get("finish")),  # older recipes call the key `finish`
         base_on_hub=base_on_hub,
         licence=_licence(report.base),
         indices=indices,
@@ -110,14 +117,14 @@ def _filled(
 
 
 def _escaped(value: Any) -> str:
-    """What the template puts into the card for a value. One that is not defined raises here."""
+    """Return the text of a value in the card, escaped unless it is ours. Undefined values raise here."""
     text = str(value)
     return text if isinstance(value, _Ours) else markdown(text)
 
 
 @contextmanager
 def _understood(report: Path) -> Iterator[None]:
-    """Turn what a report lacks, or holds in another form than ours, into an InputError."""
+    """Turn errors from missing or malformed values of a report into an InputError."""
     try:
         yield
     except InputError:
@@ -129,11 +136,11 @@ def _understood(report: Path) -> Iterator[None]:
 
 
 def _layers_of(path: Path) -> Mapping[str, Any]:
-    """The `mxd` entry of a config.json, with layers that a card can speak of."""
+    """Return the `mxd` entry of a config.json. Raises InputError if it has no layers of known kinds."""
     mxd = read_mapping(path).get("mxd")
     layers = mxd.get("layers") if isinstance(mxd, Mapping) else None
     if not isinstance(mxd, Mapping) or not isinstance(layers, Mapping) or not layers:
-        raise InputError(f"{path}: names no layers that were converted; download it or convert again")
+        raise InputError(f"{path}: has no converted layers; download it or convert again")
     for index, entry in layers.items():
         known = isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and entry["kind"] in KINDS
         counted = known and all(type(entry.get(name, 0)) is int for name in ("n_experts", "k"))
@@ -143,7 +150,7 @@ def _layers_of(path: Path) -> Mapping[str, Any]:
 
 
 def _training_of(path: Path, recipe_yaml: str) -> Mapping[str, Any]:
-    """The section `train` of a recipe."""
+    """Return the section `train` of a recipe. Raises InputError if the recipe isn't readable."""
     try:
         recipe = parse_yaml(recipe_yaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -159,7 +166,7 @@ def _metadata(report: Report, config: Mapping[str, Any], title: str, base_on_hub
     on_hub = "data.train.path" not in report.local and _REPOSITORY.fullmatch(str(text))
     base_on_hub = base_on_hub and _REPOSITORY.fullmatch(base.model) is not None
     delta_ce = _number(report.fidelity.delta_ce) if report.fidelity else None
-    told = {
+    summary = {
         "format": version if type(version := config.get("format_version")) is int else None,
         "base": _line(base.model),
         "kind": entry["kind"],
@@ -183,12 +190,12 @@ def _metadata(report: Report, config: Mapping[str, Any], title: str, base_on_hub
         base_model=base.model if base_on_hub else None,
         base_model_relation="finetune" if base_on_hub else None,
         datasets=[str(text)] if on_hub else None,
-        mxd=told,
+        mxd=summary,
     )
 
 
 def _line(value: Any) -> str | None:
-    """A value of a report as one line of text for the metadata; None where it is no text."""
+    """Return a report's text as one printable line for the metadata; None for other values."""
     return printable(" ".join(value.split())) or None if isinstance(value, str) else None
 
 
@@ -197,7 +204,7 @@ def _link(value: Any) -> str | None:
 
 
 def _results(report: Report) -> list[EvalResult] | None:
-    """The measured results as the Hub's model-index has them."""
+    """Return the measured results in the form of the Hub's model-index; None if something wasn't measured."""
     if report.fidelity is None or report.reliance is None or report.data is None or report.data.eval is None:
         return None
     fidelity, reliance = report.fidelity, report.reliance.layers.values()
@@ -241,7 +248,7 @@ def _shape(entry: Mapping[str, Any]) -> str:
 
 
 def _total(report: Report, config: Mapping[str, Any], of: Any) -> str:
-    """A number of experts over all layers, as `12 of 3,000`."""
+    """Return a number of experts over all layers, such as `12 of 3,000`. of: (figures, n_experts) of a layer -> its number."""
     if report.fidelity is None:
         return NOT_MEASURED
     layers = report.fidelity.layers
@@ -252,7 +259,7 @@ def _total(report: Report, config: Mapping[str, Any], of: Any) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`0-3, 7`."""
+    """Return rising numbers as ranges, such as `0-3, 7`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -263,17 +270,17 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _how(order: Mapping[str, Any]) -> str:
-    words = {"add": "its coefficient {:+g}", "set": "its coefficient set to {:g}", "scale": "its coefficient times {:g}"}
-    name = next((name for name in words if name in order), None)
+    forms = {"add": "its coefficient {:+g}", "set": "its coefficient set to {:g}", "scale": "its coefficient times {:g}"}
+    name = next((name for name in forms if name in order), None)
     if name is None:
-        raise ValueError(f"steering {str(order)[:60]!r} is none of add, set, scale and ablate")
-    return words[name].format(_number(order[name]))
+        raise ValueError(f"steering {str(order)[:60]!r} has none of add, set and scale")
+    return forms[name].format(_number(order[name]))
 
 
 def _number(value: Any) -> float | None:
-    """A figure of a report; None where it was not measured, or is not finite."""
+    """Return a figure of a report; None if it wasn't measured or isn't finite. Raises ValueError for other values."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"{str(value)[:60]!r} is no number")
+        raise ValueError(f"{str(value)[:60]!r} is not a number")
     return value if value is not None and math.isfinite(value) else None
 
 

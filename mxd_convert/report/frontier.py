@@ -1,4 +1,4 @@
-"""What a sweep comes to: a row a run, the table, and the frontier plots."""
+"""The results of a sweep: one row per run, the table, and the frontier plots."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,12 @@ _FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_
 
 
 def row_of(report: Report, recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[str, Any]:
-    """A run's row: kind, k, seed, sizes, the report's figures of the whole model, and means over its layers (None where a kind has none)."""
+    """Return a run's row: kind, k, seed, sizes, figures of the whole model, and means over its layers.
+
+    Figures that the kind of layer doesn't have are None.
+    """
     fidelity, reliance, data, cost = report.fidelity, report.reliance, report.data, report.cost
-    assert fidelity and reliance and data and data.train and cost  # noqa: PT018 (of a run, which measures all of them)
+    assert fidelity and reliance and data and data.train and cost  # noqa: PT018 (a run measures all of them)
     shapes = [layer.shape for layer in layers]
     return {
         "kind": recipe.layer.kind,
@@ -53,14 +56,14 @@ def _mean(layers: Mapping[str, Part], name: str) -> float | None:
 
 
 def write_table(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write sweep.json (the recipe that all runs share, and the rows) and sweep.csv (the rows) into `folder`."""
+    """Write sweep.json (the recipe shared by all runs, and the rows) and sweep.csv (the rows) into `folder`."""
     rows = content["runs"]
     write_csv(folder / "sweep.csv", list(dict.fromkeys(key for row in rows for key in row)), rows)
     write_json(folder / "sweep.json", content)
 
 
 def write_frontier(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write frontier.png (rise of cross-entropy against K) and gate_share.png (the same against gate share) into `folder`."""
+    """Write frontier.png and gate_share.png into `folder`: the rise in cross-entropy against K, and against gate share."""
     folder.mkdir(exist_ok=True)
     rows = [row for row in rows if row.get("ce_base") is not None]
     _frontier(rows, folder / "frontier.png")
@@ -68,7 +71,7 @@ def write_frontier(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]]:
-    """Rows with experts by (kind, other settings that were swept) and K, those of several seeds together."""
+    """Group rows with experts by (kind, other swept settings), then by K. A group has one row per seed."""
     found: dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     known = ("layer.kind", "layer.k", "train.seed")
     for row in rows:
@@ -121,8 +124,8 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     lowest = min([0.0, *(row["delta_ce"] for row in rows)])
     axis.set_ylim(lowest - 0.03 * highest, 1.08 * highest)
     _k_axis(axis, ks)
-    axis.set_xlabel("active experts a token, K")
-    axis.set_ylabel("rise of cross-entropy (nats a token)")
+    axis.set_xlabel("active experts per token, K")
+    axis.set_ylabel("rise in cross-entropy (nats per token)")
     _broken(above, axis)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     save_figure(figure, path)
@@ -137,7 +140,7 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.scatter(shares, rises, s=34, zorder=3, **style)
         for row in points:
             at = row["gate_share"], row["delta_ce"]
-            beside = (-13, 3) if kind == "skip_transcoder" else (5, 3)  # a plain one's are close to the right of it
+            beside = (-13, 3) if kind == "skip_transcoder" else (5, 3)  # the plain transcoder's labels are close on the right
             axis.annotate(str(row["k"]), at, xytext=beside, textcoords="offset points", fontsize=7, color="#555555")
     twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
     if twins:
@@ -146,7 +149,7 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axis.axhline(0, color="black", lw=1.0)
     axis.set_xlim(-0.04, 1.06)
     axis.set_xlabel("gate share, mean over layers (constant gain: 0; plain transcoder: 1 by definition)")
-    axis.set_ylabel("rise of cross-entropy (nats a token)")
+    axis.set_ylabel("rise in cross-entropy (nats per token)")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("numbers at the points: K", fontsize=8, color="#555555", loc="right")
@@ -155,7 +158,7 @@ def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _label(kind: str, others: str) -> str:
-    return ", ".join(word for word in (KINDS[kind].title, others) if word)
+    return ", ".join(text for text in (KINDS[kind].title, others) if text)
 
 
 def _middle(values: Sequence[float]) -> float:
@@ -171,7 +174,7 @@ def _k_axis(axis: Axes, ks: list[int]) -> None:
 
 
 def _broken(above: Axes, below: Axes) -> None:
-    """The marks of a y axis that leaves out what is between its two parts."""
+    """Mark the y axis as broken between the two panels."""
     above.spines[["top", "right", "bottom"]].set_visible(False)
     below.spines[["top", "right"]].set_visible(False)
     above.tick_params(bottom=False)

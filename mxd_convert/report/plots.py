@@ -1,4 +1,4 @@
-"""Plots of a run: how training went, and what each layer's experts do."""
+"""Plots of a run: training, and the fidelity and reliance of each layer."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from mxd_convert.report.schema import Report
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
-    """Write a figure as a PNG file, and close it."""
+    """Write a figure as a PNG file and close it."""
     try:
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=dpi, format="png")
@@ -34,7 +34,7 @@ def write_plots(folder: Path, report: Report, log: Path) -> None:
 
 
 def _training(lines: list[dict[str, Any]], path: Path) -> None:
-    together = [line for line in lines if "kl" in line]  # of the joint stage
+    together = [line for line in lines if "kl" in line]  # only the joint stage logs a KL
     wide = 3 if together else 2
     figure, axes = plt.subplots(1, wide, figsize=(4.5 * wide, 3.4), layout="constrained")
     indices = list(lines[0]["layers"]) if lines else []
@@ -54,7 +54,7 @@ def _training(lines: list[dict[str, Any]], path: Path) -> None:
             axis.axvspan(together[0]["tokens"], together[-1]["tokens"], color="grey", alpha=0.12, linewidth=0)
     if together:
         axes[2].plot([line["tokens"] for line in together], [line["kl"] for line in together], color="#31688e")
-        axes[2].set_title("all layers together (grey): KL to the base, nats", fontsize=10)
+        axes[2].set_title("joint stage (grey): KL from the base, nats per token", fontsize=10)
         axes[2].set_ylim(bottom=0)
     for axis in axes:
         axis.set_xlabel("training tokens")
@@ -75,7 +75,7 @@ def _layers(report: Report, path: Path) -> None:
     indices = list(fidelity)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     axes[0].bar(indices, [fidelity[index].delta_ce or 0.0 for index in indices], color="#31688e")
-    axes[0].set_title("rise of cross-entropy, this layer alone (nats a token)", fontsize=10)
+    axes[0].set_title("rise in cross-entropy, this layer alone (nats per token)", fontsize=10)
     colours = {"gate_share": "#440154", "identity_share": "#31688e", "routing_necessity": "#35b779"}
     for offset, (name, colour) in enumerate(colours.items()):
         label = name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The files of a probe: probe.json with everything, its results and top experts as CSV, and the plot."""
+"""The files of linear probes: probe.json with all results, two tables as CSV, and the plot."""
 
 import os
 import re
@@ -15,9 +15,9 @@ PROBE = "probe.json"
 
 
 def probe_folder(output: str | Path | None, checkpoint: Path, data: Path) -> Path:
-    """The folder that a probe goes to, checked before the work is done: `output`, or `<checkpoint>-probe-<data>` beside the checkpoint.
+    """Return the output folder: `output`, or by default `<checkpoint>-probe-<data>` next to the checkpoint.
 
-    Raises InputError where something else is there, or where it can't be written.
+    Raises InputError if it has other content or can't be written. Call it before any work is done.
     """
     if output is None:
         stem = re.sub(r"(\.jsonl|\.parquet)?(\.gz)?$", "", data.name)
@@ -38,14 +38,14 @@ def probe_folder(output: str | Path | None, checkpoint: Path, data: Path) -> Pat
 
 @contextmanager
 def finished_probe(target: Path) -> Iterator[Path]:
-    """Yield a folder to be made, renamed to `target` when all is written; what was there is replaced."""
+    """Yield the path of a folder for the caller to create. It replaces `target` once the block has succeeded."""
     with scratch_beside(target) as scratch:
         yield scratch / "probe"
         put_in_place(scratch / "probe", target, scratch)
 
 
 def write_probe(folder: Path, content: dict[str, Any]) -> None:
-    """Write probe.json, probe.csv, top_experts.csv and probe.png into `folder`, which is made."""
+    """Create `folder` and write probe.json, probe.csv, top_experts.csv and probe.png into it."""
     folder.mkdir()
     _write_rows(folder / "probe.csv", content["results"])
     _write_rows(folder / "top_experts.csv", content["top_experts"])
@@ -54,7 +54,7 @@ def write_probe(folder: Path, content: dict[str, Any]) -> None:
 
 
 def is_probe(folder: Path) -> bool:
-    """Whether a folder is one that `write_probe` made."""
+    """Return whether a folder was written by `write_probe`."""
     try:
         content = read_json(folder / PROBE)
     except InputError:

@@ -1,4 +1,4 @@
-"""The plot of a probe: F1 of each class by family of units, with its interval."""
+"""The plot of linear probes: F1 of each class by family of units, with its interval."""
 
 import itertools
 from pathlib import Path
@@ -14,10 +14,10 @@ from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.report.plots import save_figure
 
 _NEURON, _WHOLE = ("#b5403a", "v"), ("#000000", "|")
-_MORE = (("#4477aa", "P"), ("#888888", "X"), ("#aa3377", "<"), ("#66ccee", ">"))  # where two families are of one kind
+_MORE = (("#4477aa", "P"), ("#888888", "X"), ("#aa3377", "<"), ("#66ccee", ">"))  # for a second family of the same kind
 _CHANCE: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": (0, (2, 2))}
-_ROW = 0.15  # inches a family, of which every class has two more as space
-_MOST = 40  # characters of a class
+_ROW = 0.15  # inches per family; each class has two more rows as space
+_MOST = 40  # characters shown of a class's name
 
 
 def plot_probe(path: Path, content: dict[str, Any]) -> None:
@@ -34,8 +34,8 @@ def plot_probe(path: Path, content: dict[str, Any]) -> None:
             axis.axhspan(middle - pitch / 2, middle + pitch / 2, color="#f4f4f4", linewidth=0, zorder=0)
         chance, reach = rows[label, families[0]]["chance"], (len(families) + 0.6) / 2
         axis.plot([chance, chance], [middle - reach, middle + reach], **_CHANCE, zorder=1)
-        for place, (family, (colour, marker)) in enumerate(styles.items()):
-            row, y = rows[label, family], middle + (len(families) - 1) / 2 - place
+        for row_number, (family, (colour, marker)) in enumerate(styles.items()):
+            row, y = rows[label, family], middle + (len(families) - 1) / 2 - row_number
             axis.plot([row["f1_low"], row["f1_high"]], [y, y], color=colour, linewidth=1.3, clip_on=False, zorder=2)
             axis.plot(row["f1"], y, color=colour, **_marker(marker), clip_on=False, zorder=3)
     names = [f"{_plain(label)}\n{counts['test']} documents" for label, counts in classes.items()]
@@ -62,7 +62,7 @@ def plot_probe(path: Path, content: dict[str, Any]) -> None:
 
 
 def _styles(families: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """(colour, marker) of each family: its kind's, as in the plots of a sweep, or another where that is taken."""
+    """Return (colour, marker) of each family: its kind's, as in the plots of a sweep, or another if that is taken."""
     more = itertools.cycle(_MORE)
     styles: dict[str, tuple[str, str]] = {}
     for family, about in families.items():
@@ -78,11 +78,11 @@ def _marker(marker: str) -> dict[str, Any]:
 
 
 def _plain(label: str) -> str:
-    """A name that comes from outside: on one line, not too long, with nothing that matplotlib would take for mathematics."""
+    """Return an untrusted name on one line, shortened, with `$` escaped, which matplotlib would read as mathematics."""
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in label).split())
     return (line if len(line) <= _MOST else line[: _MOST - 1] + "…").replace("$", r"\$")
 
 
 def _style(kind: str) -> tuple[str, str]:
-    """Return colour and marker of a kind; empty for what is none, such as a folder with layers of several."""
+    """Return colour and marker of a kind; empty strings for anything else, such as a folder with layers of several kinds."""
     return (KINDS[kind].colour, KINDS[kind].marker) if kind in KINDS else ("", "")

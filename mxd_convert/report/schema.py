@@ -1,6 +1,6 @@
-"""`Report`: the form of mxd_report.json. It is checked wherever one is read, since a report may come from anyone.
+"""`Report`: the schema of mxd_report.json. Every report is validated when it is read, because it may come from anyone.
 
-The names of its fields are the names of the figures everywhere: in JSON, cards, tables and code. docs/report.md says what each means.
+Figures have the same names in JSON, cards, tables and code. docs/report.md explains each of them.
 """
 
 from pathlib import Path
@@ -24,17 +24,17 @@ Name = Annotated[str, Field(max_length=10_000)]
 
 
 class Part(BaseModel):
-    """A part of a report. Further keys are kept: reports of every version are read."""
+    """A section of a report. Unknown keys are kept, so reports of other versions can be read."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was set, as it is written to JSON."""
+        """Return the fields that were set, in the form written to JSON."""
         return self.model_dump(exclude_unset=True)
 
 
 class Base(Part):
-    """The base model. sha256: over its tensors."""
+    """The base model. sha256: hash over its tensors."""
 
     model: Name
     revision: Name | None = None
@@ -48,7 +48,7 @@ class Base(Part):
 
 
 class Text(Part):
-    """A text: its name, the fingerprint of its documents, and what was read of it."""
+    """A text: its name, the fingerprint of its documents, and how much of it was used."""
 
     path: Name
     fingerprint: Name
@@ -60,7 +60,7 @@ class Text(Part):
 
 
 class Data(Part):
-    """Training and held-out text. masked: what is left out of which figures."""
+    """Training and held-out text. masked: the tokens that are left out, and of which figures."""
 
     train: Text | None = None
     eval: Text | None = None
@@ -68,7 +68,7 @@ class Data(Part):
 
 
 class LayerFidelity(Part):
-    """Fidelity of one layer, converted alone but for the figures in place."""
+    """Fidelity of one layer. All layers are converted for the figures in place, only this one for the others."""
 
     delta_ce: Figure = None
     fvu: Figure = None
@@ -122,7 +122,7 @@ class Elsewhere(Part):
     """Figures on another text, added by `eval --record`."""
 
     class Figures(Part):
-        """The figures of the whole model."""
+        """Figures of the whole model."""
 
         tokens: Annotated[int, Field(ge=0)]
         delta_ce: Figure
@@ -136,7 +136,7 @@ class Elsewhere(Part):
 
 
 class Cost(Part):
-    """What the run took."""
+    """Time and memory of the run, and the steps at which it was resumed."""
 
     resumed_at_steps: list[int] = []
     train_seconds: Figure = None
@@ -146,7 +146,7 @@ class Cost(Part):
 
 
 class Report(Part):
-    """A report. Parts that were not measured are None."""
+    """A report. Sections that were not measured are None."""
 
     base: Base
     recipe_sha256: Name | None = None
@@ -164,12 +164,12 @@ class Report(Part):
 
 
 def read_report_file(path: Path) -> Report:
-    """Read a report. Raises InputError, which names the file, the key, its value and the fix."""
+    """Read a report. Raises InputError that names the file, the key, its value and the fix."""
     return parse_report(read_mapping(path, "download it, or convert or evaluate again"), path)
 
 
 def parse_report(content: Any, path: Path) -> Report:
-    """Return the report of a JSON object. path: named in the error. Raises InputError."""
+    """Validate a JSON object as a report. Raises InputError that names `path`."""
     try:
         return Report.model_validate(content)
     except ValidationError as error:

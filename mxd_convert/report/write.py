@@ -1,4 +1,4 @@
-"""mxd_report.json: what was converted, on what, and how faithful it is."""
+"""The content of mxd_report.json: base model, texts, figures, cost and versions of a run."""
 
 import importlib.metadata
 import platform
@@ -28,12 +28,12 @@ _PACKAGES = (
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of everything that the figures may depend on. more: packages that only some figures do."""
+    """Return the versions of Python and of packages that the figures depend on. more: further packages."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for package in (*_PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        except importlib.metadata.PackageNotFoundError:  # a checkout that isn't installed
             continue
     return found
 
@@ -41,9 +41,15 @@ def versions(*more: str) -> dict[str, str]:
 def build_report(
     plan: Plan, origin: dict[str, Any], train: Blocks, held_out: Blocks, trained: Trained, figures: dict[str, Any]
 ) -> Report:
-    """The report of a run.
+    """Build the report of a run.
 
-    origin: the base's id, revision and tensor hash, its licence and language. figures: the evaluation of the checkpoint as loaded from disk.
+    Args:
+        plan: the resolved recipe.
+        origin: the base's id, revision and tensor hash, its licence and language.
+        train: the training text.
+        held_out: the evaluation text.
+        trained: what training recorded.
+        figures: the evaluation of the checkpoint as loaded from disk.
     """
     available = len(train) * train.context
     masked = "BOS tokens and the first position of each block" if plan.recipe.train.mask_bos else "nothing"
@@ -77,14 +83,14 @@ def build_report(
 
 
 def _local_keys(recipe: Recipe) -> list[str]:
-    """The recipe's keys that named something of this machine: who runs it again has to set them."""
+    """Return the keys of the recipe that name something on this machine. They must be set to run it elsewhere."""
     named = {"base.model": recipe.base.model, "data.train.path": recipe.data.train.path, "data.eval.path": recipe.data.eval.path}
     return [key for key, value in named.items() if value is not None and is_local(value)]
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024
+    """Return the peak resident memory of this process, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

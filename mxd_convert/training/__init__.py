@@ -1,1 +1,1 @@
-"""Training of the layers on activations of the base model: passes over groups of layers, optimiser, saved state, several processes."""
+"""Training of the layers on activations of the base model: passes, optimiser, saved state, several processes."""

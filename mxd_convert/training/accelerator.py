@@ -1,4 +1,4 @@
-"""The devices and processes of a run, as accelerate sets them up."""
+"""The devices and processes of a run, set up by accelerate."""
 
 import os
 from datetime import timedelta
@@ -17,20 +17,23 @@ _LEFT_OVER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "PMI_RANK", "OMPI_
 
 
 def _check_launch() -> None:
-    """Raise InputError where the environment speaks of several processes and no launcher has said where they meet: they never would."""
+    """Raise InputError if the environment names several processes but no MASTER_ADDR: they would wait for each other forever."""
     found = [name for name in _LEFT_OVER if name in os.environ and not (name.endswith("_SIZE") and os.environ[name] == "1")]
     if found and "MASTER_ADDR" not in os.environ:
         raise InputError(
-            f"the environment has {', '.join(f'{name}={printable(os.environ[name])[:20]}' for name in found)}, left by something else than a"
-            f" launcher of this run; unset {'it' if len(found) == 1 else 'them'}, or launch several processes with `torchrun` or"
-            " `accelerate launch`"
+            f"the environment has {', '.join(f'{name}={printable(os.environ[name])[:20]}' for name in found)} but no MASTER_ADDR, so it is"
+            f" not from a launcher of this run. Unset {'it' if len(found) == 1 else 'them'}, or launch several processes with `torchrun` or"
+            " `accelerate launch`."
         )
 
 
 def new_accelerator(train: Train, logs: Path) -> Accelerator:
-    """Set up the devices and processes of a run. logs: folder of the tracker. Raises InputError where precision or tracker is not available."""
-    # accelerate keeps one state a process: without this, a second conversion would run with the first one's precision
+    """Set up the devices and processes of a run.
+
+    logs: folder of the tracker. Raises InputError if devices, processes, precision or tracker can't be set up.
+    """
     _check_launch()
+    # accelerate keeps one state per process: without this, a second conversion would use the first one's precision
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     try:
@@ -39,7 +42,7 @@ def new_accelerator(train: Train, logs: Path) -> Accelerator:
             mixed_precision="bf16" if train.precision == "bf16" else "no",
             log_with=None if train.tracker == "none" else train.tracker,
             project_dir=str(logs),
-            # the others wait while the main process reads text and evaluates, which may take hours
+            # other processes wait while the main one reads text and evaluates, which may take hours
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         )
     except (ImportError, ValueError, RuntimeError, OSError) as error:
@@ -49,12 +52,12 @@ def new_accelerator(train: Train, logs: Path) -> Accelerator:
             raise InputError(f"train.precision: {train.precision}: {first_line(error)}") from None
         if train.tracker == "none":
             asked = [name for name in sorted(os.environ) if name.startswith("ACCELERATE_")]
-            hint = f"; the environment asks accelerate for more: unset {', '.join(asked)}" if asked else ""
+            hint = f". The environment changes accelerate's settings: unset {', '.join(asked)}" if asked else ""
             raise InputError(
                 f"accelerate can't set up the processes and devices of this run: {first_line(error)}{hint}"
             ) from None
         raise InputError(
-            f"train.tracker: {train.tracker} can't be used ({str(error).splitlines()[0]}); install it, or set train.tracker: none"
+            f"train.tracker: {train.tracker} can't be used ({str(error).splitlines()[0]}). Install it, or set train.tracker: none."
         ) from None
     torch.manual_seed(train.seed)
     return accelerator

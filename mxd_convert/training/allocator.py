@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what training frees."""
+"""Settings of the C library's allocator that keep freed memory during training."""
 
 import ctypes
 import platform
@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-_MOST, _USUAL = 2**31 - 1, 2**23
+_MOST, _USUAL = 2**31 - 1, 2**23  # bytes
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Within it, freed memory stays with the process instead of going back to the system; afterwards what is free goes back.
+    """Keep freed memory in the process within the context, and return it to the system afterwards.
 
-    A step frees and asks again for the same hundreds of megabytes; by default glibc maps them anew each time, and the page faults
-    cost more than filling the pages (benchmarks/RESULTS.md). Does nothing where the C library is another.
+    A step frees and allocates the same hundreds of megabytes. By default glibc maps them again each time, and the page faults
+    cost more than filling the pages (benchmarks/RESULTS.md). Does nothing with another C library.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

@@ -1,4 +1,4 @@
-"""Several processes that work on one run (torchrun, accelerate launch): where one fails all of them end, and it is told once."""
+"""Errors of a run with several processes (torchrun, accelerate launch): all of them exit, and one reports the error."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ _LOST = ("connection closed", "connection reset", "broken pipe", "connection ref
 
 @contextmanager
 def once_a_machine() -> Iterator[None]:
-    """Before the processes know each other: all of a machine find the same, so its first one tells it."""
+    """Mark InputErrors as reported on all local ranks but 0: before the process group exists, all find the same errors."""
     try:
         yield
     except InputError as error:
@@ -22,38 +22,39 @@ def once_a_machine() -> Iterator[None]:
 
 @contextmanager
 def agreed(processes: int, process: int) -> Iterator[None]:
-    """Where one of the processes fails within it, all of them do: the others with its InputError, marked as told.
+    """Raise in all processes if one of them fails in the context: in the others as an InputError that is marked as reported.
 
-    Nothing within it may wait for another process.
+    Code in the context must not wait for another process.
     """
     failed: Exception | None = None
     try:
         yield
     except Exception as error:
         failed = error
-    words = _gathered(processes, None if failed is None else str(failed))
-    first = next((number for number, word in enumerate(words) if word is not None), None)
+    messages = _gathered(processes, None if failed is None else str(failed))
+    first = next((number for number, message in enumerate(messages) if message is not None), None)
     if isinstance(failed, InputError):
-        failed.told = words.index(str(failed)) < process
+        failed.told = messages.index(str(failed)) < process
     if failed is not None:
         raise failed
     if first is not None:
-        theirs = InputError(str(words[first]))
+        theirs = InputError(str(messages[first]))
         theirs.told = True
         raise theirs
 
 
-def _gathered(processes: int, word: str | None) -> list[str | None]:
+def _gathered(processes: int, message: str | None) -> list[str | None]:
+    """Return the messages of all processes, by rank."""
     if processes == 1:
-        return [word]
+        return [message]
     from accelerate.utils import gather_object
 
-    found: list[str | None] = gather_object([word])
+    found: list[str | None] = gather_object([message])
     return found
 
 
-def part() -> None:
-    """Ends this process's ties to the others, at the end of a run that went well: left to the interpreter's exit, gloo's threads may abort it."""
+def destroy_process_group() -> None:
+    """Destroy the process group after a successful run, because gloo's threads may otherwise abort the interpreter's exit."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -61,17 +62,18 @@ def part() -> None:
 
 @contextmanager
 def lost_guard(processes: int) -> Iterator[None]:
-    """Turns the errors of talking to a process that is no more into an InputError."""
+    """Turn communication errors caused by the exit of another process into an InputError."""
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or processes == 1 or not _is_lost(error):
             raise
         raise InputError(
-            f"another process of this run has ended before its time ({str(error).splitlines()[0]:.120}); put right what it says, and give"
-            " the same command again: it goes on from its last saved state"
+            f"another process of this run exited early ({str(error).splitlines()[0]:.120}). Fix the error that it reports and give the"
+            " same command again: the run resumes from its last saved state."
         ) from error
 
 
 def _is_lost(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST)
+    """Return whether an error says that the connection to another process was lost."""
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _LOST)

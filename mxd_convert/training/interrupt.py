@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the first saves and stops, a second stops at once."""
+"""Ctrl-C and SIGTERM during training: the first signal saves and stops, a second one stops at once."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Interrupt:
-    """A context manager. `told`: whether a signal has come since it was entered. Without effect outside the main thread."""
+    """A context manager that notes signals in `told`: whether one has arrived since it was entered. Main thread only."""
 
     def __init__(self) -> None:
         self.told = False

@@ -1,8 +1,8 @@
-"""The end of a training: all layers together, in the model, towards what the base model says of the next token.
+"""The joint stage: all layers trained together in the model, on the KL divergence to the base model's next-token distribution.
 
-Layers that are trained alone know neither each other's errors nor which errors the model minds. Here the model with all of them in
-place learns the base's own distribution, KL(base || converted); beside it stands the layers' own loss against the base's outputs, as
-large as the KL at the beginning, which keeps every layer close to the MLP that it replaces.
+Layers that are trained alone see neither the errors of other layers nor the effect of their own on the model. The joint stage
+minimises KL(base || converted) plus the layers' own losses against the base's MLP outputs. These keep each layer close to the MLP
+that it replaces, and are weighted to equal the KL at the first step.
 """
 
 import math
@@ -25,17 +25,17 @@ from mxd_convert.training.stream import Source
 
 RATE = 0.2  # of the peak learning rate: above a third, layers lose what they have learnt
 WARMUP = 0.1  # share of the joint stage's steps; the rate then falls linearly to 0
-PIECE_TOKENS = 1024  # that go through the model at once, at least: gradients add up over a step
-GPU_PIECE_TOKENS, GPU_LOGITS = 4096, 2**27  # on a GPU more, which fill it better, while they make no more logits than these
+PIECE_TOKENS = 1024  # per forward, at least one block: gradients are accumulated over a step
+GPU_PIECE_TOKENS, GPU_LOGITS = 4096, 2**27  # limits of tokens and logits per forward on a GPU, which larger pieces use better
 
 
 def piece_tokens(device: str, vocabulary: int) -> int:
-    """How many tokens of a step go through the model at once."""
+    """Return the number of tokens per forward of the model."""
     return PIECE_TOKENS if device == "cpu" else max(PIECE_TOKENS, min(GPU_PIECE_TOKENS, GPU_LOGITS // vocabulary))
 
 
 class InPlace(nn.Module):
-    """A layer in its place in the model, in float32 whatever the model's dtype; keeps what it gave."""
+    """A layer inside the model, with float32 parameters for any dtype of the model. Keeps its last output and coefficients."""
 
     def __init__(self, layer: Trainable, precision: str) -> None:
         super().__init__()
@@ -44,16 +44,20 @@ class InPlace(nn.Module):
         self.codes: Codes
 
     def forward(self, x_BTI: Tensor) -> Tensor:
+        """Return the layer's output in the dtype of the model."""
         with torch.autocast(x_BTI.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x_BI = x_BTI.float().flatten(0, -2)
             self.codes = self.layer.encode(x_BI)
             self.output = self.layer.combine(x_BI, self.codes)
-        # a copy: some families add to what an MLP returned in its place
+        # a copy: some families add to the output of an MLP in place
         return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype, copy=True)
 
 
 class JointStage(Stage):
-    """Trains layers that were trained alone. trained: they, by index. first_step: how many steps each has taken."""
+    """Training of all layers together, after each was trained alone.
+
+    trained: the layers by index. first_step: the number of steps each has taken.
+    """
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class JointStage(Stage):
         first_step: int,
     ) -> None:
         self.trained, self.first_step = trained, first_step
-        self.weight = 0.0  # of the layers' own loss
+        self.weight = 0.0  # of the layers' own losses
         self.kl, self.kl_steps = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0  # since the last log line
         together = source.process[1] > 1
         super().__init__(recipe, source, shapes, folder, accelerator, together, quiet, Pass("all layers together", 1, 1))
@@ -81,29 +85,29 @@ class JointStage(Stage):
         return {index: self.trained[index].to(self.device) for index in sorted(self.trained)}
 
     def _begin(self) -> None:
-        """Weighs the two losses, on the step's first blocks, the same in all processes."""
+        """Set the weight of the layers' own losses from the first blocks, which are the same in all processes."""
         with torch.no_grad():
             kl, own, _ = self._forward(self._rows(0)[: self._blocks_a_piece()])
         self.weight = (kl / torch.stack(list(own.values())).sum().clamp_min(1e-12)).item()
 
     def _shares(self, seconds: float) -> dict[str, float]:
-        return {}  # the base runs among the layers
+        return {}  # base and layers run in the same forward
 
     def _advice(self) -> str:
         return f"Lower train.lr ({self.recipe.train.lr:g}) or train.joint ({self.recipe.train.joint:g})"
 
-    def _more(self) -> dict[str, float]:
+    def _extra_figures(self) -> dict[str, float]:
         mean = self.kl.item() / self.kl_steps
         self.kl.zero_()
         self.kl_steps = 0
         return {"kl": mean}
 
-    def _facts(self) -> dict[str, Any]:
+    def _extra_facts(self) -> dict[str, Any]:
         return {"weight": self.weight, "kl": self.kl.item(), "kl_steps": self.kl_steps}
 
-    def _take(self, facts: dict[str, Any]) -> None:
+    def _restore_extra(self, facts: dict[str, Any]) -> None:
         self.weight, self.kl_steps = facts["weight"], facts["kl_steps"]
-        self.kl.fill_(math.nan if facts["kl"] is None else facts["kl"])  # JSON has no word for what is not finite
+        self.kl.fill_(math.nan if facts["kl"] is None else facts["kl"])  # JSON has no NaN or infinity
 
     def _blocks_a_piece(self) -> int:
         config: Any = self.source.base.config
@@ -123,7 +127,7 @@ class JointStage(Stage):
         for begin in range(0, len(rows), self._blocks_a_piece()):
             piece = rows[begin : begin + self._blocks_a_piece()]
             kl, own, counted = self._forward(piece, keep=True)
-            # both losses are means; weighted by their shares of the step, what all pieces and processes add up to is the step's mean
+            # both losses are means; weighted by their share of the step, they sum to its mean over all pieces and processes
             share, rows_share = counted / total, len(piece) / self.source.rows_a_step
             objective = kl * rows_share + self.weight * share * torch.stack(list(own.values())).sum()
             objective.backward()
@@ -136,24 +140,24 @@ class JointStage(Stage):
         self.kl_steps += 1
 
     def _forward(self, rows: Any, keep: bool = False) -> tuple[Tensor, dict[int, Tensor], Tensor]:
-        """Of some blocks: the mean of KL(base || converted) over all tokens, the layers' own losses, and how many tokens count for these.
+        """Return the losses on some blocks: mean KL over all tokens, own losses by layer, and the number of counted tokens.
 
-        keep: for the log.
+        Only counted tokens enter the layers' own losses. keep: whether to add the figures to the log's windows.
         """
         source, base = self.source, self.source.base
         ids_BT = source.blocks.take(rows)
         counted_B = source.blocks.counted(ids_BT, source.mask_bos).flatten().to(self.device)
         ids_BT = ids_BT.to(self.device)
         with torch.no_grad(), recording(base, source.sites) as seen:
-            meant = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        places = {index: InPlace(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
-        with standing_in(base, source.sites, places):
-            said = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        kl = (meant.exp() * (meant - said)).sum(-1).mean()
+            base_log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+        stand_ins = {index: InPlace(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
+        with standing_in(base, source.sites, stand_ins):
+            log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+        kl = (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1).mean()
         own: dict[int, Tensor] = {}
-        for index, place in places.items():
+        for index, layer in stand_ins.items():
             target_BO = seen[index].outputs.flatten(0, 1).float()
-            own[index] = normalised_mse(place.output, target_BO, counted_B)
+            own[index] = normalised_mse(layer.output, target_BO, counted_B)
             if keep:
-                self.windows[index].add(own[index].detach(), place.output.detach(), target_BO, place.codes, counted_B)
+                self.windows[index].add(own[index].detach(), layer.output.detach(), target_BO, layer.codes, counted_B)
         return kl, own, counted_B.sum()

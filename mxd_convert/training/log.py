@@ -1,4 +1,4 @@
-"""training_log.jsonl: a line a log step. Every group of layers that is trained in one pass has its own; the run's is made of them."""
+"""training_log.jsonl: one line per log step. Each group of layers has its own log; the log of the run merges them."""
 
 import hashlib
 import json
@@ -14,13 +14,14 @@ NAME = "training_log.jsonl"
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one line to a log. Raises InputError if the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_guard(path.parent), path.open("a") as log:
         log.write(json.dumps(line) + "\n")
 
 
 def lines_of(path: Path) -> Iterable[dict[str, Any]]:
-    """Yield the whole lines of a log."""
+    """Yield the lines of a log, skipping those that are cut off or damaged."""
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -31,7 +32,7 @@ def lines_of(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def log_extent(path: Path) -> dict[str, Any]:
-    """Return the bytes that a log has and their SHA-256, once they are on the disk: what a saved state keeps of it."""
+    """Return the size of a log in bytes and its SHA-256, as a saved state records them. The log is synced to disk first."""
     if not path.is_file():
         return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     with path.open("rb") as log:
@@ -41,12 +42,12 @@ def log_extent(path: Path) -> dict[str, Any]:
 
 
 def is_whole(path: Path, extent: Mapping[str, Any]) -> bool:
-    """Whether a log still begins with what it held when its extent was taken."""
+    """Return whether a log still begins with the bytes that `extent` describes."""
     return hashlib.sha256(_beginning(path, extent["bytes"])).hexdigest() == extent["sha256"]
 
 
 def cut_log(path: Path, extent: Mapping[str, Any]) -> None:
-    """Drop what came after the extent was taken: lines of steps that will be done again, and one that a kill has cut short."""
+    """Truncate a log to `extent`: later lines belong to steps that will be repeated, and the last may be cut off."""
     if path.is_file() and path.stat().st_size > extent["bytes"]:
         kept = _beginning(path, extent["bytes"])
         with replacing(path) as temporary:
@@ -60,25 +61,25 @@ def _beginning(path: Path, size: int) -> bytes:
         return log.read(size)
 
 
-def split_log(path: Path, part: Path, indices: list[int]) -> None:
-    """Write a log of some of a group's layers, which alone would have been quicker in proportion."""
+def split_log(path: Path, target: Path, indices: list[int]) -> None:
+    """Write the lines of some of a group's layers to `target`, with tokens/s scaled up in proportion to the number of layers."""
     wanted = {str(index) for index in indices}
     lines = []
     for line in lines_of(path) if path.is_file() else ():
         layers = {index: figures for index, figures in line["layers"].items() if index in wanted}
         rate = round(line["tokens_per_second"] * len(line["layers"]) / len(layers), 1)
         lines.append({**line, "tokens_per_second": rate, "layers": layers})
-    _write(part, lines)
+    _write(target, lines)
 
 
 def merge_logs(groups: list[list[Path]], path: Path, then: Iterable[dict[str, Any]] = ()) -> None:
-    """Write one log out of those of all groups, with the layers of a step in one line. groups: by process, which ran side by side.
+    """Merge the logs of all groups into one, with all layers of a step in one line.
 
-    then: lines to follow.
+    groups: the logs of each process, in the order in which it trained them; the processes ran in parallel. then: lines to append.
     """
     merged: dict[int, dict[str, Any]] = {}
     for logs in groups:
-        seconds: dict[int, float] = {}  # for a token, of this process's groups one after the other
+        seconds: dict[int, float] = {}  # per token, by step, summed over this process's groups
         for log in logs:
             for line in lines_of(log):
                 step = line["step"]

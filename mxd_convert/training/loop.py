@@ -1,4 +1,4 @@
-"""Training of all layers: in one pass where they fit, in groups where they don't, one after the other in sequential order."""
+"""Training of all layers: in one pass if they fit in memory, else in groups; one after the other in sequential order."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -24,12 +24,21 @@ from mxd_convert.training.state import groups_with_state, load_state, remove_lef
 from mxd_convert.training.stream import Activations, Source, buffer_steps
 from mxd_convert.training.tracking import track
 
-JOINT = "joint"  # folder of its state, beside those of the groups
+JOINT = "joint"  # folder of the joint stage's state, next to those of the groups
 
 
 @dataclass
 class Trained:
-    """The layers by index, on the CPU in float32, and what their training cost. Steps and tokens are those of each layer. twin: the dense one."""
+    """Trained layers and the cost of their training.
+
+    Attributes:
+        layers: by index, on the CPU in float32.
+        steps: of each layer, with those of the joint stage.
+        tokens: that each layer was trained on.
+        seconds: of training, without interruptions.
+        resumed_at_steps: the steps at which the run was resumed.
+        twin: the dense twin's.
+    """
 
     layers: dict[int, Trainable]
     steps: int
@@ -41,10 +50,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained on what.
+    """The layers to train, their data and their devices.
 
-    recipe: with its `train` keys resolved. shapes: of the layers, by index. shares: the layers that each process trains, by process.
-    grouped: splits layers into those trained in one pass. folder: for log and state.
+    Attributes:
+        recipe: with its `train` keys resolved.
+        shapes: of the layers, by index.
+        folder: for log and state.
+        shares: indices of the layers that each process trains, by rank.
+        grouped: splits layer indices into groups that are trained in one pass.
     """
 
     recipe: Recipe
@@ -60,29 +73,36 @@ class Job:
 
 
 def train_layers(job: Job) -> Trained | None:
-    """Trains a layer for every site on the activations of the base; goes on from the states in the job's folder if there are some.
+    """Train a layer for each site on the activations of the base. Resumes from the states in the job's folder, if any.
 
-    Writes `training_log.jsonl` and `state/` there. The main process gets the layers of all processes, the others None. Raises
-    InputError for a loss that is not finite, for a full disk and where memory runs out, KeyboardInterrupt (after saving) when
-    interrupted.
+    Writes `training_log.jsonl` and `state/` there.
+
+    Returns:
+        The layers of all processes in the main process, None in the others.
+
+    Raises:
+        InputError: if a loss is not finite, the disk is full or memory runs out.
+        KeyboardInterrupt: when interrupted, after saving.
     """
     with kept_memory(), memory_guard(lower(job.recipe)):
         return Training(job).run()
 
 
 def lower(recipe: Recipe) -> str:
-    """What to say where memory runs out."""
+    """Return the message for a run that is out of memory: which settings to lower."""
     train, layer = recipe.train, recipe.layer
     moments = ", set train.moments: bf16" if train.moments == "fp32" else ""
-    if train.joint:  # it takes all layers at once: train.memory_gib would only have it refused
-        fewer = f" or train.joint: 0 ({train.joint:g}), and start over with --fresh. With more memory the same command goes on."
+    if train.joint:  # all layers at once: a lower train.memory_gib would only be refused
+        fewer = (
+            f" or set train.joint: 0 ({train.joint:g}), and start over with --fresh. With more memory the same command resumes."
+        )
     else:
         fewer = (
-            " or set train.memory_gib to less than there was, so that fewer layers are trained at once. The run goes on from its last"
+            " or set train.memory_gib below the memory that was available, to train fewer layers at once. The run resumes from its last"
             " saved state."
         )
     return (
-        f"out of memory while training; lower train.batch_tokens ({train.batch_tokens}) or {layer.size_key} ({layer.size}){moments},"
+        f"out of memory while training. Lower train.batch_tokens ({train.batch_tokens}) or {layer.size_key} ({layer.size}){moments},"
         f"{fewer}"
     )
 
@@ -102,11 +122,12 @@ class Training:
         self.tokens = steps * self.rows_a_step * context
         self.sites = {site.index: site for site in job.sites}
         self.states = job.folder / "state"
-        self.below: dict[str, nn.Module] = {}  # in sequential order, the layers trained so far, by path
+        self.below: dict[str, nn.Module] = {}  # the layers trained so far in sequential order, by path
         if not hasattr(job.base, "hf_device_map"):
             job.base.to(self.accelerator.device)
 
     def run(self) -> Trained | None:
+        """Train all groups, then all layers jointly if the recipe says so. Returns the layers in the main process, else None."""
         share = self.job.shares[self.accelerator.process_index]
         if self.accelerator.is_main_process:
             self._split_begun()
@@ -120,15 +141,15 @@ class Training:
         groups = sorted(kept + self.job.grouped([index for index in share if index not in held]))
         before = sum(1 for group in finished if group[0] in share)
         if before and not self.job.quiet:
-            print(f"{before} of {before + len(groups)} passes are done already", file=sys.stderr, flush=True)
+            print(f"{before} of {before + len(groups)} passes are already done", file=sys.stderr, flush=True)
         with Interrupt() as interrupt:
             for number, group in enumerate(groups, before + 1):
                 self._train_group(group, number, before + len(groups), interrupt)
-                if self._is_told(interrupt, self.together):  # during the last step, which has been saved
+                if self._interrupted(interrupt, self.together):  # during the last step, which has been saved
                     raise KeyboardInterrupt
             if not self.together and self.accelerator.num_processes > 1:
                 if not self.job.quiet:
-                    print("waiting for the other processes' layers", file=sys.stderr, flush=True)
+                    print("waiting for the other processes", file=sys.stderr, flush=True)
                 self.accelerator.wait_for_everyone()
                 if interrupt.told and not self.joint_steps:
                     raise KeyboardInterrupt
@@ -136,35 +157,35 @@ class Training:
                 self._train_jointly(interrupt)
         return self._collect() if self.accelerator.is_main_process else None
 
-    def _is_told(self, interrupt: Interrupt, together: bool) -> bool:
-        """Whether to stop: this process, or any that share out the batches with it."""
+    def _interrupted(self, interrupt: Interrupt, together: bool) -> bool:
+        """Return whether this process was interrupted, or, if `together`, any process of the run."""
         if not together:
             return interrupt.told
-        told = torch.tensor(int(interrupt.told), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(told, "sum"))
+        flag = torch.tensor(int(interrupt.told), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum"))
 
     def _earlier(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The groups that an earlier call of this run has finished, and those that it was in the middle of."""
+        """Return the groups that earlier calls of this run have finished, and those that they have begun but not finished."""
         finished: list[list[int]] = []
         begun: list[list[int]] = []
         for folder, note in groups_with_state(self.states, self.recipe.fingerprint()):
-            whole = load_state(folder, self.recipe.fingerprint())  # only its tensors show that it is not damaged
+            whole = load_state(folder, self.recipe.fingerprint())  # a good note may have damaged tensors
             if whole is not None:
                 (finished if whole[0] == note["steps"] else begun).append(note["layers"])
         return finished, begun
 
     def _split_begun(self) -> None:
-        """Splits the groups that were cut off where they no longer fit, or belong to several processes now: each part goes on."""
+        """Split unfinished groups that no longer fit in memory or now belong to several processes. Each subgroup resumes."""
         remove_leftovers(self.states)
         begun = self._earlier()[1]
         for group in begun:
-            if any(set(group) < set(other) for other in begun):  # of a split that was cut off: it is done again
+            if any(set(group) < set(other) for other in begun):  # left by an interrupted split, which is repeated
                 remove_state(self._folder(group))
                 continue
             shares = [self.job.shares[0]] if self.together else self.job.shares
-            parts = [part for share in shares for part in self.job.grouped([index for index in group if index in share])]
-            if parts != [group]:
-                folders = {self._folder(part): part for part in parts}
+            subgroups = [found for share in shares for found in self.job.grouped([index for index in group if index in share])]
+            if subgroups != [group]:
+                folders = {self._folder(subgroup): subgroup for subgroup in subgroups}
                 split_state(self._folder(group), folders, self.recipe.fingerprint())
 
     def _folder(self, group: list[int]) -> Path:
@@ -177,7 +198,7 @@ class Training:
             self._put_below(stage.layers)
 
     def _train_jointly(self, interrupt: Interrupt) -> None:
-        """All layers together, each process with its part of every batch, however the layers were shared out."""
+        """Run the joint stage. Each process takes its share of every batch, for any `train.distribute`."""
         finished, _ = self._earlier()
         self.below = {}
         stage = JointStage(
@@ -191,15 +212,16 @@ class Training:
             self.steps,
         )
         stage.train(interrupt)
-        if self._is_told(interrupt, self.accelerator.num_processes > 1):
+        if self._interrupted(interrupt, self.accelerator.num_processes > 1):
             raise KeyboardInterrupt
 
     @property
     def _process(self) -> tuple[int, int]:
+        """Return rank and number of processes."""
         return self.accelerator.process_index, self.accelerator.num_processes
 
     def stage(self, group: list[int], number: int = 1, passes: int = 1, activations: Activations | None = None) -> Stage:
-        """A pass over the text for a group of layers. activations: of another run that reads the same."""
+        """Return a new pass over the text for a group of layers. activations: of another run that reads the same batches."""
         return Stage(
             self.recipe,
             self._source(group, self.steps),
@@ -229,19 +251,22 @@ class Training:
         )
 
     def _named(self, group: list[int]) -> str:
-        """For the progress and the trackers: empty where the group is all that is trained."""
+        """Return the name of a group for progress and trackers; empty if it has all layers."""
         return "" if len(group) == len(self.sites) else f"layer{'s' if len(group) > 1 else ''} {_span(group)}"
 
     def _put_below(self, layers: dict[int, Trainable]) -> None:
-        """Layers already converted as the checkpoint will have them: in the base's precision; in place, since their state is saved."""
+        """Put trained layers below those that follow, in the base's precision like in the checkpoint.
+
+        The layers are cast in place: their state is saved already.
+        """
         dtype, device = next(self.job.base.parameters()).dtype, self.accelerator.device
-        spread = hasattr(self.job.base, "hf_device_map")  # then the layer before may be elsewhere
+        spread = hasattr(self.job.base, "hf_device_map")  # inputs may then be on another device
         for index, layer in layers.items():
             layer.to(device, dtype).requires_grad_(False)
-            self.below |= self.sites[index].stand_in(_Elsewhere(layer, device) if spread else layer)
+            self.below |= self.sites[index].stand_in(_OnDevice(layer, device) if spread else layer)
 
     def _load(self, group: list[int]) -> dict[int, Trainable]:
-        """The layers of a finished group, out of its last state."""
+        """Return the layers of a finished group, from its last state."""
         found = load_state(self._folder(group), self.recipe.fingerprint())
         assert found is not None
         layers = {}
@@ -251,7 +276,7 @@ class Training:
         return layers
 
     def _collect(self) -> Trained:
-        """What all processes have trained; writes the run's log."""
+        """Return the layers of all processes and write the log of the run."""
         finished, _ = self._earlier()
         layers = {index: layer for group in finished for index, layer in self._load(group).items()}
         assert sorted(layers) == sorted(self.sites)
@@ -279,8 +304,8 @@ class Training:
         return Trained({index: layers[index] for index in sorted(layers)}, steps, self.tokens, seconds, sorted(resumed))
 
 
-class _Elsewhere(nn.Module):
-    """A layer on a device of its own in a model that is spread over several."""
+class _OnDevice(nn.Module):
+    """A layer on one device, in a model that is spread over several. Inputs and outputs are moved."""
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -291,11 +316,11 @@ class _Elsewhere(nn.Module):
 
 
 def _of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """A layer's own parameters out of a finished state."""
+    """Return the parameters of one layer from the tensors of a finished state, by their names in the layer."""
     return {name.removeprefix(f"{index}/"): tensors[name] for name in tensors if name.startswith(f"{index}/")}
 
 
 def _span(group: list[int]) -> str:
-    """`0-4` for neighbours, else every index: the name of a group's folder."""
+    """Return `0-4` for consecutive layers, else all indices, `0,2,5`: names a group and its folder."""
     neighbours = len(group) > 1 and group[-1] - group[0] == len(group) - 1
     return f"{group[0]}-{group[-1]}" if neighbours else ",".join(map(str, group))

@@ -1,4 +1,4 @@
-"""AdamW without weight decay, its schedule, and the constraint on the experts folded into the step."""
+"""AdamW without weight decay, its schedule, and the constraint on the experts, in one step."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -11,13 +11,13 @@ from torch.optim.adamw import adamw
 from mxd_convert.layers import Trainable
 from mxd_convert.layers.trainable import normalise, project
 
-GPU_CHUNK_ELEMENTS = 2**25
-CHUNK_ELEMENTS = 400_000  # of a parameter, at a time: 6.4 MB with its gradient and moments
-DECAY_SHARE = 0.2  # of the steps, at the end of a trapezoid
+GPU_CHUNK_ELEMENTS = 2**25  # elements of a parameter per chunk on a GPU
+CHUNK_ELEMENTS = 400_000  # the same on a CPU: 6.4 MB with gradient and moments, which stay in its cache
+DECAY_SHARE = 0.2  # share of the steps in which a trapezoid decays, at the end
 
 
 def rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """The share of the peak learning rate at `step` (from 0) of `steps`."""
+    """Return the factor on the peak learning rate at `step` (from 0) of `steps`."""
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":
@@ -33,12 +33,20 @@ def rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
 class Optimiser:
     """AdamW over all layers (no weight decay, as in the paper), with the constraint on the experts in the same pass.
 
-    The experts' rows go through in chunks that stay in a CPU's cache: their gradient's component along the row is removed, AdamW
-    takes its step, and the row gets its unit norm back. Rows that never were active are not touched. With `defer` the gradients of
-    the experts and of the gate's weight are made chunk by chunk too, and never whole; without, they are in `.grad`, where other
-    processes' can be added. moments: fp32, or bf16 where
-    memory rules (with the weight 8 bytes a parameter in place of 12); what bfloat16 would lose of the second moment, whose steps are smaller than
-    its precision, is rounded stochastically, seeded by `seed` and the step.
+    Experts are updated in chunks of rows that stay in a CPU's cache: the gradient's component along each row is removed, AdamW
+    takes its step, and the row is normalised again. Rows that have never been active don't change.
+
+    Args:
+        layers: by index.
+        lr: peak learning rate.
+        steps: of the whole schedule.
+        warmup: steps of warm-up.
+        schedule: constant, linear, cosine or trapezoid.
+        moments: fp32, or bf16 to save memory (8 bytes per parameter with the weight, instead of 12). Updates of the second moment
+            are smaller than bfloat16's precision, so it is rounded stochastically.
+        seed: of the stochastic rounding, together with the step.
+        defer: compute the gradients of experts and gate weights chunk by chunk, never whole. Without it they are in `.grad`,
+            where those of other processes can be added.
     """
 
     def __init__(
@@ -55,7 +63,7 @@ class Optimiser:
         self.layers = list(layers.values())
         self.lr, self.steps, self.warmup, self.schedule, self.seed = lr, steps, warmup, schedule, seed
         self.experts = {layer.experts for layer in self.layers if layer.experts is not None and layer.unit_norm}
-        # each with what its rounding is seeded by: the same however layers are grouped
+        # the seed of a parameter's rounding, which must not depend on how layers are grouped
         self.keys = {p: (index, number) for index, layer in layers.items() for number, p in enumerate(layer.parameters())}
         self.parameters: list[nn.Parameter] = [p for p in self.keys if p.requires_grad]
         for layer in self.layers if defer else ():
@@ -65,13 +73,13 @@ class Optimiser:
         self.moments = {p: (torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype)) for p in self.parameters}
 
     def rate(self, step: int) -> float:
-        """The learning rate of `step`, from 0."""
+        """Return the learning rate of `step`, from 0."""
         return self.lr * rate_factor(step, self.steps, self.warmup, self.schedule)
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """One update, the `step`-th from 0, from the gradients at hand, which it clears."""
-        whole: list[_Chunk] = []  # small enough to go through together
+        """Update all parameters from their gradients, then clear these. step: from 0."""
+        whole: list[_Chunk] = []  # parameters that need no chunks
         for parameter in self.parameters:
             sink, gradient = self.sinks.get(parameter), parameter.grad
             if gradient is None and (sink is None or sink.empty()):
@@ -84,10 +92,10 @@ class Optimiser:
             generator = None if moments[0].dtype == parameter.dtype else self._generator(parameter, step)
             for first, last in _chunks(parameter):
                 rows = slice(first, last)
-                parts = [] if gradient is None else [gradient[rows]]
+                terms = [] if gradient is None else [gradient[rows]]
                 if sink is not None and not sink.empty():
-                    parts.append(sink.rows(first, last))
-                made = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+                    terms.append(sink.rows(first, last))
+                made = terms[0] if len(terms) == 1 else terms[0] + terms[1]
                 chunk = parameter.data[rows], made, moments[0][rows], moments[1][rows]
                 self._step_chunk(chunk, step, parameter in self.experts, generator)
             if sink is not None:
@@ -120,7 +128,7 @@ class Optimiser:
             firsts,
             seconds,
             [],
-            [torch.tensor(float(step), device=weight.device) for weight in weights],  # it counts one up itself
+            [torch.tensor(float(step), device=weight.device) for weight in weights],  # adamw adds 1 itself
             fused=True,
             amsgrad=False,
             beta1=0.9,
@@ -136,7 +144,7 @@ class Optimiser:
         return torch.Generator(parameter.device).manual_seed(int(state[0]))
 
     def tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        """The moments by the parameters' names, for a saved state."""
+        """Return the moments as named tensors, for a saved state. names: of the parameters."""
         return {
             f"{names[parameter]}/{kind}": tensor
             for parameter, moments in self.moments.items()
@@ -144,7 +152,7 @@ class Optimiser:
         }
 
     def restore(self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]) -> None:
-        """Takes the moments of a saved state."""
+        """Copy the moments of a saved state into the optimiser. names: of the parameters."""
         for parameter, moments in self.moments.items():
             for kind, tensor in zip(_KINDS, moments, strict=True):
                 tensor.copy_(tensors[f"{names[parameter]}/{kind}"])
@@ -155,7 +163,7 @@ _KINDS = ("exp_avg", "exp_avg_sq")
 
 
 def _chunks(parameter: Tensor) -> Iterator[tuple[int, int | None]]:
-    """Ranges of rows: on a CPU as many as fit into the cache with gradient and moments, elsewhere few enough to take little memory."""
+    """Yield ranges of rows: small enough for the cache on a CPU, and for little memory on a GPU. (0, None) is all rows."""
     rows = max(1, (CHUNK_ELEMENTS if parameter.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // max(1, parameter[0].numel()))
     if rows >= len(parameter):
         yield 0, None
@@ -165,6 +173,6 @@ def _chunks(parameter: Tensor) -> Iterator[tuple[int, int | None]]:
 
 
 def _rounded_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up or down with a probability that keeps the expectation."""
+    """Round float32 to bfloat16, up or down at random such that the expectation is exact."""
     noise = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device, generator=generator)
     return ((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -1,4 +1,4 @@
-"""Progress of a run, on stderr: a live bar in a terminal, a line now and then elsewhere, nothing when asked to be quiet."""
+"""Progress of a run, on stderr: a live bar in a terminal, otherwise a line every 15 seconds, nothing if `quiet`."""
 
 import time
 from types import TracebackType
@@ -8,12 +8,15 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from mxd_convert.escaping import say
 
-LINE_SECONDS = 15.0
-WIDE = 130  # characters, from which there is room for a bar
+LINE_SECONDS = 15.0  # between two lines where stderr is not a terminal
+WIDE = 130  # characters; narrower terminals show no bar
 
 
 class TrainingProgress:
-    """Tokens, tokens/s, mean FVU, dead share, where the time goes, time left. A context manager. name: of what is trained, or empty."""
+    """A context manager that shows tokens, tokens/s, mean FVU, dead share, shares of the time and time left.
+
+    name: what is trained, or empty. done: tokens of earlier calls.
+    """
 
     def __init__(self, name: str, tokens: int, done: int = 0, quiet: bool = False) -> None:
         self.total, self.quiet, self.name = tokens, quiet, f"training {name}".rstrip()
@@ -21,7 +24,7 @@ class TrainingProgress:
         self.live = not quiet and self.console.is_terminal
         self.start, self.last_line, self.done_before = time.monotonic(), time.monotonic(), done
         columns = (BarColumn(bar_width=20),) if self.console.width >= WIDE else ()
-        # one column of text: where the terminal is narrow, its end is cut off, and what matters most stands first
+        # one column of text, the most important first: a narrow terminal cuts off its end
         self.bar = Progress(TextColumn("{task.fields[line]}"), *columns, console=self.console, disable=not self.live)
         self.task = self.bar.add_task("training", total=tokens, completed=done, line=self.name)
         self.text = ""
@@ -34,11 +37,12 @@ class TrainingProgress:
         self.bar.__exit__(kind, error, trace)
 
     def figures(self, fvu: float, dead: float, shares: dict[str, float]) -> None:
-        """What the next updates show. shares: of the time, by what it went to."""
+        """Set the figures that the next updates show. shares: shares of the time, by activity."""
         spent = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         self.text = f"FVU {fvu:.3f}, {dead:.0%} dead" + (f", time: {spent}" if spent else "")
 
     def update(self, tokens: int) -> None:
+        """Show the progress after `tokens` tokens."""
         if self.quiet:
             return
         now = time.monotonic()

@@ -24,21 +24,21 @@ from mxd_convert.training.token_init import init_from_tokens
 from mxd_convert.training.tracking import track
 from mxd_convert.training.window import Window
 
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = 60.0  # between two saves, unless `checkpoint_every` comes first
 Figures = tuple[float, float, dict[str, float]]  # mean FVU, dead share, shares of the time
 
 
 def make_layer(shape: LayerSpec, seed: int, index: int, init: str | None = None) -> Trainable:
-    """A new layer. Its initialisation depends on the seed and the layer's index only, not on what else is trained."""
+    """Return a new layer. Its initialisation depends only on the seed and the layer's index, not on other layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 1_000_003 + index)
         return new_layer(shape, init or "paper")
 
 
 def active_experts(step: int, steps: int, first: int, last: int) -> int:
-    """How many experts are active at `step` (from 0): `first` at the start, then evenly fewer, `last` from half of the steps on.
+    """Return the number of active experts at `step` (from 0): from `first` linearly down to `last` at half of the steps.
 
-    A single step takes `last`: whatever comes after a stage goes on with what its last step had.
+    A single step has `last`, because later stages keep the value of the last step.
     """
     return last if steps == 1 else last + round((first - last) * max(0.0, 1.0 - 2.0 * step / steps))
 
@@ -53,7 +53,21 @@ def learn(
     share: Tensor | None,
     window: Window,
 ) -> Tensor:
-    """Forward and backward of one layer on one batch; adds to the window. Returns the loss, a scalar. share: of the loss in the whole."""
+    """Run forward and backward of one layer on one batch, and add the step to its window.
+
+    Args:
+        layer: whose gradients are accumulated.
+        x_BI: inputs of the MLP, float32.
+        y_BO: outputs of the MLP, float32.
+        counted_B: which tokens count, bool.
+        precision: "bf16" for autocast.
+        l1: weight of the L1 penalty, for layers without top-k.
+        share: this process's share of the counted tokens, which weights the gradients; None for 1.
+        window: receives the figures for the log.
+
+    Returns:
+        The loss, a scalar.
+    """
     with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=precision == "bf16"):
         codes = layer.encode(x_BI)
         output_BO = layer.combine(x_BI, codes)
@@ -66,7 +80,7 @@ def learn(
 
 @dataclass(frozen=True)
 class Pass:
-    """One of this process's passes over the text. layers: what it trains, in words. number: from 1. of: how many there are."""
+    """One of this process's passes over the text. layers: name of the group. number: from 1. of: number of passes."""
 
     layers: str
     number: int
@@ -74,18 +88,26 @@ class Pass:
 
     @property
     def title(self) -> str:
-        """For the progress; empty where there is but one pass, over all layers."""
+        """Return the title for the progress; empty for a single pass over all layers."""
         return f"{self.layers} (pass {self.number} of {self.of})" if self.of > 1 else self.layers
 
 
 class Stage:
-    """Trains the layers of `source.sites` together. Goes on from the state in `folder` if there is one.
+    """The training of the layers at `source.sites` in one pass. Resumes from the state in `folder`, if there is one.
 
-    together: whether the accelerator's processes share out every batch; else this process is on its own. activations: where other stages
-    read the same ones.
+    Args:
+        recipe: with its `train` keys resolved.
+        source: text, base model and sites.
+        shapes: of the layers, by index.
+        folder: for log and state.
+        accelerator: devices and processes.
+        together: whether the accelerator's processes share each batch.
+        quiet: whether to print nothing.
+        this: number and name of the pass.
+        activations: shared with other stages that read the same batches.
     """
 
-    first_step = 0  # steps that the layers have taken before
+    first_step = 0  # steps that the layers have taken in earlier stages
 
     def __init__(
         self,
@@ -125,7 +147,7 @@ class Stage:
         self.activations = activations or Activations(source, self.device)
         self.log_path = folder / NAME
         self.resumed_at: list[int] = []
-        self.unsent: list[list[int]] = []  # steps, from after to, that a process without a tracker took
+        self.unsent: list[list[int]] = []  # ranges of steps (first, last], taken by a process without a tracker
         self.done = self.began = 0
         self.seconds = self.before = 0.0
         self.start = self.logged_at = time.monotonic()
@@ -134,9 +156,10 @@ class Stage:
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
         self._restore()
 
-    # --- what a stage of another kind does in its own way ------------------------------------------------------------------------
+    # --- methods that other kinds of stages override ----------------------------------------------------------------------------
 
     def _make_layers(self, shapes: dict[int, LayerSpec]) -> dict[int, Trainable]:
+        """Return the layers by index, on the device."""
         train = self.recipe.train
         return {
             site.index: make_layer(shapes[site.index], train.seed, site.index, train.init).to(self.device)
@@ -144,7 +167,7 @@ class Stage:
         }
 
     def _rates(self) -> tuple[float, int, str]:
-        """Peak learning rate, steps of warm-up, schedule."""
+        """Return peak learning rate, warm-up steps and schedule."""
         train = self.recipe.train
         assert train.lr is not None
         assert train.warmup_steps is not None
@@ -152,49 +175,49 @@ class Stage:
         return train.lr, train.warmup_steps, train.schedule
 
     def _begin(self) -> None:
-        """What comes before the first step of all."""
+        """Prepare a stage that has no saved state: initialise its experts from tokens."""
         if self.recipe.train.init == "tokens":
             self._choose_k(0)
             if not self.quiet and any(layer.n_experts for layer in self.layers.values()):
-                print("choosing the tokens that experts start as", file=sys.stderr, flush=True)
+                print("initialising experts from tokens", file=sys.stderr, flush=True)
             init_from_tokens(self.layers, self.activations)
-            for parameter in self.names if self.together else ():  # the same to the last bit in all processes
+            for parameter in self.names if self.together else ():  # equal bit for bit in all processes
                 parameter.data.copy_(broadcast(parameter.data))
             self.seconds = time.monotonic() - self.start
 
     def _learn(self, step: int, interrupt: Interrupt) -> None:
-        """Forward and backward of a step, for all layers; their losses."""
+        """Run forward and backward of a step for all layers, and record their losses."""
         batch = self.activations.batch(step)
         counted_B = batch.counted_B
         total = self._agree(counted_B.sum(), interrupt)
         self._choose_k(step)
         for index, layer in self.layers.items():
             x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
-            # the loss is a mean over this process's tokens; weighted by its share, the sum over processes is the mean over all
+            # a mean over this process's tokens, weighted by its share of them: the sum over processes is the mean over all
             share = counted_B.sum() / total if self.together else None
             precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
             self.losses[index].append(learn(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
 
     def _advice(self) -> str:
-        """What to do about a loss that is not finite."""
+        """Return the advice for a loss that is not finite."""
         train = self.recipe.train
         return f"Lower train.lr ({train.lr:g}) or lengthen train.warmup_steps ({train.warmup_steps})"
 
-    def _more(self) -> dict[str, float]:
-        """What a log line has besides; begins anew."""
+    def _extra_figures(self) -> dict[str, float]:
+        """Return the extra log fields and reset their sums."""
         return {}
 
-    def _facts(self) -> dict[str, Any]:
-        """What a saved state has besides."""
+    def _extra_facts(self) -> dict[str, Any]:
+        """Return the extra fields of a saved state."""
         return {}
 
-    def _take(self, facts: dict[str, Any]) -> None:
-        """The same, of a state that is gone on from."""
+    def _restore_extra(self, facts: dict[str, Any]) -> None:
+        """Restore the extra fields of a saved state."""
 
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
     def train(self, interrupt: Interrupt) -> None:
-        """Runs to the end. Raises KeyboardInterrupt, after saving, when told to; InputError where a loss is not finite."""
+        """Train to the last step. Raises KeyboardInterrupt after saving if interrupted, InputError if a loss is not finite."""
         if self.done == self.steps:
             return
         if self.done and not self.quiet:
@@ -214,14 +237,14 @@ class Stage:
                     raise KeyboardInterrupt
 
     def begin(self) -> None:
-        """Before the first `advance` of this process."""
+        """Start the clock before the first `advance` of this process."""
         self.start = self.logged_at = time.monotonic()
         self.before, self.logged = self.seconds, self.done
 
     def advance(self, interrupt: Interrupt) -> Figures | None:
-        """One step; then the log and the state, where they are due. Returns what the log says, for the progress.
+        """Take one step, then write log and state if they are due. Returns the figures at a log step, else None.
 
-        Raises InputError where a loss is not finite.
+        Raises InputError if a loss is not finite.
         """
         figures = None
         self._step(self.done, interrupt)
@@ -238,6 +261,7 @@ class Stage:
         return figures
 
     def _step(self, step: int, interrupt: Interrupt) -> None:
+        """Learn from one batch and update the parameters."""
         self._learn(step, interrupt)
         if self.together:
             for parameter in self.names:
@@ -246,12 +270,13 @@ class Stage:
         self.optimiser.step(step)
 
     def _choose_k(self, step: int) -> None:
+        """Set the number of active experts of all layers for a step."""
         for layer in self.layers.values():
             if layer.n_experts:
                 layer.k = active_experts(step, self.steps, self.recipe.train.k_init or self.recipe.layer.k, self.recipe.layer.k)
 
     def _agree(self, counted: Tensor, interrupt: Interrupt) -> Tensor:
-        """The tokens that count in all processes. With the same message they agree on saving after this step, and on stopping then."""
+        """Return the number of counted tokens of all processes, which also agree on saving and on stopping after this step."""
         saving = self.writes and self._save_is_due()
         if not self.together:
             self.saving, self.stopping = saving, interrupt.told
@@ -267,7 +292,7 @@ class Stage:
     # --- log and state ---------------------------------------------------------------------------------------------------------
 
     def _log(self, rate: float) -> tuple[float, float]:
-        """Writes a line and clears the windows. Returns mean FVU and dead share. Raises InputError where a loss is not finite."""
+        """Write a log line and clear the windows. Returns mean FVU and dead share. Raises InputError if a loss is not finite."""
         figures: dict[str, dict[str, float]] = {}
         for index, window in self.windows.items():
             if self.together:
@@ -285,7 +310,7 @@ class Stage:
             "tokens": (self.first_step + self.done) * self.step_tokens,
             "lr": lr,
             "tokens_per_second": round(rate, 1),
-            **self._more(),
+            **self._extra_figures(),
             "layers": figures,
         }
         if self.writes:
@@ -295,33 +320,36 @@ class Stage:
         return fvu, dead
 
     def _shares(self, seconds: float) -> dict[str, float]:
-        """Shares of the time since the start: in the base's forward, in reading text, and in the layers' steps, which is the rest."""
+        """Return the shares of the time since the start: forwards of the base, steps of the layers, and reading text."""
         shares = {name: spent / max(seconds, 1e-9) for name, spent in self.activations.seconds.items()}
         return {"base": shares["base"], "layers": max(0.0, 1.0 - sum(shares.values())), "data": shares["data"]}
 
     def _not_finite(self, index: int) -> NotFinite:
+        """Return the error for a layer with a loss or parameter that is not finite."""
         losses = self.losses[index]
         finite = [bool(loss.isfinite()) for loss in losses]
         step = self.done - len(losses) + (finite.index(False) if False in finite else len(losses) - 1) + 1
         good = [int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json")]
-        kept = f"; the last good state is that of step {self.first_step + max(good)}" if good else ""
+        kept = f"; the last good state is at step {self.first_step + max(good)}" if good else ""
         advice = self._advice()
-        if not self.windows[index].output_squares.isfinite():  # no step's size has to do with it
-            advice = f"What the base model's MLP returns is not finite: set base.dtype ({self.recipe.base.dtype}) to bfloat16 or float32"
+        if not self.windows[index].output_squares.isfinite():  # then the learning rate is not the cause
+            advice = (
+                f"The base model's MLP output is not finite: set base.dtype ({self.recipe.base.dtype}) to bfloat16 or float32"
+            )
         error = NotFinite(
-            f"layer {index}: the loss is not finite at step {self.first_step + step}{kept}. {advice}, and start over with --fresh"
+            f"layer {index}: the loss is not finite at step {self.first_step + step}{kept}. {advice}, and start over with --fresh."
         )
-        error.told = not self.writes  # all processes that share out a batch find it
+        error.told = not self.writes  # all processes that share a batch find the same
         return error
 
     def _save_is_due(self) -> bool:
-        """A minute after the last save, or later where saving would take more than a twentieth of the time."""
+        """Return whether a minute has passed since the last save, or longer if saves would take more than 5% of the time."""
         return time.monotonic() - self.saved_at > max(SAVE_SECONDS, 20 * self.save_seconds)
 
     def save(self) -> None:
-        """Writes the state, from which a later call goes on. Raises InputError where a parameter is not finite."""
+        """Save the state, from which a later call resumes. Raises InputError if a parameter is not finite."""
         start = time.monotonic()
-        for index, layer in self.layers.items():  # what is kept must be good to go on from
+        for index, layer in self.layers.items():  # a run must be able to resume from any saved state
             if not all(parameter.isfinite().all() for parameter in layer.parameters()):
                 raise self._not_finite(index)
         windows = {
@@ -331,7 +359,7 @@ class Stage:
         }
         if self.writes:
             tensors: dict[str, Tensor] = {name: parameter.detach() for parameter, name in self.names.items()}
-            if self.done < self.steps:  # finished layers need no more than themselves
+            if self.done < self.steps:  # finished layers need only their parameters
                 tensors |= self.optimiser.tensors(self.names) | windows
             facts = {
                 "steps": self.steps,
@@ -339,7 +367,7 @@ class Stage:
                 "resumed_at_steps": self.resumed_at,
                 "unsent": self.unsent + ([] if self.accelerator.is_main_process else [[self.began, self.done]]),
                 "layers": list(self.layers),
-                **self._facts(),
+                **self._extra_facts(),
             }
             save_state(self.folder, self.done, tensors, facts, self.recipe.fingerprint())
         if self.together:
@@ -348,6 +376,7 @@ class Stage:
         self.save_seconds = self.saved_at - start
 
     def _restore(self) -> None:
+        """Resume from the newest undamaged state, or begin a new pass if there is none."""
         found = load_state(self.folder, self.recipe.fingerprint())
         if found is None or found[2]["layers"] != list(self.layers):
             if self.writes:
@@ -357,15 +386,15 @@ class Stage:
             return
         self.done, tensors, facts = found
         if self.writes:
-            self._drop_damaged(self.done, f"the one of step {self.done:,} is used")
+            self._drop_damaged(self.done, f"training resumes from the state of step {self.done:,}")
             cut_log(self.log_path, facts["log"])
-        self._take(facts)
+        self._restore_extra(facts)
         with torch.no_grad():
             for parameter, name in self.names.items():
                 parameter.copy_(tensors[name])
             if self.done == self.steps:
                 return
-            for index, window in self.windows.items() if self.writes else ():  # the sums of all processes
+            for index, window in self.windows.items() if self.writes else ():  # saved sums are over all processes
                 for name, tensor in window.tensors().items():
                     tensor.copy_(tensors[f"{index}/window/{name}"])
             self.optimiser.restore(self.names, tensors)
@@ -374,6 +403,6 @@ class Stage:
         self.unsent = facts.get("unsent", [])
 
     def _drop_damaged(self, step: int, then: str) -> None:
-        """Remove the states after `step`, none of which is whole, and say so."""
+        """Remove the states after `step`, which are damaged, and report it. then: the consequence, for the message."""
         if (damaged := drop_damaged(self.folder, step)) and not self.quiet:
             print(f"{damaged[-1]}: this saved state or its log is damaged; {then}", file=sys.stderr, flush=True)

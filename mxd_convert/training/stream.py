@@ -1,7 +1,7 @@
-"""Blocks of text through the base model, their activations shuffled over tokens, a batch at a time.
+"""Batches of activations of the base model, shuffled over tokens.
 
-A buffer of a few steps is harvested at once and its tokens are dealt out to those steps at random, so that a batch holds tokens of many
-more documents than it has blocks. What a step sees is a function of the seed and the step alone: a run that goes on in the middle of a
+A buffer of a few steps is harvested at once and its tokens are assigned to those steps at random, so that a batch has tokens of
+many more documents than it has blocks. A batch depends only on the seed and the step. A run that resumes in the middle of a
 buffer harvests that buffer again.
 """
 
@@ -20,15 +20,15 @@ from mxd_convert.base_model.families import Site
 from mxd_convert.base_model.swap import replaced
 from mxd_convert.data.blocks import Blocks, block_order
 
-BUFFER_BYTES = 2**28
-FORWARD_TOKENS = 4096  # that the base reads at a time
-LEAST_STEPS, MOST_STEPS = 4, 16
+BUFFER_BYTES = 2**28  # of a buffer, in float32
+FORWARD_TOKENS = 4096  # per forward of the base
+LEAST_STEPS, MOST_STEPS = 4, 16  # of a buffer
 
 
 def buffer_steps(step_tokens: int, sites: Iterable[Site]) -> int:
-    """How many steps' activations are shuffled together: as many as fit into 256 MiB in float32, from 4 to 16.
+    """Return how many steps share a buffer: as many as fit into 256 MiB in float32, from 4 to 16.
 
-    sites: of all layers of the conversion, also where they are trained in groups, so that grouping changes no result.
+    sites: of all layers of the conversion, also if they are trained in groups, so that grouping changes no result.
     """
     a_step = 4 * step_tokens * sum(site.d_in + site.d_out for site in sites)
     return min(MOST_STEPS, max(LEAST_STEPS, BUFFER_BYTES // a_step))
@@ -36,7 +36,7 @@ def buffer_steps(step_tokens: int, sites: Iterable[Site]) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step trains on: by layer index (x_BI, y_BO); and which tokens count, (B) bool."""
+    """The activations of a step, (x_BI, y_BO) by layer index, and which tokens count, (B) bool."""
 
     activations: dict[int, tuple[Tensor, Tensor]]
     counted_B: Tensor
@@ -44,11 +44,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
-    """Where activations come from.
+    """Where activations come from: base model, text and the size of a step.
 
-    below: modules that stand in for MLPs of the base while inputs are harvested, by path (layers already converted, in sequential
-    order). teacher: targets are the base's own outputs, from a forward without these. process: (index, number) of those that share
-    out every batch.
+    Attributes:
+        rows_a_step: blocks per step.
+        steps: steps of the pass.
+        buffer_steps: steps that share a shuffled buffer.
+        below: modules that replace MLPs of the base while inputs are harvested, by path: in sequential order, the layers
+            converted so far.
+        teacher: whether targets are the base's own outputs, from a forward without `below`.
+        process: index and number of the processes that share each batch.
     """
 
     base: nn.Module
@@ -65,18 +70,21 @@ class Source:
 
 
 class Activations:
-    """Gives the batch of any step; quick where steps are asked for in order. `seconds`: spent in the base model, and on data."""
+    """The batch of any step, fastest if steps are read in order.
+
+    seconds: time spent so far in the base model (`base`) and on reading text (`data`).
+    """
 
     def __init__(self, source: Source, device: torch.device) -> None:
         self.source, self.device = source, device
         self.seconds = {"base": 0.0, "data": 0.0}
-        self._first = -1  # step that the buffer begins with
+        self._first = -1  # first step of the buffer
         self._bounds = np.zeros(0, dtype=np.int64)
         self._counted = torch.zeros(0, dtype=torch.bool)
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def batch(self, step: int) -> Batch:
-        """The step's activations, views of the buffer in the base's dtype: valid until the next step outside the buffer is asked for."""
+        """Return the batch of a step: views of the buffer, in the base's dtype, valid until the buffer is refilled."""
         first = step // self.source.buffer_steps * self.source.buffer_steps
         if first != self._first:
             self._fill(first)
@@ -86,7 +94,7 @@ class Activations:
 
     @torch.no_grad()
     def read(self, rows: Any, indices: Iterable[int]) -> Batch:
-        """The activations of some layers on some blocks of the text, in its order; in every process all of them."""
+        """Return the activations of the layers `indices` on the blocks `rows`, unshuffled, and all of them in every process."""
         ids_BT = self.source.blocks.take(rows)
         counted_B = self.source.blocks.counted(ids_BT, self.source.mask_bos).flatten().to(self.device)
         wanted = set(indices)
@@ -100,23 +108,23 @@ class Activations:
         steps = min(source.buffer_steps, source.steps - first)
         rows = block_order(len(source.blocks), first * source.rows_a_step, steps * source.rows_a_step, source.seed)
         process, processes = source.process
-        places, self._bounds = _deal(len(rows), source.blocks.context, steps, first, source.seed, process, processes)
+        positions, self._bounds = _deal(len(rows), source.blocks.context, steps, first, source.seed, process, processes)
         mine = rows[process::processes]
         a_forward = max(1, min(-(-source.rows_a_step // processes), FORWARD_TOKENS // source.blocks.context))
-        self._counted = torch.zeros(places.size, dtype=torch.bool, device=self.device)
+        self._counted = torch.zeros(positions.size, dtype=torch.bool, device=self.device)
         self.seconds["data"] += time.perf_counter() - start
         for begin in range(0, len(mine), a_forward):
             start = time.perf_counter()
             ids_BT = source.blocks.take(mine[begin : begin + a_forward])
-            place = torch.from_numpy(places[begin : begin + a_forward].flatten()).to(self.device)
-            self._counted[place] = source.blocks.counted(ids_BT, source.mask_bos).flatten().to(self.device)
+            position = torch.from_numpy(positions[begin : begin + a_forward].flatten()).to(self.device)
+            self._counted[position] = source.blocks.counted(ids_BT, source.mask_bos).flatten().to(self.device)
             self.seconds["data"] += time.perf_counter() - start
-            self._harvest(ids_BT, place, places.size)
+            self._harvest(ids_BT, position, positions.size)
         self._first = first
 
-    def _harvest(self, ids_BT: Tensor, place: Tensor, size: int) -> None:
+    def _harvest(self, ids_BT: Tensor, position: Tensor, size: int) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()  # so that the layers' step before is not taken for the base's time
+            torch.cuda.synchronize()  # otherwise the previous step of the layers would count as the base's time
         start = time.perf_counter()
         seen = self._seen(ids_BT, self.source.sites)
         for index in list(seen):
@@ -124,16 +132,16 @@ class Activations:
             if index not in self._buffers or len(self._buffers[index][0]) != size:
                 self._buffers[index] = (self._empty(size, inputs), self._empty(size, outputs))
             for buffer, tensor in zip(self._buffers[index], (inputs, outputs), strict=True):
-                buffer[place] = tensor.to(self.device)
+                buffer[position] = tensor.to(self.device)
             del seen[index], inputs, outputs
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds["base"] += time.perf_counter() - start
 
     def _seen(self, ids_BT: Tensor, sites: list[Site]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Inputs and targets of a forward, (tokens, I) and (tokens, O), where the base left them."""
+        """Return inputs and targets of a forward, (tokens, I) and (tokens, O), on the device of each of the base's layers."""
         source = self.source
-        ids_BT = ids_BT.to(self.device)  # accelerate moves it on where the base is spread
+        ids_BT = ids_BT.to(self.device)  # accelerate moves it further if the base is spread over devices
         with ExitStack() as stack:
             if source.below:
                 stack.enter_context(replaced(source.base, source.below))
@@ -148,13 +156,13 @@ class Activations:
 def _deal(
     rows: int, context: int, steps: int, first: int, seed: int, process: int, processes: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Where each token of this process's rows goes in its buffer, (rows, context), and the bounds of the steps there.
+    """Return the position in the buffer of each token of this process's rows, (rows, context), and the bounds of the steps.
 
-    The deal is over the tokens of all processes: which step a token belongs to does not depend on their number.
+    The tokens of all processes are permuted together, so that the step of a token does not depend on the number of processes.
     """
     slots = np.random.default_rng([seed, first, 1]).permutation(rows * context).reshape(rows, context)[process::processes]
     order = slots.flatten().argsort()
-    places = np.empty(order.size, dtype=np.int64)
-    places[order] = np.arange(order.size)
+    positions = np.empty(order.size, dtype=np.int64)
+    positions[order] = np.arange(order.size)
     bounds = np.searchsorted(slots.flatten()[order], np.arange(steps + 1) * (rows // steps) * context)
-    return places.reshape(slots.shape), bounds
+    return positions.reshape(slots.shape), bounds

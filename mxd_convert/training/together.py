@@ -1,7 +1,7 @@
-"""Several runs that read the same activations, trained in one pass over the text: each step is one batch for all of them.
+"""Several runs that read the same activations, trained in one pass over the text: each batch is one step of all of them.
 
-What a run learns does not change: its start depends on the seed and the layer, its batches on the seed and the step. Each has a log and a state
-of its own, as if it had been alone, and is at its end afterwards, ready to be assembled.
+Results are the same as when trained alone: the initialisation depends on the seed and the layer, the batches on the seed and the
+step. Each run has its own log and state, and is fully trained afterwards, ready to be assembled.
 """
 
 import time
@@ -17,23 +17,25 @@ from mxd_convert.training.stage import Figures, Stage
 
 
 def same_activations(recipe: Recipe) -> str:
-    """What two runs must have in common to read the same batches, of resolved recipes."""
+    """Return a key that is equal for two runs if they read the same batches. recipe: resolved."""
     train = recipe.train
     keys = (train.batch_tokens, train.seed, train.mask_bos, train.device, train.order, train.joint)
     return repr((recipe.base, recipe.data, recipe.layers, keys))
 
 
 def train_together(jobs: Sequence[Job], quiet: bool = False) -> dict[int, InputError]:
-    """Trains jobs of one process that read the same activations, all layers of each in one pass. Goes on from their states.
+    """Train jobs that read the same activations in one process, all layers of each in one pass. Resumes from their states.
 
-    Returns what went wrong with those that could not be trained to the end (a loss that is not finite), by their number. Raises
-    InputError where memory or disk runs out, KeyboardInterrupt (after saving) when interrupted.
+    Returns the errors of jobs whose loss was not finite, by the job's number. Raises InputError if memory or disk runs out, and
+    KeyboardInterrupt (after saving) when interrupted.
     """
     with kept_memory(), memory_guard(lower(jobs[0].recipe)), Interrupt() as interrupt:
         return _Together(jobs, quiet).run(interrupt)
 
 
 class _Together:
+    """The stages of all jobs, which share their activations."""
+
     def __init__(self, jobs: Sequence[Job], quiet: bool) -> None:
         self.failed: dict[int, InputError] = {}
         self.stages: dict[int, Stage] = {}
@@ -47,7 +49,8 @@ class _Together:
         self.steps, self.step_tokens = first.steps, first.step_tokens
 
     def run(self, interrupt: Interrupt) -> dict[int, InputError]:
-        never = Interrupt()  # what a stage is told: all of them save after the same step, and not one in the middle of a round
+        """Train all stages to their last step. Returns the errors of those that failed, by number."""
+        never = Interrupt()  # stages don't see the signal, so that all of them save after the same step
         for stage in self.stages.values():
             stage.begin()
             stage.start = time.monotonic()
@@ -60,16 +63,17 @@ class _Together:
                     progress.figures(*_mean(figures))
                 progress.update((step + 1) * self.step_tokens)
                 if interrupt.told:
-                    for stage in self._going():
+                    for stage in self._working():
                         stage.save()
                     raise KeyboardInterrupt
         return self.failed
 
-    def _going(self) -> list[Stage]:
+    def _working(self) -> list[Stage]:
+        """Return the stages that have not failed."""
         return [stage for number, stage in self.stages.items() if number not in self.failed]
 
     def _round(self, step: int, never: Interrupt) -> list[Figures]:
-        """One step of every run that has not taken it yet."""
+        """Take one step of each run that has not taken it yet. Returns the figures of those at a log step."""
         due = {number: stage for number, stage in self.stages.items() if number not in self.failed and stage.done == step}
         began = time.monotonic()
         if due:
@@ -77,7 +81,7 @@ class _Together:
         shared = (time.monotonic() - began) / max(1, len(due))
         found = []
         for number, stage in due.items():
-            # its time is its own steps and its part of what all of them share
+            # its time: its own steps and its share of the harvest
             stage.before, stage.start = stage.seconds + shared, time.monotonic()
             try:
                 figures = stage.advance(never)
@@ -90,5 +94,6 @@ class _Together:
 
 
 def _mean(figures: Sequence[Figures]) -> Figures:
+    """Return mean FVU and mean dead share over the runs."""
     fvu, dead = (sum(values) / len(figures) for values in list(zip(*figures, strict=True))[:2])
     return fvu, dead, {}

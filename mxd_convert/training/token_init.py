@@ -1,9 +1,9 @@
-"""How layers start on the text: each expert as one of its tokens.
+"""Initialisation of experts from tokens: each expert is initialised from one training token.
 
-Expert n of a start is a sampled token: its gate looks along that token's input, from the mean of all, and its row is that token's output
-beyond the mean of all. A layer then begins as a regression on the nearest of its tokens, all of them in use, in place of one whose
-experts must first be found by a random gate. No two experts look the same way: frequent tokens would take most of a layer, in the first
-MLP of a model whose attention and MLPs are parallel with gates that are equal to the bit, since its input is the token's alone.
+The expert's gate weight is the token's input minus the mean input, scaled to a fixed norm. Its row is the token's output minus the
+mean output. The layer then begins as a regression on its nearest tokens with all experts in use, whereas a random gate must first
+find its experts. Near-duplicate tokens are skipped: frequent tokens would take most of a layer. Where attention and MLPs are
+parallel, the input of the first MLP depends on the token alone, so repeated tokens would give gates that are equal bit for bit.
 """
 
 from collections.abc import Mapping
@@ -16,20 +16,21 @@ from mxd_convert.data.blocks import block_order
 from mxd_convert.layers import Trainable
 from mxd_convert.training.stream import FORWARD_TOKENS, Activations
 
-# of a gate's direction; nn.Linear draws 0.58. At twice that more experts stay alive on a wide model, but on both all learn slower
+# of an expert's gate weight; nn.Linear's default has 0.58. At twice the norm more experts of a wide model stay alive, but wide
+# and narrow models learn more slowly
 GATE_NORM = 0.8
-ALIKE = 0.9  # cosine of two inputs, from the mean, of which one becomes no expert
-MOST_TOKENS = 8  # an expert, that are looked at: some layers never see as many ways as they have experts
-AT_ONCE = 64  # of them: one like another of these that was passed over is passed over too
-LEFT = 8  # of so many tokens one is for the fit of the experts' scale
+ALIKE = 0.9  # cosine of two inputs minus the mean; above it they are near-duplicates
+MOST_TOKENS = 8  # per expert, that are read: some layers never see as many distinct inputs as they have experts
+AT_ONCE = 64  # tokens per comparison; a near-duplicate of any earlier one in it is skipped, even if that one was skipped itself
+FIT_EVERY = 8  # one in this many tokens is kept for the fit of the experts' scale
 
 
 @torch.no_grad()
 def init_from_tokens(layers: Mapping[int, Trainable], activations: Activations) -> None:
-    """Starts the layers whose gates are trained on the first blocks of the training text.
+    """Initialise the experts of all layers with a trained gate, from the first blocks of the training text.
 
-    Where its tokens are too few or too much alike for all experts, the others keep a random gate and a row of zeros. What a layer gets
-    hangs on the seed, the text and the layer alone.
+    If the tokens are too few or too similar for all experts, the remaining ones keep a random gate and a row of zeros. The result
+    depends only on the seed, the text and the layer.
     """
     source = activations.source
     starts = {index: _Start(layer) for index, layer in layers.items() if layer.n_experts and layer.gate.weight.requires_grad}
@@ -37,42 +38,44 @@ def init_from_tokens(layers: Mapping[int, Trainable], activations: Activations) 
         return
     rows = block_order(len(source.blocks), 0, len(source.blocks), source.seed)
     random = np.random.default_rng([source.seed, 2])
-    other: dict[int, tuple[Tensor, Tensor]] = {}
-    # the same however many processes there are and whatever a step takes: what becomes an expert hangs on it
+    fit_tokens: dict[int, tuple[Tensor, Tensor]] = {}
+    # must not depend on the number of processes or the batch size: it determines which tokens become experts
     at_once = max(1, FORWARD_TOKENS // source.blocks.context)
     for begin in range(0, len(rows), at_once):
-        # a layer that is done before others is as it would be alone
-        going = {index: start for index, start in starts.items() if not start.done}
-        if not going:
+        # a layer reads no further than it would alone
+        unfinished = {index: start for index, start in starts.items() if not start.done}
+        if not unfinished:
             break
-        batch = activations.read(rows[begin : begin + at_once], going)
+        batch = activations.read(rows[begin : begin + at_once], unfinished)
         counted = batch.counted_B.nonzero().squeeze(1)
         order = counted[torch.from_numpy(random.permutation(len(counted))).to(counted.device)]
-        left, taken = order[: len(order) // LEFT], order[len(order) // LEFT :]
-        for index, start in going.items():
+        kept, taken = order[: len(order) // FIT_EVERY], order[len(order) // FIT_EVERY :]
+        for index, start in unfinished.items():
             x_BI, y_BO = batch.activations[index]
             start.take(x_BI[taken].float(), y_BO[taken].float())
-            if index not in other or len(left) >= len(other[index][0]):  # the last of a short text is too few for a fit
-                other[index] = x_BI[left].float(), y_BO[left].float()
+            if index not in fit_tokens or len(kept) >= len(fit_tokens[index][0]):  # the last read of a short text is too small
+                fit_tokens[index] = x_BI[kept].float(), y_BO[kept].float()
     for index, start in starts.items():
-        start.finish(*other[index])
+        start.finish(*fit_tokens[index])
 
 
 class _Start:
-    """Of one layer. Tokens go straight into the rows of gate and experts, so that nothing of their size is held besides."""
+    """The initialisation of one layer. Tokens are written directly into gate and experts, without another copy of that size."""
 
     def __init__(self, layer: Trainable) -> None:
         self.layer = layer
         self.taken = self.seen = 0
         self.input_sum_I = torch.zeros_like(layer.gate.weight[0], dtype=torch.float64)
         self.output_sum_O = torch.zeros_like(layer.output_bias, dtype=torch.float64)
-        self.centre_I = torch.zeros_like(layer.gate.weight[0])  # the mean of the first tokens
+        self.centre_I = torch.zeros_like(layer.gate.weight[0])  # mean of the first read
 
     @property
     def done(self) -> bool:
+        """Return whether all experts are initialised or the limit of tokens is reached."""
         return self.taken == self.layer.n_experts or self.seen >= MOST_TOKENS * self.layer.n_experts
 
     def take(self, x_BI: Tensor, y_BO: Tensor) -> None:
+        """Initialise further experts from these tokens, skipping near-duplicates."""
         if not self.seen and len(x_BI):
             self.centre_I = x_BI.mean(0)
         self.seen += len(x_BI)
@@ -89,7 +92,7 @@ class _Start:
             self.taken += len(chosen)
 
     def finish(self, x_BI: Tensor, y_BO: Tensor) -> None:
-        """x, y: of tokens that did not become experts, on which the experts' common scale is fitted."""
+        """Subtract the means, set the norms, and fit the experts' common scale on tokens x, y that were kept for it."""
         layer, rows = self.layer, slice(0, self.taken)
         if not self.taken:
             return
@@ -101,11 +104,11 @@ class _Start:
         experts_NO -= mean_O
         layer.output_bias.copy_(mean_O)
         gain_BO = layer.gain_of(layer.encode(x_BI)).double()
-        if len(x_BI):  # of a text of a few tokens none is left
+        if len(x_BI):  # a very short text leaves none
             scale = (gain_BO * (y_BO - mean_O)).sum() / gain_BO.square().sum().clamp_min(1e-30)
             experts_NO *= scale.clamp_min(0).float()
 
 
 def _alike(x_BI: Tensor, others_NI: Tensor) -> Tensor:
-    """Which of the others look the same way, (B, N), for inputs from their mean. What is at the mean looks no way."""
+    """Return which pairs of inputs (minus the mean) are near-duplicates, (B, N) bool. An input at the mean is like no other."""
     return x_BI @ others_NI.T > ALIKE * x_BI.norm(dim=-1, keepdim=True) * others_NI.norm(dim=-1)

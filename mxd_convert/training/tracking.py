@@ -1,4 +1,4 @@
-"""TensorBoard, wandb and trackio through accelerate: every layer's figures, at the steps of its own training."""
+"""TensorBoard, wandb and trackio through accelerate: the figures of each layer, at the steps of its own training."""
 
 from typing import Any
 
@@ -8,19 +8,22 @@ from mxd_convert.recipe.schema import Recipe
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe, name: str) -> None:
-    """wandb and trackio have projects with named runs; TensorBoard has a folder a run, under `logs` beside the output."""
+    """Start the tracker that the recipe names, if any.
+
+    In wandb and trackio, `name` is a run of the project `mxd-convert`. In TensorBoard it is a folder under `logs`.
+    """
     tracker = recipe.train.tracker
     if tracker == "none":
         return
     project = name if tracker == "tensorboard" else "mxd-convert"
     run = {} if tracker == "tensorboard" else {tracker: {"name": name}}
     accelerator.init_trackers(project, config={"recipe": recipe.to_yaml()}, init_kwargs=run)
-    if tracker == "wandb" and accelerator.is_main_process:  # its own steps only rise: a second pass's would be dropped
+    if tracker == "wandb" and accelerator.is_main_process:  # its own steps must increase: it would drop those of a second pass
         accelerator.get_tracker("wandb").run.define_metric("*", step_metric="step")
 
 
 def track(accelerator: Accelerator, line: dict[str, Any], name: str = "") -> None:
-    """Sends a line of the training log. name: what the pass trains, where there are several."""
+    """Send a line of the training log to the tracker. name: which layers the pass trains; empty if it trains all of them."""
     layers = line["layers"]
     values = {f"layer_{index}/{key}": value for index, figures in layers.items() for key, value in figures.items()}
     mean = sum(figures["fvu"] for figures in layers.values()) / len(layers)
@@ -35,7 +38,7 @@ def track(accelerator: Accelerator, line: dict[str, Any], name: str = "") -> Non
 
 
 def finish_tracker(accelerator: Accelerator) -> None:
-    """Ends the tracker's run. accelerate's `end_training` would end the processes' ties too."""
+    """Finish the tracker's run. accelerate's `end_training` would also destroy the process group."""
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers = []

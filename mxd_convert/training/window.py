@@ -1,4 +1,4 @@
-"""Figures of a stretch of training, for the log: summed as the steps go by, written out and cleared at a log step."""
+"""Training figures for the log: summed over the steps since the last log line."""
 
 from dataclasses import dataclass, fields
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from mxd_convert.layers import Trainable
 
-FEW = 256  # tokens, whose sum may be taken in float32
+FEW = 256  # tokens summed in float32 before they are added in float64
 
 
 @dataclass
 class Window:
-    """Sums over the tokens that counted since the last log line, for one layer. Float64, so that their order hardly matters."""
+    """Sums for one layer over the counted tokens since the last log line. Float64, so that the order of tokens hardly matters."""
 
     tokens: Tensor
-    loss: Tensor  # sum over steps of the step's loss x its tokens
+    loss: Tensor  # sum over steps of loss x tokens
     squared_error: Tensor
     output_sum: Tensor  # (O)
     output_squares: Tensor
@@ -24,6 +24,8 @@ class Window:
 
     @classmethod
     def empty(cls, layer: Trainable, device: torch.device) -> "Window":
+        """Return a window with all sums at zero."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -34,6 +36,15 @@ class Window:
     def add(
         self, loss: Tensor, output_BO: Tensor, target_BO: Tensor, codes: tuple[Tensor, Tensor] | Tensor, counted_B: Tensor
     ) -> None:
+        """Add one step.
+
+        Args:
+            loss: mean over the counted tokens, a scalar.
+            output_BO: outputs of the layer.
+            target_BO: outputs of the MLP.
+            codes: coefficients (B, N), or values and expert indices (B, K) after top-k.
+            counted_B: which tokens count, bool.
+        """
         weight_B = counted_B.double()
         tokens = weight_B.sum()
         target_BO = target_BO.float()
@@ -53,7 +64,7 @@ class Window:
             self.alive[codes[1][firing_BK]] = True
 
     def figures(self) -> dict[str, float]:
-        """loss, fvu (fraction of variance unexplained), l0 (active experts a token), dead_fraction (of the experts, on these tokens)."""
+        """Return loss, fvu (fraction of variance unexplained), l0 (active experts per token) and dead_fraction (of experts)."""
         tokens = self.tokens.clamp_min(1)
         variance = self.output_squares - self.output_sum.square().sum() / tokens
         return {
@@ -64,13 +75,15 @@ class Window:
         }
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def clear(self) -> None:
+        """Set all sums to zero, in place."""
         for tensor in self.tensors().values():
             tensor.zero_()
 
 
 def _squares(rows_BO: Tensor) -> Tensor:
-    """The sum of squares of every row, in float64, from one pass over them in float32."""
+    """Return the sum of squares of each row, in float64, from one pass in float32."""
     return torch.linalg.vector_norm(rows_BO, dim=-1).double().square()

@@ -1,1 +1,1 @@
-"""What every expert does on a text: activations, examples, effects."""
+"""Statistics of every expert on a text: activations, examples, and effects on logits."""

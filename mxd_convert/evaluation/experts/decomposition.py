@@ -1,8 +1,9 @@
-"""The exact decomposition: what every active expert adds to the residual stream, and what that does to the next token's logits.
+"""The exact decomposition of a layer's output into experts, and each expert's direct effect on the next token's logits.
 
-An expert's part of a layer's output is `a_n (c_n * u)`, u = D^T z (ones in a transcoder); the parts, the output bias and the skip path
-add up to the output. Its direct effect on the logits is that part, through the final norm with the scale that it has there, times the
-unembedding: what it writes for the next token past all layers above.
+An expert contributes `a_n (c_n * u)` to a layer's output, with u = D^T z (ones in a transcoder). The contributions, the output
+bias and the skip path sum to the output. The direct effect of an expert on the logits bypasses all later layers: its
+contribution, multiplied by the final norm's weight and its scale at that token, then by the unembedding.
+Shape suffixes: B batch (any leading dimensions), T tokens, K active experts, I input width, O output width, V vocabulary.
 """
 
 import copy
@@ -19,14 +20,15 @@ from mxd_convert.base_model.families import architecture_of
 from mxd_convert.errors import InputError
 from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, MxD
 
-_CHUNK = 256  # tokens whose logits are made at a time
+_CHUNK = 256  # contributions whose logits are computed at a time
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A layer's output taken apart, for each token (...): K active experts, O output width. Coefficients of 0 are not active.
+    """The decomposition of a layer's output at each token.
 
-    values, experts: (..., K). directions: `c_n * u`, (..., K, O), what a coefficient of 1 adds. rest: bias and skip path, (..., O).
+    values: coefficients, (..., K); 0 means not active. experts: their indices, (..., K). directions: `c_n * u`, the contribution
+    of a coefficient of 1, (..., K, O). rest: output bias and skip path, (..., O).
     """
 
     values: Tensor
@@ -36,20 +38,23 @@ class Parts:
 
     @property
     def contributions(self) -> Tensor:
-        """What each expert adds to the output, (..., K, O)."""
+        """Return what each expert adds to the output, (..., K, O)."""
         return self.values.unsqueeze(-1) * self.directions
 
     @property
     def output(self) -> Tensor:
-        """Their sum and the rest, (..., O): the layer's output."""
+        """Return the layer's output, (..., O): the sum of the contributions and the rest."""
         return self.contributions.sum(-2) + self.rest
 
 
 @torch.no_grad()
 def take_apart(layer: FactoredLayer, x_BI: Tensor) -> Parts:
-    """The parts of a layer's output for inputs (..., I), steering included (as coefficients of their own). Raises InputError without experts."""
+    """Decompose a layer's output for inputs (..., I). Raises InputError if the layer has no experts.
+
+    Steering adds an entry with the change of the coefficient, so that an expert may occur twice at a token.
+    """
     if layer.n_experts == 0:
-        raise InputError(f"a {layer.kind} has no experts to take its output apart by")
+        raise InputError(f"a {layer.kind} has no experts, so its output can't be decomposed by expert")
     values_BK, experts_BK = sparse(layer.encode(x_BI))
     for n, change_B in layer.changes((values_BK, experts_BK)):
         values_BK = torch.cat([values_BK, change_B.to(values_BK.dtype).unsqueeze(-1)], -1)
@@ -62,7 +67,7 @@ def take_apart(layer: FactoredLayer, x_BI: Tensor) -> Parts:
 
 
 def sparse(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Coefficients as (values, indices), (..., K); of dense ones, with K the most that are active for any token."""
+    """Return coefficients as (values, indices), (..., K). For dense ones, K is the largest number active at any token."""
     if not isinstance(codes, Tensor):
         return codes
     most = max(1, int((codes > 0).sum(-1).max()))
@@ -72,7 +77,7 @@ def sparse(codes: Codes) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int, Parts]:
-    """For given tokens (B, T), the parts of every layer that has experts, by layer index: (B, T, K) and (B, T, K, O)."""
+    """Decompose the output of every layer with experts on token ids (B, T). Return the parts, (B, T, ...), by layer index."""
     layers = {index: layer for index, layer in model.mxd_layers().items() if layer.n_experts}
     with watching(layers) as seen:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -80,15 +85,20 @@ def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = Non
 
 
 class Norm:
-    """A norm with its scale held: a linear map, `weight * x`, for centred norms of x less its mean. Measured on the module, whose own idea of
-    its weight (Gemma's is one less) need not be known. Raises InputError where it is none."""
+    """A norm as the linear map that it is at a fixed scale: `weight * x`, or `weight * (x - mean(x))` for a centred norm.
+
+    The weight is measured by calling the module, because families store it differently (Gemma stores weight - 1).
+    Raises InputError if the module has no epsilon, so isn't a norm.
+    """
 
     def __init__(self, module: nn.Module, width: int, name: str) -> None:
         epsilon = next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), None)
         if epsilon is None:
-            raise InputError(f"{name} is a {type(module).__name__}, which is no norm that this package can hold the scale of")
+            raise InputError(
+                f"{name} is a {type(module).__name__}; expected a norm with an epsilon, such as LayerNorm or RMSNorm"
+            )
         self.module, self.epsilon = module, float(epsilon)
-        x_O = torch.ones(width)  # of mean 0, and nowhere 0
+        x_O = torch.ones(width)  # mean 0, no element 0
         x_O[1::2] = -1
         if width % 2:
             x_O[:3] = torch.tensor([1.0, 1.0, -2.0])
@@ -99,28 +109,32 @@ class Norm:
         self.weight_O = weight_O.to(next(iter(module.parameters())).device if list(module.parameters()) else "cpu")
 
     def scale(self, x_BTO: Tensor) -> Tensor:
-        """What the norm multiplies by at each token, (B, T), beside its weight."""
+        """Return the norm's scale at each token, (B, T): its factor besides the weight."""
         x_BTO = x_BTO.detach().float()
         spread = x_BTO.var(-1, correction=0) if self.centred else x_BTO.square().mean(-1)
         return (spread + self.epsilon).rsqrt()
 
 
 class Scales:
-    """Of the latest forward: by what the norms multiply what a layer writes at each token, (B, T)."""
+    """The scales of the norms after a layer's output, at each token of the latest forward, (B, T)."""
 
     def __init__(self) -> None:
         self.final = torch.zeros(0)
         self.after: dict[int, Tensor] = {}
 
     def of(self, index: int) -> Tensor:
+        """Return the product of the scales that apply to a layer's output, (B, T)."""
         return self.final * self.after[index] if index in self.after else self.final
 
 
 class Unembedding:
-    """From what a layer writes to logits: what the family does to it before the residual stream, the final norm, its scale as it is at the
-    token, and the unembedding. Before logits are capped, where the family caps them. Raises InputError where there is no such way.
+    """The linear map from a layer's output to logits, at the norms' scales of each token.
 
-    matrix: unembedding and final norm, (V, O). outlet_O: by layer index, what an output is multiplied by on its way to the stream.
+    It consists of the family's factor and norm between layer and residual stream, the final norm, and the unembedding. A family's
+    cap on logits is not applied. Raises InputError if the model's final norm or head isn't known.
+
+    matrix_VO: unembedding times the final norm's weight. outlet_O: by layer index, the factor between a layer's output and the
+    stream.
     """
 
     def __init__(self, model: Any) -> None:
@@ -128,14 +142,14 @@ class Unembedding:
         head_VO: Tensor = model.get_output_embeddings().weight.detach().float()
         last = _found(model, row.norm)
         if last is None or head_VO.shape[1] != config.hidden_size:
-            named = " (base.mlp.norm names it, for a family of your own)" if row.norm is None else ""
+            named = "; name the norm in base.mlp.norm" if row.norm is None else ""
             raise InputError(
-                f"what experts do to the logits is not known: this model has no norm and head after its layers{named}"
+                f"the effect of experts on the logits is unknown: this model has no norm and head after its layers{named}"
             )
         self.norm = Norm(last, config.hidden_size, str(row.norm))
         factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
         self.matrix_VO = head_VO * self.norm.weight_O.to(head_VO.device) * factor
-        if self.norm.centred:  # the norm takes the mean out of what is written, whatever the token
+        if self.norm.centred:  # the norm subtracts the mean of its input at every token
             self.matrix_VO = self.matrix_VO - self.matrix_VO.mean(-1, keepdim=True)
         multiplier = float(getattr(config, row.scale)) if row.scale is not None else 1.0
         self.after: dict[int, Norm] = {}
@@ -149,7 +163,7 @@ class Unembedding:
 
     @contextmanager
     def scales(self) -> Iterator[Scales]:
-        """Within it, every forward leaves the norms' scales in what is yielded."""
+        """Yield the Scales that every forward within the context updates."""
         seen = Scales()
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -167,7 +181,10 @@ class Unembedding:
                 handle.remove()
 
     def logits(self, scaled_BO: Tensor) -> Tensor:
-        """(..., V), centred over the vocabulary (a constant changes no probability). scaled: what reaches the stream, times the norm's scale."""
+        """Return logits (..., V) of outputs that are already multiplied by the norms' scales and `outlet_O`.
+
+        They are centred over the vocabulary, because a constant changes no probability.
+        """
         logits_BV = scaled_BO.float() @ self.matrix_VO.T
         return logits_BV - logits_BV.mean(-1, keepdim=True)
 
@@ -181,26 +198,40 @@ def _found(model: nn.Module, path: str | None) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class LogitEffect:
-    """An expert's direct effect on the logits of the next token, over the tokens where it fires: mean and standard deviation, (V)."""
+    """An expert's direct effect on the next token's logits.
+
+    tokens: number of tokens on which it fires. mean, spread: mean and standard deviation over these tokens, (V).
+    """
 
     tokens: int
     mean: Tensor
     spread: Tensor
 
     def promoted(self, count: int = 10) -> list[int]:
-        """The tokens whose logits it raises most."""
+        """Return the tokens whose logits it raises most, the largest effect first."""
         return [int(index) for index in self.mean.topk(min(count, len(self.mean))).indices]
 
     def suppressed(self, count: int = 10) -> list[int]:
-        """The tokens whose logits it lowers most."""
+        """Return the tokens whose logits it lowers most, the largest effect first."""
         return [int(index) for index in (-self.mean).topk(min(count, len(self.mean))).indices]
 
 
 @torch.no_grad()
 def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: int = 16) -> LogitEffect:
-    """The direct effect of an expert of a converted model over token ids (B, T), `rows` of them at a time; zeros where it never fires.
+    """Measure the direct effect of an expert on the next token's logits, centred over the vocabulary.
 
-    Logits are centred over the vocabulary. Raises InputError where there is no such expert.
+    Args:
+        model: a converted model.
+        layer: index of the layer.
+        expert: index of the expert.
+        input_ids: token ids, (B, T).
+        rows: sequences per forward.
+
+    Returns:
+        Mean and spread over the tokens where the expert fires; zeros if it never fires.
+
+    Raises:
+        InputError: the model has no such expert, or its norm or head isn't known.
     """
     layers = model.mxd_layers()
     if layer not in layers:
@@ -227,5 +258,8 @@ def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: i
 
 @torch.no_grad()
 def expert_rank(layer: MxD, expert: int) -> int:
-    """The rank of an expert's materialised weight, `D diag(c_n)`: that of D, but for outputs where c_n is 0. Raises IndexError."""
+    """Return the rank of an expert's materialised weight `D diag(c_n)`. Raises IndexError.
+
+    It is the rank of D without the outputs where c_n is 0.
+    """
     return int(torch.linalg.matrix_rank(layer.expert_weight(expert).double()))

@@ -1,6 +1,7 @@
-"""What the experts of a layer write, and which experts write alike: a few of them at a time, from the record of one pass.
+"""Effects of a layer's experts on logits, and similar experts, for a range of experts at a time, from the record of one pass.
 
-Shape suffixes: n experts of the range, N all of the layer, H hidden width, O output width, V vocabulary, T tokens shown.
+Shape suffixes: n experts of the range, N all experts of the layer, H hidden width, O output width, V vocabulary, T tokens shown,
+S samples.
 """
 
 from dataclasses import dataclass
@@ -14,17 +15,17 @@ from mxd_convert.evaluation.experts.firings import Array
 from mxd_convert.evaluation.experts.statistics import LayerRecord
 from mxd_convert.modeling.layers_mxd import FactoredLayer
 
-SHOWN = 10  # tokens promoted, and as many suppressed
-SIMILAR = 8  # experts
-_ROWS = 4096  # of which float64 copies are made at a time
+SHOWN = 10  # promoted tokens per expert, and suppressed tokens
+SIMILAR = 8  # similar experts listed per expert
+_ROWS = 4096  # experts converted to float64 at a time
 
 
 @dataclass(frozen=True)
 class Effects:
-    """Direct effects on the logits of the next token, (n, T): token ids, mean over the tokens where the expert fires, standard deviation.
+    """Direct effects of experts on the next token's logits, each (n, T): token ids, mean, and standard deviation.
 
-    The largest first (promoted), or the smallest first (suppressed). Those of experts that never fire mean nothing. The deviation is over
-    `LayerRecord.samples`.
+    The mean is over all tokens where an expert fires, the deviation over its samples (`LayerRecord.samples_NSO`). Promoted tokens
+    have the largest mean first, suppressed ones the smallest. Rows of experts that never fire are meaningless.
     """
 
     tokens: Array
@@ -33,8 +34,10 @@ class Effects:
 
 
 class EffectsOfLayer:
-    """The mean direct effect of a layer's experts, as `logit_effect` has it, for ranges of them. index: the layer's. vocabulary: ids that the
-    tokenizer knows."""
+    """The mean direct effect of a layer's experts on logits, defined as in `logit_effect`, for ranges of experts.
+
+    index: of the layer. vocabulary: number of token ids that the tokenizer knows; larger ids are ignored.
+    """
 
     def __init__(self, index: int, record: LayerRecord, unembedding: Unembedding, vocabulary: int) -> None:
         self.record, self.unembedding, self.vocabulary = record, unembedding, vocabulary
@@ -43,7 +46,7 @@ class EffectsOfLayer:
 
     @torch.no_grad()
     def of(self, first: int, last: int) -> tuple[Effects, Effects]:
-        """(promoted, suppressed) of experts `first` to `last` - 1."""
+        """Return (promoted, suppressed) for experts `first` to `last` - 1."""
         record = self.record
         rows_nO = record.layer.experts[first:last].float() * self.outlet_O
         count_n = torch.from_numpy(record.firings.count_N[first:last]).clamp_min(1).to(rows_nO.device)
@@ -71,14 +74,14 @@ class EffectsOfLayer:
 
 @torch.no_grad()
 def unit_rows(layer: FactoredLayer) -> Tensor:
-    """The rows c_n with unit norm, (N, O), in float32; rows of 0 stay 0."""
+    """Return the rows c_n scaled to unit norm, (N, O), in float32. Zero rows stay zero."""
     rows_NO: Tensor = layer.experts.float()
     return rows_NO / torch.linalg.vector_norm(rows_NO, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @torch.no_grad()
 def similar(unit_NO: Tensor, first: int, last: int) -> tuple[Array, Array]:
-    """The SIMILAR other experts whose rows have the largest cosine with each, (n, SIMILAR), the most similar first, and these cosines."""
+    """Return each expert's SIMILAR nearest experts by cosine of their rows, and the cosines, (n, SIMILAR), largest first."""
     cosine_nN = unit_NO[first:last] @ unit_NO.T
     cosine_nN[torch.arange(last - first), torch.arange(first, last)] = -2  # itself
     values, indices = cosine_nN.topk(min(SIMILAR, cosine_nN.shape[1] - 1))
@@ -87,7 +90,7 @@ def similar(unit_NO: Tensor, first: int, last: int) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the experts' materialised weights `D diag(c_n)`, (H, O): rank and Frobenius norm, (N)."""
+    """Rank and Frobenius norm of each expert's materialised weight `D diag(c_n)`, (H, O); arrays of (N)."""
 
     rank: Array
     norm: Array
@@ -95,7 +98,7 @@ class Weights:
 
 @torch.no_grad()
 def weights(layer: FactoredLayer) -> Weights | None:
-    """As `expert_rank` has it, for all experts; None where they have no weight matrices (transcoders)."""
+    """Return rank (see `expert_rank`) and norm of all experts' weights; None for transcoders, which have no weight matrices."""
     if layer.decoder is None:
         return None
     decoder_OH = layer.decoder.weight.double()
@@ -104,7 +107,7 @@ def weights(layer: FactoredLayer) -> Weights | None:
     there_NO = (layer.experts != 0).cpu().numpy()
     whole = int(torch.linalg.matrix_rank(decoder_OH))
     rank_N = np.full(len(there_NO), whole)
-    full = whole == len(decoder_OH)  # D's columns are independent: those that are left are, too
+    full = whole == len(decoder_OH)  # the columns of D are independent, and so is every subset of them
     for n in np.flatnonzero(~there_NO.all(-1)):
         mask = torch.from_numpy(there_NO[n]).to(decoder_OH.device)
         left = int(mask.sum())

@@ -1,7 +1,7 @@
-"""What a few experts of a layer do on a text: figures of their coefficients, their top contexts, and examples by quantile.
+"""Figures of the coefficients of a range of experts, their top contexts, and examples by quantile.
 
-Everything is exact, over all tokens that count, and done for many experts at once without a loop over them or over tokens.
-n: experts of the range, P: pairs of an expert and a token on which it fires.
+All of it is exact, over all tokens that count. Work is vectorised over experts and tokens.
+Shapes: n experts of the range, P pairs of an expert and a token on which it fires.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ import numpy as np
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.evaluation.experts.firings import Array, Pairs, mixed, rank_within
 
-BINS = 40  # of the histogram of an expert's coefficients, from 0 to its largest
-TOP = 20  # contexts
-BANDS, EACH = 5, 4  # quantile bands, and examples of each
-BEFORE, AFTER = 24, 8  # tokens shown around the one that counts
-SAME = 8  # tokens up to and with the top one by which two contexts are told apart
-_CANDIDATES = 8 * TOP  # strongest blocks among which contexts told apart are looked for
+BINS = 40  # histogram bins, from 0 to an expert's largest coefficient
+TOP = 20  # top contexts per expert
+BANDS, EACH = 5, 4  # quantile bands per expert, and examples per band
+BEFORE, AFTER = 24, 8  # tokens shown before and after an example's token
+SAME = 8  # tokens, the example's included: contexts that end in the same SAME tokens are duplicates
+_CANDIDATES = 8 * TOP  # blocks with the largest coefficients, searched for distinct top contexts
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of the coefficients with which each expert fires, (n): how often, mean, largest, 99th percentile; histogram (n, BINS)."""
+    """Figures of each expert's positive coefficients, (n): count, mean, largest, 99th percentile; histogram (n, BINS)."""
 
     count: Array
     mean: Array
@@ -32,10 +32,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Examples:
-    """Positions of tokens (block * context + place), -1 where there are no more, and the coefficients around them.
+    """Positions of example tokens, block * context + offset in the block (-1: empty), and the coefficients around them.
 
-    top: (n, TOP), the strongest first. bands: (n, BANDS, EACH), the lowest quantile first; bounds: (n, BANDS, 2), the least and the
-    largest coefficient of each. top_heat, bands_heat: (..., BEFORE + 1 + AFTER), the expert's coefficient on each token around, 0 outside the block.
+    top: (n, TOP), the largest coefficient first. bands: (n, BANDS, EACH), the lowest quantile first. bounds: (n, BANDS, 2),
+    smallest and largest coefficient of each band. top_heat, bands_heat: (..., BEFORE + 1 + AFTER), the expert's coefficient on
+    each surrounding token, 0 outside the block.
     """
 
     top: Array
@@ -46,7 +47,7 @@ class Examples:
 
 
 def figures(pairs: Pairs) -> Figures:
-    """Zeros for experts that never fire."""
+    """Return the figures of each expert; zeros for experts that never fire."""
     count = pairs.count
     fires = count > 0
     value = pairs.value.astype(np.float64)
@@ -56,20 +57,20 @@ def figures(pairs: Pairs) -> Figures:
         mean[fires] = np.add.reduceat(value, start) / count[fires]
         largest[fires] = np.maximum.reduceat(value, start)
         rising = value[np.lexsort((value, pairs.expert))]
-        place = start + 0.99 * (count[fires] - 1)  # between two order statistics, as np.quantile does it
-        low = np.floor(place).astype(np.int64)
+        rank = start + 0.99 * (count[fires] - 1)  # interpolates linearly, like np.quantile
+        low = np.floor(rank).astype(np.int64)
         high = np.minimum(low + 1, start + count[fires] - 1)
-        p99[fires] = rising[low] + (place - low) * (rising[high] - rising[low])
+        p99[fires] = rising[low] + (rank - low) * (rising[high] - rising[low])
     bins = np.minimum((value / np.maximum(largest[pairs.expert], 1e-30) * BINS).astype(np.int64), BINS - 1)
     histogram = np.bincount(pairs.expert * BINS + bins, minlength=len(count) * BINS).reshape(-1, BINS)
     return Figures(count, mean, largest, p99, histogram)
 
 
 def examples(pairs: Pairs, blocks: Blocks, seed: int = 0) -> Examples:
-    """Top contexts and examples by quantile.
+    """Return each expert's top contexts and examples by quantile.
 
-    Of the top contexts, each is of another block, and no two have the same SAME tokens up to and with the top one. A band is a fifth of an
-    expert's firings, by the size of the coefficient; its examples are drawn from it by a hash of seed, expert and position.
+    Top contexts come from different blocks, and no two end in the same SAME tokens. A band is a fifth of an expert's firings, by
+    size of the coefficient. Its examples are drawn by a hash of seed, expert and position.
     """
     falling = np.lexsort((pairs.position, -pairs.value, pairs.expert))
     top = _top(pairs, falling, blocks)
@@ -88,16 +89,16 @@ def _top(pairs: Pairs, falling: Array, blocks: Blocks) -> Array:
 
 
 def _first(key: Array) -> Array:
-    """Where each value of `key` stands first, ascending."""
+    """Return the index of the first occurrence of each value of `key`, ascending."""
     return np.sort(np.unique(key, return_index=True)[1])
 
 
 def _recent(position: Array, blocks: Blocks) -> Array:
-    """A hash (uint64) of the SAME tokens of the block up to and with each position."""
-    block, place = np.divmod(position, blocks.context)
-    offset = np.arange(-SAME + 1, 1)
-    inside = place[:, None] + offset >= 0
-    ids = blocks.ids[block[:, None], np.maximum(place[:, None] + offset, 0)].astype(np.int64) + 1
+    """Return a hash (uint64) of the last SAME tokens of the block up to each position, which is included."""
+    block, offset = np.divmod(position, blocks.context)
+    around = offset[:, None] + np.arange(-SAME + 1, 1)
+    inside = around >= 0
+    ids = blocks.ids[block[:, None], np.maximum(around, 0)].astype(np.int64) + 1
     ids = np.where(inside, ids, 0)
     digest = np.zeros(len(position), dtype=np.uint64)
     for column in ids.T:
@@ -112,7 +113,7 @@ def _bands(pairs: Pairs, falling: Array, seed: int) -> tuple[Array, Array]:
     band = rising * BANDS // np.maximum(count[expert], 1)
     group = expert * BANDS + band
     bounds = np.zeros((len(count) * BANDS, 2))
-    begins = np.flatnonzero(np.diff(group, prepend=-1))  # values fall within an expert, so that bands lie together
+    begins = np.flatnonzero(np.diff(group, prepend=-1))  # values fall within an expert, so bands are contiguous
     ends = np.flatnonzero(np.diff(group, append=-1))
     bounds[group[begins]] = np.stack([value[ends], value[begins]], -1)
     chance = mixed(mixed(position, seed=seed + 3) + (pairs.first + expert).astype(np.uint64), seed=4)
@@ -120,13 +121,13 @@ def _bands(pairs: Pairs, falling: Array, seed: int) -> tuple[Array, Array]:
     group, position, value = group[order], position[order], value[order]
     keep = rank_within(group) < EACH
     group, position, value = group[keep], position[keep], value[keep]
-    order = np.lexsort((position, -value, group))  # of those drawn, the strongest first
+    order = np.lexsort((position, -value, group))  # within a band, the largest first
     table = _table(group[order], position[order], len(bounds), EACH)
     return table.reshape(-1, BANDS, EACH), bounds.reshape(-1, BANDS, 2)
 
 
 def _table(group: Array, position: Array, groups: int, columns: int) -> Array:
-    """(groups, columns): the first positions of each group, which lies together; -1 where there are no more."""
+    """Return the first positions of each group as rows, (groups, columns), filled with -1. Equal groups are adjacent."""
     table = np.full((groups, columns), -1, dtype=np.int64)
     column = rank_within(group)
     keep = column < columns
@@ -135,7 +136,7 @@ def _table(group: Array, position: Array, groups: int, columns: int) -> Array:
 
 
 def _heat(pairs: Pairs, position: Array, blocks: Blocks) -> Array:
-    """The experts' coefficients around positions (n, ...): (n, ..., BEFORE + 1 + AFTER)."""
+    """Return the experts' coefficients around positions (n, ...), as (n, ..., BEFORE + 1 + AFTER)."""
     tokens = len(blocks) * blocks.context
     around = position[..., None] + np.arange(-BEFORE, AFTER + 1)
     inside = (position[..., None] >= 0) & (around // blocks.context == position[..., None] // blocks.context)
@@ -144,5 +145,5 @@ def _heat(pairs: Pairs, position: Array, blocks: Blocks) -> Array:
     if len(pairs.value) == 0:
         return np.zeros(around.shape, dtype=np.float32)
     there = pairs.expert * tokens + pairs.position  # ascending
-    place = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
-    return np.where(inside & (there[place] == wanted), pairs.value[place], np.float32(0))
+    found = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+    return np.where(inside & (there[found] == wanted), pairs.value[found], np.float32(0))

@@ -1,8 +1,9 @@
-"""One pass of a converted model over a text, for what is shown of every expert: where it fires, and what it then writes.
+"""One pass of a converted model over a text that records, for every expert, where it fires and what it writes.
 
-Memory is bounded by the number of experts, whatever the length of the text. Pairs of an expert and a token go to files (firings.py); of what
-an expert writes, the sum over its firings is kept, and a few drawn at random for its spread.
-Shape suffixes: B tokens, K active experts, N experts, O output width, P pairs of an expert and a token on which it fires, S samples.
+Memory depends on the number of experts, not on the length of the text. Pairs of an expert and a token go to files (firings.py).
+What an expert writes is kept as the sum over its firings, and as a few random samples for the spread.
+Shape suffixes: B tokens, K active experts, N experts, O output width, P pairs of an expert and a token on which it fires,
+S samples.
 """
 
 from collections.abc import Iterator
@@ -23,17 +24,19 @@ from mxd_convert.evaluation.experts.firings import Array, Firings, by_expert, mi
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
 
-SAMPLES = 8  # firings of an expert from which the spread of its effect is told
-_GATES = 2**25  # gate values of one batch, all experts
-_NEVER = np.uint64(2**64 - 1) - np.arange(SAMPLES, dtype=np.uint64)  # keys of free slots: the first is filled first
+SAMPLES = 8  # firings per expert from which the spread of its effect is estimated
+_GATES = 2**25  # gate values of one batch, over all experts
+# keys of free slots are larger than any hash, and fall so that the first slot is filled first
+_NEVER = np.uint64(2**64 - 1) - np.arange(SAMPLES, dtype=np.uint64)
 
 
 @dataclass
 class LayerRecord:
-    """What one layer did. written: sum over an expert's firings of `a_n u s`, (N, O), with the final norm's scale s at the token.
+    """The record of one layer. For a transcoder, whose u is 1, the width O is 1 here.
 
-    Of a transcoder, whose u is 1, O is 1 there. samples: the same for SAMPLES firings each, drawn by a hash of expert and position, (N, S, O),
-    in a file; drawn: how many there are, (N). tokens: how many the figures are over.
+    tokens: number of counted tokens. firings: all pairs. written_NO: the sum over an expert's firings of `a_n u s`, with the
+    norms' scale s at the token. samples_NSO: `a_n u s` of up to SAMPLES firings per expert, drawn by a hash of expert and
+    position, in a file.
     """
 
     layer: FactoredLayer
@@ -55,10 +58,19 @@ class LayerRecord:
 
     @property
     def drawn_N(self) -> Array:
+        """Return the number of samples of each expert."""
         return np.minimum(self.firings.count_N, SAMPLES)
 
     def add(self, codes: Codes, linear_BO: Tensor | None, scale_B: Tensor, counted_B: Tensor, positions: Array) -> None:
-        """The layer's codes on one batch, its u (None: ones), the norm's scale, which tokens count, and where these are in the text."""
+        """Add one batch.
+
+        Args:
+            codes: the layer's coefficients.
+            linear_BO: u of the layer; None for ones.
+            scale_B: the norms' scale at each token.
+            counted_B: which tokens count.
+            positions: positions of the counted tokens in the text.
+        """
         token_P, expert_P, value_P = _pairs(codes, counted_B)
         self.tokens += len(positions)
         expert, token = expert_P.cpu().numpy(), token_P.cpu().numpy()
@@ -77,9 +89,9 @@ class LayerRecord:
         self._draw(expert, position, token_P, value_P, scaled_BO)
 
     def _draw(self, expert_P: Array, position_P: Array, token_P: Tensor, value_P: Tensor, scaled_BO: Tensor) -> None:
-        """Keeps, of each expert, the SAMPLES firings of the smallest hash so far."""
+        """Keep each expert's SAMPLES firings with the smallest hashes so far."""
         key_P = mixed(mixed(position_P, seed=5) + expert_P.astype(np.uint64), seed=6)
-        key_P >>= np.uint64(1)  # below that of any free slot
+        key_P >>= np.uint64(1)  # smaller than the key of any free slot
         new = np.flatnonzero(key_P < self._keys_NS[expert_P].max(-1))
         touched, row = np.unique(expert_P[new], return_inverse=True)
         old = self._keys_NS[touched]
@@ -90,7 +102,7 @@ class LayerRecord:
         kept[order] = rank_within(rows[order]) < SAMPLES
         free_row, free_slot = np.nonzero(~kept[: old.size].reshape(old.shape))
         enter = np.flatnonzero(kept[old.size :])
-        enter = enter[np.argsort(row[enter], kind="stable")]  # of each expert as many as its slots that come free, in their order
+        enter = enter[np.argsort(row[enter], kind="stable")]  # sorted by expert, to match the freed slots one to one
         self._keys_NS[touched[free_row], free_slot] = key_P[new[enter]]
         chosen = torch.from_numpy(new[enter]).to(token_P.device)
         vectors = scaled_BO[token_P[chosen]] * value_P[chosen].unsqueeze(-1)
@@ -98,14 +110,14 @@ class LayerRecord:
 
 
 def _pairs(codes: Codes, counted_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, expert, coefficient) of every pair, in the order of tokens; tokens are numbered among those that count."""
+    """Return (token, expert, coefficient) of every pair, in the order of tokens. Tokens are indices among the counted ones."""
     if isinstance(codes, Tensor):
         dense_BN = codes.flatten(0, -2)[counted_B]
         token_P, expert_P = (dense_BN > 0).nonzero(as_tuple=True)
         return token_P, expert_P, dense_BN[token_P, expert_P].float()
     values_BK, experts_BK = (tensor.flatten(0, -2)[counted_B] for tensor in codes)
-    token_P, place_P = (values_BK > 0).nonzero(as_tuple=True)
-    return token_P, experts_BK[token_P, place_P], values_BK[token_P, place_P].float()
+    token_P, k_P = (values_BK > 0).nonzero(as_tuple=True)
+    return token_P, experts_BK[token_P, k_P], values_BK[token_P, k_P].float()
 
 
 @torch.no_grad()
@@ -118,10 +130,22 @@ def collect(
     device: torch.device | None = None,
     quiet: bool = False,
 ) -> dict[int, LayerRecord]:
-    """One pass of a converted model over all of `blocks`: by layer index, what each layer with experts did.
+    """Run a converted model over all of `blocks` and record its experts.
 
-    layers: of those with experts; None: all. folder: for the files, which the records go on needing. mask_bos: BOS tokens and the first position
-    of each block don't count. Raises InputError where there is no expert, or no token that counts.
+    Args:
+        model: a converted model.
+        blocks: the text.
+        folder: where files of the records are written. The records need them as long as they are used.
+        layers: indices of layers with experts; None for all of them.
+        mask_bos: whether BOS tokens and the first position of each block don't count.
+        device: where the model runs; None for the CPU.
+        quiet: whether to show no progress.
+
+    Returns:
+        The record of each chosen layer, by layer index.
+
+    Raises:
+        InputError: a chosen layer has no experts, no layer has any, or no token counts.
     """
     device = device or torch.device("cpu")
     model = model.to(device)
@@ -130,7 +154,7 @@ def collect(
     unembedding = Unembedding(model)
     rows = max(1, min(64, _GATES // (blocks.context * max(layer.n_experts for layer in chosen.values()))))
     starts = range(0, len(blocks), rows)
-    with progress(len(starts), quiet, "looking at experts") as advance:
+    with progress(len(starts), quiet, "recording experts") as advance:
         for start in starts:
             ids_BT = blocks.take(slice(start, start + rows)).to(device)
             with _watched(chosen) as (codes, linear), unembedding.scales() as scales:
@@ -141,14 +165,17 @@ def collect(
                 record.add(codes[index], linear.get(index), scales.of(index).flatten(), counted_B, positions)
             advance()
     if not next(iter(records.values())).tokens:
-        raise InputError(f"data: {blocks.info.path}: nothing in it but BOS tokens, on which experts are not looked at")
+        raise InputError(f"data: {blocks.info.path}: nothing in it but BOS tokens, which don't count; give other text")
     for record in records.values():
         record.firings.sort()
     return records
 
 
 def chosen_layers(model: Any, layers: list[int] | None) -> dict[int, FactoredLayer]:
-    """The layers with experts, by index: those named, or all. Raises InputError where there is none or one named is not among them."""
+    """Return the named layers, or by default all with experts, by index.
+
+    Raises InputError if a named layer isn't converted or has no experts, or no layer has any.
+    """
     every = model.mxd_layers()
     having = {index: layer for index, layer in every.items() if layer.n_experts}
     if not having:
@@ -164,7 +191,10 @@ def chosen_layers(model: Any, layers: list[int] | None) -> dict[int, FactoredLay
 
 @contextmanager
 def _watched(layers: dict[int, FactoredLayer]) -> Iterator[tuple[dict[int, Codes], dict[int, Tensor]]]:
-    """Within it, every forward of the model leaves each layer's codes, and its u where it has one, flattened to (B, O), in the yielded dicts."""
+    """Yield two dicts by layer index that every forward within the context fills.
+
+    The first has the layers' coefficients, the second u, (B, O), of layers with a linear factor.
+    """
     codes: dict[int, Codes] = {}
     linear: dict[int, Tensor] = {}
 

@@ -1,1 +1,1 @@
-"""Linear probes on documents' mean coefficients."""
+"""Linear probes on the mean coefficients of documents."""

@@ -1,7 +1,8 @@
-"""Probes: how well one unit, or all of them, tells the documents of one class from the rest.
+"""Linear probes: how well one unit, or all units, separate the documents of one class from the rest.
 
-Everything is chosen on the training part: `rank_units` and `WholeVector.fit` are given no other labels. The test part is predicted once,
-by what they chose, and scored. Shape suffixes: D documents, C classes, N units (of all layers, one after the other), R resamples.
+All choices are made on the training split: `rank_units` and `WholeVector.fit` receive no other labels. The chosen probes predict
+the test split once. A unit is an expert, a latent or a neuron.
+Shape suffixes: D documents, C classes, N units (of all layers, concatenated), R resamples.
 """
 
 import warnings
@@ -19,19 +20,19 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.probes.pooling import Array, Matrix
 
-TEST_SHARE = 0.3
-FOLDS = 5
-CANDIDATES = 32  # units a class that are cross-validated
-RESAMPLES = 1000
+TEST_SHARE = 0.3  # of the documents
+FOLDS = 5  # of cross-validation
+CANDIDATES = 32  # cross-validated units per class
+RESAMPLES = 1000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles
-STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # of LogisticRegression's C, for vectors of mean squared length 1
-FEWEST_ACTIVE = 5  # training documents on which a unit must be active to have a place in the whole vector
-_COLUMNS = 4096
+STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C in LogisticRegression, for vectors of mean squared length 1
+FEWEST_ACTIVE = 5  # training documents on which a unit must be active to be in the whole vector
+_COLUMNS = 4096  # units converted to a dense array at a time
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents train and which test; `fold_D`: the fold of each training document."""
+    """Indices of training and test documents, and the fold of each training document (`fold_D`)."""
 
     train: Array
     test: Array
@@ -39,7 +40,7 @@ class Split:
 
 
 def split_documents(labels_D: Array, seed: int) -> Split:
-    """A stratified split into training and test part, and of the training part into folds."""
+    """Split documents into training and test documents, and the former into folds, both stratified by class."""
     train, test = train_test_split(np.arange(len(labels_D)), test_size=TEST_SHARE, stratify=labels_D, random_state=seed)
     fold_D = np.empty(len(train), dtype=np.int64)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
@@ -50,7 +51,7 @@ def split_documents(labels_D: Array, seed: int) -> Split:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A unit and the F1 of its probe on the training documents, each predicted by a probe that was fitted without its fold."""
+    """A unit, and the cross-validated F1 of its probe on the training documents."""
 
     layer: int
     unit: int
@@ -60,10 +61,17 @@ class Ranked:
 def rank_units(
     layers: Mapping[int, Matrix], labels_D: Array, fold_D: Array, classes: int, most: int = CANDIDATES
 ) -> list[list[Ranked]]:
-    """For each class, the `most` units that tell it best from the rest by a cheap score, ordered by cross-validated F1, best first.
+    """Return the best units of each class by cross-validated F1, best first.
 
-    layers: pooled coefficients of the training documents. labels_D: their classes, from 0. The cheap score is the F1 of the threshold
-    half-way between the means in the class and outside it.
+    Only the `most` best units by a fast score are cross-validated. The score is the F1 of a threshold half-way between the means
+    inside and outside the class.
+
+    Args:
+        layers: pooled coefficients of the training documents, by layer index.
+        labels_D: class of each training document, from 0.
+        fold_D: fold of each training document.
+        classes: number of classes.
+        most: units to cross-validate per class.
     """
     offsets = np.cumsum([0, *(matrix.shape[1] for matrix in layers.values())])
     scores_CN = np.concatenate([_separation(matrix, labels_D, classes) for matrix in layers.values()], axis=1)
@@ -73,8 +81,8 @@ def rank_units(
         best = np.argsort(-score_N, kind="stable")[:most]
         found = []
         for number in best[score_N[best] > 0]:
-            place = int(np.searchsorted(offsets, number, side="right")) - 1
-            layer, unit = indices[place], int(number - offsets[place])
+            i = int(np.searchsorted(offsets, number, side="right")) - 1
+            layer, unit = indices[i], int(number - offsets[i])
             predicted_D = cross_validated(column(layers[layer], unit), labels_D == label, fold_D)
             found.append(Ranked(layer, unit, float(f1_score(labels_D == label, predicted_D))))
         ranked.append(sorted(found, key=lambda unit: -unit.cv_f1))
@@ -82,14 +90,14 @@ def rank_units(
 
 
 def probe_units(layers: Mapping[int, Matrix], labels_D: Array, split: Split, classes: int) -> list[tuple[list[Ranked], Array]]:
-    """For each class, the units ranked on the training part, and what the first of them says of the test documents, (D) bool.
+    """Rank units for each class on the training documents, and predict the test documents with the best one, (D) bool.
 
-    Raises InputError where no unit is active on the training part.
+    Raises InputError if no unit separates some class from the rest.
     """
     train = {index: _rows(matrix, split.train) for index, matrix in layers.items()}
     ranked = rank_units(train, labels_D[split.train], split.fold_D, classes)
     if not all(ranked):
-        raise InputError("none of the units tells any two of the training documents apart; give other documents, or more tokens")
+        raise InputError("no unit separates the classes on the training documents; give other documents, or more tokens")
     found = []
     for label, units in enumerate(ranked):
         values_D = column(layers[units[0].layer], units[0].unit)
@@ -99,37 +107,37 @@ def probe_units(layers: Mapping[int, Matrix], labels_D: Array, split: Split, cla
 
 
 def active_units(layers: Mapping[int, Matrix], rows: Array) -> int:
-    """How many units tell any two of the given documents apart."""
+    """Return the number of units whose coefficients differ between the given documents."""
     return sum(
         int((np.ptp(values, axis=0) > 0).sum()) for matrix in layers.values() for _, values in _chunks(_rows(matrix, rows))
     )
 
 
 def _rows(matrix: Matrix, rows: Array) -> Matrix:
-    """Some documents' coefficients, sparse ones by column, which is how they are read from here on."""
+    """Return the coefficients of some documents. Sparse ones are in CSC format, because they are read by column."""
     return matrix[rows].tocsc() if scipy.sparse.issparse(matrix) else matrix[rows]
 
 
 def column(matrix: Matrix, unit: int) -> Array:
-    """One unit's coefficients, (D)."""
+    """Return one unit's coefficients as a dense array, (D)."""
     return np.asarray(matrix[:, [unit]].todense() if scipy.sparse.issparse(matrix) else matrix[:, unit]).ravel()
 
 
 def predict_one(train_D: Array, positive_D: Array, test_D: Array) -> Array:
-    """The test documents that a logistic regression on one feature, fitted to the training documents, takes for the class; (D) bool.
+    """Fit a logistic regression on one feature to the training documents. Return its predictions of the test documents, (D) bool.
 
-    The feature is standardised by the training documents; the class and the rest weigh the same.
+    The feature is standardised on the training documents. The class and the rest have the same total weight.
     """
     mean, deviation = train_D.mean(dtype=np.float64), train_D.std(dtype=np.float64) or 1.0
     probe = LogisticRegression(class_weight="balanced", solver="newton-cholesky")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # next to its optimum this solver now and then hands over to another
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near the optimum, this solver sometimes falls back to another
         probe.fit((train_D[:, None] - mean) / deviation, positive_D)
     return np.asarray(probe.predict((test_D[:, None] - mean) / deviation), dtype=bool)
 
 
 def cross_validated(values_D: Array, positive_D: Array, fold_D: Array) -> Array:
-    """What one unit's probe says of every document when fitted on the other folds, (D) bool."""
+    """Return one unit's prediction of every document, (D) bool, each by a probe fitted on the other folds."""
     predicted_D = np.empty(len(values_D), dtype=bool)
     for fold in range(FOLDS):
         held_out = fold_D == fold
@@ -138,22 +146,23 @@ def cross_validated(values_D: Array, positive_D: Array, fold_D: Array) -> Array:
 
 
 class WholeVector:
-    """L2 logistic regression on all units of all layers at once, standardised by the training documents.
+    """An L2 logistic regression on all units of all layers, standardised on the training documents.
 
-    With more units than documents its solution lies in the span of the training documents, so it is fitted on coordinates in that
-    span: the same model, in at most as many dimensions as there are training documents. Units active on few of them are left out:
-    their scale is not known. layers: pooled coefficients of all documents, of which the test documents' only meet the fitted model.
+    Its solution lies in the span of the training documents. It is fitted on coordinates in that span, which gives the same model
+    in at most as many dimensions as there are training documents. Units active on fewer than FEWEST_ACTIVE of these are left out,
+    because their scale is unknown. layers: pooled coefficients of all documents; those of test documents are used for prediction
+    only.
     """
 
     def __init__(self, layers: Mapping[int, Matrix], train: Array) -> None:
         gram_DD, self.units = _gram(layers, train)
         values, vectors = np.linalg.eigh(gram_DD[train])
-        kept = values > 1e-6 * max(values.max(), 1e-30)  # below is rounding
+        kept = values > 1e-6 * max(values.max(), 1e-30)  # smaller eigenvalues are rounding errors
         self.coordinates = gram_DD @ (vectors[:, kept] / np.sqrt(values[kept]))
         self.train = train
 
     def fit(self, positive_D: Array, fold_D: Array) -> tuple[Any, float]:
-        """(the model, its cross-validated F1) for the training documents' labels, with the C that has the best cross-validated F1."""
+        """Fit the regression to the training documents with the best C by cross-validated F1. Return the model and that F1."""
         x = self.coordinates[self.train]
         best_f1, best = -1.0, STRENGTHS[0]
         for strength in STRENGTHS:
@@ -168,7 +177,7 @@ class WholeVector:
 
 
 def scores(positive_D: Array, predicted_D: Array, seed: int) -> dict[str, float]:
-    """F1 and balanced accuracy on the test documents, each with a 95 % bootstrap interval, and the F1 of calling every one positive."""
+    """Return F1 and balanced accuracy with 95 % bootstrap intervals, and "chance", the F1 of calling every document positive."""
     low, high = INTERVAL
     figures = {}
     samples = _bootstrap(positive_D, predicted_D, seed)
@@ -180,9 +189,9 @@ def scores(positive_D: Array, predicted_D: Array, seed: int) -> dict[str, float]
 
 
 def _bootstrap(positive_D: Array, predicted_D: Array, seed: int) -> dict[str, Array]:
-    """Both scores on resamples of the test documents, drawn from the class and from the rest as many as there are.
+    """Return both scores on stratified resamples of the test documents, (R).
 
-    Drawing documents with replacement and counting those called positive is drawing that count from a binomial.
+    The number of positive predictions among documents drawn with replacement is binomial, so it is drawn directly.
     """
     rng = np.random.default_rng(seed)
     inside, outside = int(positive_D.sum()), int((~positive_D).sum())
@@ -199,7 +208,7 @@ def _regression(strength: float) -> Any:
 
 
 def _separation(matrix: Matrix, labels_D: Array, classes: int) -> Array:
-    """The cheap score of every unit for every class, (C, N); 0 for units that are the same on all documents."""
+    """Return the fast score of every unit for every class, (C, N); 0 for units with the same mean inside and outside."""
     scores_CN = np.zeros((classes, matrix.shape[1]))
     inside_CD = (labels_D == np.arange(classes)[:, None]).astype(np.float32)
     counts_C1 = inside_CD.sum(1, keepdims=True)
@@ -216,7 +225,7 @@ def _separation(matrix: Matrix, labels_D: Array, classes: int) -> Array:
 
 
 def _chunks(matrix: Matrix) -> Iterator[tuple[int, Array]]:
-    """(first unit, coefficients as a dense array) of some thousand units at a time."""
+    """Yield (first unit, dense coefficients) for _COLUMNS units at a time."""
     by_column = matrix.tocsc() if scipy.sparse.issparse(matrix) else matrix
     for start in range(0, matrix.shape[1], _COLUMNS):
         chunk = by_column[:, start : start + _COLUMNS]
@@ -224,7 +233,7 @@ def _chunks(matrix: Matrix) -> Iterator[tuple[int, Array]]:
 
 
 def _gram(layers: Mapping[int, Matrix], train: Array) -> tuple[Array, int]:
-    """(inner products of all documents with the training documents, how many units they are over), the latter's mean square 1."""
+    """Return inner products of all documents with the training documents, divided by the number of units, and that number."""
     documents = next(iter(layers.values())).shape[0]
     gram_DD, units = np.zeros((documents, len(train))), 0
     for matrix in layers.values():

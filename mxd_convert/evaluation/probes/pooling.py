@@ -1,6 +1,6 @@
-"""Documents as vectors: the mean of every unit's coefficient over a document's tokens, without padding and BOS.
+"""Documents as vectors: every unit's mean coefficient over a document's tokens, without padding and BOS.
 
-Shape suffixes: D documents, B documents of a batch, T tokens, N units (experts, latents or neurons), K active experts a token.
+Shape suffixes: D documents, B documents of a batch, T tokens, N units (experts, latents or neurons), K active experts per token.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,16 +21,16 @@ from mxd_convert.layers.sparse_ops import sparse_gate
 from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Matrix = Any  # pooled coefficients, (D, N) float32: scipy's CSR array, or a dense array where every unit is active everywhere
+Matrix = Any  # pooled coefficients, (D, N) float32: a scipy CSR array, or a dense array if the coefficients are dense
 Key = TypeVar("Key")
 
-_BATCH_TOKENS = 4096
-_GATE_VALUES = 2**25  # of one batch: a layer's gate is (B, T, N) before the top-k
+_BATCH_TOKENS = 4096  # most tokens per batch, padding included
+_GATE_VALUES = 2**25  # most gate values per batch and layer: (B, T, N) before top-k
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Token ids of documents, and which of them count in their means; arrays of (T)."""
+    """The token ids of documents, and which of them count in the means; arrays of (T)."""
 
     ids: list[Array]
     counted: list[Array]
@@ -40,13 +40,14 @@ class Documents:
 
     @property
     def tokens(self) -> int:
-        """How many count, over all documents."""
+        """Return the number of tokens that count, over all documents."""
         return sum(int(counted.sum()) for counted in self.counted)
 
     def batches(self, tokens: int) -> Iterator[tuple[Array, Tensor, Tensor]]:
-        """(which documents, ids (B, T), weights (B, T)), documents of like length together; a row of weights sums to 1.
+        """Yield (document numbers, ids (B, T), weights (B, T)), with documents of similar length together.
 
-        Padded at the end, which causal attention never looks at, and weighted 0 there.
+        Padding is at the end, where causal attention ignores it, and has weight 0. Each row of weights sums to 1.
+        tokens: most tokens per batch, padding included; a longer document is a batch of its own.
         """
         order = np.argsort([len(ids) for ids in self.ids], kind="stable")
         start = 0
@@ -65,10 +66,21 @@ class Documents:
 
 
 def encode_documents(texts: list[str], tokenizer: Any, tokens: int, vocabulary: int) -> tuple[Documents, list[int]]:
-    """(the first `tokens` tokens of each text, which texts): as the model was shown documents in training, after BOS where it wants one.
+    """Tokenise the beginning of each text as documents were tokenised for training, after BOS if the tokenizer uses one.
 
-    What does not count is that BOS, any other, and a special token in the first position. Texts of which nothing counts are left out.
-    Raises InputError where the tokenizer makes ids that the model does not know.
+    BOS tokens and a special token in the first position don't count. Texts without counted tokens are dropped.
+
+    Args:
+        texts: the documents.
+        tokenizer: the model's tokenizer.
+        tokens: tokens kept per document, BOS included.
+        vocabulary: number of token ids that the model knows.
+
+    Returns:
+        The documents, and the indices of the texts that were kept.
+
+    Raises:
+        InputError: a token id is outside the model's vocabulary.
     """
     marks = separators(tokenizer)
     before = len(marks.before)
@@ -94,10 +106,10 @@ def encode_documents(texts: list[str], tokenizer: Any, tokens: int, vocabulary: 
 
 
 class RandomGate:
-    """The coefficients of a gate that was drawn as a new layer's is and never trained: the control.
+    """The control: coefficients of a random gate, initialised like a new layer's and not trained.
 
-    It has as many experts as `layer` and reads the same input; at most k of them are active on a token, or, where the layer has no k
-    (`sparsity: l1`), at most as many as the layer itself has active there.
+    It has as many experts as `layer` and the same input. At most k experts are active per token. For `sparsity: l1`, which has no
+    k, the limit at each token is the number that the layer itself has active.
     """
 
     def __init__(self, layer: FactoredLayer, seed: int) -> None:
@@ -110,6 +122,7 @@ class RandomGate:
         self.bias_N = self.weight_NI.new_zeros(layer.n_experts)
 
     def __call__(self, x_BTI: Tensor, _: Any = None) -> Codes:
+        """Return the random gate's coefficients for the layer's inputs."""
         layer = self.layer
         if layer.sparsity == "topk":
             values, indices = sparse_gate(x_BTI.flatten(0, -2), self.weight_NI, self.bias_N, layer.k)
@@ -124,7 +137,7 @@ class RandomGate:
 
 @dataclass(frozen=True)
 class Source:
-    """Where in a model the coefficients of `width` units come from: a function of the module's first input and its output."""
+    """Where the coefficients of `width` units come from: `codes` computes them from the module's first input and its output."""
 
     module: nn.Module
     width: int
@@ -132,17 +145,17 @@ class Source:
 
 
 def coefficients_of(layer: FactoredLayer) -> Source:
-    """A converted layer's coefficients, as the forward itself uses them."""
+    """Return the source of a converted layer's coefficients, as its forward uses them."""
     return Source(layer.expert_acts, layer.n_experts, lambda gate, codes: codes)
 
 
 def random_coefficients(layer: FactoredLayer, seed: int) -> Source:
-    """Those of a gate nobody trained, on the same input."""
+    """Return the source of a random gate's coefficients on the layer's input."""
     return Source(layer, layer.n_experts, RandomGate(layer, seed))
 
 
 def hidden_units(base: nn.Module, site: Site) -> Source:
-    """The activated hidden units of an MLP of the base model: what goes into its down projection."""
+    """Return the source of a base MLP's hidden units: the input of its down projection."""
     return Source(base.get_submodule(site.hidden), site.d_hidden, lambda hidden, output: hidden)
 
 
@@ -154,9 +167,19 @@ def pool(
     device: torch.device,
     advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[Key, Matrix]:
-    """Every source's mean coefficients over each document's counted tokens, (D, N), from one forward a batch. advance: of documents done.
+    """Compute every source's mean coefficients over each document's counted tokens, with one forward per batch.
 
-    Takes memory for the result (sparse where the coefficients are) and for one batch.
+    Memory is taken by one batch and by the result, which is sparse if the coefficients are.
+
+    Args:
+        model: the model that all sources belong to.
+        sources: where coefficients come from, by key.
+        documents: the tokenised documents.
+        device: where the model runs.
+        advance: called with the number of documents of each finished batch.
+
+    Returns:
+        Pooled coefficients, (D, N), by key.
     """
     model = model.to(device)
     widest = max(source.width for source in sources.values())
@@ -174,7 +197,7 @@ def pool(
 def _add(rows: list[Matrix], source: Source, weight_BT: Tensor, inputs: Tensor, output: Any) -> None:
     codes = source.codes(inputs, output)
     if isinstance(codes, Tensor):
-        codes_BTN = codes.float().reshape(*weight_BT.shape, -1)  # some models flatten their tokens before the MLP
+        codes_BTN = codes.float().reshape(*weight_BT.shape, -1)  # some models flatten (B, T) before the MLP
         rows.append(torch.einsum("btn,bt->bn", codes_BTN, weight_BT).cpu().numpy())
         return
     values_BTK, indices_BTK = codes

@@ -1,4 +1,4 @@
-"""The results of a probe: a row for each class and family of units, and the best units of each class."""
+"""The results of linear probes: a row for each class and family of units, and the best units of each class."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.probes.fit import Ranked, Split, WholeVector, active_units, column, probe_units, scores
 from mxd_convert.evaluation.probes.pooling import Array, Matrix
 
-TOP = 10
+TOP = 10  # units listed per class
 Family = Mapping[int, Matrix]  # pooled coefficients of one kind of units, by layer
 
 
@@ -23,10 +23,23 @@ def probe_families(
     seed: int,
     advance: Callable[[], None],
 ) -> dict[str, Any]:
-    """Probes of every family for every class: "families", "results", "mean_f1" and "top_experts" of probe.json (docs/probing.md).
+    """Fit probes of every family for every class.
 
-    families: by name, each of a kind in `kinds`. labels_D: numbers of `classes`. units: the name of the checkpoint's own units, a family that
-    is also probed as a whole. advance: called after each family. Raises InputError where none of a family's units is active.
+    Args:
+        families: pooled coefficients of each family of units, by name.
+        kinds: kind of layer of each family.
+        classes: names of the classes.
+        labels_D: class of each document, as an index into `classes`.
+        split: training documents, test documents, and folds.
+        units: name of the checkpoint's own family, whose units are also probed all together.
+        seed: seed of the bootstrap.
+        advance: called after each family.
+
+    Returns:
+        "families", "results", "mean_f1" and "top_experts" of probe.json (docs/probing.md).
+
+    Raises:
+        InputError: no unit of a family separates some class from the rest.
     """
     results: list[dict[str, Any]] = []
     top: list[dict[str, Any]] = []
@@ -74,12 +87,12 @@ def probe_families(
 
 
 def whole_vector_of(units: str) -> str:
-    """What the regression on all units of a family is called."""
+    """Return the name of the regression on all units of a family."""
     return f"all {units}s"
 
 
 def _top(ranked: list[Ranked], layers: Family, labels_D: Array, split: Split, label: int, name: str) -> list[dict[str, Any]]:
-    """A class's best units on the training part, and how they act there: mean coefficient inside and outside, and how often active."""
+    """Return a row for each of a class's best units, with its figures inside and outside the class on the training documents."""
     inside_D = labels_D[split.train] == label
     rows = []
     for rank, unit in enumerate(ranked[:TOP], 1):

@@ -1,4 +1,4 @@
-"""The two operations, forward and backward. What they keep is of the size of the input and of (B, K), never of (B, N)."""
+"""The two sparse operations, forward and backward. They save tensors of the input's size and (B, K), never (B, N)."""
 
 from types import ModuleType
 from typing import Any
@@ -9,12 +9,12 @@ from torch.autograd.function import once_differentiable
 
 from mxd_convert.layers.sparse_ops import reference
 
-CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # of gate values at a time: what stays in a CPU's cache, what fills a GPU
-LEAST_ROWS = 512  # below, the product repacks the weight too often
+CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # bytes of gate values per chunk: fit a CPU's cache, keep a GPU busy
+LEAST_ROWS = 512  # fewest tokens per chunk: smaller products repack the weight too often
 
 
 def primitives(device: torch.device) -> ModuleType:
-    """The kernels where there is a GPU for them, else the torch path."""
+    """Return the module with the primitives for a device: `kernels` on a GPU with Triton, otherwise `reference`."""
     if device.type == "cuda":
         from mxd_convert.layers.sparse_ops import kernels
 
@@ -24,45 +24,57 @@ def primitives(device: torch.device) -> ModuleType:
 
 
 def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in no order: (values, indices), (B, K). Exact; ties may go to any."""
+    """Return the k largest values of each row, unordered, as (values, indices), (B, K). Exact; ties are broken arbitrarily."""
     return primitives(gate_BN.device).top_k(gate_BN, k)
 
 
 class RowGradient:
-    """The gradient of a parameter of N rows as what it is made of, so that an optimiser can have it a few rows at a time.
+    """The gradient of a parameter of N rows in factored form, so that an optimiser can compute a few rows at a time.
 
-    Given to an operation in place of `.grad`; several backward passes add up.
+    An operation that gets one as its `sink` adds to it instead of to `.grad`. Several backward passes accumulate.
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[reference.Routing, Tensor]] = []
+        self._terms: list[tuple[reference.Routing, Tensor]] = []
 
     def add(self, routing: reference.Routing, source_BD: Tensor) -> None:
-        self._parts.append((routing, source_BD))
+        """Add the gradient of one backward pass, see `sum_by_expert`."""
+        self._terms.append((routing, source_BD))
 
     def empty(self) -> bool:
-        return not self._parts
+        """Return whether no gradient was added since the last `clear`."""
+        return not self._terms
 
     def rows(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows from `first` to before `last`, (rows, D); all of them without bounds. Raises IndexError where there is no gradient."""
-        sums = [primitives(source.device).sum_by_expert(routing, source, first, last) for routing, source in self._parts]
+        """Return rows `first` to `last - 1` of the gradient, (rows, D); by default all. Raises IndexError if it is empty."""
+        sums = [primitives(source.device).sum_by_expert(routing, source, first, last) for routing, source in self._terms]
         total = sums[0]
         for other in sums[1:]:
             total = total + other
         return total
 
     def clear(self) -> None:
-        self._parts.clear()
+        """Remove the gradient."""
+        self._terms.clear()
 
 
 def sparse_gate(
     x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor, k: int, sink: RowGradient | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k largest of `ReLU(x weight^T + bias)`: (values, indices), (B, K), indices of experts that are not positive arbitrary.
+    """Return the k largest entries of `ReLU(x weight^T + bias)` per token, as (values, indices), (B, K).
 
-    The product is taken in the autocast dtype where autocast is on, chunk by chunk of tokens; gradients accumulate in the
-    weight's dtype and reach only the rows of experts whose gate was positive. x gets one if it asks for it. The weight's goes
-    into `sink` where there is one, and to `weight.grad` otherwise.
+    The product is computed in chunks of tokens, in the autocast dtype under autocast. Gradients accumulate in the weight's
+    dtype, and only rows of experts with a positive gate value get one. x gets a gradient if it requires one.
+
+    Args:
+        x_BD: layer input.
+        weight_ND: gate weight.
+        bias_N: gate bias.
+        k: number of active experts per token.
+        sink: receives the weight's gradient instead of `weight.grad`.
+
+    Returns:
+        Values and indices. Where a value is 0, its index is arbitrary.
     """
     device = x_BD.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_ND.dtype
@@ -71,9 +83,9 @@ def sparse_gate(
 
 
 def weighted_rows(values_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor, sink: RowGradient | None = None) -> Tensor:
-    """`sum_k values[b, k] * rows[indices[b, k]]`, (B, D), in the rows' dtype. `C^T a` of an MxD.
+    """Return `sum_k values[b, k] * rows[indices[b, k]]`, (B, D), in the rows' dtype: the gain `C^T a` of an MxD.
 
-    Pairs whose value is zero contribute neither to the sum nor to the rows' gradient, which goes into `sink` where there is one.
+    Pairs of value 0 add nothing to the sum or to the rows' gradient. sink: receives the rows' gradient instead of `rows.grad`.
     """
     return _WeightedRows.apply(values_BK, indices_BK, rows_ND, sink)  # type: ignore[no-untyped-call]
 
@@ -122,7 +134,7 @@ def _gradient(sink: RowGradient | None, routing: reference.Routing, source_BD: T
 
 
 def rows_a_chunk(device: str, row_bytes: int) -> int:
-    """Tokens whose gate values are made at a time: a power of two, which suits the product."""
+    """Return the number of tokens per chunk of gate values, a power of two, which suits matrix products."""
     fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // max(1, row_bytes)
     return max(LEAST_ROWS, 1 << max(0, fitting.bit_length() - 1))
 

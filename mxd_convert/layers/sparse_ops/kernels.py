@@ -1,10 +1,10 @@
-"""The primitives in Triton, for GPUs. The same names, shapes and results as in `reference.py`.
+"""The sparse primitives in Triton, for GPUs, with the names, shapes and results of `reference.py`.
 
-Sums are taken in float32 (float64 for float64) and in a fixed order, without atomics, so that a run can be repeated to the last
-bit. Pairs of weight zero are skipped: what they point at is not read. The programs of one block of D come one after the other, so
-that what they read of the rows (N x BLOCK_D, or B x BLOCK_D) has a chance to stay in the GPU's L2 cache. No call waits for the GPU.
+Sums are taken in float32 (float64 for float64 inputs), in a fixed order and without atomics, so runs are reproducible to the
+bit. Pairs of weight 0 are skipped, and their rows are not read. Programs of the same block of D are launched consecutively, so
+the slice of rows that they read (N x BLOCK_D, or B x BLOCK_D) can stay in the L2 cache. No call synchronises with the GPU.
 
-Further suffixes: R experts of a range, C groups of experts, Q pieces of long segments.
+Further shape suffixes: R experts of a range, C groups of experts, Q pieces of long segments.
 """
 
 import math
@@ -19,33 +19,33 @@ from mxd_convert.layers.sparse_ops.reference import Routing
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is none for macOS
+except ImportError:  # Triton doesn't support macOS
     AVAILABLE = False
 else:
     AVAILABLE = True
 
-TILE_ELEMENTS = 4096  # that a program has in flight: 32 to a thread, eight loads of 16 bytes in float32
-GATHER_BLOCK = 256  # of D, over few rows: a narrow slice of all rows fits into L2 (22 MB of 21,490 rows in float32)
-SEGMENT_BLOCK = 512  # of D, over many segments: most have a few pairs, and fewer programs is what counts
-LONGEST_TILE = 64  # pairs
-PIECE = 256  # pairs that one program sums; what an expert has beyond is split
-SELECTED_FROM = 4096  # values that are searched at once; more go in two stages
-WIDEST = 8192  # values that a program can hold
+TILE_ELEMENTS = 4096  # elements in flight per program: 32 per thread, eight 16-byte loads in float32
+GATHER_BLOCK = 256  # columns of D when few rows are read: the slice of all rows fits in L2 (22 MB for 21,490 rows in float32)
+SEGMENT_BLOCK = 512  # columns of D when many segments are summed: most have few pairs, so fewer programs are faster
+LONGEST_TILE = 64  # most pairs per tile
+PIECE = 256  # most pairs that one program sums; an expert's further pairs are split into pieces of this size
+SELECTED_FROM = 4096  # most values searched in one stage; longer rows take two
+WIDEST = 8192  # most values that one program can search
 
 
 def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
-    """Sorts the pairs by expert. Stable, so that sums are always taken in the same order."""
-    sorted_M, pairs_M = indices_BK.flatten().int().sort(stable=True)  # half as many passes as over int64
+    """Return the pairs sorted by expert. The sort is stable, so sums are always taken in the same order."""
+    sorted_M, pairs_M = indices_BK.flatten().int().sort(stable=True)  # int32 takes half the passes of int64
     experts_N1 = torch.arange(n_experts + 1, device=sorted_M.device, dtype=sorted_M.dtype)
-    starts_N1 = torch.searchsorted(sorted_M, experts_N1)  # bincount would wait for the GPU
+    starts_N1 = torch.searchsorted(sorted_M, experts_N1)  # bincount would synchronise with the GPU
     return Routing(pairs_M // max(indices_BK.shape[1], 1), weights_BK.flatten()[pairs_M], starts_N1)
 
 
 def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in no order: (values, indices), (B, K). Exact; of equal values, the same ones every time.
+    """Return the k largest values of each row, unordered, as (values, indices), (B, K). Exact; ties are broken reproducibly.
 
-    For many experts in two stages, as in the reference, but with groups of neighbours (the candidates are read in whole sectors)
-    whose size makes both searches about sqrt(N K) long. What remains is about the time that it takes to read the gate once.
+    For many experts the search has two stages, as in the reference. Groups are of adjacent experts, so that candidates are
+    read in whole memory sectors. Their size makes both searches about sqrt(N K) long, and reading the gate dominates the time.
     """
     (tokens, n_experts), group = gate_BN.shape, 1
     if n_experts > SELECTED_FROM:
@@ -70,7 +70,7 @@ def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
-    """`sum_k weights[b, k] * rows[indices[b, k]]`, (B, D)."""
+    """Return `sum_k weights[b, k] * rows[indices[b, k]]`, (B, D)."""
     (tokens, k), width = indices_BK.shape, rows_ND.shape[1]
     sums_BD = rows_ND.new_empty((tokens, width)) if k else rows_ND.new_zeros((tokens, width))
     if sums_BD.numel() and k:
@@ -82,7 +82,7 @@ def sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
 
 
 def row_products(left_BD: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
-    """`<left[b], rows[indices[b, k]]>`, (B, K)."""
+    """Return the dot products `<left[b], rows[indices[b, k]]>`, (B, K)."""
     (tokens, k), width = indices_BK.shape, rows_ND.shape[1]
     products_BK = left_BD.new_empty((tokens, k))
     if products_BK.numel():
@@ -94,11 +94,12 @@ def row_products(left_BD: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor
 
 
 def sum_by_expert(routing: Routing, source_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """`sum over the pairs of expert n of weight x source[token]`, (last - first, D), for experts from `first` to before `last`.
+    """Return each expert's sum of `weight * source[token]` over its pairs, (last - first, D).
 
-    Zero for experts without pairs. A program sums an expert's first PIECE pairs, which nearly always is all of them. What popular
-    experts have beyond is cut into pieces, which other programs have summed before; it adds these sums, in order. So no program has
-    much more to do than another, however the pairs are spread, and the result of most experts is written once.
+    Covers experts `first` to `last - 1`; None means N. Rows of experts without pairs are 0.
+
+    One program sums the first PIECE pairs of an expert, which are nearly always all. Further pairs are split into pieces, which
+    an earlier launch sums; the program adds these partial sums in order. This balances the load for any distribution of pairs.
     """
     starts_R1 = routing.starts_N1[first : None if last is None else last + 1].contiguous()
     experts, width, pairs = max(0, len(starts_R1) - 1), source_BD.shape[1], len(routing.tokens_M)
@@ -109,7 +110,7 @@ def sum_by_expert(routing: Routing, source_BD: Tensor, first: int = 0, last: int
     blocks = _blocks(width, PIECE, SEGMENT_BLOCK)
     size = {"D": width, "PIECE": PIECE, **blocks, "ACC": _accumulator(source_BD)}
     columns = triton.cdiv(width, blocks["BLOCK_D"])
-    most = pairs // PIECE  # pieces beyond the first that there can be; how many there are, only the GPU knows
+    most = pairs // PIECE  # upper bound on the further pieces: reading the exact number would synchronise with the GPU
     if most == 0:
         _launch(_sum_segments, (experts, columns), *inputs, None, None, sums_RD, **size)
         return sums_RD
@@ -132,7 +133,7 @@ def _width(values: int, group: int) -> dict[str, int]:
 
 
 def _blocks(width: int, pairs: int, widest: int) -> dict[str, int]:
-    """The tile of a program, pairs x columns, and its warps."""
+    """Return the tile of a program, pairs x columns, and its number of warps."""
     block = min(triton.next_power_of_2(width), widest)
     tile = min(triton.next_power_of_2(pairs), TILE_ELEMENTS // block, LONGEST_TILE)
     return {"BLOCK_D": block, "TILE": tile, "num_warps": max(1, min(4, block * tile // 1024))}
@@ -143,7 +144,7 @@ def _accumulator(rows: Tensor) -> Any:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    with torch.cuda.device_of(arguments[0]):  # where the tensors are, which need not be the current device
+    with torch.cuda.device_of(arguments[0]):  # the tensors need not be on the current device
         kernel[grid](*arguments, **options)
 
 
@@ -153,7 +154,7 @@ if AVAILABLE:
     def _weighted_sum(
         begin, end, weights, indices, rows, columns, D: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr
     ):
-        """`sum over pairs p from begin to before end of weights[p] * rows[indices[p], columns]`, (BLOCK_D)."""
+        """Return the sum of `weights[p] * rows[indices[p], columns]` over pairs p from `begin` to `end - 1`, (BLOCK_D)."""
         totals = tl.zeros((TILE, BLOCK_D), ACC)
         for start in range(begin, end, TILE):
             pairs = start + tl.arange(0, TILE)
@@ -197,7 +198,7 @@ if AVAILABLE:
         starts, tokens, weights, source, before, owners, partials, experts,
         D: tl.constexpr, PIECE: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
     ):  # fmt: skip
-        """The pieces beyond the first, one after the other over all experts; `before`: how many those before an expert have."""
+        """Sum the further pieces of all experts, one per program. before: number of further pieces of all earlier experts."""
         piece = tl.program_id(0).to(tl.int64)
         expert = tl.load(owners + piece)
         if expert < experts:
@@ -224,7 +225,7 @@ if AVAILABLE:
 
     @triton.jit
     def _keys(bits, INFINITY: tl.constexpr, LARGEST: tl.constexpr, BITS: tl.constexpr):
-        """Integers in the order of the numbers whose bits are given, NaN above all. All but NaN: its own inverse."""
+        """Return integers that sort like the floats with these bits, NaN last. The mapping is its own inverse, except for NaN."""
         wide = bits.to(tl.int64 if BITS == 64 else tl.int32)
         keys = tl.where(wide < 0, wide ^ LARGEST, wide)
         return tl.where((wide & LARGEST) > INFINITY, LARGEST, keys)
@@ -240,7 +241,7 @@ if AVAILABLE:
         bits = tl.load(gate + token * N + columns, mask=columns < N, other=0)
         keys = tl.where(columns < N, _keys(bits, INFINITY, LARGEST, BITS), -LARGEST - 1)
         largest = tl.max(keys, axis=1)
-        largest = tl.where(largest < 0, largest ^ LARGEST, largest)  # the key's number; NaN's key is a NaN's bits
+        largest = tl.where(largest < 0, largest ^ LARGEST, largest)  # back to a float's bits; the key of NaN is a NaN's bits
         tl.store(maxima + token * C + groups, largest.to(maxima.dtype.element_ty), mask=groups < C)
 
     @triton.jit
@@ -248,9 +249,9 @@ if AVAILABLE:
         values, groups, chosen, N, K,
         WIDTH: tl.constexpr, GROUP: tl.constexpr, INFINITY: tl.constexpr, LARGEST: tl.constexpr, BITS: tl.constexpr,
     ):  # fmt: skip
-        """Where the K largest values of a row are: of all, or with `groups` of these groups' members.
+        """Store the indices of the K largest values of a row, or, with `groups`, of the members of these groups.
 
-        The K-th largest is found bit by bit, by counting: far less work than to sort, and it needs no power of two for K.
+        The K-th largest value is found bit by bit, by counting. This is much less work than a sort, for any K.
         """
         token = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, WIDTH)
@@ -261,7 +262,7 @@ if AVAILABLE:
             columns = group * GROUP + columns % GROUP
             valid = member & (columns < N)
         bits = tl.load(values + token * N + columns, mask=valid, other=0)
-        keys = tl.where(valid, _keys(bits, INFINITY, LARGEST, BITS), -LARGEST - 1)  # below every number's, -inf's too
+        keys = tl.where(valid, _keys(bits, INFINITY, LARGEST, BITS), -LARGEST - 1)  # padding sorts below -inf
         least = tl.where(tl.sum((keys >= 0).to(tl.int32), axis=0) >= K, 0, -LARGEST - 1).to(keys.dtype)
         step = tl.full((), LARGEST // 2 + 1, keys.dtype)
         for _ in range(BITS - 1):
@@ -270,5 +271,5 @@ if AVAILABLE:
             step = step >> 1
         above, equal = keys > least, keys == least
         both = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)  # two counts, from 1, in one scan
-        place = tl.where(above, both & 0xFFFF, tl.sum(above.to(tl.int32), axis=0) + (both >> 16)) - 1
-        tl.store(chosen + token * K + place, columns.to(tl.int64), mask=(above | equal) & (place < K))
+        slot = tl.where(above, both & 0xFFFF, tl.sum(above.to(tl.int32), axis=0) + (both >> 16)) - 1
+        tl.store(chosen + token * K + slot, columns.to(tl.int64), mask=(above | equal) & (slot < K))

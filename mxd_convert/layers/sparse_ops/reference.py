@@ -1,4 +1,4 @@
-"""The primitives in torch: the CPU's path, and what the kernels are held against."""
+"""The sparse primitives in torch, used on CPUs and as the reference for the Triton kernels."""
 
 import functools
 import warnings
@@ -10,13 +10,13 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
-MANY = 4096  # experts
+MANY = 4096  # experts from which top-k uses groups of 8
 
 
 class Routing(NamedTuple):
-    """The pairs of token and active expert, sorted by expert; pairs of one expert in the order of their tokens.
+    """Pairs of a token and an active expert, sorted by expert, then by token.
 
-    tokens_M and weights_M: of each pair. starts_N1: where each expert's pairs begin; the last entry is M.
+    tokens_M, weights_M: token and weight of each pair. starts_N1: first pair of each expert; the last entry is M.
     """
 
     tokens_M: Tensor
@@ -25,23 +25,23 @@ class Routing(NamedTuple):
 
 
 def gate_values(x_BD: Tensor, weight_ND: Tensor, bias_N: Tensor) -> Tensor:
-    """`x weight^T + bias`, (B, N)."""
+    """Return the gate values `x weight^T + bias`, (B, N)."""
     if x_BD.dtype == torch.bfloat16 and x_BD.device.type == "cpu" and _fuses_bias():
-        # `linear` would write the bias to all of the result before the product is added to it; oneDNN adds it as it goes
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x_BD, weight_ND, bias_N, "none", [], "")
-        return made
+        # `linear` writes the bias to the whole output before it adds the product; oneDNN fuses the two
+        values: Tensor = torch.ops.mkldnn._linear_pointwise(x_BD, weight_ND, bias_N, "none", [], "")
+        return values
     return F.linear(x_BD, weight_ND, bias_N)
 
 
 @functools.cache
 def _fuses_bias() -> bool:
-    """Whether oneDNN has products in bfloat16 on this CPU; torch's own compiler asks the same before it uses them."""
+    """Return whether oneDNN supports bfloat16 products on this CPU. torch.compile makes the same check."""
     mkldnn = torch.ops.mkldnn
     return hasattr(mkldnn, "_linear_pointwise") and bool(mkldnn._is_mkldnn_bf16_supported())
 
 
 def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
-    """Sorts the pairs by expert. Stable, so that sums are always taken in the same order."""
+    """Return the pairs sorted by expert. The sort is stable, so sums are always taken in the same order."""
     flat_M = indices_BK.flatten()
     pairs_M = flat_M.argsort(stable=True)
     starts_N1 = flat_M.new_zeros(n_experts + 1)
@@ -50,14 +50,14 @@ def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
 
 
 def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in no order: (values, indices), (B, K). Exact.
+    """Return the k largest values of each row, unordered, as (values, indices), (B, K). Exact.
 
-    For many experts in two stages: the k largest members of a row lie in at most k groups, those with the largest maxima, so
-    that only these groups' members are candidates.
+    For many experts the search has two stages. The k largest values of a row lie in the k groups with the largest maxima,
+    so only the members of these groups are searched.
     """
     n_experts = gate_BN.shape[-1]
     group = _group(n_experts, k)
-    columns = n_experts // group  # group c holds the experts c, c + columns, ...: a maximum over rows of memory, not within them
+    columns = n_experts // group  # group c has the experts c, c + columns, ...: the maximum then vectorises over groups
     if group == 1 or k > columns // 2:
         return gate_BN.topk(k, dim=-1, sorted=False)
     body = columns * group
@@ -65,17 +65,17 @@ def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups_BK = maxima_BC.topk(k, dim=-1, sorted=False).indices
     members_G = torch.arange(0, body, columns, device=gate_BN.device)
     candidates = (groups_BK.unsqueeze(1) + members_G.unsqueeze(-1)).flatten(1)
-    if body < n_experts:  # the few that make no whole group
+    if body < n_experts:  # experts that don't fill a group
         rest = torch.arange(body, n_experts, device=gate_BN.device).expand(len(gate_BN), -1)
         candidates = torch.cat((candidates, rest), dim=1)
-    values_BK, places_BK = gate_BN.gather(1, candidates).topk(k, dim=-1, sorted=False)
-    return values_BK, candidates.gather(1, places_BK)
+    values_BK, chosen_BK = gate_BN.gather(1, candidates).topk(k, dim=-1, sorted=False)
+    return values_BK, candidates.gather(1, chosen_BK)
 
 
 def _group(n_experts: int, k: int) -> int:
-    """Experts in a group; 1 for a single stage.
+    """Return the number of experts per group; 1 for a single stage.
 
-    torch's top-k on a CPU keeps a heap of k where a row has at least 64 k values, which is quick, and partitions the row else.
+    torch's top-k on a CPU uses a heap, which is fast, for rows of at least 64 k values. Otherwise it partitions the row.
     """
     if n_experts >= MANY:
         return 8
@@ -83,25 +83,25 @@ def _group(n_experts: int, k: int) -> int:
 
 
 def sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
-    """`sum_k weights[b, k] * rows[indices[b, k]]`, (B, D)."""
+    """Return `sum_k weights[b, k] * rows[indices[b, k]]`, (B, D)."""
     return F.embedding_bag(indices_BK, rows_ND, per_sample_weights=weights_BK, mode="sum")
 
 
 def row_products(left_BD: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
-    """`<left[b], rows[indices[b, k]]>`, (B, K)."""
+    """Return the dot products `<left[b], rows[indices[b, k]]>`, (B, K)."""
     (tokens, k), device = indices_BK.shape, left_BD.device
     if indices_BK.numel() == 0:
         return left_BD.new_zeros(tokens, k)
     starts_B1 = torch.arange(0, tokens * k + 1, k, device=device)
-    asked_M = left_BD.new_zeros(tokens * k)
-    asked = torch.sparse_csr_tensor(starts_B1, indices_BK.flatten(), asked_M, (tokens, len(rows_ND)), check_invariants=False)
-    return torch.sparse.sampled_addmm(asked, left_BD, rows_ND.T, beta=0.0).values().view(tokens, k)
+    zeros_M = left_BD.new_zeros(tokens * k)
+    mask = torch.sparse_csr_tensor(starts_B1, indices_BK.flatten(), zeros_M, (tokens, len(rows_ND)), check_invariants=False)
+    return torch.sparse.sampled_addmm(mask, left_BD, rows_ND.T, beta=0.0).values().view(tokens, k)
 
 
 def sum_by_expert(routing: Routing, source_BD: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """`sum over the pairs of expert n of weight x source[token]`, (last - first, D), for experts from `first` to before `last`.
+    """Return each expert's sum of `weight * source[token]` over its pairs, (last - first, D).
 
-    Zero for experts without pairs.
+    Covers experts `first` to `last - 1`; None means N. Rows of experts without pairs are 0.
     """
     starts = routing.starts_N1[first : None if last is None else last + 1]
     begin, end = (0, len(routing.tokens_M)) if last is None and first == 0 else (int(starts[0]), int(starts[-1]))
