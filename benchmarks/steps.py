@@ -79,11 +79,11 @@ def ours(shape: Shape, device: torch.device, precision: str) -> Step:
 
     def step() -> None:
         with autocast(device, precision):
-            codes = layer.encode(x_BI)
-            output_BO = layer.combine(x_BI, codes)
+            coefficients = layer.encode(x_BI)
+            output_BO = layer.combine(x_BI, coefficients)
         loss = normalised_mse(output_BO, y_BO, counted_B)
         loss.backward()
-        window.add(loss.detach(), output_BO, y_BO, codes, counted_B)
+        window.add(loss.detach(), output_BO, y_BO, coefficients, counted_B)
         optimiser.step(next(numbers))
 
     return step

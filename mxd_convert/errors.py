@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 INTERRUPTED = 130  # exit status
-INTERRUPTED_AND_TOLD = -130  # the same, if another process of the run has reported it
+INTERRUPTED_AND_REPORTED = -130  # the same, if another process of the run has reported it
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_MEMORY = (
     "out of memory",
@@ -27,10 +27,10 @@ _NO_MEMORY = (
 class InputError(ValueError):
     """An error that the user can fix. The message names the input, its value and the fix in one or two lines (exit status 2).
 
-    told: whether another process of the same run reports the error.
+    reported_elsewhere: whether another process of the same run reports the error.
     """
 
-    told = False
+    reported_elsewhere = False
 
 
 class NotFinite(InputError):
@@ -40,7 +40,7 @@ class NotFinite(InputError):
 class Stopped(KeyboardInterrupt):
     """A run that was stopped by Ctrl-C or SIGTERM and has saved its state. told: as for `InputError`."""
 
-    told = False
+    reported_elsewhere = False
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

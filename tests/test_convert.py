@@ -278,7 +278,7 @@ def test_a_fresh_run_that_is_cut_off_goes_on_without_fresh(models, text, tmp_pat
         patched.setattr(
             stage.Stage,
             "_step",
-            lambda self, number, interrupt: setattr(interrupt, "told", number == 5) or take(self, number, interrupt),
+            lambda self, number, interrupt: setattr(interrupt, "requested", number == 5) or take(self, number, interrupt),
         )
         with pytest.raises(KeyboardInterrupt):
             convert(recipe, fresh=True, quiet=True)

@@ -42,8 +42,12 @@ def coefficients(model, index, ids):
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(input_ids=ids)
     handle.remove()
-    codes = layer.encode(seen[0])
-    return codes if isinstance(codes, torch.Tensor) else torch.zeros(*ids.shape, layer.n_experts).scatter(-1, codes[1], codes[0])
+    coefficients = layer.encode(seen[0])
+    return (
+        coefficients
+        if isinstance(coefficients, torch.Tensor)
+        else torch.zeros(*ids.shape, layer.n_experts).scatter(-1, coefficients[1], coefficients[0])
+    )
 
 
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])

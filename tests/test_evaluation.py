@@ -45,10 +45,10 @@ def least_squares_residual(features: list[np.ndarray], target: np.ndarray) -> fl
 @torch.no_grad()
 def test_shares_equal_least_squares(sparsity):
     layer, x, y = random_layer(sparsity=sparsity), torch.randn(400, 6), torch.randn(400, 5)
-    codes = layer.encode(x)
-    s = (codes if sparsity == "l1" else codes[0]).sum(-1).double().numpy()
+    coefficients = layer.encode(x)
+    s = (coefficients if sparsity == "l1" else coefficients[0]).sum(-1).double().numpy()
     u = layer.decoder(layer.hidden(x)).double().numpy()
-    product = layer.gain_of(codes).double().numpy() * u
+    product = layer.gain_of(coefficients).double().numpy() * u
     total = ((product - product.mean(0)) ** 2).sum()
     gate = sum(least_squares_residual([u[:, o]], product[:, o]) for o in range(5)) / total
     identity = sum(least_squares_residual([u[:, o], s * u[:, o]], product[:, o]) for o in range(5)) / total

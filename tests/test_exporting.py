@@ -153,8 +153,12 @@ def test_the_surrogate_of_an_mxd_is_its_formula_and_its_losses_are_numpys(family
         place = tmp_path / "out" / path.split(".", 1)[1]
         x, _ = activations_of(base, path, first)
         u = (layer.hidden(x) @ layer.decoder.weight.T).double()
-        codes = layer.encode(x)
-        dense = codes if settings.get("sparsity") == "l1" else torch.zeros(len(x), N).scatter(-1, codes[1], codes[0])
+        coefficients = layer.encode(x)
+        dense = (
+            coefficients
+            if settings.get("sparsity") == "l1"
+            else torch.zeros(len(x), N).scatter(-1, coefficients[1], coefficients[0])
+        )
         tensors, never = load_torch(place / "sae.safetensors"), 0
         for n in range(N):
             fires = dense[:, n] > 0

@@ -157,7 +157,7 @@ def test_a_finish_that_was_cut_off_goes_on_and_ends_the_same(models, text, tmp_p
     take = Stage._step
 
     def interrupted(self, number, interrupt):
-        interrupt.told = isinstance(self, JointStage) and number == step
+        interrupt.requested = isinstance(self, JointStage) and number == step
         take(self, number, interrupt)
 
     with monkeypatch.context() as patched:
@@ -209,7 +209,7 @@ from mxd_convert.training.joint import JointStage
 from mxd_convert.training.stage import Stage
 recipe, take = json.loads(sys.argv[1]), Stage._step
 def interrupted(self, number, interrupt):
-    interrupt.told = isinstance(self, JointStage) and number == 5
+    interrupt.requested = isinstance(self, JointStage) and number == 5
     take(self, number, interrupt)
 Stage._step = interrupted
 try:

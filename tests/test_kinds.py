@@ -131,8 +131,8 @@ class Sum(layers_mxd.MxD):
 
     kind = "sum"
 
-    def combine(self, x, codes):
-        return self.gain_of(codes) + self.linear(x) + self.output_bias
+    def combine(self, x, coefficients):
+        return self.gain_of(coefficients) + self.linear(x) + self.output_bias
 
 
 def test_a_new_kind_is_a_class_a_row_and_the_form_of_its_entry(models, text, tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ def test_the_dense_twin_of_a_run_is_the_one_that_is_trained_alone(finished, mode
 
     def interrupted(self, number, interrupt):
         step(self, number, interrupt)
-        interrupt.told = self.recipe.layer.kind == "dense_twin" and number == 6
+        interrupt.requested = self.recipe.layer.kind == "dense_twin" and number == 6
 
     with monkeypatch.context() as patched:
         patched.setattr(Stage, "_step", interrupted)

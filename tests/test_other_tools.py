@@ -69,8 +69,8 @@ def page(runs, text, tmp_path, monkeypatch, mxd):
         yield run
 
 
-def dense(codes):
-    values, indices = codes
+def dense(coefficients):
+    values, indices = coefficients
     return torch.zeros(*values.shape[:-1], 24).scatter(-1, indices, values)
 
 
@@ -129,7 +129,7 @@ def test_nnsight(page):
     peer("nnsight")
     names = page("nnsight")
     assert torch.equal(names["logits"], names["hooked"])
-    assert torch.equal(dense(names["codes"]), dense((names["values"], names["experts"])))
+    assert torch.equal(dense(names["coefficients"]), dense((names["values"], names["experts"])))
 
 
 def test_lm_eval(page):

@@ -65,8 +65,8 @@ def test_the_products_are_those_that_torch_counts(planned, family, layer):
 
     def step() -> None:
         x_BI = torch.randn(TOKENS, shape.d_in)
-        codes = module.encode(x_BI)
-        normalised_mse(module.combine(x_BI, codes), torch.randn(TOKENS, shape.d_out), torch.ones(TOKENS).bool()).backward()
+        coefficients = module.encode(x_BI)
+        normalised_mse(module.combine(x_BI, coefficients), torch.randn(TOKENS, shape.d_out), torch.ones(TOKENS).bool()).backward()
 
     # what torch's counter does not know: sums over rows, of active experts only
     rows = {"random_gate": 4 * shape.d_out}.get(shape.kind, 2 * shape.d_in + 6 * shape.d_out)

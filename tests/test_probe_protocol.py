@@ -49,8 +49,12 @@ def dense(matrix):
 
 
 def dense_code(layer, x):
-    codes = layer.encode(x)
-    return codes if isinstance(codes, torch.Tensor) else torch.zeros(layer.n_experts).index_add_(0, codes[1], codes[0])
+    coefficients = layer.encode(x)
+    return (
+        coefficients
+        if isinstance(coefficients, torch.Tensor)
+        else torch.zeros(layer.n_experts).index_add_(0, coefficients[1], coefficients[0])
+    )
 
 
 def mlp_hidden(mlp, x):
@@ -81,7 +85,7 @@ def test_features_are_means_over_the_documents_own_tokens(family, converted, mod
     units = pooled_by_loop(base, sites, encoded, lambda index, x: mlp_hidden(base.get_submodule(sites[index // 2].path), x))
 
     def random_code(index, x):
-        gate = torch.relu(controls[index].codes.weight_NI @ x)
+        gate = torch.relu(controls[index].coefficients.weight_NI @ x)
         return gate * (gate >= gate.sort(descending=True).values[3])
 
     control = pooled_by_loop(model, sites, encoded, random_code)

@@ -188,7 +188,7 @@ def test_dense_coefficients_work(models, labelled, tmp_path, mxd):
         handle.remove()
         expected = (layer.encode(seen[0]) * weight.unsqueeze(-1)).sum(1)
         np.testing.assert_allclose(pooled["expert"][rows], expected.numpy(), rtol=1e-4, atol=1e-5)
-    x, control = torch.randn(5, 7, layer.d_in), random_coefficients(layer, 0).codes
+    x, control = torch.randn(5, 7, layer.d_in), random_coefficients(layer, 0).coefficients
     random = control(x, None)
     possible = ((x @ control.weight_NI.T) > 0).sum(-1)
     assert ((random > 0).sum(-1) == torch.minimum((layer.encode(x) > 0).sum(-1), possible)).all()

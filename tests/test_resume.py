@@ -27,7 +27,7 @@ def cut_off(monkeypatch, recipe, kind=Stage, step: int = 4) -> None:
     take = Stage._step
 
     def interrupted(self, number, interrupt):
-        interrupt.told = type(self) is kind and number == step
+        interrupt.requested = type(self) is kind and number == step
         take(self, number, interrupt)
 
     with monkeypatch.context() as patched:

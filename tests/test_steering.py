@@ -23,25 +23,25 @@ def model(converted):
 
 def active_expert(model, ids) -> int:
     """The expert of the layer that fires on most of these tokens, though not on all."""
-    with torch.no_grad(), seen(model) as codes:
+    with torch.no_grad(), seen(model) as coefficients:
         model(input_ids=ids)
-    values, indices = codes[-1]
+    values, indices = coefficients[-1]
     counts = torch.bincount(indices[values > 0], minlength=24)
     return int(counts.where(counts < ids.numel(), 0).argmax())
 
 
 class seen:
-    """The codes of the layer at every forward, by a plain hook on `expert_acts`; and what its gain returned."""
+    """The coefficients of the layer at every forward, by a plain hook on `expert_acts`; and what its gain returned."""
 
     def __init__(self, model):
-        self.layer, self.codes, self.gains = model.mxd_layers()[LAYER], [], []
+        self.layer, self.coefficients, self.gains = model.mxd_layers()[LAYER], [], []
 
     def __enter__(self):
         self.handles = [
-            self.layer.expert_acts.register_forward_hook(lambda module, args, output: self.codes.append(output)),
+            self.layer.expert_acts.register_forward_hook(lambda module, args, output: self.coefficients.append(output)),
             self.layer.gain.register_forward_hook(lambda module, args, output: self.gains.append(output)),
         ]
-        return self.codes
+        return self.coefficients
 
     def __exit__(self, *_):
         for handle in self.handles:
@@ -66,11 +66,11 @@ def test_each_way_of_steering_sets_the_coefficient(model):
     }
     for how, changed in ways.items():
         watched = seen(model)
-        with watched as codes, steer(model, LAYER, n, **{how: True if how == "ablate" else 3.0}):
+        with watched as coefficients, steer(model, LAYER, n, **{how: True if how == "ablate" else 3.0}):
             model(input_ids=ids)
-        a = coefficient(codes[-1], n)
+        a = coefficient(coefficients[-1], n)
         assert (a > 0).any()
-        values, indices = codes[-1]
+        values, indices = coefficients[-1]
         plain = (values.unsqueeze(-1) * layer.experts[indices]).sum(-2)
         expected = plain + (changed(a) - a).unsqueeze(-1) * layer.experts[n]
         assert torch.allclose(watched.gains[-1], expected, atol=1e-5), how
@@ -122,10 +122,10 @@ def test_generate_steers_the_positions_it_should(converted, family, settings, po
     model = load_checkpoint(converted[family])
     layer, ids = model.mxd_layers()[LAYER], ids_of()
     watched, prompt = seen(model), ids.shape[1]
-    with watched as codes, steer(model, LAYER, 3, add=50.0, positions=positions):
+    with watched as coefficients, steer(model, LAYER, 3, add=50.0, positions=positions):
         written(model, ids, **settings)
     steered_at, first = set(), 0
-    for (values, indices), gain in zip(codes, watched.gains, strict=True):
+    for (values, indices), gain in zip(coefficients, watched.gains, strict=True):
         plain = (values.unsqueeze(-1) * layer.experts[indices]).sum(-2)
         added = ((gain - plain) @ layer.experts[3]) / layer.experts[3].square().sum()
         assert torch.isclose(added, torch.tensor(50.0), atol=1e-2).logical_or(added.abs() < 1e-2).all()

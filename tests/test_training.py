@@ -115,9 +115,9 @@ def test_the_logs_figures_are_those_of_float64():
             torch.randn(tokens, 5, generator=generator) + 30 for _ in range(2)
         )  # far from zero, as some outputs are
         counted_B = torch.rand(tokens, generator=generator) > 0.1
-        codes = layer.encode(torch.randn(tokens, 6, generator=generator))
-        window.add(torch.tensor(0.5), output_BO, target_BO, codes, counted_B)
-        for found, tensor in ((outputs, output_BO), (targets, target_BO), (counts, counted_B), (active, codes[0] > 0)):
+        coefficients = layer.encode(torch.randn(tokens, 6, generator=generator))
+        window.add(torch.tensor(0.5), output_BO, target_BO, coefficients, counted_B)
+        for found, tensor in ((outputs, output_BO), (targets, target_BO), (counts, counted_B), (active, coefficients[0] > 0)):
             found.append(tensor)
     counted = torch.cat(counts)
     output, target = (torch.cat(parts).double()[counted] for parts in (outputs, targets))
@@ -149,7 +149,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
     take = stage.Stage._step
 
     def interrupted(self, number, interrupt):
-        interrupt.told = number == step
+        interrupt.requested = number == step
         take(self, number, interrupt)
 
     monkeypatch.setattr(stage.Stage, "_step", interrupted)

@@ -26,7 +26,7 @@ from mxd_convert.recipe.schema import Recipe, is_local
 MARK = "fingerprint"  # file with the hashes of the recipe and of the files that the run reads
 REPLACING = "replacing"  # file that exists while --fresh replaces a finished output
 SHARED = "processes"  # file with the run id, which all processes of the run must see
-TOLD = "told-"  # prefix of a file named by the run id, created by the process that reports why the run ended
+REPORTED = "told-"  # prefix of a file named by the run id, created by the process that reports why the run ended
 ASIDE = "aside"  # folder of the previous result while the new one replaces it
 _DERIVED = ("offload", "checkpoint")  # folders that every run creates again
 _KNOWN = {"lock", MARK, REPLACING, SHARED, ASIDE, *_DERIVED, "data", "state", "twin", "training_log.jsonl"}
@@ -157,7 +157,7 @@ class Workspace:
 
     def show(self, run_id: str) -> None:
         """Write the run id to the workspace, for the other processes of the run."""
-        for old in self.work.glob(f"{TOLD}*"):
+        for old in self.work.glob(f"{REPORTED}*"):
             old.unlink(missing_ok=True)
         write_text(self.work / SHARED, run_id)
 
@@ -169,10 +169,10 @@ class Workspace:
                 f"output.dir: {self.output} is not on a file system that all processes share; choose an output.dir on a shared file system"
             )
 
-    def first_to_tell(self, run_id: str) -> bool:
+    def first_to_report(self, run_id: str) -> bool:
         """Return whether this process is the first of the run to report why it ended. Only the first prints the message."""
         try:
-            (self.work / f"{TOLD}{run_id}").touch(exist_ok=False)
+            (self.work / f"{REPORTED}{run_id}").touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError:
@@ -274,7 +274,7 @@ def _is_ours(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir()}
     # files that are created before the mark
-    first = {name for name in names if name == "lock" or name.lstrip(".").startswith((MARK, SHARED, TOLD))}
+    first = {name for name in names if name == "lock" or name.lstrip(".").startswith((MARK, SHARED, REPORTED))}
     known = {name for name in names if name in _KNOWN or name.endswith(".tmp")}
     return (folder / MARK).is_file() or names == first or ("lock" in names and names == first | known)
 

@@ -15,7 +15,7 @@ from mxd_convert.checkpoint.registration import is_our_program
 from mxd_convert.cli.signals import Signals
 from mxd_convert.errors import (
     INTERRUPTED,
-    INTERRUPTED_AND_TOLD,
+    INTERRUPTED_AND_REPORTED,
     InputError,
     address_space,
     first_line,
@@ -33,7 +33,7 @@ COMMANDS = (
     *("export", "export_onnx", "push", "pull", "list", "delta", "apply"),
 )
 LEAST_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, importing scipy hangs, because its BLAS waits for memory
-OTHERS_SPEAK = 10.0  # seconds to wait for another process to report its error; its exit also ends this process
+SECONDS_FOR_THE_OTHERS = 10.0  # seconds to wait for another process to report its error; its exit also ends this process
 _RESUMABLE = ("run", "push", "pull", "sweep")
 
 
@@ -80,9 +80,9 @@ def _run() -> int:
         importlib.import_module(f"mxd_convert.cli.{name}")
     prepare_streams()
     status = app(standalone_mode=False)
-    if status in (INTERRUPTED, INTERRUPTED_AND_TOLD):  # Typer turns Ctrl-C into INTERRUPTED
+    if status in (INTERRUPTED, INTERRUPTED_AND_REPORTED):  # Typer turns Ctrl-C into INTERRUPTED
         error = KeyboardInterrupt()
-        error.told = status == INTERRUPTED_AND_TOLD  # type: ignore[attr-defined]
+        error.reported_elsewhere = status == INTERRUPTED_AND_REPORTED  # type: ignore[attr-defined]
         raise error
     return int(status or 0)
 
@@ -117,18 +117,18 @@ def _explain(error: BaseException, signals: Signals) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             error.show()
         return int(error.exit_code)
-    if isinstance(error, InputError) and error.told:
+    if isinstance(error, InputError) and error.reported_elsewhere:
         # torchrun ends all processes when the first one exits. Wait, so that the process with the error reports it; report it
         # here if none has.
         signals.restore()
-        time.sleep(OTHERS_SPEAK)
+        time.sleep(SECONDS_FOR_THE_OTHERS)
     _say(_message(error))
     return 2
 
 
 def _interrupted(error: BaseException) -> int:
-    if getattr(error, "told", False):
-        time.sleep(OTHERS_SPEAK / 10)  # the other process only prints one line
+    if getattr(error, "reported_elsewhere", False):
+        time.sleep(SECONDS_FOR_THE_OTHERS / 10)  # the other process only prints one line
         return INTERRUPTED
     without = ", without --fresh," if "--fresh" in sys.argv else ""
     resumes = any(argument in _RESUMABLE for argument in sys.argv[1:3])

@@ -16,7 +16,7 @@ from mxd_convert.cli.app import (
     show,
 )
 from mxd_convert.cli.figures import print_figures
-from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_TOLD, Stopped
+from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_REPORTED, Stopped
 from mxd_convert.training.distributed import destroy_process_group, once_a_machine
 
 
@@ -42,7 +42,7 @@ def run(
     try:
         result = mxd_convert.convert(loaded, output, fresh=fresh)
     except Stopped as stopped:
-        raise typer.Exit(INTERRUPTED_AND_TOLD if stopped.told else INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED_AND_REPORTED if stopped.reported_elsewhere else INTERRUPTED) from None
     destroy_process_group()
     if not result.main_process:
         return

@@ -22,7 +22,7 @@ from mxd_convert.export.sources import NO_MEMORY, batches, chosen_layers, find_b
 from mxd_convert.export.sparsify import Sparsify
 from mxd_convert.export.surrogate import ConditionalMeans, is_exact, surrogate_of
 from mxd_convert.files import scratch_beside, write_json
-from mxd_convert.modeling.layers_mxd import Codes
+from mxd_convert.modeling.layers_mxd import Coefficients
 
 FIGURES = "mxd_surrogate.json"
 LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Sparsify, CircuitTracer)}
@@ -220,6 +220,6 @@ def _fill(model: Any, caches: Mapping[int, "LayerCache"], blocks: Blocks, mask: 
             advance()
 
 
-def _add(cache: "LayerCache", first: int, counted_BT: Tensor, _: Tensor, codes: Codes) -> None:
-    block_P, position_P, expert_P, value_P = active_entries(codes, counted_BT)
+def _add(cache: "LayerCache", first: int, counted_BT: Tensor, _: Tensor, coefficients: Coefficients) -> None:
+    block_P, position_P, expert_P, value_P = active_entries(coefficients, counted_BT)
     cache.add(block_P + first, position_P, expert_P, value_P)

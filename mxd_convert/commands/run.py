@@ -430,15 +430,15 @@ def _reported_once(run: Context) -> Iterator[None]:
     """Let only the first process that finds an error report it."""
 
     def is_first() -> bool:
-        return run.processes == 1 or run.workspace.first_to_tell(run.run_id)
+        return run.processes == 1 or run.workspace.first_to_report(run.run_id)
 
     try:
         with lost_guard(run.processes):
             yield
     except InputError as error:
-        error.told = error.told or not is_first()
+        error.reported_elsewhere = error.reported_elsewhere or not is_first()
         raise
     except KeyboardInterrupt:
         stopped = Stopped()
-        stopped.told = not is_first()
+        stopped.reported_elsewhere = not is_first()
         raise stopped from None

@@ -90,9 +90,9 @@ class LayerFigures:
     def add(self, x_BI: Tensor, y_BO: Tensor, counted_B: Tensor) -> None:
         """Add the base's activations: the MLP's inputs and outputs, and which tokens count."""
         layer = self.layer
-        codes = layer.encode(x_BI)
-        values = codes if isinstance(codes, Tensor) else codes[0]
-        gain_BO, linear_BO = layer.gain_of(codes).double(), layer.linear(x_BI).double()
+        coefficients = layer.encode(x_BI)
+        values = coefficients if isinstance(coefficients, Tensor) else coefficients[0]
+        gain_BO, linear_BO = layer.gain_of(coefficients).double(), layer.linear(x_BI).double()
         product_BO = gain_BO * linear_BO
         output_BO = product_BO + layer.output_bias.double()
         if layer.skip is not None:
@@ -102,10 +102,10 @@ class LayerFigures:
         self.masked.add(output_BO[counted_B], y_BO[counted_B])
         firing = (values > 0) & counted_B.unsqueeze(-1)
         self.active += firing.sum()
-        if isinstance(codes, Tensor):
+        if isinstance(coefficients, Tensor):
             self.firings_N += firing.sum(0)
         else:
-            self.firings_N += torch.bincount(codes[1][firing], minlength=layer.n_experts)
+            self.firings_N += torch.bincount(coefficients[1][firing], minlength=layer.n_experts)
         strength_B1 = values.double().sum(-1, keepdim=True)
         u, y = linear_BO[counted_B], product_BO[counted_B]
         v = strength_B1[counted_B] * u

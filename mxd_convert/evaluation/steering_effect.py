@@ -89,19 +89,19 @@ def find_experts(
         with watching(layers) as seen:
             model(input_ids=ids_BT, use_cache=False)
         for index, layer in layers.items():
-            values, experts = (codes.flatten(0, 1)[counted] for codes in sparse(layer.encode(seen[index].inputs)))
+            values, experts = (coefficients.flatten(0, 1)[counted] for coefficients in sparse(layer.encode(seen[index].inputs)))
             active = values > 0
             found[index].append((values[active].float(), experts[active].int()))
-    codes = {index: tuple(map(torch.cat, zip(*parts, strict=True))) for index, parts in found.items()}
+    coefficients = {index: tuple(map(torch.cat, zip(*parts, strict=True))) for index, parts in found.items()}
     if not wanted:
-        alive = [(index, int(n)) for index, (_, experts) in codes.items() for n in experts.unique()]
+        alive = [(index, int(n)) for index, (_, experts) in coefficients.items() for n in experts.unique()]
         if not alive:
             raise InputError("no expert fires on this text, so none can be steered; give other text")
         order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:count]
         wanted = sorted(alive[i] for i in order.tolist())
     chosen = []
     for index, n in wanted:
-        values = codes[index][0][codes[index][1] == n]
+        values = coefficients[index][0][coefficients[index][1] == n]
         if not len(values):
             raise InputError(
                 f"--expert {index}:{n}: never fires on this text, so the unit of strength is unknown; give another expert or text"

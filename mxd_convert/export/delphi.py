@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.files import replacing
-from mxd_convert.modeling.layers_mxd import Codes
+from mxd_convert.modeling.layers_mxd import Coefficients
 
 SPLITS = 5  # files per layer, delphi's default
 SUMMARY = "mxd_cache.json"
@@ -32,18 +32,18 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def active_entries(codes: Codes, counted_BT: Tensor) -> tuple[Array, Array, Array, Array]:
+def active_entries(coefficients: Coefficients, counted_BT: Tensor) -> tuple[Array, Array, Array, Array]:
     """Return (blocks, positions, experts, values), (P) each, of coefficients above `_LEAST` at counted positions.
 
-    Entries are sorted by block, position and expert. codes: as `encode` returns them for (B, T, I). counted_BT: bool mask.
+    Entries are sorted by block, position and expert. coefficients: as `encode` returns them for (B, T, I). counted_BT: bool mask.
     """
-    if isinstance(codes, Tensor):
-        active_BTN = (codes > _LEAST) & counted_BT.unsqueeze(-1)
+    if isinstance(coefficients, Tensor):
+        active_BTN = (coefficients > _LEAST) & counted_BT.unsqueeze(-1)
         where = active_BTN.nonzero(as_tuple=True)
-        found = (*where, codes[active_BTN])
+        found = (*where, coefficients[active_BTN])
     else:
-        indices_BTK, order_BTK = codes[1].sort(dim=-1)
-        values_BTK = codes[0].gather(-1, order_BTK)
+        indices_BTK, order_BTK = coefficients[1].sort(dim=-1)
+        values_BTK = coefficients[0].gather(-1, order_BTK)
         active_BTK = (values_BTK > _LEAST) & counted_BT.unsqueeze(-1)
         where = active_BTK.nonzero(as_tuple=True)
         found = (where[0], where[1], indices_BTK[active_BTK], values_BTK[active_BTK])

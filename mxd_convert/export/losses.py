@@ -32,8 +32,8 @@ class LayerLoss:
         if target_BO is not None:
             self.own.add(layer_BO, target_BO.double())
             self.theirs.add(surrogate_BO, target_BO.double())
-        codes = self.surrogate.encode(x_BI)
-        active_B = ((codes if isinstance(codes, Tensor) else codes[0]) > 0).sum(-1)
+        coefficients = self.surrogate.encode(x_BI)
+        active_B = ((coefficients if isinstance(coefficients, Tensor) else coefficients[0]) > 0).sum(-1)
         self.active += active_B.sum()
         self.few += (active_B < self.layer.k).sum()
 

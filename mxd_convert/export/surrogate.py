@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, SkipTranscoder, Transcoder
+from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer, SkipTranscoder, Transcoder
 
 
 class ConditionalMeans:
@@ -55,12 +55,12 @@ class ConditionalMeans:
         return rows_NO.mul_(self.layer.experts).to(self.layer.experts.dtype)
 
 
-def active_pairs(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Return (tokens, experts), (P) each, of all active pairs. codes: as `encode` returns them for (B, I)."""
-    if isinstance(codes, Tensor):
-        tokens_P, experts_P = (codes > 0).nonzero(as_tuple=True)
+def active_pairs(coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+    """Return (tokens, experts), (P) each, of all active pairs. coefficients: as `encode` returns them for (B, I)."""
+    if isinstance(coefficients, Tensor):
+        tokens_P, experts_P = (coefficients > 0).nonzero(as_tuple=True)
         return tokens_P, experts_P
-    values_BK, indices_BK = codes
+    values_BK, indices_BK = coefficients
     active_BK = values_BK > 0
     return active_BK.nonzero(as_tuple=True)[0], indices_BK[active_BK]
 

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from mxd_convert.layers.sparse_ops import RowGradient, sparse_gate, weighted_rows
 from mxd_convert.layers.spec import LayerSpec
 from mxd_convert.modeling import layers_mxd
-from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
+from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 from mxd_convert.recipe.kinds import KINDS
 
 _FUSED = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}  # the same function, in one kernel
@@ -80,7 +80,7 @@ class Trainable(FactoredLayer):
         unit = self.hidden(self.encoder.weight.new_zeros(self.d_in))[0]
         nn.init.constant_(self.decoder.weight[:, 0], 1.0 / unit.item())
 
-    def encode(self, x_BI: Tensor) -> Codes:
+    def encode(self, x_BI: Tensor) -> Coefficients:
         """Return the coefficients, as the checkpoint's layer does: (values, indices), (..., K), or dense (..., N) with L1.
 
         With top-k, gate values are computed in chunks of tokens, so no (..., N) tensor is allocated or saved for backward.
@@ -91,13 +91,13 @@ class Trainable(FactoredLayer):
         values_BK, indices_BK = sparse_gate(x_BI.reshape(-1, self.d_in), weight, bias, self.k, self.sinks.get(weight))
         return values_BK.view(*x_BI.shape[:-1], self.k), indices_BK.view(*x_BI.shape[:-1], self.k)
 
-    def gain_of(self, codes: Codes) -> Tensor:
+    def gain_of(self, coefficients: Coefficients) -> Tensor:
         """Return the gain `C^T a` of the coefficients, (..., O), with a sparse gradient for the experts."""
-        if self.experts is None or isinstance(codes, Tensor):
-            return super().gain_of(codes)
-        values_BK, indices_BK = (tensor.reshape(-1, self.k) for tensor in codes)
+        if self.experts is None or isinstance(coefficients, Tensor):
+            return super().gain_of(coefficients)
+        values_BK, indices_BK = (tensor.reshape(-1, self.k) for tensor in coefficients)
         sums_BO = weighted_rows(values_BK, indices_BK, self.experts, self.sinks.get(self.experts))
-        return sums_BO.view(*codes[0].shape[:-1], self.d_out)
+        return sums_BO.view(*coefficients[0].shape[:-1], self.d_out)
 
     def defer_row_gradients(self) -> None:
         """Accumulate the gradients of the gate's weight and the experts in `sinks`, instead of dense tensors in `.grad`."""
@@ -105,9 +105,9 @@ class Trainable(FactoredLayer):
             rows = (self.gate.weight, self.experts)
             self.sinks = {parameter: RowGradient() for parameter in rows if parameter.requires_grad}
 
-    def penalty(self, codes: Codes, weight_B: Tensor) -> Tensor:
+    def penalty(self, coefficients: Coefficients, weight_B: Tensor) -> Tensor:
         """Return the L1 norm of the coefficients, averaged over tokens with weight 1."""
-        values = codes if isinstance(codes, Tensor) else codes[0]
+        values = coefficients if isinstance(coefficients, Tensor) else coefficients[0]
         return (values.float().sum(-1) * weight_B).sum() / weight_B.sum().clamp_min(1)
 
 

@@ -22,7 +22,9 @@ from .configuration_mxd import KINDS
 
 ORDER = ("d_in", "d_hidden", "d_out", "n_experts", "k")  # order of the sizes in an entry
 
-Codes = tuple[Tensor, Tensor] | Tensor  # coefficients: (values, indices) of the active experts, each (..., K); or dense (..., N)
+Coefficients = (
+    tuple[Tensor, Tensor] | Tensor
+)  # coefficients: (values, indices) of the active experts, each (..., K); or dense (..., N)
 
 
 class ExpertActs(nn.Module):
@@ -36,7 +38,7 @@ class ExpertActs(nn.Module):
         super().__init__()
         self.k, self.sparsity = k, sparsity
 
-    def forward(self, gate_BN: Tensor) -> Codes:
+    def forward(self, gate_BN: Tensor) -> Coefficients:
         """Return the coefficients."""
         if self.sparsity == "l1":
             return F.relu(gate_BN)
@@ -47,9 +49,13 @@ class ExpertActs(nn.Module):
 class Gain(nn.Module):
     """The gain `C^T a`, (..., O), from the coefficients. Adding `s * c_n` to it adds s to the coefficient of expert n."""
 
-    def forward(self, codes: Codes, experts_NO: Tensor, changes: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
+    def forward(self, coefficients: Coefficients, experts_NO: Tensor, changes: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
         """Return the gain. changes: steered experts, each with the change of its coefficient, (...)."""
-        gain_BO = codes @ experts_NO.to(codes.dtype) if isinstance(codes, Tensor) else weighted_rows(*codes, experts_NO)
+        gain_BO = (
+            coefficients @ experts_NO.to(coefficients.dtype)
+            if isinstance(coefficients, Tensor)
+            else weighted_rows(*coefficients, experts_NO)
+        )
         for expert, change_B in changes:
             gain_BO = gain_BO + change_B.to(gain_BO.dtype).unsqueeze(-1) * experts_NO[expert].to(gain_BO.dtype)
         return gain_BO
@@ -190,7 +196,7 @@ class FactoredLayer(nn.Module):
             init.normal_(self.experts, std=self.d_out**-0.5)
         init.zeros_(self.output_bias)
 
-    def encode(self, x_BI: Tensor) -> Codes:
+    def encode(self, x_BI: Tensor) -> Coefficients:
         """Return the coefficients: (values, indices), each (..., K), 0 if the gate value is not positive; with "l1", (..., N)."""
         if self.gate is None:
             nobody = x_BI.new_zeros((*x_BI.shape[:-1], 0))
@@ -207,27 +213,27 @@ class FactoredLayer(nn.Module):
         """Return the linear factor `u = D^T z`, (..., O); ones in a layer without hidden units."""
         return x_BI.new_ones((*x_BI.shape[:-1], self.d_out)) if self.decoder is None else self.decoder(self.hidden(x_BI))
 
-    def gain_of(self, codes: Codes) -> Tensor:
+    def gain_of(self, coefficients: Coefficients) -> Tensor:
         """Return the gain `g = C^T a`, (..., O), from the result of `encode`, with steering; ones in a layer without experts."""
         if self.experts is None:
-            return codes[0].new_ones((*codes[0].shape[:-1], self.d_out))
-        return self.gain(codes, self.experts, self.changes(codes))
+            return coefficients[0].new_ones((*coefficients[0].shape[:-1], self.d_out))
+        return self.gain(coefficients, self.experts, self.changes(coefficients))
 
-    def combine(self, x_BI: Tensor, codes: Codes) -> Tensor:
+    def combine(self, x_BI: Tensor, coefficients: Coefficients) -> Tensor:
         """Return the layer's output, (..., O), for given coefficients."""
         if self.decoder is None:
-            y_BO = self.gain_of(codes) + self.output_bias
+            y_BO = self.gain_of(coefficients) + self.output_bias
         elif self.experts is None:
             y_BO = self.linear(x_BI) + self.output_bias
         else:
-            y_BO = self.gain_of(codes) * self.linear(x_BI) + self.output_bias
+            y_BO = self.gain_of(coefficients) * self.linear(x_BI) + self.output_bias
         return self.dropout(y_BO if self.skip is None else y_BO + self.skip(x_BI))
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return the layer's output, (..., O)."""
         return self.combine(x_BI, self.encode(x_BI))
 
-    def changes(self, codes: Codes) -> list[tuple[int, Tensor]]:
+    def changes(self, coefficients: Coefficients) -> list[tuple[int, Tensor]]:
         """Return the steered experts, each with the change of its coefficient, (...), in float32."""
         before: dict[int, Tensor] = {}
         after: dict[int, Tensor] = {}
@@ -235,7 +241,7 @@ class FactoredLayer(nn.Module):
         for order in _orders_of(self) if self.contexts or inherited else self.steering:
             n = order["expert"]
             if n not in before:
-                before[n] = after[n] = coefficient(codes, n).float()
+                before[n] = after[n] = coefficient(coefficients, n).float()
             a = after[n]
             if "add" in order:
                 wanted = a + order["add"]
@@ -371,8 +377,8 @@ def weighted_rows(values_BK: Tensor, indices_BK: Tensor, rows_NO: Tensor) -> Ten
     return sums.reshape(*lead, rows_NO.shape[-1]).to(values_BK.dtype)
 
 
-def coefficient(codes: Codes, expert: int) -> Tensor:
+def coefficient(coefficients: Coefficients, expert: int) -> Tensor:
     """Return the coefficient of one expert, (...), which is 0 where the expert is not active."""
-    if isinstance(codes, Tensor):
-        return codes[..., expert]
-    return (codes[0] * (codes[1] == expert)).sum(-1)
+    if isinstance(coefficients, Tensor):
+        return coefficients[..., expert]
+    return (coefficients[0] * (coefficients[1] == expert)).sum(-1)

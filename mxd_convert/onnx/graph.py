@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, Gain
+from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer, Gain
 from mxd_convert.onnx.sparse_gain import sparse_gain, spell_out
 
 STEERING = ("steering.layers", "steering.experts", "steering.amounts")
@@ -55,8 +55,8 @@ class _TracedGain(nn.Module):
         self.product = Gain()
         self.known: Tensor | None = None
 
-    def forward(self, codes: Codes, experts_NO: Tensor, changes: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
-        gain_BTO = self.product(codes, experts_NO) if self.known is None else self.known
+    def forward(self, coefficients: Coefficients, experts_NO: Tensor, changes: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
+        gain_BTO = self.product(coefficients, experts_NO) if self.known is None else self.known
         for expert, change_BT in changes:
             gain_BTO = gain_BTO + change_BT.to(gain_BTO.dtype).unsqueeze(-1) * experts_NO[expert]
         if self.steering.inputs is None:
@@ -86,9 +86,9 @@ class _TracedLayer(nn.Module):
         if layer.experts is None:
             return layer(x_BTI)
         if layer.sparsity == "l1":
-            codes: Codes = layer.encode(x_BTI)
-            self.seen = (codes,) if isinstance(codes, Tensor) else codes
-            return layer.combine(x_BTI, codes)
+            coefficients: Coefficients = layer.encode(x_BTI)
+            self.seen = (coefficients,) if isinstance(coefficients, Tensor) else coefficients
+            return layer.combine(x_BTI, coefficients)
         gate = layer.gate
         layer.gain.known, values, indices = sparse_gain(x_BTI, gate.weight.T, gate.bias, layer.experts, layer.k)
         self.seen = (indices, values)

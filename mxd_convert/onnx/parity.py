@@ -17,7 +17,7 @@ from torch import Tensor
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.evaluation.fidelity import rows_a_batch
 from mxd_convert.evaluation.steering import steered
-from mxd_convert.modeling.layers_mxd import Codes
+from mxd_convert.modeling.layers_mxd import Coefficients
 from mxd_convert.onnx.runtime import Array, OnnxModel
 
 BATCHES, LENGTHS, PASTS = (1, 2, 3), (1, 2, 33, 200), (0, 1, 40)  # rows, tokens per row, past tokens
@@ -104,9 +104,9 @@ class Reference:
         self.layers = {index: layer for index, layer in model.mxd_layers().items() if layer.experts is not None}
 
     @torch.no_grad()
-    def run(self, ids_BT: Array, mask_BT: Array) -> tuple[Array, dict[int, Codes]]:
+    def run(self, ids_BT: Array, mask_BT: Array) -> tuple[Array, dict[int, Coefficients]]:
         """Return (logits (B, T, V), coefficients by layer) of one forward pass."""
-        seen: dict[int, Codes] = {}
+        seen: dict[int, Coefficients] = {}
 
         def hook(index: int) -> Any:
             return lambda module, arguments, output: seen.__setitem__(index, output)
@@ -143,19 +143,19 @@ class Reference:
         """Return, by layer, the most active expert on a text, the least active one, and the mean positive coefficient."""
         _, experts = self.run(ids_BT, np.ones_like(ids_BT))
         found = {}
-        for index, codes in experts.items():
+        for index, coefficients in experts.items():
             n_experts = self.layers[index].n_experts
-            if isinstance(codes, Tensor):
-                sums_N, values = codes.flatten(0, -2).sum(0), codes
+            if isinstance(coefficients, Tensor):
+                sums_N, values = coefficients.flatten(0, -2).sum(0), coefficients
             else:
-                sums_N = torch.zeros(n_experts).index_add_(0, codes[1].flatten(), codes[0].flatten())
-                values = codes[0]
+                sums_N = torch.zeros(n_experts).index_add_(0, coefficients[1].flatten(), coefficients[0].flatten())
+                values = coefficients[0]
             active = values[values > 0]
             found[index] = (int(sums_N.argmax()), int(sums_N.argmin()), float(active.mean()) if active.numel() else 1.0)
         return found
 
 
-def overlap_of(ours: Any, theirs: Codes) -> Array:
+def overlap_of(ours: Any, theirs: Coefficients) -> Array:
     """Return the share of the experts active in either that are active in both, (B, T); 1 for tokens without active experts.
 
     With `sparsity: l1`, experts that are active in one only, with a coefficient of at most 1e-5, are ignored.
@@ -204,8 +204,12 @@ def compare(reference: Reference, graph: OnnxModel, stream: Array, room: int, ad
             if span.stop > span.start:
                 step = graph.step(ids_BT[:, span], cache, mask_BT[:, span])
                 logits.append(step.logits)
-                for index, codes in experts.items():
-                    here = codes[:, span] if isinstance(codes, Tensor) else (codes[0][:, span], codes[1][:, span])
+                for index, coefficients in experts.items():
+                    here = (
+                        coefficients[:, span]
+                        if isinstance(coefficients, Tensor)
+                        else (coefficients[0][:, span], coefficients[1][:, span])
+                    )
                     overlap_BT[:, span] += overlap_of(step.experts[index], here)
         sums.add(np.concatenate(logits, 1), theirs, _mean(overlap_BT, len(experts)), mask_BT)
         sums.seen.add((rows, length, past))
@@ -229,7 +233,7 @@ def compare_steering(reference: Reference, graph: OnnxModel, stream: Array, room
             with steered(reference.model, [order]):
                 theirs, experts = reference.run(ids_BT, mask_BT)
             step = graph.step(ids_BT, graph.start(1), mask_BT, [order])
-            overlap_BT = np.sum([overlap_of(step.experts[i], codes) for i, codes in experts.items()], axis=0)
+            overlap_BT = np.sum([overlap_of(step.experts[i], coefficients) for i, coefficients in experts.items()], axis=0)
             sums.add(step.logits, theirs, _mean(overlap_BT, len(experts)), mask_BT)
             moved = min(moved, float(np.abs(step.logits - plain).max()))
     return {**sums.figures(), "moved": moved}
@@ -285,7 +289,7 @@ def _explained(reference: Reference, with_experts: OnnxModel, ours: list[int], t
     if abs(float(logits[0, -1, ours[at]] - logits[0, -1, theirs[at]])) <= 2 * tolerance:
         return True
     step = with_experts.step(ids_BT, with_experts.start(1))
-    return any((overlap_of(step.experts[index], codes) < 1.0).any() for index, codes in experts.items())
+    return any((overlap_of(step.experts[index], coefficients) < 1.0).any() for index, coefficients in experts.items())
 
 
 def cross_entropy(logits_of: Callable[[Array], Array], blocks: Blocks, vocabulary: int) -> float:

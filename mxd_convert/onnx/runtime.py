@@ -241,12 +241,12 @@ class OnnxModel:
             raise InputError(f"steering: positions {order['positions']!r}; expected one of all, prompt, generation")
 
     def _codes(self, found: Mapping[str, Array]) -> dict[int, tuple[Array, Array] | Array]:
-        codes: dict[int, tuple[Array, Array] | Array] = {}
+        coefficients: dict[int, tuple[Array, Array] | Array] = {}
         for index in self.layers:
             values, indices = found.get(f"experts.{index}.values"), found.get(f"experts.{index}.indices")
             if values is not None:
-                codes[index] = values if indices is None else (values, indices)
-        return codes
+                coefficients[index] = values if indices is None else (values, indices)
+        return coefficients
 
     # --- encode and generate ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +269,10 @@ class OnnxModel:
             raise InputError("the text is empty; give at least one token, such as the model's BOS")
         self._check_length(ids.shape[1], 0)
         experts = self.prefill(ids, self.start(1), np.ones_like(ids)).experts
-        return {index: (codes[0][0], codes[1][0]) if isinstance(codes, tuple) else codes[0] for index, codes in experts.items()}
+        return {
+            index: (coefficients[0][0], coefficients[1][0]) if isinstance(coefficients, tuple) else coefficients[0]
+            for index, coefficients in experts.items()
+        }
 
     def generate(
         self,

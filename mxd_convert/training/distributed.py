@@ -16,7 +16,7 @@ def once_a_machine() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        error.told = os.environ.get("LOCAL_RANK", "0") != "0"
+        error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
 
 
@@ -34,12 +34,12 @@ def agreed(processes: int, process: int) -> Iterator[None]:
     messages = _gathered(processes, None if failed is None else str(failed))
     first = next((number for number, message in enumerate(messages) if message is not None), None)
     if isinstance(failed, InputError):
-        failed.told = messages.index(str(failed)) < process
+        failed.reported_elsewhere = messages.index(str(failed)) < process
     if failed is not None:
         raise failed
     if first is not None:
         theirs = InputError(str(messages[first]))
-        theirs.told = True
+        theirs.reported_elsewhere = True
         raise theirs
 
 

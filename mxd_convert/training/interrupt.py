@@ -10,7 +10,7 @@ class Interrupt:
     """A context manager that notes signals in `told`: whether one has arrived since it was entered. Main thread only."""
 
     def __init__(self) -> None:
-        self.told = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -23,6 +23,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: Any) -> None:
-        if self.told:
+        if self.requested:
             raise KeyboardInterrupt
-        self.told = True
+        self.requested = True

@@ -17,7 +17,7 @@ from mxd_convert.base_model.capture import recording
 from mxd_convert.base_model.swap import standing_in
 from mxd_convert.data.blocks import block_order
 from mxd_convert.layers import LayerSpec, Trainable, normalised_mse
-from mxd_convert.modeling.layers_mxd import Codes
+from mxd_convert.modeling.layers_mxd import Coefficients
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.stage import Pass, Stage
@@ -41,14 +41,14 @@ class InPlace(nn.Module):
         super().__init__()
         self.layer, self.precision = layer, precision
         self.output: Tensor
-        self.codes: Codes
+        self.coefficients: Coefficients
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         """Return the layer's output in the dtype of the model."""
         with torch.autocast(x_BTI.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x_BI = x_BTI.float().flatten(0, -2)
-            self.codes = self.layer.encode(x_BI)
-            self.output = self.layer.combine(x_BI, self.codes)
+            self.coefficients = self.layer.encode(x_BI)
+            self.output = self.layer.combine(x_BI, self.coefficients)
         # a copy: some families add to the output of an MLP in place
         return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype, copy=True)
 
@@ -159,5 +159,5 @@ class JointStage(Stage):
             target_BO = seen[index].outputs.flatten(0, 1).float()
             own[index] = normalised_mse(layer.output, target_BO, counted_B)
             if keep:
-                self.windows[index].add(own[index].detach(), layer.output.detach(), target_BO, layer.codes, counted_B)
+                self.windows[index].add(own[index].detach(), layer.output.detach(), target_BO, layer.coefficients, counted_B)
         return kl, own, counted_B.sum()

@@ -151,7 +151,7 @@ class Training:
                 if not self.job.quiet:
                     print("waiting for the other processes", file=sys.stderr, flush=True)
                 self.accelerator.wait_for_everyone()
-                if interrupt.told and not self.joint_steps:
+                if interrupt.requested and not self.joint_steps:
                     raise KeyboardInterrupt
             if self.joint_steps:
                 self._train_jointly(interrupt)
@@ -160,8 +160,8 @@ class Training:
     def _interrupted(self, interrupt: Interrupt, together: bool) -> bool:
         """Return whether this process was interrupted, or, if `together`, any process of the run."""
         if not together:
-            return interrupt.told
-        flag = torch.tensor(int(interrupt.told), device=self.accelerator.device)
+            return interrupt.requested
+        flag = torch.tensor(int(interrupt.requested), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum"))
 
     def _earlier(self) -> tuple[list[list[int]], list[list[int]]]:

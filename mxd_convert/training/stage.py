@@ -69,12 +69,12 @@ def learn(
         The loss, a scalar.
     """
     with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        codes = layer.encode(x_BI)
-        output_BO = layer.combine(x_BI, codes)
+        coefficients = layer.encode(x_BI)
+        output_BO = layer.combine(x_BI, coefficients)
     loss = normalised_mse(output_BO, y_BO, counted_B)
-    objective = loss + l1 * layer.penalty(codes, counted_B) if isinstance(codes, Tensor) else loss
+    objective = loss + l1 * layer.penalty(coefficients, counted_B) if isinstance(coefficients, Tensor) else loss
     (objective if share is None else objective * share).backward()
-    window.add(loss.detach(), output_BO.detach(), y_BO, codes, counted_B)
+    window.add(loss.detach(), output_BO.detach(), y_BO, coefficients, counted_B)
     return loss.detach()
 
 
@@ -279,9 +279,9 @@ class Stage:
         """Return the number of counted tokens of all processes, which also agree on saving and on stopping after this step."""
         saving = self.writes and self._save_is_due()
         if not self.together:
-            self.saving, self.stopping = saving, interrupt.told
+            self.saving, self.stopping = saving, interrupt.requested
             return counted
-        flags = (torch.tensor(int(flag), device=self.device) for flag in (saving, interrupt.told))
+        flags = (torch.tensor(int(flag), device=self.device) for flag in (saving, interrupt.requested))
         total, save, stop = self._sum_over_processes(torch.stack([counted, *flags]))
         self.saving, self.stopping = bool(save), bool(stop)
         return total.clamp_min(1)
@@ -339,7 +339,7 @@ class Stage:
         error = NotFinite(
             f"layer {index}: the loss is not finite at step {self.first_step + step}{kept}. {advice}, and start over with --fresh."
         )
-        error.told = not self.writes  # all processes that share a batch find the same
+        error.reported_elsewhere = not self.writes  # all processes that share a batch find the same
         return error
 
     def _save_is_due(self) -> bool:

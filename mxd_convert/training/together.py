@@ -62,7 +62,7 @@ class _Together:
                 if figures:
                     progress.figures(*_mean(figures))
                 progress.update((step + 1) * self.step_tokens)
-                if interrupt.told:
+                if interrupt.requested:
                     for stage in self._working():
                         stage.save()
                     raise KeyboardInterrupt

@@ -34,7 +34,7 @@ class Window:
 
     @torch.no_grad()
     def add(
-        self, loss: Tensor, output_BO: Tensor, target_BO: Tensor, codes: tuple[Tensor, Tensor] | Tensor, counted_B: Tensor
+        self, loss: Tensor, output_BO: Tensor, target_BO: Tensor, coefficients: tuple[Tensor, Tensor] | Tensor, counted_B: Tensor
     ) -> None:
         """Add one step.
 
@@ -42,7 +42,7 @@ class Window:
             loss: mean over the counted tokens, a scalar.
             output_BO: outputs of the layer.
             target_BO: outputs of the MLP.
-            codes: coefficients (B, N), or values and expert indices (B, K) after top-k.
+            coefficients: coefficients (B, N), or values and expert indices (B, K) after top-k.
             counted_B: which tokens count, bool.
         """
         weight_B = counted_B.double()
@@ -54,14 +54,14 @@ class Window:
         for rows_BO, weights_B in zip(target_BO.split(FEW), counted_B.to(target_BO.dtype).split(FEW), strict=True):
             self.output_sum += weights_B @ rows_BO
         self.output_squares += _squares(target_BO) @ weight_B
-        if isinstance(codes, Tensor):
-            firing_BN = (codes > 0) & counted_B.unsqueeze(-1)
+        if isinstance(coefficients, Tensor):
+            firing_BN = (coefficients > 0) & counted_B.unsqueeze(-1)
             self.active += firing_BN.sum()
             self.alive |= firing_BN.any(0)
         else:
-            firing_BK = (codes[0] > 0) & counted_B.unsqueeze(-1)
+            firing_BK = (coefficients[0] > 0) & counted_B.unsqueeze(-1)
             self.active += firing_BK.sum()
-            self.alive[codes[1][firing_BK]] = True
+            self.alive[coefficients[1][firing_BK]] = True
 
     def figures(self) -> dict[str, float]:
         """Return loss, fvu (fraction of variance unexplained), l0 (active experts per token) and dead_fraction (of experts)."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mxd_convert.base_model.capture import watching
 from mxd_convert.base_model.families import architecture_of
 from mxd_convert.errors import InputError
-from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer, MxD
+from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer, MxD
 
 _CHUNK = 256  # contributions whose logits are computed at a time
 
@@ -66,12 +66,12 @@ def take_apart(layer: FactoredLayer, x_BI: Tensor) -> Parts:
     return Parts(values_BK, experts_BK, directions, rest_BO if layer.skip is None else rest_BO + layer.skip(x_BI))
 
 
-def sparse(codes: Codes) -> tuple[Tensor, Tensor]:
+def sparse(coefficients: Coefficients) -> tuple[Tensor, Tensor]:
     """Return coefficients as (values, indices), (..., K). For dense ones, K is the largest number active at any token."""
-    if not isinstance(codes, Tensor):
-        return codes
-    most = max(1, int((codes > 0).sum(-1).max()))
-    values, indices = codes.topk(most, dim=-1)
+    if not isinstance(coefficients, Tensor):
+        return coefficients
+    most = max(1, int((coefficients > 0).sum(-1).max()))
+    values, indices = coefficients.topk(most, dim=-1)
     return values, indices
 
 

@@ -22,7 +22,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.experts.decomposition import Unembedding
 from mxd_convert.evaluation.experts.firings import Array, Firings, by_expert, mixed, rank_within, reserve
 from mxd_convert.evaluation.progress import progress
-from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
+from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 
 SAMPLES = 8  # firings per expert from which the spread of its effect is estimated
 _GATES = 2**25  # gate values of one batch, over all experts
@@ -61,17 +61,19 @@ class LayerRecord:
         """Return the number of samples of each expert."""
         return np.minimum(self.firings.count_N, SAMPLES)
 
-    def add(self, codes: Codes, linear_BO: Tensor | None, scale_B: Tensor, counted_B: Tensor, positions: Array) -> None:
+    def add(
+        self, coefficients: Coefficients, linear_BO: Tensor | None, scale_B: Tensor, counted_B: Tensor, positions: Array
+    ) -> None:
         """Add one batch.
 
         Args:
-            codes: the layer's coefficients.
+            coefficients: the layer's coefficients.
             linear_BO: u of the layer; None for ones.
             scale_B: the norms' scale at each token.
             counted_B: which tokens count.
             positions: positions of the counted tokens in the text.
         """
-        token_P, expert_P, value_P = _pairs(codes, counted_B)
+        token_P, expert_P, value_P = _pairs(coefficients, counted_B)
         self.tokens += len(positions)
         expert, token = expert_P.cpu().numpy(), token_P.cpu().numpy()
         self.firings.add(expert, positions[token], value_P.cpu().numpy())
@@ -109,13 +111,13 @@ class LayerRecord:
         self.samples_NSO[torch.from_numpy(touched[free_row]), torch.from_numpy(free_slot)] = vectors.bfloat16().cpu()
 
 
-def _pairs(codes: Codes, counted_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs(coefficients: Coefficients, counted_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (token, expert, coefficient) of every pair, in the order of tokens. Tokens are indices among the counted ones."""
-    if isinstance(codes, Tensor):
-        dense_BN = codes.flatten(0, -2)[counted_B]
+    if isinstance(coefficients, Tensor):
+        dense_BN = coefficients.flatten(0, -2)[counted_B]
         token_P, expert_P = (dense_BN > 0).nonzero(as_tuple=True)
         return token_P, expert_P, dense_BN[token_P, expert_P].float()
-    values_BK, experts_BK = (tensor.flatten(0, -2)[counted_B] for tensor in codes)
+    values_BK, experts_BK = (tensor.flatten(0, -2)[counted_B] for tensor in coefficients)
     token_P, k_P = (values_BK > 0).nonzero(as_tuple=True)
     return token_P, experts_BK[token_P, k_P], values_BK[token_P, k_P].float()
 
@@ -157,12 +159,12 @@ def collect(
     with progress(len(starts), quiet, "recording experts") as advance:
         for start in starts:
             ids_BT = blocks.take(slice(start, start + rows)).to(device)
-            with _watched(chosen) as (codes, linear), unembedding.scales() as scales:
+            with _watched(chosen) as (coefficients, linear), unembedding.scales() as scales:
                 model.base_model(input_ids=ids_BT, use_cache=False)  # the logits are not needed
             counted_B = blocks.counted(ids_BT, mask_bos).flatten()
             positions = start * blocks.context + counted_B.nonzero().squeeze(-1).cpu().numpy()
             for index, record in records.items():
-                record.add(codes[index], linear.get(index), scales.of(index).flatten(), counted_B, positions)
+                record.add(coefficients[index], linear.get(index), scales.of(index).flatten(), counted_B, positions)
             advance()
     if not next(iter(records.values())).tokens:
         raise InputError(f"data: {blocks.info.path}: nothing in it but BOS tokens, which don't count; give other text")
@@ -190,16 +192,16 @@ def chosen_layers(model: Any, layers: list[int] | None) -> dict[int, FactoredLay
 
 
 @contextmanager
-def _watched(layers: dict[int, FactoredLayer]) -> Iterator[tuple[dict[int, Codes], dict[int, Tensor]]]:
+def _watched(layers: dict[int, FactoredLayer]) -> Iterator[tuple[dict[int, Coefficients], dict[int, Tensor]]]:
     """Yield two dicts by layer index that every forward within the context fills.
 
     The first has the layers' coefficients, the second u, (B, O), of layers with a linear factor.
     """
-    codes: dict[int, Codes] = {}
+    coefficients: dict[int, Coefficients] = {}
     linear: dict[int, Tensor] = {}
 
     def note_codes(index: int) -> Any:
-        return lambda module, arguments, output: codes.__setitem__(index, output)
+        return lambda module, arguments, output: coefficients.__setitem__(index, output)
 
     def note_linear(index: int) -> Any:
         return lambda module, arguments, output: linear.__setitem__(index, output.flatten(0, -2))
@@ -210,7 +212,7 @@ def _watched(layers: dict[int, FactoredLayer]) -> Iterator[tuple[dict[int, Codes
         if layer.decoder is not None:
             handles.append(layer.decoder.register_forward_hook(note_linear(index)))
     try:
-        yield codes, linear
+        yield coefficients, linear
     finally:
         for handle in handles:
             handle.remove()

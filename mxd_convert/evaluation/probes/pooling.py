@@ -18,7 +18,7 @@ from mxd_convert.base_model.families import Site
 from mxd_convert.data.blocks import separators
 from mxd_convert.errors import InputError
 from mxd_convert.layers.sparse_ops import sparse_gate
-from mxd_convert.modeling.layers_mxd import Codes, FactoredLayer
+from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Matrix = Any  # pooled coefficients, (D, N) float32: a scipy CSR array, or a dense array if the coefficients are dense
@@ -121,7 +121,7 @@ class RandomGate:
         self.weight_NI = weight_NI.to(layer.output_bias.device)
         self.bias_N = self.weight_NI.new_zeros(layer.n_experts)
 
-    def __call__(self, x_BTI: Tensor, _: Any = None) -> Codes:
+    def __call__(self, x_BTI: Tensor, _: Any = None) -> Coefficients:
         """Return the random gate's coefficients for the layer's inputs."""
         layer = self.layer
         if layer.sparsity == "topk":
@@ -137,16 +137,16 @@ class RandomGate:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the coefficients of `width` units come from: `codes` computes them from the module's first input and its output."""
+    """Where the coefficients of `width` units come from: `coefficients` computes them from the module's first input and its output."""
 
     module: nn.Module
     width: int
-    codes: Callable[[Tensor, Any], Codes]
+    coefficients: Callable[[Tensor, Any], Coefficients]
 
 
 def coefficients_of(layer: FactoredLayer) -> Source:
     """Return the source of a converted layer's coefficients, as its forward uses them."""
-    return Source(layer.expert_acts, layer.n_experts, lambda gate, codes: codes)
+    return Source(layer.expert_acts, layer.n_experts, lambda gate, coefficients: coefficients)
 
 
 def random_coefficients(layer: FactoredLayer, seed: int) -> Source:
@@ -195,12 +195,12 @@ def pool(
 
 
 def _add(rows: list[Matrix], source: Source, weight_BT: Tensor, inputs: Tensor, output: Any) -> None:
-    codes = source.codes(inputs, output)
-    if isinstance(codes, Tensor):
-        codes_BTN = codes.float().reshape(*weight_BT.shape, -1)  # some models flatten (B, T) before the MLP
+    coefficients = source.coefficients(inputs, output)
+    if isinstance(coefficients, Tensor):
+        codes_BTN = coefficients.float().reshape(*weight_BT.shape, -1)  # some models flatten (B, T) before the MLP
         rows.append(torch.einsum("btn,bt->bn", codes_BTN, weight_BT).cpu().numpy())
         return
-    values_BTK, indices_BTK = codes
+    values_BTK, indices_BTK = coefficients
     weighted_BTK = values_BTK.float() * weight_BT.unsqueeze(-1)
     sums_BN = weighted_BTK.new_zeros(len(weight_BT), source.width)
     sums_BN.scatter_add_(1, indices_BTK.flatten(1), weighted_BTK.flatten(1))
