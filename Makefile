@@ -63,7 +63,7 @@ schema: $(VENV)/installed
 
 # docs/families.md: every check of every family; five minutes
 families: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/conformance.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/conformance.py
 
 # model_cards/: the cards of two real runs, and what they are made of; OTHER is text of another kind
 OTHER := $(or $(MXD_SHARED),../shared)/data/wikitext2_valid.txt.gz
@@ -75,7 +75,7 @@ cards: $(VENV)/installed
 		(cd runs/$$name && cp -r README.md mxd_report.json recipe.yaml config.json plots ../../model_cards/$$name/) || exit 1; \
 	done
 
-# other programs that run exported models, each in a place of its own, for tests/test_onnx_clients.py: a minute, and 2 GB of disk
+# other programs that run exported models, each in a place of its own, for tests/promises/test_onnx_clients.py: a minute, and 2 GB of disk
 CLIENTS := .clients
 clients: $(CLIENTS)/node/installed $(CLIENTS)/optimum/installed $(CLIENTS)/genai/installed
 

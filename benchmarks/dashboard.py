@@ -23,7 +23,7 @@ from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import LayerSpec, new_layer
 from runs import ROOT, environment
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 import browser
 
 TEXT = ROOT / "examples" / "python-docs.jsonl.gz"

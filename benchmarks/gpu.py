@@ -17,8 +17,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 PARTS = {
-    "kernels on the GPU": [sys.executable, "-m", "pytest", "-q", str(TESTS / "test_kernels.py")],
-    "a finish on the GPU": [sys.executable, "-m", "pytest", "-q", str(TESTS / "test_finish.py")],
+    "kernels on the GPU": [sys.executable, "-m", "pytest", "-q", str(TESTS / "unit" / "test_kernels.py")],
+    "the joint stage on the GPU": [sys.executable, "-m", "pytest", "-q", str(TESTS / "unit" / "test_joint.py")],
     "GPT-2 shape": [sys.executable, str(HERE / "train_step.py"), "--shape", "gpt2", "--steps", "5"],
     # one precision at a time: all six steps at once would fill 80 GB
     **{

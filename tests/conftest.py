@@ -1,5 +1,6 @@
 """Tiny but real models of every family, a real tokenizer, text on disk, and the shared folder where there is one."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,9 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
 import pytest
 import torch
 import yaml
-from families import random_model
+from filelock import FileLock
 from hub_client import Clients
 from hub_server import Hub
+from tiny_models import random_model
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 from xdist.scheduler import LoadScopeScheduling
 
@@ -38,7 +40,7 @@ FAMILIES = ("gpt2", "gpt_neox", "llama")
 # pytest 9.2 (xdist 3.8 sets an attribute that it no longer reads), and says nothing.
 TOGETHER = {
     **dict.fromkeys(("test_onnx", "test_onnx_command", "test_onnx_gate", "test_onnx_refusals"), "onnx"),
-    **dict.fromkeys(("test_onnx_clients", "test_stories", "test_deltas", "test_dashboard_pages"), "real models"),
+    **dict.fromkeys(("test_onnx_clients", "test_real_model", "test_deltas", "test_dashboard_pages"), "real models"),
 }
 BY_FILE = {
     *(
@@ -48,8 +50,8 @@ BY_FILE = {
         "test_kinds",
         "test_other_tools",
         "test_own_families",
-        "test_probing",
-        "test_start",
+        "test_probe",
+        "test_token_init",
     ),
     *("test_steering_effect", "test_training"),
 }
@@ -121,9 +123,52 @@ def make_model(family: str, folder: Path, dtype=torch.float32, **changes) -> Pat
     return folder
 
 
+class OnDemand(dict):
+    """A dict whose values are made when they are first asked for."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
+
+
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, Path]:
-    return {family: make_model(family, tmp_path_factory.mktemp(family) / f"tiny-{family}") for family in FAMILIES}
+def once(tmp_path_factory):
+    """Makes a folder in one worker for all of them: once("name", fill) calls fill(folder) where no worker has, and returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+    shared.mkdir(exist_ok=True)
+    used = {}
+
+    def make(name: str, fill) -> Path:
+        folder, made = shared / name, shared / f"{name}.made"
+        with FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                fill(folder)
+                made.write_text(content_of(folder))
+        used[folder] = made.read_text()
+        return folder
+
+    yield make
+    for folder, content in used.items():
+        assert content_of(folder) == content, f"a test has changed {folder}, which all share"
+
+
+def content_of(folder: Path) -> str:
+    """A hash of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="session")
+def models(once) -> dict[str, Path]:
+    """A random model of each family."""
+    return OnDemand(lambda family: once(f"tiny-{family}", lambda folder: make_model(family, folder)))
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -165,10 +210,12 @@ def source(models, text, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
-    return path
+def text(once) -> Path:
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
+
+    return once("text", write) / "text.jsonl"
 
 
 def small_recipe(model: Path, text: Path, folder: Path, **sections) -> dict:
@@ -194,20 +241,21 @@ def small_recipe(model: Path, text: Path, folder: Path, **sections) -> dict:
 
 
 @pytest.fixture(scope="session")
-def converted(models, text, tmp_path_factory) -> dict[str, Path]:
+def converted(models, text, once) -> dict[str, Path]:
     """A finished conversion of each family: layers 0 and 2 of three."""
     from mxd_convert import convert
 
-    folders = {}
-    for family in FAMILIES:
-        output = tmp_path_factory.mktemp("converted") / family
-        convert(small_recipe(models[family], text, output, layers=[0, 2]), quiet=True)
-        folders[family] = output
-    return folders
+    def make(family: str) -> Path:
+        return once(
+            f"converted-{family}",
+            lambda output: convert(small_recipe(models[family], text, output, layers=[0, 2]), quiet=True),
+        )
+
+    return OnDemand(make)
 
 
 @pytest.fixture(scope="session")
-def stories(shared, tmp_path_factory):
+def stories(shared, once):
     """The real 260K story model, all five layers on a tenth of the recipe's tokens."""
     from mxd_convert import convert
 
@@ -221,16 +269,18 @@ def stories(shared, tmp_path_factory):
         "train.batch_tokens": 512,
         "train.log_every": 20,
     }
-    return convert("stories260k", tmp_path_factory.mktemp("stories") / "out", overrides, quiet=True)
+    output = once("stories", lambda output: convert("stories260k", output, overrides, quiet=True))
+    return convert("stories260k", output, overrides, quiet=True)  # there already
 
 
 @pytest.fixture(scope="session")
-def quick(tmp_path_factory):
+def quick(once):
     """The quickstart on a third of its tokens, without its twin."""
     from mxd_convert import convert
 
     overrides = {"data.tokens": 61_440, "data.eval.tokens": 4096, "train.twin": False}
-    return convert("quickstart", tmp_path_factory.mktemp("quick") / "out", overrides, quiet=True)
+    output = once("quickstart", lambda output: convert("quickstart", output, overrides, quiet=True))
+    return convert("quickstart", output, overrides, quiet=True)  # there already
 
 
 TEXT = "Document 3. The value 41 is returned when index 7 is given."
@@ -250,17 +300,15 @@ def brief_parity():
 
 
 @pytest.fixture(scope="session")
-def exported(converted, text, tmp_path_factory) -> dict[str, Path]:
+def exported(converted, text, once) -> dict[str, Path]:
     """Every family exported in float32, with experts and steering."""
     from mxd_convert.commands.export_onnx import export_onnx
 
-    folders = {}
-    for family in FAMILIES:
-        output = tmp_path_factory.mktemp("exported") / family
+    def export(family: str, output: Path) -> None:
         done = export_onnx(converted[family], output, expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
         assert done.failures == []
-        folders[family] = output
-    return folders
+
+    return OnDemand(lambda family: once(f"exported-{family}", lambda output: export(family, output)))
 
 
 def nothing_left(folder: Path) -> bool:

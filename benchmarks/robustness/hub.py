@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
+TESTS = Path(__file__).resolve().parent.parent.parent / "tests" / "support"
 TOKEN, OWNER = "hf_" + "a" * 34, "alice"
 
 

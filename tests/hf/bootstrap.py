@@ -6,7 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 CACHE = Path(os.environ["MXD_HF_TESTS"])
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS / "hf"), str(TESTS), str(TESTS / "support")]
 sys.path.append(str(CACHE / "site-packages"))
 
 import sources  # noqa: E402

@@ -9,11 +9,11 @@ from typing import Any
 
 import bootstrap  # noqa: F401  before the tests of PEFT
 import pytest
-from families import random_model
 from outcomes import FAMILIES, SIDES
 from peft import LoraConfig
 from peft_tests import test_target_parameters
 from small_models import small_config
+from tiny_models import random_model
 
 from mxd_convert.base_model.families import ARCHITECTURES
 

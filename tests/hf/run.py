@@ -38,7 +38,7 @@ def prepare(cache: Path) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "MXD_HF_TESTS": str(cache),
     }
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "support")]
 
 
 def execute(suite: str, families: list[str], workers: int) -> Collector:

@@ -5,9 +5,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from families import tiny
 from mixtures import sites_of
 from outcomes import FAMILIES
+from tiny_models import tiny
 from transformers import AutoModelForCausalLM
 
 from mxd_convert.base_model import swap

@@ -19,7 +19,7 @@ class ExportTesterMixin:
 
 
 class GenerationTesterMixin:
-    """Replaces transformers' tests of `generate`; ours are in tests/test_generation.py."""
+    """Replaces transformers' tests of `generate`; ours are in tests/promises/test_generation.py."""
 
 
 class StableDiffusionPipeline:

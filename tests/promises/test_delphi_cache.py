@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_exporting import CONTEXT, N, blocks_of, checkpoint_of, random_layer
+from test_export import CONTEXT, N, blocks_of, checkpoint_of, random_layer
 
 from mxd_convert import InputError, cache_activations, load_checkpoint
 from mxd_convert.export.delphi import active_entries

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import QUICKSTART, ROOT, TEXT, small_recipe
-from families import SIZES, save_tiny, tiny_model
+from tiny_models import SIZES, save_tiny, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mxd_convert

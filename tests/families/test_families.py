@@ -7,7 +7,7 @@ import pytest
 import torch
 from conformance import BASE_FAILS, IDS, NAMES, NEW, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
 from conftest import ROOT
-from families import LAYERS, tiny_model
+from tiny_models import LAYERS, tiny_model
 
 from mxd_convert import steer
 from mxd_convert.base_model import swap

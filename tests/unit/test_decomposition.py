@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from families import LAYERS, tiny_model
 from test_kinds import KINDS, random_layer
 from test_steering import active_expert, ids_of
+from tiny_models import LAYERS, tiny_model
 
 from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
 from mxd_convert.base_model import swap

@@ -78,9 +78,9 @@ def figures_in(card: str) -> set[str]:
     return set(re.findall(r"(?<![\w.])[+-]?\d[\d,]*\.\d+%?", body))
 
 
-def test_the_figures_are_the_reports(converted):
-    card = (converted["llama"] / "README.md").read_text()
-    report = json.loads((converted["llama"] / "mxd_report.json").read_text())
+def test_the_figures_are_the_reports(copy):
+    card = (copy / "README.md").read_text()
+    report = json.loads((copy / "mxd_report.json").read_text())
 
     def leaves(content):
         if isinstance(content, dict):
@@ -98,11 +98,11 @@ def test_the_figures_are_the_reports(converted):
         assert figure in forms, figure
     changed = {**report, "fidelity": {**report["fidelity"], "delta_ce": 12.345}}
     assert "+12.345" not in card
-    recipe = (converted["llama"] / "recipe.yaml").read_text()
-    write_card(converted["llama"], changed, recipe, base_on_hub=False)
-    assert "+12.345" in (converted["llama"] / "README.md").read_text()
-    write_card(converted["llama"], report, recipe, base_on_hub=False)
-    assert (converted["llama"] / "README.md").read_text() == card
+    recipe = (copy / "recipe.yaml").read_text()
+    write_card(copy, changed, recipe, base_on_hub=False)
+    assert "+12.345" in (copy / "README.md").read_text()
+    write_card(copy, report, recipe, base_on_hub=False)
+    assert (copy / "README.md").read_text() == card
 
 
 def test_the_metadata_is_what_the_hub_takes(converted, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "hf"))
+sys.path.append(str(Path(__file__).parent.parent / "hf"))
 import outcomes
 import sources
 

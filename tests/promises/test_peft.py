@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from families import VOCABULARY, tiny_model
 from mixtures import mixture_of
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import VOCABULARY, tiny_model
 
 from mxd_convert.base_model.families import ARCHITECTURES
 

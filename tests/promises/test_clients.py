@@ -1,6 +1,6 @@
 """Converted models in the tools that people use: transformers' pipeline, Trainer, assisted generation and server, PEFT, lm-evaluation-harness.
 
-nnsight is in tests/test_other_tools.py; runtimes of exported models are in tests/test_onnx_clients.py.
+nnsight is in tests/promises/test_other_tools.py; runtimes of exported models are in tests/promises/test_onnx_clients.py.
 """
 
 import json

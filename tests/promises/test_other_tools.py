@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_exporting import K, checkpoint_of, random_layer
+from test_export import K, checkpoint_of, random_layer
 
 import mxd_convert
 from mxd_convert import InputError, export_steering, load_checkpoint, parse_steering, steer

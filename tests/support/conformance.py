@@ -1,7 +1,7 @@
 """What every converted model has to do as its base does, check by check, for every family of the table.
 
 Each check takes a folder, of the base or of the converted model, and returns what is wrong, or None. What the base passes, the converted
-model has to pass. `tests/test_families.py` runs them; `python tests/conformance.py` writes docs/families.md.
+model has to pass. `tests/families/test_families.py` runs them; `python tests/support/conformance.py` writes docs/families.md.
 """
 
 import inspect
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import VOCABULARY, save_tiny
 from safetensors.torch import load_file
+from tiny_models import VOCABULARY, save_tiny
 from transformers import AutoModelForCausalLM
 
 from mxd_convert.base_model import swap
@@ -27,7 +27,7 @@ from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.layers import MxD
 from mxd_convert.recipe.schema import Base
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 IDS = torch.randint(1, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
 NEW = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 Check = Callable[[Path], str | None]
@@ -360,7 +360,7 @@ def page(cells: dict[tuple[str, str], str]) -> str:
         "# Families",
         "",
         "What can be converted, and what was tried with it: a tiny random model of each family, one of two layers converted by the whole",
-        "pipeline. Written by `make families`; `tests/test_families.py` makes every cell again and wants the same.",
+        "pipeline. Written by `make families`; `tests/families/test_families.py` makes every cell again and wants the same.",
         "",
         f"| model_type | MLP | {' | '.join(NAMES)} |",
         "|---|---|" + "---|" * len(NAMES),
@@ -373,7 +373,7 @@ def page(cells: dict[tuple[str, str], str]) -> str:
     lines += [
         "",
         f"*{BASE_FAILS}*: transformers' own class of the family does not pass that check either. Variants within families, such as Falcon's",
-        "three arrangements of attention and MLP, are in `tests/test_families.py`.",
+        "three arrangements of attention and MLP, are in `tests/families/test_families.py`.",
         "",
         "A family that is not here: [how to add one](add-a-family.md).",
     ]

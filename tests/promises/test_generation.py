@@ -1,6 +1,6 @@
 """`generate` of converted models, mode by mode: against a loop of whole forwards without a cache, and against transformers' own classes.
 
-What a checkpoint's folder has to do is in tests/conformance.py; transformers' own tests of its classes are run by tests/hf.
+What a checkpoint's folder has to do is in tests/support/conformance.py; transformers' own tests of its classes are run by tests/hf.
 """
 
 from functools import cache
@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from families import VOCABULARY, tiny_model
 from mixtures import mixture_of, twin_of
+from tiny_models import VOCABULARY, tiny_model
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "bloom", "qwen3", "gemma3_text")
 PROMPT, NEW, BEAMS, TEMPERATURE, TOP_K, SEED = 9, 12, 3, 0.7, 40, 11

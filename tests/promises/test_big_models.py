@@ -1,7 +1,7 @@
 """accelerate's tools for models larger than memory, on converted models: empty weights, offloading, device maps, tied weights.
 
 accelerate's own tests of them are about toy models of theirs, whose module names and sizes they hold; these ask the same of ours.
-`from_pretrained(device_map=...)` is in tests/conformance.py.
+`from_pretrained(device_map=...)` is in tests/support/conformance.py.
 """
 
 from functools import cache
@@ -20,8 +20,8 @@ from accelerate import (
 )
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import compute_module_sizes, find_tied_parameters, retie_parameters
-from families import VOCABULARY, tiny_model
 from mixtures import mixture_of
+from tiny_models import VOCABULARY, tiny_model
 
 from mxd_convert.base_model.families import ARCHITECTURES
 
