@@ -324,3 +324,17 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_free_space(folder: Path, needed: int, what: str, fix: str = "") -> None:
+    """Raise InputError if the disk of `folder`, which need not exist yet, has less than `needed` bytes free.
+
+    what: begins the message, such as `output.dir: runs/x: the run`. fix: ends it, after "Free some space".
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        sizes = [f"{size / 2**30:,.1f} GiB" if needed >= 2**30 else f"{size / 2**20:,.0f} MiB" for size in (needed, free)]
+        raise InputError(f"{what} needs about {sizes[0]} of disk space, and {sizes[1]} are free. Free some space{fix}.")

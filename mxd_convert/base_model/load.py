@@ -266,6 +266,11 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
     return model.eval().requires_grad_(False)
 
 
+def pick_device(name: str | None) -> torch.device:
+    """Return the device of that name; without a name a CUDA device if there is one, else the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def empty_model(config: Any) -> Any:
     """Return the model of a config without weights, on the meta device."""
     with torch.device("meta"), quiet():

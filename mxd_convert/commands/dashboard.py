@@ -9,7 +9,7 @@ import torch
 
 import mxd_convert
 from mxd_convert import files
-from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.base_model.load import load_tokenizer, pick_device
 from mxd_convert.checkpoint.labels import Label, read_labels
 from mxd_convert.checkpoint.read import checkpoint_settings, load_checkpoint, recorded_base
 from mxd_convert.dashboard.pages import RARE, SHARD, TEXT_SHARD, LayerPages, Source, about_layer, write_data, write_text
@@ -68,7 +68,7 @@ def make_dashboard(
     labels = read_labels(checkpoint)
     model, tokenizer = load_checkpoint(checkpoint, dtype="float32", finite=True), load_tokenizer(str(checkpoint))
     chosen_layers(model, indices)
-    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = pick_device(device)
     with tempfile.TemporaryDirectory() as folder:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, tokenizer, Path(folder))

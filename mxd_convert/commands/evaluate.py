@@ -4,10 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mxd_convert.base_model.families import find_sites
-from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.base_model.load import load_tokenizer, pick_device
 from mxd_convert.checkpoint.read import checkpoint_settings, load_checkpoint, original_of
 from mxd_convert.data.blocks import check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
@@ -52,7 +50,7 @@ def evaluate(
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
         check_vocabulary(blocks, original.config.get_text_config().vocab_size)
-        torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch_device = pick_device(device)
         figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=torch_device, quiet=quiet)
         used = len(blocks) * blocks.context
     about = {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used, "documents": blocks.info.documents}

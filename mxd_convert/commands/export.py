@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mxd_convert.base_model.capture import harvest, observe
+from mxd_convert.base_model.load import pick_device
 from mxd_convert.checkpoint.read import new_folder, read_config, recorded_base
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import InputError, memory_guard
@@ -78,7 +78,7 @@ def export_transcoder(
             converted.set_steering([])
             notes.append("the checkpoint's steering preset is in neither the files nor the figures")
         original, missing = find_base(checkpoint, converted, base)
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = pick_device(device)
         job = Job(converted.to(target), original if original is None else original.to(target), blocks, mask_bos, list(entries))
         with progress(job.steps, quiet, "surrogates", "estimating surrogates and measuring their losses") as advance:
             never = _write_all(form, folder, job, advance)
@@ -169,7 +169,7 @@ def cache_activations(
         model = load_converted(checkpoint)
         if model.config.mxd.get("steering"):
             notes.append("the checkpoint's steering preset was active, so it changes the activations of the layers above")
-        model = model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        model = model.to(pick_device(device))
         sizes = {index: entry["n_experts"] for index, entry in entries.items()}
         caches = {i: LayerCache(scratch / str(i), size, splits, blocks) for i, size in sizes.items()}
         _fill(model, caches, blocks, mask, max(sizes.values()), quiet)

@@ -32,7 +32,7 @@ from mxd_convert.checkpoint.read import (
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory, memory_guard
 from mxd_convert.evaluation.progress import progress
-from mxd_convert.files import file_sha256, finite, write_json
+from mxd_convert.files import check_free_space, file_sha256, finite, write_json
 from mxd_convert.onnx import parity
 from mxd_convert.onnx.card import write_card
 from mxd_convert.onnx.folder import base_type, write_config, write_genai_config, write_tokenizer
@@ -347,15 +347,7 @@ def _check_space(checkpoint: Path, output: Path, dtypes: Sequence[str], quantize
     count = sum(map(math.prod, tensor_shapes(checkpoint).values()))
     needed = sum({"fp32": 4, "fp16": 2}[dtype] for dtype in dtypes) * count * (2 if 4 * count <= INLINE else 1)
     needed += 10 * count if quantized else 0
-    existing = output.absolute().parent
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise InputError(
-            f"{output}: the export needs about {needed / 2**30:.1f} GiB, but the disk has {free / 2**30:.1f} GiB left."
-            " Free some space, or choose another folder."
-        )
+    check_free_space(output.parent, needed, f"{output}: the export", " or choose another folder")
 
 
 @contextmanager

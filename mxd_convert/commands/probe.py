@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mxd_convert.base_model.families import find_sites
-from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.base_model.load import load_tokenizer, pick_device
 from mxd_convert.checkpoint.read import load_checkpoint, original_of, read_config, recorded_base
 from mxd_convert.data.labelled import FEWEST_DOCUMENTS, Labelled, check_classes, read_labelled
 from mxd_convert.errors import InputError, memory_guard
@@ -107,7 +107,7 @@ def probe(
     check_classes([sample.labels[number] for number in kept], name, label_field)
     classes = sorted({sample.labels[number] for number in kept})
     labels_D = np.asarray([classes.index(sample.labels[number]) for number in kept])
-    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = pick_device(device)
     passes = 2 + len(others)
     line = f"probing: {len(encoded):,} documents of {len(classes)} classes, {encoded.tokens:,} tokens, through {passes} models"
     with memory_guard(_MEMORY), progress(passes * len(encoded), quiet, "pooling", line) as advance:

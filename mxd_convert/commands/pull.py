@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from mxd_convert.checkpoint.read import DELTA, belongs
 from mxd_convert.errors import InputError, address_space, disk_guard
-from mxd_convert.files import write_text
+from mxd_convert.files import check_free_space, write_text
 from mxd_convert.hub.client import check_name, client, explained, patiently
 from mxd_convert.hub.content import wrong_files
 from mxd_convert.hub.repository import files_of
@@ -159,8 +159,4 @@ def _check_kind(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoF
 def _check_room(partial: Path, files: Mapping[str, RepoFile]) -> None:
     """Raise InputError if the disk has too little space for the remaining files."""
     need = sum(file.size for path, file in files.items() if not (partial / path).is_file())
-    free = shutil.disk_usage(partial).free
-    if need > free:
-        raise InputError(
-            f"{partial}: {need / 2**20:,.0f} MiB remain to download and {free / 2**20:,.0f} MiB are free. Free some space."
-        )
+    check_free_space(partial, need, f"{partial}: the rest of the download")

@@ -25,7 +25,7 @@ from mxd_convert.checkpoint.workspace import Workspace
 from mxd_convert.commands.run import convert
 from mxd_convert.data.blocks import check_vocabulary, prepare
 from mxd_convert.errors import InputError, NotFinite, disk_guard
-from mxd_convert.files import read_mapping, read_sealed, write_sealed
+from mxd_convert.files import check_free_space, read_mapping, read_sealed, write_sealed
 from mxd_convert.plan.memory import budget, check_memory, fitting_together
 from mxd_convert.plan.resolve import Plan, check_gradients, make_plan
 from mxd_convert.recipe.load import load_recipe, parse_list
@@ -193,12 +193,8 @@ def _claim(folder: Path, runs: list[_Run], fresh: bool) -> dict[str, Any]:
         for name in ("runs", "plots", "data"):
             shutil.rmtree(folder / name, ignore_errors=True)
     left = [run for run in runs if not (run.plan.output / REPORT).is_file()]
-    need, free = sum(run.plan.disk_bytes for run in left), shutil.disk_usage(folder).free
-    if need > free:
-        raise InputError(
-            f"--output {folder}: the {len(left)} runs need about {need / 2**20:,.0f} MiB of disk space and {free / 2**20:,.0f} MiB are"
-            " free. Free some space or choose another folder."
-        )
+    need = sum(run.plan.disk_bytes for run in left)
+    check_free_space(folder, need, f"--output {folder}: the sweep of {len(left)} runs", " or choose another folder")
     mark = {"recipes": ours, "rows": rows}
     write_sealed(folder / MARK, mark)
     return mark

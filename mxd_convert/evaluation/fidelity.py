@@ -19,6 +19,7 @@ from mxd_convert.data.blocks import Blocks
 from mxd_convert.evaluation.layer_figures import LayerFigures
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.verdict import sentence, verdict
+from mxd_convert.layers.losses import kl_terms
 from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 PERMUTATIONS = 3  # of the experts of each layer, for routing necessity
@@ -133,7 +134,7 @@ def _compare(
     totals.add_cross_entropy("base", theirs, ids_BT)
     totals.add_cross_entropy("converted", ours, ids_BT)
     theirs, ours = theirs[:, :-1].float().log_softmax(-1), ours[:, :-1].float().log_softmax(-1)
-    totals.add("kl", (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+    totals.add("kl", kl_terms(theirs, ours).sum(dtype=torch.float64))
     totals.add("top1", (theirs.argmax(-1) == ours.argmax(-1)).sum())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxd_convert.layers.losses import fraction_of_variance_unexplained
 from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 ALWAYS_ON = 0.5  # firing rate above which an expert is always on
@@ -33,8 +34,7 @@ class Variance:
 
     def fvu(self) -> float:
         """Return the squared error divided by the variance of the targets, both summed over outputs."""
-        variance = self.squares - self.sums_O.square().sum() / max(self.tokens, 1)
-        return (self.error / variance.clamp_min(1e-30)).item()
+        return fraction_of_variance_unexplained(self.error, self.squares, self.sums_O, max(self.tokens, 1))
 
     def mean_O(self) -> Tensor:
         """Return the mean target."""

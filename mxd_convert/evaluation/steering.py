@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mxd_convert.errors import InputError
-from mxd_convert.modeling.configuration_mxd import STEERING, read_steering
+from mxd_convert.modeling.steering_mxd import STEERING, read_steering
 
 
 @contextmanager

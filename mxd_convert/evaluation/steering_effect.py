@@ -19,6 +19,7 @@ from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.experts.decomposition import sparse
 from mxd_convert.evaluation.steering import steer
+from mxd_convert.layers.losses import kl_terms
 
 PERCENTILE = 0.99  # of an expert's positive coefficients: the unit of strength
 _ROWS = 16  # blocks or contexts per forward
@@ -135,7 +136,7 @@ class SteeringEffect:
         with torch.no_grad(), steer(self.model, expert.layer, expert.number, add=amount):
             steered = self._next()
             written = self._write()
-        kl = (self.plain.exp() * (self.plain - steered)).sum(-1).mean().item()
+        kl = kl_terms(self.plain, steered).sum(-1).mean().item()
         return Effect(expert.layer, expert.number, strength, amount, kl, *self._figures(written))
 
     @torch.no_grad()

@@ -44,3 +44,17 @@ class _SquaredError(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         error_BO, weight_B = ctx.saved_tensors
         return error_BO * (2 * grad * weight_B).unsqueeze(-1), None, None
+
+
+def kl_terms(base_log_probs: Tensor, log_probs: Tensor) -> Tensor:
+    """Return the terms of KL(base || other), in nats; their sum over the last dimension, the vocabulary, is the divergence."""
+    return base_log_probs.exp() * (base_log_probs - log_probs)
+
+
+def fraction_of_variance_unexplained(squared_error: Tensor, squares: Tensor, sums_O: Tensor, tokens: Tensor | int) -> float:
+    """Return FVU: squared error divided by the variance of the targets, both summed over outputs.
+
+    squares: the sum of the squared targets. sums_O: the sum of the targets.
+    """
+    variance = squares - sums_O.square().sum() / tokens
+    return (squared_error / variance.clamp_min(1e-30)).item()

@@ -1,4 +1,4 @@
-"""The code that every checkpoint ships: three flat files that depend only on torch and transformers."""
+"""The code that every checkpoint ships: four flat files that depend only on torch and transformers."""
 
 from pathlib import Path
 

@@ -25,6 +25,8 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
+from .steering_mxd import read_steering
+
 FORMAT_VERSION = 2  # version 2 adds `then` to the `mxd` entry, which readers of version 1 would ignore
 _LINEAR = {"activation": "gelu", "glu": False}  # default settings of the linear factor
 _GAIN = {"sparsity": "topk"}  # default settings of the gain
@@ -37,8 +39,6 @@ KINDS = {
     "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, "skip": False, "dropout": 0.0}),
 }
 MOST = 2**31  # largest width or number of experts; larger tensors can't be indexed
-STEERING = ("add", "set", "scale", "ablate")
-POSITIONS = ("all", "prompt", "generation")
 
 
 def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
@@ -106,50 +106,6 @@ def format_version(then: Sequence[str]) -> int:
 def mlp_paths(mxd: Mapping[str, Any], index: int | str) -> tuple[str, ...]:
     """Return the prefixes of the tensor names of a layer and of the modules that it replaces."""
     return tuple(f"{path.format(i=index)}." for path in (mxd["mlp"], *mxd.get("then", [])))
-
-
-def read_steering(orders: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Check steering orders against the layers' entries and return them with all defaults filled in.
-
-    Raises ValueError, with a message of one line, if an order is invalid.
-    """
-    if not isinstance(orders, Sequence) or not all(isinstance(order, Mapping) for order in orders):
-        raise ValueError(f"steering: {orders!r}: expected a list of mappings with layer, expert and one of {', '.join(STEERING)}")
-    return [_read_order(order, layers) for order in orders]
-
-
-def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
-    layer, expert, positions = order.get("layer"), order.get("expert"), order.get("positions", "all")
-    if str(layer) not in layers:
-        raise ValueError(f"layer {layer} is not converted; converted are {', '.join(layers)}")
-    count = layers[str(layer)].get("n_experts", 0)
-    if not count:
-        raise ValueError(f"layer {layer} is a {layers[str(layer)]['kind']}, which has no experts to steer")
-    if type(expert) is not int or not 0 <= expert < count:
-        raise ValueError(f"layer {layer} has experts 0 to {count - 1}; there is no expert {expert}")
-    how = [key for key in order if key not in ("layer", "expert", "positions")]
-    if len(how) != 1 or how[0] not in STEERING:
-        raise ValueError(
-            f"steering of expert {expert} of layer {layer}: give one of {', '.join(STEERING)}, not {', '.join(how) or 'none'}"
-        )
-    value = order[how[0]]
-    if how[0] == "ablate":
-        good = value is True
-    else:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e6  # False for NaN
-    if not good:
-        expected = "true" if how[0] == "ablate" else "a number up to a million either way"
-        raise ValueError(f"steering of expert {expert} of layer {layer}: {how[0]} is {value!r}; expected {expected}")
-    if positions not in POSITIONS:
-        raise ValueError(
-            f"steering of expert {expert} of layer {layer}: positions {positions!r}; expected one of {', '.join(POSITIONS)}"
-        )
-    return {
-        "layer": int(str(layer)),
-        "expert": expert,
-        how[0]: value if how[0] == "ablate" else float(value),
-        "positions": positions,
-    }
 
 
 def config_class(stem: str) -> type[PretrainedConfig]:

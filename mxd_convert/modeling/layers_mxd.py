@@ -5,11 +5,8 @@ Shape suffixes: B tokens (any number of leading dimensions), T tokens of a seque
 width, N experts, K active experts.
 """
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_mxd import KINDS
+from .steering_mxd import orders_of
 
 ORDER = ("d_in", "d_hidden", "d_out", "n_experts", "k")  # order of the sizes in an entry
 
@@ -59,45 +57,6 @@ class Gain(nn.Module):
         for expert, change_B in changes:
             gain_BO = gain_BO + change_B.to(gain_BO.dtype).unsqueeze(-1) * experts_NO[expert].to(gain_BO.dtype)
         return gain_BO
-
-
-# Steering orders by id of the layer. Each thread (or asyncio task) has its own, so that several can steer one model at once.
-_steered: ContextVar[Mapping[int, tuple[dict[str, Any], ...]]] = ContextVar("mxd_steered", default=MappingProxyType({}))
-_counting = threading.Lock()  # guards `contexts` and `was_steered` of the layers
-
-
-@contextmanager
-def steering(layers: Sequence[Any], orders: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Steer `layers` in this thread within the context, each by the orders for its `index`."""
-    thread, outer = threading.get_ident(), _steered.get()
-    inner = {id(layer): tuple(order for order in orders if order["layer"] == layer.index) for layer in layers}
-    token = _steered.set({**outer, **{key: outer.get(key, ()) + inner[key] for key in inner}})
-    with _counting:
-        for layer in layers:
-            layer.contexts, layer.was_steered = [*layer.contexts, thread], True
-    try:
-        yield
-    finally:
-        _steered.reset(token)
-        with _counting:
-            for layer in layers:
-                left = list(layer.contexts)
-                left.remove(thread)
-                layer.contexts = left
-
-
-def orders_of(layer: Any) -> list[dict[str, Any]]:
-    """Return a layer's steering orders in this thread: those of the checkpoint, then those of the enclosing contexts.
-
-    Raises ValueError in a thread without a context while another thread steers the layer: its intended steering is unknown.
-    """
-    given = _steered.get()
-    if layer.contexts and id(layer) not in given and threading.get_ident() not in layer.contexts:
-        raise ValueError(
-            "the model is steered in another thread, and this one does not say whether it is to be steered: run it within"
-            " `with model.steered([]):` for no steering, or start the thread with `contextvars.copy_context().run` to inherit it"
-        )
-    return [*layer.steering, *given.get(id(layer), ())]
 
 
 _orders_of = torch.compiler.disable(orders_of)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
 
-from .configuration_mxd import config_class, read_steering
-from .layers_mxd import FactoredLayer, build_layer, orders_of, position, steering
+from .configuration_mxd import config_class
+from .layers_mxd import FactoredLayer, build_layer, position
+from .steering_mxd import orders_of, read_steering, steering
 
 # State per thread, because several threads may run one model at once: the number of prompt tokens of a running `generate`, by id
 # of the model; and (B, T) of the tokens that a decoder layer flattens.

@@ -17,6 +17,7 @@ from torch import Tensor
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.evaluation.fidelity import rows_a_batch
 from mxd_convert.evaluation.steering import steered
+from mxd_convert.layers.losses import kl_terms
 from mxd_convert.modeling.layers_mxd import Coefficients
 from mxd_convert.onnx.runtime import Array, OnnxModel
 
@@ -78,7 +79,7 @@ class Comparison:
         self.largest_logit = max(self.largest_logit, float(np.abs(theirs_BTV[text_BT]).max()))
         for ours_V, theirs_V in zip(ours_BTV[text_BT], theirs_BTV[text_BT], strict=True):
             p, q = (torch.from_numpy(row).double().log_softmax(-1) for row in (theirs_V, ours_V))
-            self.kl += float((p.exp() * (p - q)).sum())
+            self.kl += float(kl_terms(p, q).sum())
 
     def figures(self) -> dict[str, Any]:
         """Return the figures of onnx_report.json."""

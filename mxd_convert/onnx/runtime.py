@@ -4,8 +4,6 @@ Text needs the folder's tokenizer.json and the package tokenizers; token ids don
 P past tokens, V vocabulary, N experts, K active experts.
 """
 
-import math
-import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +17,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # must be set before onnxru
 import onnxruntime as ort
 
 from mxd_convert.errors import InputError
+from mxd_convert.modeling.steering_mxd import read_steering
 from mxd_convert.onnx import validation
 
 GRAPHS = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}  # file names of transformers.js
@@ -189,7 +188,7 @@ class OnnxModel:
         validation.check_step(self.file, ids.shape, {name: found[name] for name in ("logits", *self._experts)})
         cache.mask, cache.positions = full_mask, cache.positions + new.sum(1)
         cache.tensors = {name: found[name.replace("past_key_values", "present")] for name in cache.tensors}
-        return Step(found["logits"].numpy(), self._codes({name: found[name].numpy() for name in self._experts}))
+        return Step(found["logits"].numpy(), self._coefficients({name: found[name].numpy() for name in self._experts}))
 
     def prefill(self, ids: Array, cache: Cache, mask: Array, steering: Iterable[Mapping[str, Any]] = ()) -> Step:
         """Run the model on a prompt in pieces of `PREFILL` tokens, which limits memory. Arguments and errors as in `step`.
@@ -213,34 +212,24 @@ class OnnxModel:
             "steering.amounts": np.array([order["add"] for order in orders], dtype=np.float32),
         }
 
-    def _checked(self, steering: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        orders = list(steering)
-        if orders and not self._steerable:
+    def _checked(self, steering: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the orders, completed. A graph can only add to coefficients."""
+        given = list(steering)
+        if given and not self._steerable:
             raise InputError(f"{self.folder}: its graph has no steering inputs; export it with --steering")
+        try:
+            orders = read_steering(given, {str(index): layer for index, layer in self.layers.items()})
+        except ValueError as error:
+            raise InputError(f"steering: {error}") from None
         for order in orders:
-            self._check(order)
+            if "add" not in order:
+                raise InputError(
+                    f"steering of expert {order['expert']} of layer {order['layer']}: an ONNX graph can only add to coefficients;"
+                    " give a number as `add`"
+                )
         return orders
 
-    def _check(self, order: Mapping[str, Any]) -> None:
-        layer: Any = order.get("layer")
-        expert: Any = order.get("expert")
-        amount: Any = order.get("add")
-        if layer not in self.layers:
-            raise InputError(f"steering: layer {layer} is not converted; converted are {', '.join(map(str, self.layers))}")
-        count = self.layers[layer].get("n_experts", 0)
-        if not _is_number(expert, numbers.Integral) or not 0 <= int(expert) < count:
-            experts = f"experts 0 to {count - 1}" if count else "no experts"
-            raise InputError(f"steering: layer {layer} has {experts}; there is no expert {expert}")
-        if set(order) - {"layer", "expert", "add", "positions"} or amount is None:
-            raise InputError(
-                f"steering of expert {expert} of layer {layer}: an ONNX graph can only add to coefficients; give a number as `add`"
-            )
-        if not _is_number(amount, numbers.Real) or not math.isfinite(float(amount)):
-            raise InputError(f"steering of expert {expert} of layer {layer}: add is {amount!r}; expected a number")
-        if order.get("positions", "all") not in ("all", "prompt", "generation"):
-            raise InputError(f"steering: positions {order['positions']!r}; expected one of all, prompt, generation")
-
-    def _codes(self, found: Mapping[str, Array]) -> dict[int, tuple[Array, Array] | Array]:
+    def _coefficients(self, found: Mapping[str, Array]) -> dict[int, tuple[Array, Array] | Array]:
         coefficients: dict[int, tuple[Array, Array] | Array] = {}
         for index in self.layers:
             values, indices = found.get(f"experts.{index}.values"), found.get(f"experts.{index}.indices")
@@ -365,11 +354,6 @@ def _next_tokens(logits_BV: Array, temperature: float, random: np.random.Generat
         return np.asarray(logits_BV.argmax(-1))
     scaled = logits_BV.astype(np.float64) / temperature
     return np.asarray((scaled + random.gumbel(size=scaled.shape)).argmax(-1))  # Gumbel-max: a sample from the softmax
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    """Return whether a value is a Python or numpy number of a kind. A bool is not a number."""
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _joined(steps: list[dict[int, tuple[Array, Array] | Array]]) -> dict[int, tuple[Array, Array] | Array]:

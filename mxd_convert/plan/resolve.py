@@ -1,7 +1,6 @@
 """Resolution of a recipe against its base model, from the base's config alone, before any weight is loaded."""
 
 import importlib.util
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mxd_convert.base_model.remote_code import trusting
 from mxd_convert.data.blocks import tokens_to_read
 from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError
+from mxd_convert.files import check_free_space
 from mxd_convert.layers import LayerSpec
 from mxd_convert.recipe.presets import joint_steps, resolve_hidden, resolve_train, steps_of
 from mxd_convert.recipe.schema import Recipe, is_local, layer_indices
@@ -327,12 +327,4 @@ def check_processes(plan: Plan, processes: int) -> None:
 
 def check_space(plan: Plan) -> None:
     """Raise InputError if the disk of the output folder has too little free space for the run."""
-    folder = plan.output
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < plan.disk_bytes:
-        raise InputError(
-            f"output.dir: {plan.output}: the run needs about {plan.disk_bytes / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} are free."
-            " Free some space or choose another output.dir."
-        )
+    check_free_space(plan.output, plan.disk_bytes, f"output.dir: {plan.output}: the run", " or choose another output.dir")

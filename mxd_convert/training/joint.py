@@ -17,6 +17,7 @@ from mxd_convert.base_model.capture import recording
 from mxd_convert.base_model.swap import standing_in
 from mxd_convert.data.blocks import block_order
 from mxd_convert.layers import LayerSpec, Trainable, normalised_mse
+from mxd_convert.layers.losses import kl_terms
 from mxd_convert.modeling.layers_mxd import Coefficients
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
@@ -153,7 +154,7 @@ class JointStage(Stage):
         stand_ins = {index: InPlace(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
         with standing_in(base, source.sites, stand_ins):
             log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        kl = (base_log_probs.exp() * (base_log_probs - log_probs)).sum(-1).mean()
+        kl = kl_terms(base_log_probs, log_probs).sum(-1).mean()
         own: dict[int, Tensor] = {}
         for index, layer in stand_ins.items():
             target_BO = seen[index].outputs.flatten(0, 1).float()

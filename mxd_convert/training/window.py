@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mxd_convert.layers import Trainable
+from mxd_convert.layers.losses import fraction_of_variance_unexplained
 
 FEW = 256  # tokens summed in float32 before they are added in float64
 
@@ -66,10 +67,9 @@ class Window:
     def figures(self) -> dict[str, float]:
         """Return loss, fvu (fraction of variance unexplained), l0 (active experts per token) and dead_fraction (of experts)."""
         tokens = self.tokens.clamp_min(1)
-        variance = self.output_squares - self.output_sum.square().sum() / tokens
         return {
             "loss": (self.loss / tokens).item(),
-            "fvu": (self.squared_error / variance.clamp_min(1e-30)).item(),
+            "fvu": fraction_of_variance_unexplained(self.squared_error, self.output_squares, self.output_sum, tokens),
             "l0": (self.active / tokens).item(),
             "dead_fraction": 1.0 - self.alive.double().mean().item() if len(self.alive) else 0.0,
         }

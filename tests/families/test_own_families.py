@@ -237,7 +237,7 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     """The whole way, where it is trusted: evaluated, verified without the package, edited, reverted."""
     names = {path.name for path in odd_converted.glob("*.py")}
     glue = {"configuration_mxd_base.py", "modeling_mxd_base.py"}
-    assert names == {*CODE, *glue, "configuration_mxd.py", "layers_mxd.py", "modeling_mxd.py"}
+    assert names == {*CODE, *glue, "configuration_mxd.py", "layers_mxd.py", "modeling_mxd.py", "steering_mxd.py"}
     card = (odd_converted / "README.md").read_text()
     assert "among them the base model's own" in card
     assert "mxd-convert --trust-remote-code inspect full" in card

@@ -22,7 +22,8 @@ from mxd_convert.errors import InputError
 
 CONTRACT_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "configuration_mxd.py",
-    "layers_mxd.py", "modeling_mxd.py", "README.md", "recipe.yaml", "mxd_report.json", "training_log.jsonl", "plots", "mxd_local.json",
+    "layers_mxd.py", "modeling_mxd.py", "steering_mxd.py", "README.md", "recipe.yaml", "mxd_report.json", "training_log.jsonl", "plots",
+    "mxd_local.json",
 }  # fmt: skip
 
 
@@ -212,7 +213,7 @@ def test_too_little_space_is_told_before_the_work(models, text, tmp_path, monkey
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(InputError, match=r"needs about .* MiB of disk and 0 are free"):
+    with pytest.raises(InputError, match=r"needs about .* MiB of disk space, and 0 MiB are free"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1]), quiet=True)
 
 

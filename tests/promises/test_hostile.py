@@ -56,7 +56,7 @@ def test_verify_runs_no_code_of_the_checkpoint_and_hands_on_no_token(trap, monke
         seen.append(env)
         request = json.loads(Path(command[-1]).read_text())
         files = sorted(path.relative_to(request["checkpoint"]).as_posix() for path in Path(request["checkpoint"]).rglob("*.py"))
-        assert files == ["configuration_mxd.py", "layers_mxd.py", "modeling_mxd.py"]
+        assert files == ["configuration_mxd.py", "layers_mxd.py", "modeling_mxd.py", "steering_mxd.py"]
         return run(command, env=env, **options)
 
     monkeypatch.setattr(verification.subprocess, "run", watched)

@@ -24,7 +24,7 @@ FLOORS = [
 MOST_FLOORS, MOST_ENTRIES = 8, 24
 LONGEST = 450  # lines of a file of the package
 LONGEST_TEST = 450
-STANDARD = {"collections", "contextlib", "contextvars", "pathlib", "re", "threading", "types", "typing"}
+STANDARD = {"collections", "contextlib", "contextvars", "numbers", "pathlib", "re", "threading", "types", "typing"}
 
 
 def module_of(path: Path, package: Path = PACKAGE) -> str:
