@@ -10,15 +10,18 @@ quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
 	$(BIN)/mxd-convert verify runs/quickstart
 
-# a worker more than two cores have: many tests wait for programs that they start
+# one worker more than this machine's two cores, since many tests wait for programs that they start; six minutes
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 3 -m "not slow" tests
+	$(BIN)/python -m pytest -n 3 -m "not slow and not full" tests
+
+# everything, `make test` included
+test-all: $(VENV)/installed
+	$(BIN)/python -m pytest -n 3 -m "not slow" --durations=25 tests
+	$(MAKE) slow
 
 # what takes longest of every family's checks
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m slow tests
-
-test-all: test slow
 
 # transformers' and PEFT's own tests on our classes, with the classes that these derive from as the control; six minutes
 hf-tests: $(VENV)/installed

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from filelock import FileLock
 from hub_client import Clients
 from hub_server import Hub
+from selection import group_of, is_full, unmatched
 from tiny_models import random_model
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 from xdist.scheduler import LoadScopeScheduling
@@ -36,35 +36,6 @@ TOKEN, OTHERS = "hf_thetokenthatnothingmayshow", "hf_somebodyelses"
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 
 
-# Tests that share what takes long to make go to one of the processes. pytest-xdist's own mark for that, xdist_group, does nothing under
-# pytest 9.2 (xdist 3.8 sets an attribute that it no longer reads), and says nothing.
-TOGETHER = {
-    **dict.fromkeys(("test_onnx", "test_onnx_command", "test_onnx_gate", "test_onnx_refusals"), "onnx"),
-    **dict.fromkeys(("test_onnx_clients", "test_real_model", "test_deltas", "test_dashboard_pages"), "real models"),
-}
-BY_FILE = {
-    *(
-        "test_data",
-        "test_evaluation",
-        "test_kernels",
-        "test_kinds",
-        "test_other_tools",
-        "test_own_families",
-        "test_probe",
-        "test_token_init",
-    ),
-    *("test_steering_effect", "test_training"),
-}
-
-
-def group_of(nodeid: str) -> str:
-    """What a test is sent to a process with: itself, where it shares nothing that takes long to make."""
-    file = Path(nodeid.split("::", maxsplit=1)[0]).stem
-    if file == "test_families" and (of := re.search(r"converted_model_does\[(\w+)-", nodeid)):
-        return f"family {of[1]}"
-    return TOGETHER.get(file, file if file in BY_FILE else nodeid)
-
-
 class Scheduling(LoadScopeScheduling):
     """pytest-xdist's, with these groups."""
 
@@ -77,8 +48,13 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items):
-    """The longest test by itself comes first, lest all others wait for it in the end."""
+def pytest_collection_modifyitems(config, items):
+    """Mark what only `make test-all` runs. The longest test comes first, so that no worker waits for it in the end."""
+    for item in items:
+        if is_full(item.nodeid):
+            item.add_marker(pytest.mark.full)
+    if config.args == ["tests"] and (patterns := unmatched([item.nodeid for item in items])):
+        raise pytest.UsageError(f"tests/support/selection.py: no test matches {', '.join(patterns)}")
     items.sort(key=lambda item: "tour_in_the_readme" not in item.nodeid)
 
 

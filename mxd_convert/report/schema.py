@@ -18,7 +18,7 @@ def _number(value: Any) -> Any:
     raise ValueError("expected a number or null")
 
 
-Figure = Annotated[float | None, BeforeValidator(_number)]
+Figure = Annotated[int | float | None, BeforeValidator(_number)]
 Count = Annotated[int | None, Field(ge=0, le=10**15)]
 Name = Annotated[str, Field(max_length=10_000)]
 

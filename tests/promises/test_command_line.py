@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from mxd_convert.recipe.load import load_recipe
 
 
-def test_help_is_quick_and_has_examples():
-    start = time.monotonic()
+def test_help_has_examples_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-m", "mxd_convert.cli", "run", "--help"], capture_output=True, text=True, check=True)
     assert "Example" in done.stdout
     code = "import sys; sys.orig_argv[1:3] = ['-m', 'mxd_convert.cli']; import mxd_convert.cli; print('torch' in sys.modules)"
@@ -26,7 +24,6 @@ def test_help_is_quick_and_has_examples():
     )
     light = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert light.stdout.strip() == "2 False", "a mistake in the recipe is told only after torch is loaded"
-    assert time.monotonic() - start < 60
 
 
 def test_init_writes_a_commented_recipe_that_reads_back(mxd, models, tmp_path):

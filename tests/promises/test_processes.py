@@ -132,7 +132,9 @@ def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
     cut = two_processes(recipe)
     wait_for_states(tmp_path / "two", 3)
-    subprocess.run(["pkill", "-KILL", "-f", str(recipe)], check=False)
+    launcher = psutil.Process(cut.pid)
+    for process in [*launcher.children(recursive=True), launcher]:
+        process.kill()
     cut.communicate(timeout=60)
     assert not (tmp_path / "two").exists(), "the kill came too late to show anything"
     finish_in_two(recipe, tmp_path / "two")
