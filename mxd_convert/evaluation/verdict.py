@@ -48,10 +48,11 @@ def sentence(layers: Mapping[str, Mapping[str, Any]], rise: float, twin_rise: fl
     where = "only" if failing else "at least"
     against = "the dense twin was not trained"
     if twin_rise is not None:
-        gap = rise - twin_rise
+        gap = round(rise - twin_rise, 3)
+        saved = f"{'save' if gap < 0 else 'add'} {abs(gap):.3f} nats per token over a constant gain"
         against = (
-            f"the dense twin rises {twin_rise:+.3f}, this model {rise:+.3f}: "
-            f"the experts {'save' if gap < 0 else 'add'} {abs(gap):.3f} nats per token over a constant gain"
+            f"cross-entropy rises by {rise:.3f} nats per token, and by {twin_rise:.3f} in the dense twin: the experts"
+            f" {saved if gap else 'are as faithful as a constant gain'}"
         )
     return f"{found}: {where} {', '.join(grounds)}{_narrow(layers)}; {against}"
 

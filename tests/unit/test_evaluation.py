@@ -255,11 +255,12 @@ def test_the_sentence_gives_the_grounds():
         "experts carry the layer: at least 0.70 of the output's variance is not explained by a constant gain (layer 3), 0.80 "
     )
     assert said.endswith(
-        "the dense twin rises +0.500, this model +0.300: the experts save 0.200 nats per token over a constant gain"
+        "cross-entropy rises by 0.300 nats per token, and by 0.500 in the dense twin: the experts save 0.200 nats per token over a constant gain"
     )
     said = sentence({"0": good, "3": weak}, 0.5, None)
     assert said == (
         "experts not shown to matter: only 0.31 of the output's variance depends on which experts fire (layer 3); the dense twin was not trained"
     )
     assert "the experts add 0.100 nats per token over a constant gain" in sentence({"0": good}, 0.5, 0.4)
+    assert sentence({"0": good}, 0.5, 0.5001).endswith("the experts are as faithful as a constant gain")
     assert sentence({"0": dict.fromkeys(good)}, 0.5, None) == "not applicable: these layers have no experts"

@@ -237,7 +237,7 @@ def test_the_dense_twin_of_a_run_is_the_one_that_is_trained_alone(finished, mode
     assert twin["ce"] == alone["ce_converted"]
     assert twin["delta_ce"] == pytest.approx(alone["delta_ce"])
     assert twin["gap"] == pytest.approx(report["fidelity"]["ce_converted"] - twin["ce"])
-    assert f"the dense twin rises {twin['delta_ce']:+.3f}" in report["reliance"]["sentence"]
+    assert f"by {twin['delta_ce']:.3f} in the dense twin" in report["reliance"]["sentence"]
     assert report["reliance"]["sentence"] in (tmp_path / "out" / "README.md").read_text()
     trained, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", finished["mxd"].output))
     assert all(torch.equal(trained[name], plain[name]) for name in plain)
