@@ -330,7 +330,7 @@ def test_init_writes_a_model_path_that_holds_where_the_recipe_is(mxd, refused, m
 def test_generate_refuses_what_overflows(refused, converted):
     folder = converted["llama"]
     refused("generate", folder, "--prompt", "a", "--temperature", "nan", words=("--temperature",))
-    refused("generate", folder, "--prompt", "a", "--steer", "0:1:1e300", words=("--steer", "beyond"))
+    refused("generate", folder, "--prompt", "a", "--steer", "0:1:1e300", words=("--steer", "exceeds"))
     refused("generate", folder, "--prompt", "a", "--seed", "99999999999999999999999", words=("--seed",))
 
 

@@ -37,7 +37,7 @@ def test_a_line_and_status_2_is_a_refusal():
 @pytest.mark.parametrize(
     ("ended", "reason"),
     [
-        (outcome(1, err=TRACE), "traceback: KeyError: 1 <- mxd_convert/checkpoint/labels.py:3 read"),
+        (outcome(1, err=TRACE), "traceback: KeyError: 1 <- checkpoint/labels.py:3 read"),
         (outcome(3), "exit status 3"),
         (outcome(-11), "ended by signal 11"),
         (outcome(None), "took more than"),
