@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed
 
 # one worker more than this machine's two cores, since many tests wait for programs that they start; six minutes
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 3 -m "not slow and not full" tests
+	$(BIN)/python -m pytest -n 3 -m "not slow and not full" --durations=25 tests
 
 # everything, `make test` included
 test-all: $(VENV)/installed
