@@ -177,10 +177,11 @@ def _torch(kind: str, folder: Path, threads: int) -> Callable[[int, int], list[f
     import torch
     from transformers import AutoModelForCausalLM
 
+    from mxd_convert.modeling import layers_mxd  # importing the package lets transformers know the checkpoint
+
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder / ("base" if kind == "base" else "mxd")).eval()
     if kind == "dense":
-        from mxd_convert.modeling import layers_mxd
 
         def scattered(values: Any, indices: Any, rows: Any) -> Any:
             return torch.zeros(*values.shape[:-1], rows.shape[0]).scatter_(-1, indices, values) @ rows

@@ -259,7 +259,8 @@ def alone(_: Path, folder: Path) -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.pt"))
         content = {"checkpoint": str(folder), "input_ids": IDS.tolist(), "answer": str(answer), "logits": str(output)}
-        request.write_text(json.dumps({**content, "blocked": True, "trusted": True}))
+        content |= {"path": [entry for entry in sys.path if entry], "trusted": True, "tokenizer_trusted": True}
+        request.write_text(json.dumps({**content, "blocked": True}))
         environment = {
             "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
             "HF_HUB_OFFLINE": "1",
