@@ -61,6 +61,7 @@ def make(name: str, folder: Path) -> dict[str, int]:
     from mxd_convert.checkpoint.read import load_checkpoint
     from mxd_convert.onnx.graph import build_graph, without_experts
     from mxd_convert.onnx.quantize import as_products, quantize
+    from mxd_convert.onnx.runtime import METADATA
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -70,10 +71,12 @@ def make(name: str, folder: Path) -> dict[str, int]:
     converted = insert_layers(base, layers)
     converted.save_pretrained(folder / "mxd")
     sizes = _bytes(base, converted)
+    described = json.dumps({str(index): layer.entry() for index, layer in layers.items()})  # as export-onnx does
     del base, layers, converted
     (folder / "onnx").mkdir()
     for dtype in ("float32", "float16"):
         graph = without_experts(build_graph(load_checkpoint(folder / "mxd", dtype=dtype), 20, steering=False))
+        graph.metadata_props[METADATA] = described
         short = {"float32": "fp32", "float16": "fp16"}[dtype]
         ir.save(graph, folder / "onnx" / f"{short}.onnx", external_data=f"{short}.onnx_data")
         if dtype == "float32":
