@@ -270,7 +270,7 @@ def belongs(path: str) -> bool:
 
 
 def recorded_base(config: Any) -> dict[str, Any]:
-    """Return the record of the base model in config.json, or {} if there is none."""
+    """Return the record of the base model in config.json, or {} without one."""
     recorded = (config.mxd or {}).get("base")
     return recorded if isinstance(recorded, dict) else {}
 

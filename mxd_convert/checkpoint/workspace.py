@@ -48,7 +48,7 @@ class Workspace:
         self.work = output.parent / f"{output.name}.partial"
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the report of this recipe's finished result, or None if there is none yet.
+        """Return the report of this recipe's finished result, or None before it has finished.
 
         Raises InputError if the output or the workspace has something else, or can't be written.
         """

@@ -80,7 +80,7 @@ def _chunk_of_the_optimiser(recipe: Recipe, group: Sequence[LayerPlan]) -> int:
 
 
 def _joint(plan: Plan, processes: int) -> int:
-    """Return the bytes of the joint stage; 0 if there is none."""
+    """Return the bytes of the joint stage, 0 without a joint stage."""
     recipe = plan.recipe
     if not plan.joint_steps:
         return 0

@@ -376,7 +376,7 @@ class Stage:
         self.save_seconds = self.saved_at - start
 
     def _restore(self) -> None:
-        """Resume from the newest undamaged state, or begin a new pass if there is none."""
+        """Resume from the newest undamaged state, or begin a new pass without one."""
         found = load_state(self.folder, self.recipe.fingerprint())
         if found is None or found[2]["layers"] != list(self.layers):
             if self.writes:
