@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -99,18 +100,6 @@ def make_model(family: str, folder: Path, dtype=torch.float32, **changes) -> Pat
     return folder
 
 
-class OnDemand(dict):
-    """A dict whose values are made when they are first asked for."""
-
-    def __init__(self, make) -> None:
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, key):
-        self[key] = self.make(key)
-        return self[key]
-
-
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
     """Makes a folder in one worker for all of them: once("name", fill) calls fill(folder) where no worker has, and returns the folder."""
@@ -144,7 +133,7 @@ def content_of(folder: Path) -> str:
 @pytest.fixture(scope="session")
 def models(once) -> dict[str, Path]:
     """A random model of each family."""
-    return OnDemand(lambda family: once(f"tiny-{family}", lambda folder: make_model(family, folder)))
+    return {family: once(f"tiny-{family}", partial(make_model, family)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -227,7 +216,7 @@ def converted(models, text, once) -> dict[str, Path]:
             lambda output: convert(small_recipe(models[family], text, output, layers=[0, 2]), quiet=True),
         )
 
-    return OnDemand(make)
+    return {family: make(family) for family in FAMILIES}  # now, not in a test that may have patched something
 
 
 @pytest.fixture(scope="session")
@@ -284,7 +273,7 @@ def exported(converted, text, once) -> dict[str, Path]:
         done = export_onnx(converted[family], output, expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
         assert done.failures == []
 
-    return OnDemand(lambda family: once(f"exported-{family}", lambda output: export(family, output)))
+    return {family: once(f"exported-{family}", partial(export, family)) for family in FAMILIES}
 
 
 def nothing_left(folder: Path) -> bool:
