@@ -212,7 +212,7 @@ def _onnxruntime(kind: str, folder: Path, threads: int) -> Callable[[int, int], 
     vocabulary = model.config["vocab_size"]
 
     def decode(prompt: int, steps: int) -> list[float]:
-        ids, cache, times = np.arange(prompt)[None] % vocabulary, model.start(1), []
+        ids, cache, times = np.arange(prompt)[None] % vocabulary, model.empty_cache(1), []
         for _ in range(steps + 1):
             start = time.perf_counter()
             logits = model.step(ids, cache).logits

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mxd_convert.commands.label import add_labels
     from mxd_convert.commands.list import Listed, list_checkpoints
     from mxd_convert.commands.measure_steering import measure_steering
-    from mxd_convert.commands.plan import outlook
+    from mxd_convert.commands.plan import forecast
     from mxd_convert.commands.probe import probe
     from mxd_convert.commands.pull import Pull, pull
     from mxd_convert.commands.push import Push, push
@@ -83,7 +83,7 @@ _HOMES = {
     "make_dashboard": "commands.dashboard",
     "make_plan": "plan.resolve",
     "measure_steering": "commands.measure_steering",
-    "outlook": "commands.plan",
+    "forecast": "commands.plan",
     "parse_expert": "commands.generate",
     "parse_grid": "commands.sweep",
     "parse_numbers": "commands.generate",
@@ -141,7 +141,7 @@ __all__ = [
     "logit_effect",
     "make_plan",
     "measure_steering",
-    "outlook",
+    "forecast",
     "parse_expert",
     "parse_grid",
     "parse_numbers",

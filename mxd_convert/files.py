@@ -1,6 +1,6 @@
 """Atomic writes of files and folders, and reads of untrusted files with one-line errors.
 
-The package writes every file through `replacing` or a function built on it, and every output folder in a `scratch_beside` it.
+The package writes every file through `replacing` or a function built on it, and every output folder in a `temporary_sibling` it.
 Neither leaves temporary files after an error or a signal. After a SIGKILL, the next call removes them.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from mxd_convert.errors import InputError, disk_guard
 from mxd_convert.escaping import csv_cell
 
-MOST_JSON = 256 * 2**20  # bytes; parsing a larger JSON file would take gigabytes of memory
+MAX_JSON_BYTES = 256 * 2**20  # bytes; parsing a larger JSON file would take gigabytes of memory
 _SEAL = "seal"  # key of the checksum in a sealed file
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _OWNED = re.compile(rf"-{_HOST}\.(\d+)\.[^.]+(\.tmp)?$")
@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(_MODE)  # mkstemp and safetensors create files that only the owner can read
-            if scratch:  # `put_in_place` syncs the whole folder at once
+            if scratch:  # `move_into_place` syncs the whole folder at once
                 temporary.replace(path)
                 return
             _sync(temporary)
@@ -94,7 +94,7 @@ def finite(content: Any) -> Any:
 
 
 @contextmanager
-def scratch_beside(output: Path) -> Iterator[Path]:
+def temporary_sibling(output: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `output`, on the same disk, and remove it at the end.
 
     Folders left by killed processes are removed first. Raises InputError if the disk is full or the folder can't be created.
@@ -144,7 +144,7 @@ def _is_mount(path: Path) -> bool:
     return False
 
 
-def put_in_place(folder: Path, output: Path, scratch: Path) -> None:
+def move_into_place(folder: Path, output: Path, scratch: Path) -> None:
     """Rename a finished folder to `output`.
 
     An existing `output` is first moved into `scratch`, and moved back if the rename fails.
@@ -175,9 +175,9 @@ def read_json(path: Path, fix: str = "download it or convert again") -> Any:
     fix: the last part of the error message. Raises InputError if the file is missing, too large or invalid.
     """
     try:
-        if path.stat().st_size > MOST_JSON:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(
-                f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, more than the limit of {MOST_JSON // 2**20} MiB; {fix}"
+                f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, more than the limit of {MAX_JSON_BYTES // 2**20} MiB; {fix}"
             )
         check_pointer(path)
         return json.loads(path.read_text(encoding="utf-8-sig"))

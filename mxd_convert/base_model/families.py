@@ -47,11 +47,11 @@ class Architecture:
         return self.mlp[: self.mlp.index("{i}") + len("{i}")]
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         """The path of the module that a converted layer replaces, with `{i}`."""
         return f"{self.mlp}.{self.chain[0]}" if self.chain else self.mlp
 
-    def words(self, activation: str) -> str:
+    def description(self, activation: str) -> str:
         """Return a description of the MLP, such as `model.layers.{i}.mlp: silu(gate_proj) * up_proj > down_proj`."""
         halves = f"{activation} of the first half of {self.up} times the second"
         up = f"{activation}({self.up})" if self.gate is None else f"{activation}({self.gate}) * {self.up}"
@@ -59,7 +59,7 @@ class Architecture:
         return f"{self.mlp}: {halves if self.gate == self.up else up} > {self.down}{chain}"
 
     @property
-    def then(self) -> tuple[str, ...]:
+    def bypassed(self) -> tuple[str, ...]:
         """The paths of the rest of the chain, with `{i}`, which become identities."""
         return tuple(f"{self.mlp}.{name}" for name in self.chain[1:])
 
@@ -179,18 +179,18 @@ class Site:
     d_out: int
     activation: str
     glu: bool
-    then: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
     hidden: str = ""
     layer: str = ""
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that make up the MLP, in the order in which they run."""
-        return (self.path, *self.then)
+        return (self.path, *self.bypassed)
 
-    def stand_in(self, module: nn.Module) -> dict[str, nn.Module]:
+    def replacements(self, module: nn.Module) -> dict[str, nn.Module]:
         """Return the modules by path that replace the MLP by `module`."""
-        return {self.path: module, **{path: nn.Identity() for path in self.then}}
+        return {self.path: module, **{path: nn.Identity() for path in self.bypassed}}
 
 
 def architecture_of(config: Any, own: Mlp | None = None) -> Architecture:
@@ -283,13 +283,13 @@ def _site(model: nn.Module, config: Any, row: Architecture, index: int, activati
         )
     return Site(
         index,
-        row.place.format(i=index),
+        row.path.format(i=index),
         d_in,
         d_hidden,
         d_out,
         activation,
         row.gate is not None,
-        then=tuple(name.format(i=index) for name in row.then),
+        bypassed=tuple(name.format(i=index) for name in row.bypassed),
         hidden=f"{path}.{row.down}",
         layer=row.layer.format(i=index),
     )

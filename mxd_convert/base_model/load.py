@@ -24,13 +24,13 @@ from mxd_convert.base_model.remote_code import is_trusted
 from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
 from mxd_convert.files import check_pointer, read_mapping
 from mxd_convert.recipe.load import parse_yaml
-from mxd_convert.recipe.schema import MOST_LAYERS, Base, Mlp, is_local
+from mxd_convert.recipe.schema import MAX_LAYERS, Base, Mlp, is_local
 
 WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
 
 
 @contextmanager
-def explained(what: str, name: str, done: str = "loaded") -> Iterator[None]:
+def load_errors(what: str, name: str, done: str = "loaded") -> Iterator[None]:
     """Raise a one-line InputError for any failure of transformers or the Hub to load `what` from `name`.
 
     An untrusted folder can raise any exception. All are errors of the folder, except for a full disk and exhausted memory.
@@ -86,7 +86,7 @@ def load_config(base: Base) -> Any:
         read_mapping(folder / "config.json", "download the model again")
         for file in folder.glob("*.safetensors"):
             check_pointer(file)
-    with explained("its config", base.model), quiet():
+    with load_errors("its config", base.model), quiet():
         content, _ = PreTrainedConfig.get_config_dict(base.model, revision=base.revision)
         if str(content.get("model_type")).startswith("mxd_"):
             raise InputError(f"base.model: {base.model} is already converted; give its base model")
@@ -137,7 +137,7 @@ def check_config(content: Mapping[str, Any], where: str, trusted: bool = False) 
             " an id of the vocabulary, or to null"
         )
     for key, value in content.items():
-        if key in _COUNTS and isinstance(value, int | float) and value > MOST_LAYERS:
+        if key in _COUNTS and isinstance(value, int | float) and value > MAX_LAYERS:
             raise InputError(f"{where}: {key} is {value:.6g}, more than any model has; download it again")
         if key.removesuffix("_internal").strip("_") in _IMPLEMENTATIONS and not trusted:
             values = value.values() if isinstance(value, dict) else [value]
@@ -208,7 +208,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     folder = Path(name)
     if folder.is_dir() and not any(file.name.startswith(_TOKENIZER) or file.suffix == ".model" for file in folder.iterdir()):
         raise InputError(f"{name}: has no tokenizer (tokenizer.json, or its family's files); save the tokenizer there")
-    with explained("its tokenizer", name), quiet(), _named_trust(name):
+    with load_errors("its tokenizer", name), quiet(), _named_trust(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         tokenizer("a", add_special_tokens=True)["input_ids"]  # some broken tokenizers fail only when used
         return tokenizer
@@ -238,7 +238,7 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
     """
     check_unambiguous(base.model)
     placed = {} if spread is None else {"device_map": "auto", "max_memory": spread.room, "offload_folder": str(spread.folder)}
-    with explained("the model", base.model), quiet():
+    with load_errors("the model", base.model), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.model,
             revision=base.revision,

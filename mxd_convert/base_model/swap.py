@@ -1,7 +1,7 @@
 """Replacement of MLPs by layers and back (revert), and temporary replacement by other modules for measurements."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,15 +31,15 @@ def insert_layers(base: Any, layers: Mapping[int, layers_mxd.FactoredLayer], ori
     row = architecture_of(base.config, kept_mlp(origin))
     dropout = float(getattr(base.config, row.dropout)) if row.dropout is not None else 0.0
     entries = {str(index): {**layers[index].entry(), "dropout": dropout} for index in sorted(layers)}
-    mxd: dict[str, Any] = {"format_version": format_version(row.then), "mlp": row.place}
-    mxd |= {"then": list(row.then)} if row.then else {}
+    mxd: dict[str, Any] = {"format_version": format_version(row.bypassed), "mlp": row.path}
+    mxd |= {"then": list(row.bypassed)} if row.bypassed else {}
     mxd |= {"flat": row.flat} if row.flat else {}
     mxd |= {"layers": entries, **({"base": origin} if origin else {})}
     model_class = _counterpart(base)
     config = model_class.config_class(**{**_carried(base), "mxd": mxd})
     tensors = untied_tensors(base)
     for index, layer in layers.items():
-        path = row.place.format(i=index)
+        path = row.path.format(i=index)
         tensors = _without(tensors, mlp_paths(mxd, index))
         parameters = dict(layer.named_parameters())  # only these are cast: buffers of an activation may need another dtype
         state = layer.state_dict()
@@ -54,6 +54,13 @@ def _counterpart(base: Any) -> Any:
     return getattr(modeling_mxd, f"Mxd{type(base.config).__name__.removesuffix('Config')}ForCausalLM")
 
 
+def check_converted(index: int, layers: Iterable[Any], option: str = "") -> None:
+    """Raise InputError if a layer is not among the converted `layers`. option: the option that named it, such as `--layers: `."""
+    converted = [str(layer) for layer in layers]
+    if str(index) not in converted:
+        raise InputError(f"{option}layer {index} is not converted. Converted layers: {', '.join(converted)}.")
+
+
 def remove_layers(converted: Any, base: Any, indices: list[int]) -> Any:
     """Return a converted model with the original MLPs in the given layers, of the base's own class if no converted layer is left.
 
@@ -61,8 +68,7 @@ def remove_layers(converted: Any, base: Any, indices: list[int]) -> Any:
     """
     mxd = converted.config.mxd
     for index in indices:
-        if str(index) not in mxd["layers"]:
-            raise InputError(f"layer {index} is not converted; converted are {', '.join(mxd['layers'])}")
+        check_converted(index, mxd["layers"])
     left = {index: layer for index, layer in mxd["layers"].items() if int(index) not in indices}
     tensors, originals = untied_tensors(converted), untied_tensors(base)
     for index in indices:
@@ -129,9 +135,9 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             put(path, module)
 
 
-def standing_in(model: nn.Module, sites: Sequence[Site], modules: Mapping[int, nn.Module]) -> Any:
+def replaced_mlps(model: nn.Module, sites: Sequence[Site], modules: Mapping[int, nn.Module]) -> Any:
     """Return a context in which `modules`, by layer index, replace the MLPs at the given sites."""
-    return replaced(model, {path: module for site in sites for path, module in site.stand_in(modules[site.index]).items()})
+    return replaced(model, {path: module for site in sites for path, module in site.replacements(modules[site.index]).items()})
 
 
 class Constant(nn.Module):
@@ -161,4 +167,13 @@ def permuted_experts(layer: layers_mxd.FactoredLayer, order_N: Tensor) -> Any:
     return context()
 
 
-__all__ = ["Constant", "assemble", "insert_layers", "permuted_experts", "remove_layers", "replaced", "standing_in"]
+__all__ = [
+    "Constant",
+    "assemble",
+    "check_converted",
+    "insert_layers",
+    "permuted_experts",
+    "remove_layers",
+    "replaced",
+    "replaced_mlps",
+]

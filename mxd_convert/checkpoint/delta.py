@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mxd_convert.base_model import swap
-from mxd_convert.base_model.load import WEIGHTS_HELP, explained, load_base, model_sha256, quiet, untied_tensors
+from mxd_convert.base_model.load import WEIGHTS_HELP, load_base, load_errors, model_sha256, quiet, untied_tensors
 from mxd_convert.checkpoint.read import (
     DELTA,
     REPORT,
@@ -57,7 +57,7 @@ def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto")
     original = base_of_delta(folder, content, base)
     config = read_config(folder / FULL)
     tensors = merged_tensors(folder, content, untied_tensors(original))
-    with explained("the delta", str(folder)):
+    with load_errors("the delta", str(folder)):
         model = swap.assemble(class_of(folder / FULL, config), config, tensors, original)
     if (folder / FULL / "generation_config.json").is_file():
         with quiet():

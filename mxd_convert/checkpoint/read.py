@@ -15,15 +15,15 @@ from mxd_convert.base_model.load import (
     WEIGHTS_HELP,
     check_adapters,
     check_config,
-    explained,
     load_base,
+    load_errors,
     model_sha256,
     quiet,
     untied_tensors,
 )
 from mxd_convert.base_model.remote_code import class_in, is_trusted
 from mxd_convert.errors import InputError, first_line
-from mxd_convert.files import check_links, check_output, check_pointer, put_in_place, read_mapping, scratch_beside
+from mxd_convert.files import check_links, check_output, check_pointer, move_into_place, read_mapping, temporary_sibling
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.recipe.load import read_recipe_yaml
 from mxd_convert.recipe.schema import Base
@@ -54,7 +54,7 @@ def read_config(folder: str | Path) -> Any:
     if not isinstance(content.get("mxd"), dict):
         raise InputError(f"{folder}: config.json: mxd is {content.get('mxd')!r:.60}; expected format_version, mlp and layers")
     check_config(content, str(path))
-    with explained("its config.json", str(folder)), quiet():
+    with load_errors("its config.json", str(folder)), quiet():
         config = _config_type(folder, content).from_dict(content)
         config.name_or_path = str(folder)
         return config
@@ -103,12 +103,12 @@ def load_checkpoint(folder: str | Path, dtype: str = "auto", finite: bool = Fals
             f"{folder}: the weights don't fit config.json: it says {layers!r:.40} layers and the weights hold {len(found)} tensors;"
             " download it or convert again"
         )
-    with explained("the model that config.json describes", str(folder), "built"), quiet():
+    with load_errors("the model that config.json describes", str(folder), "built"), quiet():
         model_class = class_of(folder, config)
         with torch.device("meta"):
             expected = {name: list(tensor.shape) for name, tensor in untied_tensors(model_class(config)).items()}
     check_tensors(folder, expected, found)
-    with explained("the checkpoint", str(folder)), quiet():
+    with load_errors("the checkpoint", str(folder)), quiet():
         model = model_class.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
     if finite:
         check_finite(folder, model)
@@ -311,11 +311,11 @@ def new_folder(output: Path, checkpoint: Path) -> Iterator[Path]:
     Raises InputError as `check_new` does.
     """
     check_new(output, checkpoint)
-    with scratch_beside(output) as scratch, quiet():
+    with temporary_sibling(output) as scratch, quiet():
         folder = scratch / "new"
         folder.mkdir()
         yield folder
-        put_in_place(folder, output, scratch)
+        move_into_place(folder, output, scratch)
 
 
 def read_local(folder: Path) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def same_outside_layers(converted: Any, base: Any) -> str | None:
     return None
 
 
-MOST_CONTEXT = 2**22  # tokens; longest block that an untrusted recipe may set
+MAX_CONTEXT = 2**22  # tokens; longest block that an untrusted recipe may set
 
 
 def checkpoint_settings(folder: Path) -> tuple[int, bool]:
@@ -357,9 +357,9 @@ def checkpoint_settings(folder: Path) -> tuple[int, bool]:
         if not isinstance(keys, dict):
             raise InputError(f"{path}: {section} is {keys!r:.60}, not a readable recipe's section; remove the file or correct it")
         value = keys.get(name, default)
-        if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MOST_CONTEXT):
+        if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MAX_CONTEXT):
             raise InputError(
-                f"{path}: {key} is {value!r:.60}; expected {'true or false' if default is True else f'a number from 2 to {MOST_CONTEXT:,}'}."
+                f"{path}: {key} is {value!r:.60}; expected {'true or false' if default is True else f'a number from 2 to {MAX_CONTEXT:,}'}."
                 " Remove the file to evaluate with blocks of 128 tokens"
             )
         settings[key] = value

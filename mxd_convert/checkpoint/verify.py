@@ -33,7 +33,7 @@ TOKENIZER_DATA = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
-PLACES = {False: "with the package", True: "without it, trust_remote_code=True"}
+MODES = {False: "with the package", True: "without it, trust_remote_code=True"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def in_fresh_processes(folder: Path, ids: list[list[int]], modes: list[bool], ne
     """
     checks, runs = [], {}
     for blocked in modes:
-        mode = PLACES[blocked]
+        mode = MODES[blocked]
         with tempfile.TemporaryDirectory() as scratch:
             request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.safetensors"))
             content = {

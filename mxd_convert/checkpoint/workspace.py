@@ -20,17 +20,17 @@ from mxd_convert.base_model.remote_code import is_trusted
 from mxd_convert.checkpoint.read import REPORT, is_converted, read_local
 from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError, disk_guard, is_disk_full
-from mxd_convert.files import check_output, file_sha256, put_in_place, read_sealed, write_sealed, write_text
+from mxd_convert.files import check_output, file_sha256, move_into_place, read_sealed, write_sealed, write_text
 from mxd_convert.recipe.schema import Recipe, is_local
 
 MARK = "fingerprint"  # file with the hashes of the recipe and of the files that the run reads
 REPLACING = "replacing"  # file that exists while --fresh replaces a finished output
 SHARED = "processes"  # file with the run id, which all processes of the run must see
-REPORTED = "told-"  # prefix of a file named by the run id, created by the process that reports why the run ended
+REPORTED = "reported-"  # prefix of a file named by the run id, created by the process that reports why the run ended
 ASIDE = "aside"  # folder of the previous result while the new one replaces it
 _DERIVED = ("offload", "checkpoint")  # folders that every run creates again
 _KNOWN = {"lock", MARK, REPLACING, SHARED, ASIDE, *_DERIVED, "data", "state", "twin", "training_log.jsonl"}
-_MUCH = 4 * 2**30  # bytes; hashing more takes seconds and is reported
+_LARGE_INPUT_BYTES = 4 * 2**30  # bytes; hashing more takes seconds and is reported
 # suffixes of files in a model's folder that loading never reads
 _NOT_LOADED = frozenset(
     {".bin", ".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".log", ".gguf", ".onnx", ".h5", ".msgpack"}
@@ -45,7 +45,7 @@ class Workspace:
 
     def __init__(self, recipe: Recipe, output: Path, fresh: bool) -> None:
         self.recipe, self.output, self.fresh = recipe, output, fresh
-        self.work = output.parent / f"{output.name}.partial"
+        self.folder = output.parent / f"{output.name}.partial"
 
     def finished(self) -> dict[str, Any] | None:
         """Return the report of this recipe's finished result, or None before it has finished.
@@ -59,9 +59,9 @@ class Workspace:
     def _finished(self) -> dict[str, Any] | None:
         if self.output.parent.is_dir() and not os.access(self.output.parent, os.W_OK):
             raise InputError(f"output.dir: {self.output.parent} can't be written; choose another output.dir")
-        if self.work.exists() and not _is_ours(self.work):
+        if self.folder.exists() and not _is_ours(self.folder):
             raise InputError(
-                f"output.dir: {self.work}, the workspace of the run, holds something else; choose another output.dir"
+                f"output.dir: {self.folder}, the workspace of the run, holds something else; choose another output.dir"
             )
         if not self.output.exists() or not any(self.output.iterdir()):
             return None
@@ -79,7 +79,7 @@ class Workspace:
             raise InputError(
                 f"output.dir: {self.output} holds a checkpoint without a readable {REPORT}; choose another output.dir, or --fresh to replace it"
             ) from None
-        if (self.work / REPLACING).is_file() and self._may_be_mine():  # a run with --fresh was interrupted
+        if (self.folder / REPLACING).is_file() and self._may_be_ours():  # a run with --fresh was interrupted
             return None
         same = content.get("recipe_sha256") == self.recipe.published_sha256()
         local = read_local(self.output)  # the published hash has only file names, so two texts of the same name look equal
@@ -91,17 +91,17 @@ class Workspace:
 
     def tidy(self) -> None:
         """Remove a workspace left by a kill between the rename and the clean-up, unless another run uses it."""
-        if self.work.exists():
+        if self.folder.exists():
             with suppress(InputError), self.locked():
-                _remove(self.work)
+                _remove(self.folder)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the output against other runs. The lock is released when the process ends, even if it is killed."""
-        lock = FileLock(self.work / "lock", timeout=0)
-        with disk_guard(self.work), self._writable():
+        lock = FileLock(self.folder / "lock", timeout=0)
+        with disk_guard(self.folder), self._writable():
             try:
-                self.work.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
             except Timeout:
                 raise InputError(
@@ -129,8 +129,8 @@ class Workspace:
         say: called with a message if hashing the inputs takes seconds. Raises InputError if the workspace has an unfinished run
         of another recipe or of other inputs.
         """
-        self._put_back()
-        mark, state = self.work / MARK, self.has_state() and not self.fresh
+        self._restore_previous()
+        mark, state = self.folder / MARK, self.has_state() and not self.fresh
         theirs = read_sealed(mark)
         if state and theirs is None:
             raise self._refusal(f"an unfinished run whose file {MARK!r} is missing, damaged or of another version")
@@ -143,27 +143,27 @@ class Workspace:
                 f"an unfinished run of this recipe, and since it began {_changes(theirs['files'], files)}; undo that change"
             )
         if self.fresh:
-            _clear(self.work, keep=("lock", MARK) if mark.is_file() else ("lock",))
+            _clear(self.folder, keep=("lock", MARK) if mark.is_file() else ("lock",))
         elif theirs != ours:
-            shutil.rmtree(self.work / "data", ignore_errors=True)
+            shutil.rmtree(self.folder / "data", ignore_errors=True)
         if theirs != ours or self.fresh:
             write_sealed(mark, ours)
         if self.fresh and self.output.exists():
-            (self.work / REPLACING).touch()
+            (self.folder / REPLACING).touch()
         self._remove_leftovers()
 
     def _refusal(self, what: str) -> InputError:
-        return InputError(f"output.dir: {self.work} holds {what}; --fresh to start over, or choose another output.dir")
+        return InputError(f"output.dir: {self.folder} holds {what}; --fresh to start over, or choose another output.dir")
 
-    def show(self, run_id: str) -> None:
+    def write_run_id(self, run_id: str) -> None:
         """Write the run id to the workspace, for the other processes of the run."""
-        for old in self.work.glob(f"{REPORTED}*"):
+        for old in self.folder.glob(f"{REPORTED}*"):
             old.unlink(missing_ok=True)
-        write_text(self.work / SHARED, run_id)
+        write_text(self.folder / SHARED, run_id)
 
-    def check_shown(self, run_id: str) -> None:
-        """Raise InputError if this process does not see the run id that `show` has written in another process."""
-        mark = self.work / SHARED
+    def check_run_id(self, run_id: str) -> None:
+        """Raise InputError if this process does not see the run id that `write_run_id` has written in another process."""
+        mark = self.folder / SHARED
         if not mark.is_file() or mark.read_text(errors="replace") != run_id:
             raise InputError(
                 f"output.dir: {self.output} is not on a file system that all processes share; choose an output.dir on a shared file system"
@@ -172,7 +172,7 @@ class Workspace:
     def first_to_report(self, run_id: str) -> bool:
         """Return whether this process is the first of the run to report why it ended. Only the first prints the message."""
         try:
-            (self.work / f"{REPORTED}{run_id}").touch(exist_ok=False)
+            (self.folder / f"{REPORTED}{run_id}").touch(exist_ok=False)
         except FileExistsError:
             return False
         except OSError:
@@ -181,44 +181,44 @@ class Workspace:
 
     def has_state(self) -> bool:
         """Return whether the workspace has a saved training state."""
-        return any((self.work / "state").glob("*/step-*.json"))
+        return any((self.folder / "state").glob("*/step-*.json"))
 
-    def forget(self) -> None:
+    def remove_if_untrained(self) -> None:
         """Remove the workspace if no training state was saved, so that a failed run doesn't block the output."""
         if not self.has_state():
-            self._put_back()
-            _remove(self.work)
+            self._restore_previous()
+            _remove(self.folder)
 
     def publish(self, folder: Path) -> None:
         """Rename the finished checkpoint to the output. A previous result is kept until the rename has succeeded."""
         check_output(self.output, "output.dir")  # something may have been mounted there since the first check
-        shutil.rmtree(self.work / ASIDE, ignore_errors=True)
-        (self.work / ASIDE).mkdir()
-        put_in_place(folder, self.output, self.work / ASIDE)
-        (self.work / REPLACING).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / ASIDE, ignore_errors=True)
+        (self.folder / ASIDE).mkdir()
+        move_into_place(folder, self.output, self.folder / ASIDE)
+        (self.folder / REPLACING).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            (self.work / ASIDE / "old").rename(
-                self.work / ASIDE / "replaced"
-            )  # so that `_put_back` can't restore it half removed
-        _remove(self.work)
+            (self.folder / ASIDE / "old").rename(
+                self.folder / ASIDE / "replaced"
+            )  # so that `_restore_previous` can't restore it half removed
+        _remove(self.folder)
 
-    def _put_back(self) -> None:
+    def _restore_previous(self) -> None:
         """Move a previous result back to the output if a kill came between the two renames of `publish`."""
-        old = self.work / ASIDE / "old"
+        old = self.folder / ASIDE / "old"
         if old.is_dir() and not self.output.exists():
             old.rename(self.output)
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed process has left: partly written files, and folders that every run creates again."""
         for name in (ASIDE, *_DERIVED):
-            shutil.rmtree(self.work / name, ignore_errors=True)
-        for path in self.work.rglob("*.tmp"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in self.folder.rglob("*.tmp"):
             if not path.is_dir():
                 path.unlink(missing_ok=True)
 
-    def _may_be_mine(self) -> bool:
+    def _may_be_ours(self) -> bool:
         """Return whether the workspace is not known to belong to another recipe."""
-        mark = read_sealed(self.work / MARK)
+        mark = read_sealed(self.folder / MARK)
         return mark is None or mark.get("recipe") == self.recipe.fingerprint()
 
     def inputs(self, say: Callable[[str], None] = lambda line: None) -> dict[str, str]:
@@ -232,7 +232,7 @@ class Workspace:
         if is_local(base):
             files += _loaded_files(Path(base), self.recipe.base.trust_remote_code or is_trusted())
         size = sum(file.stat().st_size for file in files)
-        if size > _MUCH:
+        if size > _LARGE_INPUT_BYTES:
             say(f"hashing the base model and the text ({size / 2**30:,.1f} GiB)")
         return {str(file): _hash(file) for file in dict.fromkeys(files)}
 

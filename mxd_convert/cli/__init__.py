@@ -32,7 +32,7 @@ COMMANDS = (
     *("generate", "inspect", "compare", "measure_steering", "probe", "dashboard"),
     *("export", "export_onnx", "push", "pull", "list", "delta", "apply"),
 )
-LEAST_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, importing scipy hangs, because its BLAS waits for memory
+MIN_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, importing scipy hangs, because its BLAS waits for memory
 SECONDS_FOR_THE_OTHERS = 10.0  # seconds to wait for another process to report its error; its exit also ends this process
 _RESUMABLE = ("run", "push", "pull", "sweep")
 
@@ -92,10 +92,10 @@ def _prepare_for(limit: int) -> None:
 
     Python hangs if a thread runs out of memory while it starts. The monitor only refreshes stalled bars.
     """
-    if limit < LEAST_ADDRESS_SPACE:
+    if limit < MIN_ADDRESS_SPACE:
         raise InputError(
             f"the address space is limited to {limit / 2**30:.2f} GiB (`ulimit -v`), but loading torch and scipy takes"
-            f" {LEAST_ADDRESS_SPACE / 2**30:g} GiB. Raise the limit."
+            f" {MIN_ADDRESS_SPACE / 2**30:g} GiB. Raise the limit."
         )
     from tqdm import tqdm
 

@@ -17,7 +17,7 @@ from mxd_convert.cli.app import (
 )
 from mxd_convert.cli.figures import print_figures
 from mxd_convert.errors import INTERRUPTED, INTERRUPTED_AND_REPORTED, Stopped
-from mxd_convert.training.distributed import destroy_process_group, once_a_machine
+from mxd_convert.training.distributed import destroy_process_group, once_per_machine
 
 
 @app.command(
@@ -37,7 +37,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a model: train the layers, insert them, evaluate the result and write the report."""
-    with once_a_machine():  # report errors of the recipe before torch is loaded
+    with once_per_machine():  # report errors of the recipe before torch is loaded
         loaded = mxd_convert.load_recipe(recipe, mxd_convert.parse_overrides(settings or []))
     try:
         result = mxd_convert.convert(loaded, output, fresh=fresh)

@@ -20,7 +20,7 @@ from mxd_convert.evaluation.experts.decomposition import Unembedding
 from mxd_convert.evaluation.experts.examples import AFTER, BEFORE
 from mxd_convert.evaluation.experts.statistics import SAMPLES, chosen_layers, collect
 from mxd_convert.evaluation.layer_figures import ALWAYS_ON
-from mxd_convert.files import put_in_place, scratch_beside
+from mxd_convert.files import move_into_place, temporary_sibling
 from mxd_convert.recipe.schema import EvalText, layer_indices
 
 STATIC = Path(__file__).parent.parent / "dashboard" / "static"
@@ -106,8 +106,8 @@ def write_dashboard(
         The same dict as `make_dashboard`.
     """
     check_output(output)
-    check_vocabulary(blocks, model.config.get_text_config().vocab_size)
-    with scratch_beside(output) as scratch:
+    check_vocabulary(blocks.ids, model.config.get_text_config().vocab_size)
+    with temporary_sibling(output) as scratch:
         folder = scratch / "dashboard"
         shutil.copytree(STATIC, folder, copy_function=shutil.copyfile)
         records = collect(model, blocks, scratch / "records", layers, mask_bos, device, quiet)
@@ -123,7 +123,7 @@ def write_dashboard(
         write_data(folder, "data/tokens", {"ids": text.ids, "texts": text.texts})
         summary = _summary(model, blocks, name, labels or [], about, mask_bos)
         write_data(folder, "data/summary", summary)
-        put_in_place(folder, output, scratch)
+        move_into_place(folder, output, scratch)
     figures = {
         str(layer["layer"]): {"experts": layer["n_experts"], **{key: layer[key] for key in ("dead", "rare", "always_on")}}
         for layer in about

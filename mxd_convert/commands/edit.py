@@ -27,7 +27,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.steering import checked_orders
 from mxd_convert.files import write_json
 from mxd_convert.report.card import write_card
-from mxd_convert.report.schema import Elsewhere, parse_report
+from mxd_convert.report.schema import OtherText, parse_report
 
 _CARRIED = ("recipe.yaml", "training_log.jsonl", LABELS)
 
@@ -152,6 +152,6 @@ def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
         )
     others = [other for other in report.elsewhere if other.data.fingerprint != data["fingerprint"]]
     found = {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}
-    report.elsewhere = [*others, Elsewhere.model_validate(found)]
+    report.elsewhere = [*others, OtherText.model_validate(found)]
     write_json(folder / REPORT, report.to_dict())
     write_card(folder, report, recipe_of(folder), base_on_hub=not recorded_base(config).get("local", True))

@@ -49,7 +49,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
-        check_vocabulary(blocks, original.config.get_text_config().vocab_size)
+        check_vocabulary(blocks.ids, original.config.get_text_config().vocab_size)
         torch_device = pick_device(device)
         figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=torch_device, quiet=quiet)
         used = len(blocks) * blocks.context

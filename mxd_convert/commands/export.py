@@ -21,7 +21,7 @@ from mxd_convert.export.losses import measure
 from mxd_convert.export.sources import NO_MEMORY, batches, chosen_layers, find_base, hookpoint, load_converted, read_text
 from mxd_convert.export.sparsify import Sparsify
 from mxd_convert.export.surrogate import ConditionalMeans, is_exact, surrogate_of
-from mxd_convert.files import scratch_beside, write_json
+from mxd_convert.files import temporary_sibling, write_json
 from mxd_convert.modeling.layers_mxd import Coefficients
 
 FIGURES = "mxd_surrogate.json"
@@ -71,7 +71,7 @@ def export_transcoder(
     entries, notes = chosen_layers(checkpoint, config, layers)
     form.check(config, entries)
     vocabulary = config.get_text_config().vocab_size
-    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, scratch_beside(output) as scratch:
+    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, temporary_sibling(output) as scratch:
         blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
         converted = load_converted(checkpoint)
         if converted.config.mxd.get("steering"):
@@ -163,7 +163,7 @@ def cache_activations(
     if not 1 <= splits <= fewest:
         raise InputError(f"splits = {splits}: expected a whole number from 1 to the number of experts, {fewest}")
     vocabulary = config.get_text_config().vocab_size
-    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, scratch_beside(output) as scratch:
+    with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, temporary_sibling(output) as scratch:
         blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
         mask = mask_bos if mask_first is None else mask_first
         model = load_converted(checkpoint)

@@ -264,7 +264,7 @@ class _Job:
         full = OnnxModel.from_graph(graphs / _full(dtype), folder)
         found = parity.compare(reference, full, stream, room, advance)
         vocabulary = reference.model.config.get_text_config().vocab_size
-        entropy = parity.cross_entropy(lambda ids: full.step(ids, full.start(len(ids))).logits, blocks, vocabulary)
+        entropy = parity.cross_entropy(lambda ids: full.step(ids, full.empty_cache(len(ids))).logits, blocks, vocabulary)
         found |= {"ce": entropy, "ce_checkpoint": expected, "delta_ce": entropy - expected}
         if self.steering and reference.layers:
             found["steering"] = parity.compare_steering(reference, full, stream, room)

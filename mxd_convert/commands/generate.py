@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxd_convert.base_model.load import explained, load_tokenizer, quiet
+from mxd_convert.base_model.load import load_errors, load_tokenizer, quiet
 from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.steering import steered
 
-MOST = 1e6  # largest temperature and amount of steering, above which the arithmetic overflows
+MAX_MAGNITUDE = 1e6  # largest temperature and amount of steering, above which the arithmetic overflows
 _HOW = {"+": "add", "-": "add", "": "add", "=": "set", "x": "scale"}
 
 
@@ -39,8 +39,8 @@ def parse_steering(text: str, positions: str = "all") -> dict[str, Any]:
     if match[3]:
         return {**order, "ablate": True, "positions": positions}
     amount = -float(match[5]) if match[4] == "-" else float(match[5])
-    if not abs(amount) <= MOST:
-        raise InputError(f"--steer {text}: the amount exceeds {MOST:g}. Use a smaller one.")
+    if not abs(amount) <= MAX_MAGNITUDE:
+        raise InputError(f"--steer {text}: the amount exceeds {MAX_MAGNITUDE:g}. Use a smaller one.")
     return {**order, _HOW[match[4]]: amount, "positions": positions}
 
 
@@ -62,7 +62,7 @@ def parse_scale(text: str) -> dict[str, Any]:
         value = float(factor)
     except ValueError:
         value = math.nan
-    if not abs(value) <= MOST or ":" not in where:
+    if not abs(value) <= MAX_MAGNITUDE or ":" not in where:
         raise InputError(f"--scale {text}: expected LAYER:EXPERT:FACTOR, for example --scale 2:17:0.5")
     return {**parse_expert("--scale", where), "scale": value}
 
@@ -101,20 +101,20 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {max_new_tokens}: expected at least 1")
-    if not 0 <= temperature <= MOST:
-        raise InputError(f"--temperature {temperature}: expected a number from 0 (the most likely token) to {MOST:g}")
+    if not 0 <= temperature <= MAX_MAGNITUDE:
+        raise InputError(f"--temperature {temperature}: expected a number from 0 (the most likely token) to {MAX_MAGNITUDE:g}")
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed {seed}: expected a whole number from 0 to {2**63 - 1}")
     model, tokenizer = load_checkpoint(checkpoint, finite=True), load_tokenizer(str(checkpoint))
-    inputs = encoded(tokenizer, prompt, model, max_new_tokens)
+    inputs = encode_prompt(tokenizer, prompt, model, max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with quiet(), steered(model, steering), explained("the text", str(checkpoint), "written"):
+    with quiet(), steered(model, steering), load_errors("the text", str(checkpoint), "written"):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def encoded(tokenizer: Any, prompt: str, model: Any, new_tokens: int = 0) -> dict[str, Tensor]:
+def encode_prompt(tokenizer: Any, prompt: str, model: Any, new_tokens: int = 0) -> dict[str, Tensor]:
     """Return a prompt as input_ids and attention_mask, both (1, T). An empty prompt becomes the BOS token.
 
     new_tokens: number of tokens to be generated. Raises InputError if the prompt and these exceed the model's length, or if the

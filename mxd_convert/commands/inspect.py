@@ -10,7 +10,7 @@ import torch
 from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.checkpoint.labels import read_labels, text_of
 from mxd_convert.checkpoint.read import load_checkpoint
-from mxd_convert.commands.generate import encoded
+from mxd_convert.commands.generate import encode_prompt
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.experts.decomposition import decompose
 from mxd_convert.recipe.schema import layer_indices
@@ -81,7 +81,7 @@ def inspect(checkpoint: str | Path, prompt: str, layers: str | Sequence[int] = "
     if not wanted:
         raise InputError(f"{checkpoint}: none of its layers has experts to inspect")
     labels = text_of(read_labels(checkpoint))
-    inputs = encoded(tokenizer, prompt, model)
+    inputs = encode_prompt(tokenizer, prompt, model)
     decomposed = decompose(model, **inputs)
     ids = inputs["input_ids"][0].tolist()
     views = []

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mxd_convert.hub.client import client, explained, patiently
+from mxd_convert.hub.client import client, hub_errors, with_retries
 from mxd_convert.report.card import TAG
 
 
@@ -50,8 +50,8 @@ def list_checkpoints(base: str | None = None, author: str | None = None, limit: 
         InputError: if the Hub can't be reached.
     """
     api = client()
-    with explained("the Hub", "listing"):
-        found = patiently(
+    with hub_errors("the Hub", "listing"):
+        found = with_retries(
             lambda: list(
                 api.list_models(filter=TAG, author=author, sort="last_modified", expand=["cardData", "downloads", "lastModified"])
             )

@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 
 from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.checkpoint.read import checkpoint_settings, load_checkpoint, original_of
-from mxd_convert.commands.generate import encoded
+from mxd_convert.commands.generate import encode_prompt
 from mxd_convert.data.blocks import check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.steering_effect import Effect, SteeringEffect, find_experts, measure
-from mxd_convert.files import check_output, put_in_place, replacing, scratch_beside, write_csv, write_json
+from mxd_convert.files import check_output, move_into_place, replacing, temporary_sibling, write_csv, write_json
 from mxd_convert.recipe.schema import EvalText
 from mxd_convert.report.plots import save_figure
 from mxd_convert.report.write import versions
@@ -96,10 +96,10 @@ def measure_steering(
     with tempfile.TemporaryDirectory() as scratch:
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, tokenizer, Path(scratch))
-        check_vocabulary(blocks, original.config.get_text_config().vocab_size)
+        check_vocabulary(blocks.ids, original.config.get_text_config().vocab_size)
         chosen = find_experts(model, blocks, experts, count, seed, mask_bos)
         ids = blocks.take(slice(0, contexts))
-        prompt_T = encoded(tokenizer, prompt, model, new_tokens)["input_ids"][0]
+        prompt_T = encode_prompt(tokenizer, prompt, model, new_tokens)["input_ids"][0]
         effect = SteeringEffect(model, original, ids, prompt_T, samples, new_tokens, seed)
         with progress(len(chosen) * len(strengths), quiet, "steering") as advance:
             found = measure(effect, chosen, strengths, advance)
@@ -118,11 +118,11 @@ def measure_steering(
         "unsteered": _row(found[0]),
         "effects": [_row(one) for one in found[1:]],
     }
-    with scratch_beside(folder) as temporary:
+    with temporary_sibling(folder) as temporary:
         work = temporary / "steering"
         work.mkdir()
         _write(work, result, found, tokenizer)
-        put_in_place(work, folder, temporary)
+        move_into_place(work, folder, temporary)
     return result
 
 

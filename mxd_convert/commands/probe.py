@@ -11,8 +11,9 @@ import torch
 
 from mxd_convert.base_model.families import find_sites
 from mxd_convert.base_model.load import load_tokenizer, pick_device
+from mxd_convert.base_model.swap import check_converted
 from mxd_convert.checkpoint.read import load_checkpoint, original_of, read_config, recorded_base
-from mxd_convert.data.labelled import FEWEST_DOCUMENTS, Labelled, check_classes, read_labelled
+from mxd_convert.data.labelled import MIN_DOCUMENTS, Labelled, check_classes, read_labelled
 from mxd_convert.errors import InputError, memory_guard
 from mxd_convert.evaluation.probes import fit as probing
 from mxd_convert.evaluation.probes.pooling import (
@@ -154,8 +155,7 @@ def _with_experts(folder: Path, layers: str | int | list[int]) -> _Checkpoint:
     except ValueError as error:
         raise InputError(f"--{error}") from None
     for index in wanted:
-        if index not in entries:
-            raise InputError(f"--layers: layer {index} is not converted. Converted layers: {', '.join(map(str, entries))}.")
+        check_converted(index, entries, "--layers: ")
         if index not in able:
             raise InputError(f"--layers: layer {index} is a {entries[index]['kind']}, which has no experts to probe")
     return _Checkpoint(folder, config, wanted)
@@ -179,8 +179,8 @@ def _comparable(folder: Path, ours: _Checkpoint) -> _Checkpoint:
 
 def _check_sizes(config: Any, documents: int, tokens: int | None, seed: int) -> int:
     """Return the maximum number of tokens per document. Raises InputError if a number is out of range."""
-    if documents < FEWEST_DOCUMENTS:
-        raise InputError(f"--documents {documents}: a probe needs at least {FEWEST_DOCUMENTS} per class")
+    if documents < MIN_DOCUMENTS:
+        raise InputError(f"--documents {documents}: a probe needs at least {MIN_DOCUMENTS} per class")
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed {seed}: expected a whole number from 0 to {2**32 - 1}")
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)

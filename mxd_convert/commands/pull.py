@@ -15,7 +15,7 @@ from huggingface_hub.hf_api import RepoFile
 from mxd_convert.checkpoint.read import DELTA, belongs
 from mxd_convert.errors import InputError, address_space, disk_guard
 from mxd_convert.files import check_free_space, write_text
-from mxd_convert.hub.client import check_name, client, explained, patiently
+from mxd_convert.hub.client import check_name, client, hub_errors, with_retries
 from mxd_convert.hub.content import wrong_files
 from mxd_convert.hub.repository import files_of
 
@@ -63,8 +63,8 @@ def pull(repo_id: str, output: str | Path, revision: str | None = None) -> Pull:
     folder = Path(output).expanduser().absolute()
     partial = folder.with_name(f"{folder.name}.partial")
     api = client()
-    with explained(repo_id, "downloading", revision), disk_guard(folder):
-        commit = str(patiently(lambda: api.model_info(repo_id, revision=revision)).sha)
+    with hub_errors(repo_id, "downloading", revision), disk_guard(folder):
+        commit = str(with_retries(lambda: api.model_info(repo_id, revision=revision)).sha)
         # a repository may have hidden and machine-local files, which don't belong to a checkpoint
         files = {path: file for path, file in files_of(api, repo_id, commit).items() if belongs(path)}
         sizes = {path: file.size for path, file in files.items()}
@@ -93,10 +93,10 @@ def _download(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoFil
     """
     if address_space() is None:
         patterns = list(map(escape, files))
-        patiently(lambda: api.snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=patterns))
+        with_retries(lambda: api.snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=patterns))
         return
     for path in files:
-        patiently(functools.partial(api.hf_hub_download, repo_id, path, revision=commit, local_dir=partial))
+        with_retries(functools.partial(api.hf_hub_download, repo_id, path, revision=commit, local_dir=partial))
 
 
 def _check(partial: Path, files: Mapping[str, RepoFile], repo_id: str) -> None:
@@ -143,7 +143,7 @@ def _check_kind(api: HfApi, repo_id: str, commit: str, files: Mapping[str, RepoF
     if DELTA in files:
         return
     if "config.json" in files:
-        path = patiently(lambda: api.hf_hub_download(repo_id, "config.json", revision=commit, local_dir=partial))
+        path = with_retries(lambda: api.hf_hub_download(repo_id, "config.json", revision=commit, local_dir=partial))
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
         except (ValueError, AttributeError):

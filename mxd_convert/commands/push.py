@@ -22,7 +22,7 @@ from mxd_convert.checkpoint.read import REPORT, check_folder, read_config, read_
 from mxd_convert.checkpoint.verify import Verification
 from mxd_convert.commands.verify import verify
 from mxd_convert.errors import InputError, first_line
-from mxd_convert.hub.client import check_name, client, explained, patiently
+from mxd_convert.hub.client import check_name, client, hub_errors, with_retries
 from mxd_convert.hub.content import Difference, Local, compare, to_publish
 from mxd_convert.hub.repository import MAIN, Repository, files_of
 from mxd_convert.report.card import CARD
@@ -107,13 +107,13 @@ def push(
     if create_pr and revision not in (None, MAIN):
         raise InputError(f"--revision {revision}: a pull request goes to {MAIN}. Remove --revision or --create-pr.")
     api = client()
-    with explained(repo_id, "publishing", revision):
+    with hub_errors(repo_id, "publishing", revision):
         if not dry_run or "/" not in repo_id:
             repo_id = _full_name(api, repo_id)
         there = Repository.find(api, repo_id, revision)
         there.check(api, folder, private, replace)
     verification = _verified(folder, base)
-    with explained(repo_id, "publishing", revision):
+    with hub_errors(repo_id, "publishing", revision):
         local = to_publish(folder, repo_id)
         planned = Push(
             repo_id, f"{api.endpoint}/{repo_id}", there.head is None, verification, compare(local, there.files, replace)
@@ -134,13 +134,13 @@ def push(
 def check_account(repo_id: str) -> None:
     """Check the repository's name and the token before there is a checkpoint to publish. Raises InputError if one is invalid."""
     check_name(repo_id)
-    with explained(repo_id, "publishing"):
-        patiently(client().whoami)
+    with hub_errors(repo_id, "publishing"):
+        with_retries(client().whoami)
 
 
 def _full_name(api: HfApi, repo_id: str) -> str:
     """Return the name with its owner. Requests the token's account, so a missing or invalid token is reported before any work."""
-    account = patiently(api.whoami)
+    account = with_retries(api.whoami)
     return repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
 
 
@@ -177,7 +177,7 @@ def _check_card(local: list[Local]) -> None:
             f"{CARD}: its metadata can't be read ({first_line(error, 120)}). Correct it, or remove the file."
         ) from None
     try:
-        patiently(card.validate)
+        with_retries(card.validate)
     except ValueError as error:
         try:
             reasons = "; ".join(entry["message"] for entry in json.loads(str(error))["errors"])
@@ -190,10 +190,10 @@ def _make(api: HfApi, there: Repository, repo_id: str, private: bool, revision: 
     """Create the repository and its branch if they don't exist. Return the parent commit of the push."""
     head = there.head
     if head is None:
-        patiently(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-        head = str(patiently(lambda: api.model_info(repo_id)).sha)
+        with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+        head = str(with_retries(lambda: api.model_info(repo_id)).sha)
     if revision not in (None, MAIN) and not there.has_revision:
-        patiently(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True))
+        with_retries(lambda: api.create_branch(repo_id, branch=str(revision), exist_ok=True))
     return head
 
 
@@ -216,12 +216,12 @@ def _commit(api: HfApi, planned: Push, local: list[Local], head: str, revision: 
         )
 
     try:
-        made = commit() if create_pr else patiently(commit)  # no retries: they could open a second pull request
+        made = commit() if create_pr else with_retries(commit)  # no retries: they could open a second pull request
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
             raise
         # the branch may have changed by this commit itself, if only the Hub's response was lost
-        now = str(patiently(lambda: api.model_info(planned.repo_id, revision=revision)).sha)
+        now = str(with_retries(lambda: api.model_info(planned.repo_id, revision=revision)).sha)
         if not compare(local, files_of(api, planned.repo_id, now), replace=False).none:
             raise
         return with_(planned, commit=now)

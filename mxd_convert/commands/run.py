@@ -26,7 +26,7 @@ from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare
 from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.escaping import say
 from mxd_convert.evaluation.fidelity import evaluate_models
-from mxd_convert.files import read_mapping, scratch_beside, write_json, write_text
+from mxd_convert.files import read_mapping, temporary_sibling, write_json, write_text
 from mxd_convert.layers import Trainable
 from mxd_convert.plan.memory import (
     BASE_SHARE,
@@ -47,7 +47,7 @@ from mxd_convert.report.plots import write_plots
 from mxd_convert.report.schema import Report
 from mxd_convert.report.write import build_report
 from mxd_convert.training.accelerator import new_accelerator
-from mxd_convert.training.distributed import agreed, lost_guard, once_a_machine
+from mxd_convert.training.distributed import agreed, connection_guard, once_per_machine
 from mxd_convert.training.loop import Job, Trained, train_layers
 from mxd_convert.training.tracking import finish_tracker, start_tracker
 
@@ -138,19 +138,19 @@ def convert(
     settings = dict(overrides or {})
     if output is not None:
         settings["output.dir"] = str(Path(output).expanduser().absolute())
-    with once_a_machine():
+    with once_per_machine():
         loaded = load_recipe(recipe, settings)
     with trusting(loaded.base.trust_remote_code):
         return _convert(loaded, fresh, quiet)
 
 
 def _convert(recipe: Recipe, fresh: bool, quiet: bool) -> Result:
-    with once_a_machine():
+    with once_per_machine():
         plan = make_plan(recipe)
         accelerator = new_accelerator(plan.recipe.train, plan.output.parent / "logs")
     workspace = Workspace(plan.recipe, plan.output, fresh)
     run = Context(plan, accelerator, workspace, quiet or not accelerator.is_main_process)
-    with lost_guard(run.processes), ExitStack() as stack:
+    with connection_guard(run.processes), ExitStack() as stack:
         with run.agreed():
             report = workspace.finished()
         if report is None:
@@ -188,7 +188,7 @@ def _convert_in_workspace(run: Context) -> Result:
             return Result(run.plan.output, read_mapping(run.plan.output / REPORT), False, run.main)
     except Exception:
         if run.main and (not run.trains or run.processes == 1):  # otherwise other processes may be writing there
-            run.workspace.forget()
+            run.workspace.remove_if_untrained()
         raise
 
 
@@ -219,8 +219,8 @@ def _prepare(run: Context, tokenizer: Any) -> tuple[Blocks, Blocks]:
     for mains_turn in (True, False):
         with run.agreed():
             if run.main == mains_turn:
-                found.append(prepare(run.recipe.data, tokenizer, run.workspace.work / "data", run.say))
-                check_vocabulary(found[0][0], run.plan.vocabulary)
+                found.append(prepare(run.recipe.data, tokenizer, run.workspace.folder / "data", run.say))
+                check_vocabulary(found[0][0].ids, run.plan.vocabulary)
     [(train, held_out)] = found
     run.say(_summary(run, train, held_out))
     return train, held_out
@@ -248,11 +248,11 @@ def _train(run: Context, blocks: Blocks) -> Trained | None:
             run.recipe, base.dtype == torch.float16
         )  # with `dtype: auto` the weights decide the dtype, not the config
     run.trains = True
-    trained = train_layers(_job(run, run.plan, base, blocks, run.workspace.work, room))
+    trained = train_layers(_job(run, run.plan, base, blocks, run.workspace.folder, room))
     finish_tracker(run.accelerator)
     if run.recipe.train.twin:
         run.say("training the dense twin:")
-        twin = train_layers(_job(run, twin_of(run.plan), base, blocks, run.workspace.work / TWIN, room))
+        twin = train_layers(_job(run, twin_of(run.plan), base, blocks, run.workspace.folder / TWIN, room))
         if trained is not None:
             trained.twin = twin
     return trained
@@ -264,7 +264,7 @@ def _spread(run: Context, room: int) -> Spread | None:
     if most is None:
         return None
     run.say("the base model is too large for the available memory: accelerate spreads it, which is slower")
-    device, offload = run.accelerator.device, run.workspace.work / "offload"
+    device, offload = run.accelerator.device, run.workspace.folder / "offload"
     if device.type == "cpu":
         return Spread({"cpu": most}, offload)
     return Spread({device.index or 0: most, "cpu": int(BASE_SHARE * available("cpu"))}, offload)
@@ -293,12 +293,12 @@ def _assemble_and_report(run: Context, trained: Trained, train: Blocks, held_out
     ):
         original = load_base(run.recipe.base, dtype="auto")
         origin = _origin(run.recipe, original)
-        folder = _assemble(original, trained.layers, origin, run.workspace.work / "checkpoint")
+        folder = _assemble(original, trained.layers, origin, run.workspace.folder / "checkpoint")
         with without_noise():
             tokenizer.save_pretrained(folder)
         twin = None
         if trained.twin is not None:
-            twin = _assemble(original, trained.twin.layers, origin, run.workspace.work / TWIN / "checkpoint")
+            twin = _assemble(original, trained.twin.layers, origin, run.workspace.folder / TWIN / "checkpoint")
         del original
         figures = _evaluate(run, folder, held_out, twin)
         if run.recipe.output.dashboard:
@@ -360,7 +360,7 @@ def _write_report(run: Context, folder: Path, report: Report) -> None:
     """Write the recipe, log, plots, card and report into the checkpoint's folder."""
     recipe, on_hub = run.recipe, not is_local(run.recipe.base.model)
     write_text(folder / "recipe.yaml", recipe.to_yaml())
-    shutil.copyfile(run.workspace.work / "training_log.jsonl", folder / "training_log.jsonl")
+    shutil.copyfile(run.workspace.folder / "training_log.jsonl", folder / "training_log.jsonl")
     texts = {"train": recipe.data.train.path, "eval": recipe.data.eval.path}
     local = {
         **({} if on_hub else {"base": recipe.base.model}),
@@ -394,7 +394,7 @@ def _export(run: Context, result: Result) -> Result:
     if not run.recipe.output.onnx or not run.main or target.exists():
         return result
     try:
-        with scratch_beside(result.output) as scratch:
+        with temporary_sibling(result.output) as scratch:
             export = export_onnx(result.output, scratch / ONNX, quiet=run.quiet)
             if export.output is not None:
                 export.output.rename(target)
@@ -414,10 +414,10 @@ def _check_processes_agree(run: Context) -> None:
         return
     [run.run_id, recipe] = broadcast_object_list([uuid.uuid4().hex, run.recipe.model_dump()])
     if run.main:
-        run.workspace.show(run.run_id)
+        run.workspace.write_run_id(run.run_id)
     run.accelerator.wait_for_everyone()
     with run.agreed():
-        run.workspace.check_shown(run.run_id)
+        run.workspace.check_run_id(run.run_id)
         if recipe != run.recipe.model_dump():
             raise InputError(
                 "recipe: differs between processes after its paths and the base's revision are resolved. Give all processes the same"
@@ -433,7 +433,7 @@ def _reported_once(run: Context) -> Iterator[None]:
         return run.processes == 1 or run.workspace.first_to_report(run.run_id)
 
     try:
-        with lost_guard(run.processes):
+        with connection_guard(run.processes):
             yield
     except InputError as error:
         error.reported_elsewhere = error.reported_elsewhere or not is_first()

@@ -35,7 +35,6 @@ from mxd_convert.training.accelerator import new_accelerator
 from mxd_convert.training.loop import Job
 from mxd_convert.training.together import same_activations, train_together
 
-TABLE = "sweep.json"
 MARK = "sweep.mark"  # file with the fingerprints of the runs' recipes and the rows of finished runs
 # keys without a meaning for kinds that have no experts
 _OF_EXPERTS = ("layer.k", "layer.experts", "layer.expansion", "layer.sparsity", "layer.l1")
@@ -138,7 +137,7 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
         # every run would train the same twin; a sweep has the twin as a kind instead
         settings = {"train.twin": False, **dict(zip(grid, values, strict=True))}
         layer = load_recipe(recipe, settings).layer
-        if not layer.facts.has_experts:
+        if not layer.traits.has_experts:
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}
             settings |= {"train.joint": 0.0} if layer.sparsity == "l1" else {}  # the other runs can't have a joint stage
         shown = {key: value for key, value in settings.items() if key in swept}
@@ -253,7 +252,7 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
     data = _data_folder(data, recipe, Workspace(recipe, group[0].plan.output, fresh=False).inputs(say))
     tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
     train, _ = prepare(recipe.data, tokenizer, data, say)
-    check_vocabulary(train, group[0].plan.vocabulary)
+    check_vocabulary(train.ids, group[0].plan.vocabulary)
     say(f"training {len(group)} runs from one harvest of activations: {', '.join(run.name for run in group)}")
     base = load_base(recipe.base)
     for run in group:
@@ -266,7 +265,7 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
             workspace.finished()
             stack.enter_context(workspace.locked())
             workspace.claim()
-            _lend(data, workspace.work / "data")
+            _lend(data, workspace.folder / "data")
             indices = [layer.index for layer in run.plan.layers]
             jobs.append(
                 Job(
@@ -275,7 +274,7 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
                     run.plan.sites,
                     run.plan.shapes,
                     train,
-                    workspace.work,
+                    workspace.folder,
                     accelerator,
                     [indices],
                     lambda layers: [layers],

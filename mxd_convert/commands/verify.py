@@ -10,7 +10,7 @@ from mxd_convert.checkpoint.read import (
     read_config,
 )
 from mxd_convert.checkpoint.verify import (
-    PLACES,
+    MODES,
     Check,
     Verification,
     against_base,
@@ -62,10 +62,10 @@ def _verify(folder: Path, base: str | None, trust_remote_code: bool) -> Verifica
     ids = token_ids(config)
     compared = against_base(folder, converted, base, ids)  # first, so that a wrong --base is reported at once
     foreign = [] if trust_remote_code else foreign_code(folder)
-    needing = [blocked for blocked in PLACES if blocked or not has_row(config)]  # these run the checkpoint's code
-    runnable = [blocked for blocked in PLACES if not (foreign and blocked in needing)]
+    needing = [blocked for blocked in MODES if blocked or not has_row(config)]  # these run the checkpoint's code
+    runnable = [blocked for blocked in MODES if not (foreign and blocked in needing)]
     checks = in_fresh_processes(folder, ids, runnable, needing, trust_remote_code)
     for blocked in needing if foreign else []:
         why = f"{foreign[0]} is not this package's own, and was not run. Read it, then use --trust-remote-code."
-        checks.append(Check(f"runs in a fresh process ({PLACES[blocked]})", None, why))
+        checks.append(Check(f"runs in a fresh process ({MODES[blocked]})", None, why))
     return Verification(folder, [Check(whole, True), *checks, *compared])

@@ -25,7 +25,7 @@ from mxd_convert.files import file_sha256, read_sealed, replacing, write_sealed
 from mxd_convert.recipe.schema import Data, EvalText, is_local
 
 # Tokens of training text to read at least, so that a short run draws its blocks from many documents and not from the first few.
-LEAST_TOKENS = 4_000_000
+MIN_TOKENS = 4_000_000
 MANIFEST, FILES = "data.json", ("train.tokens", "eval.tokens")  # description and hashes of the token files; the token files
 _BATCH = 256  # documents tokenised at a time
 _CHARACTERS = 4  # characters per token, roughly: pending documents are tokenised when they may reach the limit
@@ -184,7 +184,7 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
     """Return the training and evaluation blocks of a recipe.
 
     The texts are tokenised into `folder`. A later call reads the token files from there, and tokenises the texts again if a file
-    is damaged. At least LEAST_TOKENS tokens of the training text are read, if it has that many.
+    is damaged. At least MIN_TOKENS tokens of the training text are read, if it has that many.
 
     Args:
         data: section `data` of the recipe.
@@ -228,12 +228,13 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: file_sha256(folder / name) for name in FILES if (folder / name).is_file()}
 
 
-def check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
-    """Raise InputError if a token id has no embedding in the model. vocabulary: number of embeddings."""
-    largest = int(blocks.ids.max())
+def check_vocabulary(ids: Any, vocabulary: int) -> None:
+    """Raise InputError if a token id has no embedding in the model. ids: an array. vocabulary: number of embeddings."""
+    largest = int(ids.max())
     if largest >= vocabulary:
         raise InputError(
-            f"the tokenizer makes token ids up to {largest} and the model knows {vocabulary}; give the model the tokenizer it was trained with"
+            f"the tokenizer makes token ids up to {largest}, but the model has {vocabulary} embeddings. Give the model the tokenizer"
+            " that it was trained with."
         )
 
 
@@ -258,7 +259,7 @@ def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, h
 
 def tokens_to_read(data: Data) -> int:
     """Return the number of tokens to read from the training text, if it has that many."""
-    return max(data.tokens, LEAST_TOKENS)
+    return max(data.tokens, MIN_TOKENS)
 
 
 def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, Any]:

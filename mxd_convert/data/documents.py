@@ -20,8 +20,8 @@ from mxd_convert.recipe.schema import EvalText, Text, is_local
 HELD_OUT_SHARE = 0.1  # share of the documents held out of the training text
 PLAIN = (".txt", ".txt.gz")
 SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".parquet")
-MOST_DOCUMENT = 2**22  # characters of a document; longer ones are split, so that no tokenizer gets gigabytes at once
-MOST_LINE = 2**26  # characters of a line of a .jsonl file
+MAX_DOCUMENT = 2**22  # characters of a document; longer ones are split, so that no tokenizer gets gigabytes at once
+MAX_LINE = 2**26  # characters of a line of a .jsonl file
 _BATCH_ROWS = 1024  # rows of a parquet file in memory at a time
 _SECRET = re.compile(r"\b(?:hf|api_org)_\w+|(?i:(?<=bearer )\S+)|(?<=://)[^/\s@]+(?=@)|(?<=\?)[^\s'\")]+=[^\s'\")]+")
 
@@ -88,7 +88,7 @@ def _below(folder: Path) -> Iterator[Path]:
 def read_documents(source: Text | EvalText, notify: Callable[[str], None] = lambda line: None) -> Iterator[str]:
     """Yield the non-empty documents of a text in order. Raises InputError.
 
-    A document longer than MOST_DOCUMENT is yielded in pieces. notify: called with a message if rows without text were left out.
+    A document longer than MAX_DOCUMENT is yielded in pieces. notify: called with a message if rows without text were left out.
     """
     assert source.path is not None
     key = "data.train.text" if isinstance(source, Text) else "data.eval.text"
@@ -96,8 +96,8 @@ def read_documents(source: Text | EvalText, notify: Callable[[str], None] = lamb
     name = Path(source.path).name if is_local(source.path) else source.path
     try:
         for text in _read_local(source.path, field) if is_local(source.path) else _read_dataset(source, field):
-            for start in range(0, len(text), MOST_DOCUMENT):
-                document = clean(text[start : start + MOST_DOCUMENT])
+            for start in range(0, len(text), MAX_DOCUMENT):
+                document = clean(text[start : start + MAX_DOCUMENT])
                 if document.strip():
                     yield document
     except GeneratorExit:  # the caller has read enough
@@ -135,20 +135,20 @@ def _read_local(path: str, field: TextField) -> Iterator[str]:
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
-    """Yield the paragraphs of a .txt file, which blank lines separate. Those longer than MOST_DOCUMENT are yielded in pieces."""
+    """Yield the paragraphs of a .txt file, which blank lines separate. Those longer than MAX_DOCUMENT are yielded in pieces."""
     with opened(file) as lines:
         paragraph, size = [], 0
-        for line in iter(partial(lines.readline, MOST_DOCUMENT), ""):
+        for line in iter(partial(lines.readline, MAX_DOCUMENT), ""):
             if line.strip():
                 paragraph.append(line)
                 size += len(line)
             elif paragraph:
                 yield "".join(paragraph).strip("\n")
                 paragraph, size = [], 0
-            if size > MOST_DOCUMENT:
+            if size > MAX_DOCUMENT:
                 whole = "".join(paragraph)
-                yield whole[:MOST_DOCUMENT]
-                paragraph, size = [whole[MOST_DOCUMENT:]], size - MOST_DOCUMENT
+                yield whole[:MAX_DOCUMENT]
+                paragraph, size = [whole[MAX_DOCUMENT:]], size - MAX_DOCUMENT
         yield "".join(paragraph).strip("\n")
 
 
@@ -168,10 +168,10 @@ def rows_of(file: Path, fields: dict[str, str]) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     with opened(file) as lines:
-        for number, line in enumerate(iter(partial(lines.readline, MOST_LINE), ""), 1):
+        for number, line in enumerate(iter(partial(lines.readline, MAX_LINE), ""), 1):
             where = f"{file}, line {number}"
-            if len(line) == MOST_LINE and not line.endswith("\n"):
-                raise InputError(f"data: {where}: more than {MOST_LINE:,} characters. Write one document per line")
+            if len(line) == MAX_LINE and not line.endswith("\n"):
+                raise InputError(f"data: {where}: more than {MAX_LINE:,} characters. Write one document per line")
             if line.strip():
                 try:
                     row = json.loads(line)

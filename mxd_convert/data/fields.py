@@ -8,8 +8,8 @@ from mxd_convert.errors import InputError
 from mxd_convert.escaping import printable
 from mxd_convert.files import kind_of
 
-MOST_MISSING = 10_000  # rows at the start of a file without the field, after which the rest is not read
-_MOST_NAMES = 12  # names listed in a message
+MAX_MISSING = 10_000  # rows at the start of a file without the field, after which the rest is not read
+_MAX_NAMES = 12  # names listed in a message
 _MESSAGES = ({"role", "content"}, {"from", "value"})  # keys of a chat message, in the two common formats
 
 
@@ -48,8 +48,8 @@ class TextField:
                 absent += self.name not in row
                 found += self.name in row
                 if not found:
-                    names.update(dict.fromkeys(row) if len(names) <= _MOST_NAMES else {})
-                    if absent == MOST_MISSING:
+                    names.update(dict.fromkeys(row) if len(names) <= _MAX_NAMES else {})
+                    if absent == MAX_MISSING:
                         break
                 elif not self.skip:
                     raise self._without_text(where, row)
@@ -145,7 +145,7 @@ def _is_message(content: Any) -> bool:
     return isinstance(content, Mapping) and any(keys <= content.keys() for keys in _MESSAGES)
 
 
-def listed(names: Iterable[Any], most: int = _MOST_NAMES) -> str:
+def listed(names: Iterable[Any], most: int = _MAX_NAMES) -> str:
     """Join names from untrusted data for an error message: at most `most` names, long ones cut, control characters replaced."""
     everything = [str(name) for name in names]
     shown = [printable(name if len(name) <= 60 else name[:57] + "...") for name in everything[:most]]

@@ -11,8 +11,8 @@ from mxd_convert.data.documents import PLAIN, clean, local_files, readable, rows
 from mxd_convert.data.fields import TextField, label_of
 from mxd_convert.errors import InputError
 
-MOST_CLASSES = 100  # different labels in a data set
-FEWEST_DOCUMENTS = 10  # documents per class: with fewer, the folds and the test split have too few of the class
+MAX_CLASSES = 100  # different labels in a data set
+MIN_DOCUMENTS = 10  # documents per class: with fewer, the folds and the test split have too few of the class
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_labelled(path: str, text_field: str, label_field: str, most: int, seed:
         seed: seed of the sample.
 
     Raises:
-        InputError: if the data can't be read, a label is invalid, or there are more than MOST_CLASSES classes.
+        InputError: if the data can't be read, a label is invalid, or there are more than MAX_CLASSES classes.
     """
     kept: dict[str, list[tuple[int, str]]] = {}  # a heap per class, which removes the largest key first
     available: Counter[str] = Counter()
@@ -65,9 +65,9 @@ def read_labelled(path: str, text_field: str, label_field: str, most: int, seed:
             continue
         available[label] += 1
         heap = kept.setdefault(label, [])
-        if len(kept) > MOST_CLASSES:
+        if len(kept) > MAX_CLASSES:
             raise InputError(
-                f"--label-field {label_field}: more than {MOST_CLASSES} different labels in {Path(path).name}."
+                f"--label-field {label_field}: more than {MAX_CLASSES} different labels in {Path(path).name}."
                 " Name the field that contains the class"
             )
         item = (-int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:8], "big"), text)
@@ -91,10 +91,10 @@ def check_classes(labels: list[str], source: str, label_field: str) -> None:
             " A probe needs at least two classes; add documents or name another field"
         )
     label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
-    if count < FEWEST_DOCUMENTS:
+    if count < MIN_DOCUMENTS:
         raise InputError(
             f"--data {source}: class {shown(label)} has {count} document{'s' if count != 1 else ''} with text, and a probe needs"
-            f" {FEWEST_DOCUMENTS}. Add documents, or remove the class from the data"
+            f" {MIN_DOCUMENTS}. Add documents, or remove the class from the data"
         )
 
 

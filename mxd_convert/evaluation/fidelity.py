@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mxd_convert.base_model.capture import apply_mlp, recording
 from mxd_convert.base_model.families import Site
-from mxd_convert.base_model.swap import Constant, permuted_experts, standing_in
+from mxd_convert.base_model.swap import Constant, permuted_experts, replaced_mlps
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.evaluation.layer_figures import LayerFigures
 from mxd_convert.evaluation.progress import progress
@@ -149,16 +149,16 @@ def _variants(
     zeros = {site.index: Constant(torch.zeros(site.d_out, device=layers[site.index].output_bias.device)) for site in sites}
     # the mean is over counted tokens only, because an attention sink would dominate it
     means = {site.index: Constant(figures[site.index].masked.mean_O().float()) for site in sites}
-    yield "zero", standing_in(base, sites, zeros)
-    yield "mean", standing_in(base, sites, means)
+    yield "zero", replaced_mlps(base, sites, zeros)
+    yield "mean", replaced_mlps(base, sites, means)
     for site in sites:
         index, layer = site.index, layers[site.index]
-        yield f"{index}/alone", standing_in(base, [site], layers)
-        yield f"{index}/zero", standing_in(base, [site], zeros)
-        yield f"{index}/mean", standing_in(base, [site], means)
+        yield f"{index}/alone", replaced_mlps(base, [site], layers)
+        yield f"{index}/zero", replaced_mlps(base, [site], zeros)
+        yield f"{index}/mean", replaced_mlps(base, [site], means)
         for number in range(_permutations(layer)):
             order_N = _permutation(figures[index].firings_N > 0, number)
-            yield f"{index}/permuted", _both(standing_in(base, [site], layers), permuted_experts(layer, order_N))
+            yield f"{index}/permuted", _both(replaced_mlps(base, [site], layers), permuted_experts(layer, order_N))
 
 
 def _permutations(layer: FactoredLayer) -> int:

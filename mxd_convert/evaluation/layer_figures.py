@@ -13,7 +13,7 @@ from mxd_convert.layers.losses import fraction_of_variance_unexplained
 from mxd_convert.modeling.layers_mxd import FactoredLayer
 
 ALWAYS_ON = 0.5  # firing rate above which an expert is always on
-MOST_PAIRS = 1024  # pairs of tokens per batch from which dimensions are estimated
+MAX_PAIRS = 1024  # pairs of tokens per batch from which dimensions are estimated
 
 
 class Variance:
@@ -55,7 +55,7 @@ class Dimensions:
 
     def add(self, rows_BO: Tensor) -> None:
         """Add a batch of rows from several texts. Each pair takes one row from the first half and one from the second."""
-        pairs = min(len(rows_BO) // 2, MOST_PAIRS)
+        pairs = min(len(rows_BO) // 2, MAX_PAIRS)
         half = len(rows_BO) // 2
         difference_PO = (rows_BO[:pairs] - rows_BO[half : half + pairs]).double() / 2**0.5
         inner_PP = difference_PO @ difference_PO.T

@@ -20,8 +20,8 @@ from mxd_convert.modeling.layers_mxd import Coefficients
 
 SPLITS = 5  # files per layer, delphi's default
 SUMMARY = "mxd_cache.json"
-_LEAST = 1e-5  # delphi treats coefficients up to this as 0
-_MOST = float(np.finfo(np.float16).max)
+_MIN_COEFFICIENT = 1e-5  # delphi treats coefficients up to this as 0
+_MAX_COEFFICIENT = float(np.finfo(np.float16).max)
 _DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "U32": np.dtype("<u4"),
@@ -33,18 +33,18 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def active_entries(coefficients: Coefficients, counted_BT: Tensor) -> tuple[Array, Array, Array, Array]:
-    """Return (blocks, positions, experts, values), (P) each, of coefficients above `_LEAST` at counted positions.
+    """Return (blocks, positions, experts, values), (P) each, of coefficients above `_MIN_COEFFICIENT` at counted positions.
 
     Entries are sorted by block, position and expert. coefficients: as `encode` returns them for (B, T, I). counted_BT: bool mask.
     """
     if isinstance(coefficients, Tensor):
-        active_BTN = (coefficients > _LEAST) & counted_BT.unsqueeze(-1)
+        active_BTN = (coefficients > _MIN_COEFFICIENT) & counted_BT.unsqueeze(-1)
         where = active_BTN.nonzero(as_tuple=True)
         found = (*where, coefficients[active_BTN])
     else:
         indices_BTK, order_BTK = coefficients[1].sort(dim=-1)
         values_BTK = coefficients[0].gather(-1, order_BTK)
-        active_BTK = (values_BTK > _LEAST) & counted_BT.unsqueeze(-1)
+        active_BTK = (values_BTK > _MIN_COEFFICIENT) & counted_BT.unsqueeze(-1)
         where = active_BTK.nonzero(as_tuple=True)
         found = (where[0], where[1], indices_BTK[active_BTK], values_BTK[active_BTK])
     block_P, position_P, expert_P, value_P = (tensor.cpu().numpy() for tensor in found)
@@ -80,7 +80,7 @@ class LayerCache:
         for split, first in enumerate(self.starts[:-1]):
             here_P = split_P == split
             locations = np.stack([block_P[here_P], position_P[here_P], expert_P[here_P] - first], axis=-1)
-            activations = np.minimum(value_P[here_P], _MOST)
+            activations = np.minimum(value_P[here_P], _MAX_COEFFICIENT)
             for name, array, kind in (("locations", locations, self.wide), ("activations", activations, "F16")):
                 with (self.folder / f"{split}.{name}").open("ab") as file:
                     file.write(np.ascontiguousarray(array.astype(_DTYPES[kind])).tobytes())

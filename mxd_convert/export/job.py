@@ -44,8 +44,8 @@ class Job:
     def _site(self, index: int) -> Site:
         layer, row = self.layers[index], architecture_of(self.converted.config)
         widths = (layer.d_in, layer.d_hidden, layer.d_out)
-        then = tuple(path.format(i=index) for path in row.then)
-        return Site(index, row.place.format(i=index), *widths, "", False, then=then, layer=row.layer.format(i=index))
+        then = tuple(path.format(i=index) for path in row.bypassed)
+        return Site(index, row.path.format(i=index), *widths, "", False, bypassed=then, layer=row.layer.format(i=index))
 
     def _groups(self) -> list[list[int]]:
         groups: list[list[int]] = []

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.base_model.swap import check_converted
 from mxd_convert.checkpoint.read import check_finite, checkpoint_settings, load_checkpoint, original_of
 from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
@@ -31,8 +32,7 @@ def chosen_layers(checkpoint: Path, config: Any, layers: str | list[int]) -> tup
     except ValueError as error:
         raise InputError(f"--{error}") from None
     for index in indices:
-        if str(index) not in entries:
-            raise InputError(f"--layers: layer {index} is not converted; converted are {', '.join(entries)}")
+        check_converted(index, entries, "--layers: ")
     dense = [index for index in indices if not entries[str(index)].get("n_experts")]
     if dense == indices:
         raise InputError(f"{checkpoint}: every selected layer is a dense_twin, which has no experts to export")
@@ -61,7 +61,7 @@ def read_text(
         raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens; set --tokens to {context} or more")
     source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
     blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), folder)
-    check_vocabulary(blocks, vocabulary)
+    check_vocabulary(blocks.ids, vocabulary)
     return blocks, mask_bos
 
 

@@ -1,6 +1,6 @@
 """The Hub's client, with retries and one-line error messages.
 
-huggingface_hub retries only some requests; `patiently` retries all that can safely be repeated. The token is the one that
+huggingface_hub retries only some requests; `with_retries` retries all that can safely be repeated. The token is the one that
 huggingface_hub stores, and it never appears in a message.
 """
 
@@ -27,10 +27,10 @@ from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # t
 import mxd_convert
 from mxd_convert.errors import InputError, is_disk_full, is_out_of_memory
 
-AGAIN = "run the same command again to resume"
+RESUME_HINT = "run the same command again to resume"
 LOGIN = "run `hf auth login`, or set HF_TOKEN"
 ATTEMPTS = 4  # per request, including the first
-MOST_PATIENCE = 120  # longest wait that the Hub may request, in seconds; longer waits are reported as errors
+MAX_WAIT_SECONDS = 120  # longest wait that the Hub may request, in seconds; longer waits are reported as errors
 TOO_MANY = 429  # HTTP status
 _AGAIN = (TOO_MANY, 500, 502, 503, 504)
 _LOST = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
@@ -53,7 +53,7 @@ def check_name(repo_id: str) -> None:
         raise InputError(f"{repo_id}: not a valid repository name ({_first_line(error)}). Write it as owner/name.") from None
 
 
-def patiently(ask: Callable[[], Found]) -> Found:
+def with_retries(ask: Callable[[], Found]) -> Found:
     """Return the result of `ask`, retried if the connection was lost or the Hub was busy.
 
     Waits as long as the Hub requests, otherwise 0.5, 1 and 2 seconds. Use it only for requests that can safely be repeated.
@@ -71,7 +71,7 @@ def patiently(ask: Callable[[], Found]) -> Found:
 def _passes(error: BaseException) -> bool:
     """Return whether a retry may succeed."""
     if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code in _AGAIN and _asked_to_wait(error) <= MOST_PATIENCE
+        return error.response.status_code in _AGAIN and _asked_to_wait(error) <= MAX_WAIT_SECONDS
     if is_out_of_memory(error):
         return False
     if isinstance(error, RuntimeError):  # raised by Xet, or by a failed upload with its cause
@@ -92,7 +92,7 @@ def _asked_to_wait(error: BaseException) -> float:
 
 
 @contextmanager
-def explained(repo_id: str, doing: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(repo_id: str, doing: str, revision: str | None = None) -> Iterator[None]:
     """Turn errors of the Hub and of the connection into an InputError of one line, without the token.
 
     Args:
@@ -132,8 +132,8 @@ def _explanation(error: Exception, repo_id: str, doing: str, revision: str | Non
         (GatedRepoError, f"{repo_id}: the repository is gated. Request access at {endpoint}/{repo_id}"),
         (RevisionNotFoundError, f"--revision {revision}: {repo_id} has no such branch, tag or commit"),
         (RepositoryNotFoundError, f"{repo_id}: no such repository on {endpoint}, {hidden}"),
-        ((*_LOST, ConnectionError), f"{repo_id}: {endpoint} can't be reached ({_first_line(cause)}); {AGAIN}"),
-        (json.JSONDecodeError, f"{repo_id}: the response from {endpoint} is not valid JSON; {AGAIN}"),
+        ((*_LOST, ConnectionError), f"{repo_id}: {endpoint} can't be reached ({_first_line(cause)}); {RESUME_HINT}"),
+        (json.JSONDecodeError, f"{repo_id}: the response from {endpoint} is not valid JSON; {RESUME_HINT}"),
     )
     for kinds, message in known:
         if isinstance(cause, kinds):
@@ -141,7 +141,7 @@ def _explanation(error: Exception, repo_id: str, doing: str, revision: str | Non
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return _of_status(cause, repo_id, doing)
     if isinstance(cause, (httpx2.HTTPError, RuntimeError)):
-        return f"{repo_id}: {doing} failed ({_first_line(cause)}); {AGAIN}"
+        return f"{repo_id}: {doing} failed ({_first_line(cause)}); {RESUME_HINT}"
     if isinstance(cause, ValueError | OSError | TypeError):
         # raised by the client itself, for example for a card; the reason may be on its second line
         return f"{repo_id}: {doing} failed: {' '.join(str(cause).split()) or type(cause).__name__}"[:400]
@@ -167,7 +167,7 @@ def _of_status(error: HfHubHTTPError, repo_id: str, doing: str) -> str:
             f"in {wait:.0f} s" if wait else "later"
         )
     if status >= 500:
-        return f"{repo_id}: the Hub has a server error (status {status}); {AGAIN}"
+        return f"{repo_id}: the Hub has a server error (status {status}); {RESUME_HINT}"
     return f"{repo_id}: {doing} failed with status {status}{reason}"
 
 

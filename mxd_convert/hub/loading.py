@@ -8,7 +8,7 @@ from huggingface_hub import constants, snapshot_download
 from mxd_convert.checkpoint.delta import is_delta, load_delta
 from mxd_convert.checkpoint.read import LOCAL, load_checkpoint
 from mxd_convert.errors import InputError
-from mxd_convert.hub.client import check_name, client, explained, patiently
+from mxd_convert.hub.client import check_name, client, hub_errors, with_retries
 from mxd_convert.hub.content import wrong_files
 from mxd_convert.hub.repository import files_of
 
@@ -44,14 +44,14 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     check_name(name)
     options: dict[str, Any] = {"revision": revision, "ignore_patterns": _NOT_TO_RUN}
     if constants.HF_HUB_OFFLINE:
-        with explained(name, "loading", revision):
+        with hub_errors(name, "loading", revision):
             return Path(snapshot_download(name, local_files_only=True, **options))
     api = client()
-    with explained(name, "downloading", revision):
-        folder = Path(patiently(lambda: api.snapshot_download(name, **options)))
+    with hub_errors(name, "downloading", revision):
+        folder = Path(with_retries(lambda: api.snapshot_download(name, **options)))
         files = {path: file for path, file in files_of(api, name, folder.name).items() if (folder / path).is_file()}
         if wrong_files(folder, files):  # the client doesn't check files that are in its cache
-            folder = Path(patiently(lambda: api.snapshot_download(name, force_download=True, **options)))
+            folder = Path(with_retries(lambda: api.snapshot_download(name, force_download=True, **options)))
             if wrong := wrong_files(folder, files):
                 raise InputError(f"{name}: {wrong[0]} arrived with another hash than on the Hub. Run the same command again.")
     return folder

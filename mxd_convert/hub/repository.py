@@ -10,7 +10,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from mxd_convert.checkpoint.read import DELTA
 from mxd_convert.errors import InputError
-from mxd_convert.hub.client import patiently
+from mxd_convert.hub.client import with_retries
 from mxd_convert.hub.content import ATTRIBUTES
 
 MAIN = "main"
@@ -39,13 +39,13 @@ class Repository:
     def find(cls, api: HfApi, repo_id: str, revision: str | None) -> "Repository":
         """Return the state of a repository, which may not exist."""
         try:
-            found = patiently(lambda: api.model_info(repo_id))
+            found = with_retries(lambda: api.model_info(repo_id))
         except RepositoryNotFoundError:
             return cls(repo_id, None, False, False, {})
         has_revision = True
         if revision not in (None, MAIN):
             try:
-                found = patiently(lambda: api.model_info(repo_id, revision=revision))
+                found = with_retries(lambda: api.model_info(repo_id, revision=revision))
             except RevisionNotFoundError:
                 has_revision = False
         return cls(repo_id, found.sha, has_revision, bool(found.private), files_of(api, repo_id, str(found.sha)))
@@ -71,7 +71,7 @@ class Repository:
         if theirs is not None and theirs.same(ours):
             return
         what = (
-            theirs.words(ours)
+            theirs.description(ours)
             if theirs is not None
             else f"{content[0]}" + (f" and {len(content) - 1} more" if content[1:] else "")
         )
@@ -82,12 +82,12 @@ class Repository:
 
     def _identity(self, api: HfApi, name: str) -> "Identity":
         """Return the identity of the repository's content, read from the file `name`."""
-        return _read(Path(patiently(lambda: api.hf_hub_download(self.repo_id, name, revision=self.head))))
+        return _read(Path(with_retries(lambda: api.hf_hub_download(self.repo_id, name, revision=self.head))))
 
 
 def files_of(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
     """Return the files of a revision by path, with sizes and hashes. Raises InputError if a path points out of the repository."""
-    entries = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
+    entries = with_retries(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     for path in files:
         if path.startswith("/") or ".." in path.split("/"):
@@ -110,7 +110,7 @@ class Identity:
         """Return whether both are versions of one checkpoint. False if no base model is recorded."""
         return self == other and self.base is not None
 
-    def words(self, ours: "Identity") -> str:
+    def description(self, ours: "Identity") -> str:
         """Return how it differs from `ours`, for an error message."""
         if self.kind != ours.kind:
             return "a delta" if self.kind == "delta" else f"a model of type {self.kind}"

@@ -23,7 +23,7 @@ class LayerSpec:
     skip: bool = False
 
     @property
-    def facts(self) -> Kind:
+    def traits(self) -> Kind:
         """The row of this kind in `recipe/kinds.py`."""
         return KINDS[self.kind]
 
@@ -61,7 +61,7 @@ class LayerSpec:
         """
         linear = 4 * self.d_in * self.d_hidden * (2 if self.glu else 1) + 6 * self.d_hidden * self.d_out
         gain = 2 * self.d_in * self.n_experts + 6 * self.active * self.d_out
-        if self.facts.learns_gate:
+        if self.traits.learns_gate:
             gain += 2 * self.active * self.d_in
         elif self.active:
             gain -= 2 * self.active * self.d_out  # the coefficients need no gradient either
@@ -71,17 +71,17 @@ class LayerSpec:
     def input_flops(self) -> int:
         """FLOPs of the gradient with respect to the layer's input, per token."""
         gain = 2 * self.active * self.d_in
-        if not self.facts.learns_gate:  # otherwise `step_flops` includes the gradient of the coefficients
+        if not self.traits.learns_gate:  # otherwise `step_flops` includes the gradient of the coefficients
             gain += 2 * self.active * self.d_out
         return 2 * self.d_in * self.d_hidden * (2 if self.glu else 1) + gain + (2 * self.d_in * self.d_out if self.skip else 0)
 
-    def matched(self, expansion: int) -> "LayerSpec":
+    def match_parameters(self, expansion: int) -> "LayerSpec":
         """Return the spec with the most experts that fit the parameter count of a plain transcoder (paper, section 4.1).
 
         The transcoder has `expansion * d_in` latents. A spec of a kind without experts is returned unchanged.
         Raises ValueError if not even one expert fits.
         """
-        if not self.facts.has_experts:
+        if not self.traits.has_experts:
             return self
         width = expansion * self.d_in
         room = LayerSpec("transcoder", self.d_in, 0, self.d_out, width, 1).parameters - replace(self, n_experts=0).parameters
@@ -93,10 +93,10 @@ class LayerSpec:
             )
         return replace(self, n_experts=n_experts)
 
-    def twin(self) -> "LayerSpec":
+    def dense_twin(self) -> "LayerSpec":
         """Return the spec of the dense twin: the same linear factor with a constant gain."""
         return replace(self, kind="dense_twin", n_experts=0, k=0, sparsity="topk")
 
     def __str__(self) -> str:
         name = self.kind.replace("_", " ")
-        return f"{name}, {self.n_experts:,} {self.facts.unit}s each, {self.k} active" if self.facts.has_experts else name
+        return f"{name}, {self.n_experts:,} {self.traits.unit}s each, {self.k} active" if self.traits.has_experts else name

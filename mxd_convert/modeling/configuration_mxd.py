@@ -38,7 +38,7 @@ KINDS = {
     "skip_transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
     "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, "skip": False, "dropout": 0.0}),
 }
-MOST = 2**31  # largest width or number of experts; larger tensors can't be indexed
+MAX_SIZE = 2**31  # largest width or number of experts; larger tensors can't be indexed
 
 
 def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _read_layer(index: str, entry: Any) -> dict[str, Any]:
         problem = "missing" if wrong <= sizes else "unknown"
         raise ValueError(f"{where}: {problem} key {sorted(wrong)[0]!r:.80}")
     for key in sorted(sizes):
-        if type(layer[key]) is not int or not 1 <= layer[key] <= MOST:
+        if type(layer[key]) is not int or not 1 <= layer[key] <= MAX_SIZE:
             raise ValueError(f"{where}.{key} is {layer[key]!r:.80}; expected a whole number from 1")
     for key, default in defaults.items():
         types = (int, float) if isinstance(default, float) else (type(default),)

@@ -32,7 +32,7 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
     layer, positions = order.get("layer"), order.get("positions", "all")
     expert: Any = order.get("expert")
     if str(layer) not in layers:
-        raise ValueError(f"layer {layer} is not converted; converted are {', '.join(layers)}")
+        raise ValueError(f"layer {layer} is not converted. Converted layers: {', '.join(layers)}.")
     count = layers[str(layer)].get("n_experts", 0)
     if not count:
         raise ValueError(f"layer {layer} is a {layers[str(layer)]['kind']}, which has no experts to steer")

@@ -22,7 +22,7 @@ from mxd_convert.modeling.layers_mxd import Coefficients
 from mxd_convert.onnx.runtime import Array, OnnxModel
 
 BATCHES, LENGTHS, PASTS = (1, 2, 3), (1, 2, 33, 200), (0, 1, 40)  # rows, tokens per row, past tokens
-PROMPTS, NEW_TOKENS, LONGEST_PROMPT = 20, 64, 24  # greedy continuations: number, tokens each, most tokens of a prompt
+PROMPTS, NEW_TOKENS, MAX_PROMPT = 20, 64, 24  # greedy continuations: number, tokens each, most tokens of a prompt
 STEERED_TOKENS = 64  # most tokens in the comparison of steering
 # limits per dtype: largest_difference in logits, or RELATIVE times the largest logit if that is more; kl and delta_ce in nats per
 # token; the others are shares of tokens or experts
@@ -200,7 +200,7 @@ def compare(reference: Reference, graph: OnnxModel, stream: Array, room: int, ad
             mask_BT[row, : min(3 * row, total - 1)] = 0
         ids_BT = ids_BT * mask_BT
         theirs, experts = reference.run(ids_BT, mask_BT)
-        cache, logits, overlap_BT = graph.start(rows), [], np.zeros((rows, total))
+        cache, logits, overlap_BT = graph.empty_cache(rows), [], np.zeros((rows, total))
         for span in (slice(0, past), slice(past, total)):
             if span.stop > span.start:
                 step = graph.step(ids_BT[:, span], cache, mask_BT[:, span])
@@ -227,13 +227,13 @@ def compare_steering(reference: Reference, graph: OnnxModel, stream: Array, room
     """
     ids_BT, _ = _rows(stream, 0, 1, min(STEERED_TOKENS, room))
     mask_BT, sums, moved = np.ones_like(ids_BT), Comparison(), math.inf
-    plain = graph.step(ids_BT, graph.start(1), mask_BT).logits
+    plain = graph.step(ids_BT, graph.empty_cache(1), mask_BT).logits
     for index, (active, idle, usual) in reference.usual(ids_BT).items():
         for expert in {active, idle}:
             order = {"layer": index, "expert": expert, "add": usual}
             with steered(reference.model, [order]):
                 theirs, experts = reference.run(ids_BT, mask_BT)
-            step = graph.step(ids_BT, graph.start(1), mask_BT, [order])
+            step = graph.step(ids_BT, graph.empty_cache(1), mask_BT, [order])
             overlap_BT = np.sum([overlap_of(step.experts[i], coefficients) for i, coefficients in experts.items()], axis=0)
             sums.add(step.logits, theirs, _mean(overlap_BT, len(experts)), mask_BT)
             moved = min(moved, float(np.abs(step.logits - plain).max()))
@@ -264,7 +264,7 @@ def compare_greedy(
         advance: called once per prompt.
     """
     new_tokens = min(NEW_TOKENS, room - 4)
-    longest = max(2, min(LONGEST_PROMPT, room - new_tokens, blocks.context))
+    longest = max(2, min(MAX_PROMPT, room - new_tokens, blocks.context))
     lengths = [4 + (5 * number) % max(longest - 3, 1) for number in range(PROMPTS)]
     prompts = [blocks.ids[number % len(blocks), :length].tolist() for number, length in enumerate(lengths)]
     equal = explained = 0
@@ -289,7 +289,7 @@ def _explained(reference: Reference, with_experts: OnnxModel, ours: list[int], t
     logits, experts = reference.run(ids_BT, np.ones_like(ids_BT))
     if abs(float(logits[0, -1, ours[at]] - logits[0, -1, theirs[at]])) <= 2 * tolerance:
         return True
-    step = with_experts.step(ids_BT, with_experts.start(1))
+    step = with_experts.step(ids_BT, with_experts.empty_cache(1))
     return any((overlap_of(step.experts[index], coefficients) < 1.0).any() for index, coefficients in experts.items())
 
 

@@ -149,7 +149,7 @@ class OnnxModel:
 
     # --- one run ---------------------------------------------------------------------------------------------------------------
 
-    def start(self, rows: int) -> Cache:
+    def empty_cache(self, rows: int) -> Cache:
         """Return an empty cache for a batch of `rows` rows."""
         empty = {}
         for name, entry in self._past.items():
@@ -257,7 +257,7 @@ class OnnxModel:
         if not ids.size:
             raise InputError("the text is empty; give at least one token, such as the model's BOS")
         self._check_length(ids.shape[1], 0)
-        experts = self.prefill(ids, self.start(1), np.ones_like(ids)).experts
+        experts = self.prefill(ids, self.empty_cache(1), np.ones_like(ids)).experts
         return {
             index: (coefficients[0][0], coefficients[1][0]) if isinstance(coefficients, tuple) else coefficients[0]
             for index, coefficients in experts.items()
@@ -317,7 +317,7 @@ class OnnxModel:
         in_prompt, in_text = (
             [order for order in steering if order.get("positions", "all") in ("all", phase)] for phase in ("prompt", "generation")
         )
-        cache, random = self.start(len(prompts)), np.random.default_rng(seed)
+        cache, random = self.empty_cache(len(prompts)), np.random.default_rng(seed)
         logits = self.prefill(ids, cache, mask, in_prompt).logits[:, -1]
         generated: list[list[int]] = [[] for _ in prompts]
         unfinished = [True] * len(prompts)

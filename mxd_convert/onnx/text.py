@@ -10,7 +10,7 @@ from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.checkpoint.read import checkpoint_settings, read_local
 from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
-from mxd_convert.files import scratch_beside
+from mxd_convert.files import temporary_sibling
 from mxd_convert.recipe.load import read_recipe_yaml, shipped_folder
 from mxd_convert.recipe.schema import EvalText
 
@@ -53,7 +53,7 @@ def opened(
     tokenizer = load_tokenizer(str(checkpoint))
     shipped = Source(str(shipped_folder().parent / "examples" / SHIPPED))
     sources = [Source(str(Path(data).expanduser().absolute()), text_field)] if data else [*_recorded(checkpoint), shipped]
-    with scratch_beside(output) as scratch:
+    with temporary_sibling(output) as scratch:
         for source in sources:
             wanted = EvalText(path=source.path, text=source.field, tokens=tokens)
             try:
@@ -62,7 +62,7 @@ def opened(
                 if source is sources[-1]:
                     raise
                 continue
-            check_vocabulary(blocks, vocabulary)
+            check_vocabulary(blocks.ids, vocabulary)
             yield blocks, None if data or source is shipped else True
             return
 

@@ -19,9 +19,9 @@ STEERING = {"steering.layers": "tensor(int64)", "steering.experts": "tensor(int6
 _FIX = "download it or export the model again"
 _SIZES = ("vocab_size", "max_position_embeddings", "n_positions")  # keys of config.json that the runtime reads
 _CACHE_TYPES = ("tensor(float)", "tensor(float16)")
-_MOST_WIDTH = 2**20  # most heads, and most features per head
-_MOST_TOKEN = 2**63 - 1  # largest token id
-_MOST_FIELDS = 5_000_000  # most protobuf fields in a graph's file, ten times those of the largest models
+_MAX_WIDTH = 2**20  # most heads, and most features per head
+_MAX_TOKEN = 2**63 - 1  # largest token id
+_MAX_FIELDS = 5_000_000  # most protobuf fields in a graph's file, ten times those of the largest models
 
 # --- config, generation settings and tokenizer ------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
             path, found = generation, settings["eos_token_id"]
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     for token in tokens:
-        if not (_is_whole(token) and 0 <= token <= _MOST_TOKEN):
+        if not (_is_whole(token) and 0 <= token <= _MAX_TOKEN):
             raise InputError(f"{path}: eos_token_id is {_shown(found)}; expected a token id, a list of them, or null; {_FIX}")
     return set(tokens)
 
@@ -118,7 +118,7 @@ def read_names(file: Path, session: Any, key: str) -> Names:
         _check_names(file, "input", optional, {name: (kind,) for name, kind in STEERING.items()})
     for name, entry in past.items():
         shape = entry.shape
-        if len(shape) != 4 or not all(_is_whole(shape[at]) and 1 <= shape[at] <= _MOST_WIDTH for at in (1, 3)):
+        if len(shape) != 4 or not all(_is_whole(shape[at]) and 1 <= shape[at] <= _MAX_WIDTH for at in (1, 3)):
             raise _no_export(file, f"input {name} has shape {_shown(shape)}; expected (batch, heads, past, width of a head)")
     for name in experts:
         if name.endswith("indices") and name.replace("indices", "values") not in experts:
@@ -271,7 +271,7 @@ class _Reader:
     """Reader of protobuf's wire format."""
 
     def __init__(self, content: mmap.mmap) -> None:
-        self.content, self.left = content, _MOST_FIELDS
+        self.content, self.left = content, _MAX_FIELDS
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yield (number, start, end) of a message's length-delimited fields. Other fields are skipped."""
@@ -279,7 +279,7 @@ class _Reader:
         while at < end:
             self.left -= 1
             if self.left < 0:
-                raise _Unreadable(f"more than {_MOST_FIELDS:,} fields")
+                raise _Unreadable(f"more than {_MAX_FIELDS:,} fields")
             tag, at = self._number(at, end)
             kind, first = tag & 7, at
             if kind == 0:

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from mxd_convert.base_model.detect import suggestion
 from mxd_convert.base_model.families import Architecture, Site, architecture_of, find_sites
-from mxd_convert.base_model.load import empty_model, explained, likely_mlp, load_config, pinned, untied_tensors
+from mxd_convert.base_model.load import empty_model, likely_mlp, load_config, load_errors, pinned, untied_tensors
 from mxd_convert.base_model.remote_code import trusting
 from mxd_convert.data.blocks import tokens_to_read
 from mxd_convert.data.documents import local_files
@@ -134,7 +134,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         raise InputError(
             f"data.context: {recipe.data.context} tokens exceed the base model's {limit}. Set data.context to {limit} or less."
         )
-    with explained("its config", recipe.base.model):
+    with load_errors("its config", recipe.base.model):
         model = empty_model(config)
         sites = find_sites(model, config, indices, recipe.base.mlp)
     recipe = resolve_hidden(recipe, min(site.d_hidden for site in sites))
@@ -163,7 +163,7 @@ def _make_plan(recipe: Recipe) -> Plan:
             for depth in range(config.num_hidden_layers)
         ],
         vocabulary=config.get_text_config().vocab_size,
-        mlp=architecture.words(sites[0].activation),
+        mlp=architecture.description(sites[0].activation),
         warnings=_warnings(recipe, base_parameters, converted, steps),
     )
     tokens = tokens_to_read(recipe.data) + recipe.data.eval.tokens
@@ -201,7 +201,7 @@ def _dashboard_on_disk(plan: Plan) -> int:
 
 def twin_of(plan: Plan) -> Plan:
     """Return the plan of the dense twin: the same layers with constant gain, on the same text with the same settings."""
-    layers = [replace(layer, shape=layer.shape.twin()) for layer in plan.layers]
+    layers = [replace(layer, shape=layer.shape.dense_twin()) for layer in plan.layers]
     recipe = plan.recipe.model_copy(
         update={
             "layer": plan.recipe.layer.model_copy(update={"kind": "dense_twin"}),
@@ -237,7 +237,7 @@ def _plan_layer(recipe: Recipe, site: Site, model: torch.nn.Module) -> LayerPlan
     shape = _shape(recipe, site)
     try:
         if recipe.layer.experts == "auto":
-            shape = shape.matched(recipe.layer.expansion)
+            shape = shape.match_parameters(recipe.layer.expansion)
     except ValueError as error:
         raise InputError(f"layer {site.index}: {error}") from None
     if shape.sparsity == "l1":  # does not use k
@@ -256,10 +256,10 @@ def _shape(recipe: Recipe, site: Site) -> LayerSpec:
     layer = recipe.layer
     hidden, experts = layer.hidden or site.d_hidden, 0 if layer.experts == "auto" else layer.experts
     linear: dict[str, Any] = {"d_hidden": 0, "activation": "relu", "glu": False}
-    if layer.facts.has_linear:
+    if layer.traits.has_linear:
         linear = {"d_hidden": hidden, "activation": layer.activation or site.activation, "glu": site.glu}
     gain: dict[str, Any] = {"n_experts": 0, "k": 0, "sparsity": "topk"}
-    if layer.facts.has_experts:
+    if layer.traits.has_experts:
         gain = {"n_experts": experts, "k": layer.k, "sparsity": layer.sparsity}
     return LayerSpec(kind=layer.kind, d_in=site.d_in, d_out=site.d_out, skip=layer.has_skip, **linear, **gain)
 

@@ -19,12 +19,12 @@ from mxd_convert.plan.memory import budget, device_of, groups
 from mxd_convert.plan.resolve import LayerPlan, Plan
 from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.optimiser import Optimiser
-from mxd_convert.training.stage import learn, make_layer
+from mxd_convert.training.stage import forward_backward, make_layer
 from mxd_convert.training.window import Window
 
 INIT_TOKENS = 2  # per expert, that initialisation from tokens reads in most layers
-MOST_FLOPS = 3e11  # of a timed step; larger ones are timed on fewer tokens and extrapolated
-STARTING_SECONDS = 12.0  # for imports, loading, hashing, saving and plots
+MAX_FLOPS = 3e11  # of a timed step; larger ones are timed on fewer tokens and extrapolated
+STARTUP_SECONDS = 12.0  # for imports, loading, hashing, saving and plots
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MachineTiming:
     @property
     def seconds(self) -> float:
         """Return the duration of the whole run."""
-        return STARTING_SECONDS + self.training_seconds + self.evaluation_seconds
+        return STARTUP_SECONDS + self.training_seconds + self.evaluation_seconds
 
 
 def measure_machine(plan: Plan) -> MachineTiming:
@@ -69,7 +69,7 @@ def _measure(plan: Plan) -> MachineTiming:
     initialising = read * (a_layer * depths + compared)
     depth = int(load_config(plan.recipe.base).get_text_config().num_hidden_layers)
     sites = len(plan.layers)
-    # forwards: the base, its activations, two ablations of all layers, the converted model, and six variants per layer; each
+    # forwards: the base, its activations, two ablations of all layers, the converted model, and 3 + PERMUTATIONS variants per layer; each
     # layer's work: in the converted model, alone, permuted, and three times as much for its statistics
     forward = (5 + (3 + PERMUTATIONS) * sites) * (a_layer * depth + head) + (5 + PERMUTATIONS) * evaluating
     joint = plan.joint_steps
@@ -116,14 +116,14 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
     module = make_layer(layer.shape, recipe.train.seed, layer.index, recipe.train.init).to(device)
     optimiser = Optimiser({layer.index: module}, 1e-6, 10**6, 1, "constant", moments=recipe.train.moments)
     window = Window.empty(module, device)
-    tokens = max(64, min(step_tokens, int(MOST_FLOPS // (6 * layer.parameters))))
+    tokens = max(64, min(step_tokens, int(MAX_FLOPS // (6 * layer.parameters))))
 
     def step_of(count: int) -> Callable[[], None]:
         x_BI, y_BO = (torch.randn(count, width, device=device) for width in (layer.shape.d_in, layer.shape.d_out))
         counted_B = torch.ones(count, dtype=torch.bool, device=device)
 
         def step() -> None:
-            learn(module, x_BI, y_BO, counted_B, recipe.train.precision, recipe.layer.l1, None, window)
+            forward_backward(module, x_BI, y_BO, counted_B, recipe.train.precision, recipe.layer.l1, None, window)
             optimiser.step(1)
 
         return step

@@ -32,7 +32,7 @@ def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
     d_hidden: hidden units of the narrowest MLP to convert.
     """
     layer = recipe.layer
-    if recipe.train.preset == "paper" or layer.hidden is not None or not layer.facts.has_linear:
+    if recipe.train.preset == "paper" or layer.hidden is not None or not layer.traits.has_linear:
         return recipe
     return recipe.model_copy(update={"layer": layer.model_copy(update={"hidden": max(1, d_hidden // HIDDEN)})})
 
@@ -63,7 +63,7 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         lr = float(f"{1.0e-2 * (64 / d_in) ** 0.5:.2g}")
         schedule, init = "trapezoid", "tokens"
         # The joint stage has no loss that limits the number of active experts.
-        many = recipe.layer.sparsity == "l1" and recipe.layer.facts.has_experts
+        many = recipe.layer.sparsity == "l1" and recipe.layer.traits.has_experts
         joint = 0.0 if half or many else JOINT
         k_init = max(recipe.layer.k, min(K_INIT * recipe.layer.k, n_experts))
         warmup = -1

@@ -167,14 +167,14 @@ class Layer(Section):
     """Add a linear skip path from the layer's input to its output."""
 
     @property
-    def facts(self) -> Kind:
+    def traits(self) -> Kind:
         """Return the kind's row in the table of kinds."""
         return KINDS[self.kind]
 
     @property
     def has_skip(self) -> bool:
         """Return whether the layer has a linear skip path, by `skip` or by its kind."""
-        return self.skip or self.facts.has_skip
+        return self.skip or self.traits.has_skip
 
     @property
     def size_key(self) -> str:
@@ -196,7 +196,7 @@ class Layer(Section):
 
     @model_validator(mode="after")
     def _k_fits(self) -> "Layer":
-        has_k = self.facts.has_experts and self.sparsity == "topk"
+        has_k = self.traits.has_experts and self.sparsity == "topk"
         if isinstance(self.experts, int) and self.k > self.experts and has_k:
             raise ValueError(f"layer.k: {self.k} exceeds layer.experts ({self.experts}). Lower layer.k or raise layer.experts")
         return self
@@ -306,7 +306,7 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         layer_indices(self.layers, None)
         train = self.train
-        if train.joint and self.layer.sparsity == "l1" and self.layer.facts.has_experts:
+        if train.joint and self.layer.sparsity == "l1" and self.layer.traits.has_experts:
             raise ValueError(
                 f"train.joint: {train.joint} can't be used with layer.sparsity: l1, because no loss of the joint stage limits the number of"
                 " active experts. Set train.joint: 0"
@@ -319,7 +319,7 @@ class Recipe(Section):
             raise ValueError(
                 "train.target: teacher requires train.order: sequential. In parallel order both targets are the same; set train.target: local"
             )
-        if train.twin and not self.layer.facts.is_product:
+        if train.twin and not self.layer.traits.is_product:
             raise ValueError(
                 f"train.twin: true can't be used with layer.kind: {self.layer.kind}, which has no dense twin."
                 " Set train.twin: false or layer.kind: mxd"
@@ -329,7 +329,7 @@ class Recipe(Section):
                 "train.distribute: layers can't be used with train.order: sequential, in which each layer needs the layers below it."
                 " Set train.distribute: data or train.order: parallel"
             )
-        if self.output.dashboard and not self.layer.facts.has_experts:
+        if self.output.dashboard and not self.layer.traits.has_experts:
             raise ValueError(f"output.dashboard: a {self.layer.kind} has no experts to show. Set output.dashboard: false")
         if self.data.eval.tokens < self.data.context:
             raise ValueError(
@@ -394,7 +394,7 @@ def _sha256(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-MOST_LAYERS = 100_000  # largest layer index in a range
+MAX_LAYERS = 100_000  # largest layer index in a range
 
 
 def layer_indices(layers: str | int | list[int], count: int | None) -> list[int]:
@@ -413,7 +413,7 @@ def layer_indices(layers: str | int | list[int], count: int | None) -> list[int]
             if match is None:
                 raise ValueError(f'layers: {layers!r} does not select layers. Write all, [3, 4] or a range such as "0-5"')
             first, last = int(match[1]), int(match[2] or match[1])
-            if last > MOST_LAYERS:
+            if last > MAX_LAYERS:
                 raise ValueError(f"layers: {last} is out of range; no model has that many layers")
             if last < first:
                 raise ValueError(f"layers: the range {part.strip()} runs backwards. Write {last}-{first}")

@@ -17,7 +17,7 @@ from mxd_convert.plan.resolve import LayerPlan
 from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.report.plots import save_figure
-from mxd_convert.report.schema import Part, Report
+from mxd_convert.report.schema import Report, Section
 
 _FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement", "compounding")
 
@@ -50,7 +50,7 @@ def row_of(report: Report, recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[
     }
 
 
-def _mean(layers: Mapping[str, Part], name: str) -> float | None:
+def _mean(layers: Mapping[str, Section], name: str) -> float | None:
     values = [value for layer in layers.values() if (value := getattr(layer, name)) is not None]
     return sum(values) / len(values) if values else None
 

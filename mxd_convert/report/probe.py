@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mxd_convert.errors import InputError
-from mxd_convert.files import check_output, put_in_place, read_json, scratch_beside, write_csv, write_json
+from mxd_convert.files import check_output, move_into_place, read_json, temporary_sibling, write_csv, write_json
 from mxd_convert.report.probe_plot import plot_probe
 
 PROBE = "probe.json"
@@ -39,9 +39,9 @@ def probe_folder(output: str | Path | None, checkpoint: Path, data: Path) -> Pat
 @contextmanager
 def finished_probe(target: Path) -> Iterator[Path]:
     """Yield the path of a folder for the caller to create. It replaces `target` once the block has succeeded."""
-    with scratch_beside(target) as scratch:
+    with temporary_sibling(target) as scratch:
         yield scratch / "probe"
-        put_in_place(scratch / "probe", target, scratch)
+        move_into_place(scratch / "probe", target, scratch)
 
 
 def write_probe(folder: Path, content: dict[str, Any]) -> None:

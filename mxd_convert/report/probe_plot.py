@@ -17,7 +17,7 @@ _NEURON, _WHOLE = ("#b5403a", "v"), ("#000000", "|")
 _MORE = (("#4477aa", "P"), ("#888888", "X"), ("#aa3377", "<"), ("#66ccee", ">"))  # for a second family of the same kind
 _CHANCE: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": (0, (2, 2))}
 _ROW = 0.15  # inches per family; each class has two more rows as space
-_MOST = 40  # characters shown of a class's name
+_MAX_CHARACTERS = 40  # characters shown of a class's name
 
 
 def plot_probe(path: Path, content: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def _marker(marker: str) -> dict[str, Any]:
 def _plain(label: str) -> str:
     """Return an untrusted name on one line, shortened, with `$` escaped, which matplotlib would read as mathematics."""
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in label).split())
-    return (line if len(line) <= _MOST else line[: _MOST - 1] + "…").replace("$", r"\$")
+    return (line if len(line) <= _MAX_CHARACTERS else line[: _MAX_CHARACTERS - 1] + "…").replace("$", r"\$")
 
 
 def _style(kind: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ Count = Annotated[int | None, Field(ge=0, le=10**15)]
 Name = Annotated[str, Field(max_length=10_000)]
 
 
-class Part(BaseModel):
+class Section(BaseModel):
     """A section of a report. Unknown keys are kept, so reports of other versions can be read."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -33,7 +33,7 @@ class Part(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-class Base(Part):
+class Base(Section):
     """The base model. sha256: hash over its tensors."""
 
     model: Name
@@ -47,7 +47,7 @@ class Base(Part):
     language: Any = None
 
 
-class Text(Part):
+class Text(Section):
     """A text: its name, the fingerprint of its documents, and how much of it was used."""
 
     path: Name
@@ -59,7 +59,7 @@ class Text(Part):
     disjoint: bool | None = None
 
 
-class Data(Part):
+class Data(Section):
     """Training and held-out text. masked: the tokens that are left out, and of which figures."""
 
     train: Text | None = None
@@ -67,7 +67,7 @@ class Data(Part):
     masked: Name | None = None
 
 
-class LayerFidelity(Part):
+class LayerFidelity(Section):
     """Fidelity of one layer. All layers are converted for the figures in place, only this one for the others."""
 
     delta_ce: Figure = None
@@ -82,7 +82,7 @@ class LayerFidelity(Part):
     recovered_mean: Figure = None
 
 
-class Fidelity(Part):
+class Fidelity(Section):
     """Fidelity of the converted model to its base: cross-entropies in nats per token, and figures per layer."""
 
     tokens: Annotated[int, Field(ge=0)]
@@ -99,7 +99,7 @@ class Fidelity(Part):
     layers: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], LayerFidelity], Field(min_length=1)]
 
 
-class LayerReliance(Part):
+class LayerReliance(Section):
     """Reliance of one layer on its experts."""
 
     gate_share: Figure = None
@@ -109,7 +109,7 @@ class LayerReliance(Part):
     output_dimensions: Figure = None
 
 
-class Reliance(Part):
+class Reliance(Section):
     """Reliance of the model on its experts."""
 
     layers: dict[str, LayerReliance]
@@ -118,10 +118,10 @@ class Reliance(Part):
     dense_twin: dict[str, Figure] | None = None
 
 
-class Elsewhere(Part):
+class OtherText(Section):
     """Figures on another text, added by `eval --record`."""
 
-    class Figures(Part):
+    class Figures(Section):
         """Figures of the whole model."""
 
         tokens: Annotated[int, Field(ge=0)]
@@ -135,7 +135,7 @@ class Elsewhere(Part):
     fidelity: Figures
 
 
-class Cost(Part):
+class Cost(Section):
     """Time and memory of the run, and the steps at which it was resumed."""
 
     resumed_at_steps: list[int] = []
@@ -145,7 +145,7 @@ class Cost(Part):
     peak_gpu_bytes: Figure = None
 
 
-class Report(Part):
+class Report(Section):
     """A report. Sections that were not measured are None."""
 
     base: Base
@@ -153,7 +153,7 @@ class Report(Part):
     data: Data | None = None
     fidelity: Fidelity | None = None
     reliance: Reliance | None = None
-    elsewhere: list[Elsewhere] = []
+    elsewhere: list[OtherText] = []
     edits: list[dict[str, Any]] = []
     steering: list[dict[str, Any]] = []
     cost: Cost | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt
-_MOST, _USUAL = 2**31 - 1, 2**23  # bytes
+_MAX_BYTES, _DEFAULT_BYTES = 2**31 - 1, 2**23  # bytes
 
 
 @contextmanager
@@ -20,11 +20,11 @@ def kept_memory() -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, _MOST)
-    libc.mallopt(_TRIM_THRESHOLD, _MOST)
+    libc.mallopt(_MMAP_THRESHOLD, _MAX_BYTES)
+    libc.mallopt(_TRIM_THRESHOLD, _MAX_BYTES)
     try:
         yield
     finally:
-        libc.mallopt(_MMAP_THRESHOLD, _USUAL)
-        libc.mallopt(_TRIM_THRESHOLD, _USUAL)
+        libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_BYTES)
+        libc.mallopt(_TRIM_THRESHOLD, _DEFAULT_BYTES)
         libc.malloc_trim(0)

@@ -11,7 +11,7 @@ _LOST = ("connection closed", "connection reset", "broken pipe", "connection ref
 
 
 @contextmanager
-def once_a_machine() -> Iterator[None]:
+def once_per_machine() -> Iterator[None]:
     """Mark InputErrors as reported on all local ranks but 0: before the process group exists, all find the same errors."""
     try:
         yield
@@ -61,7 +61,7 @@ def destroy_process_group() -> None:
 
 
 @contextmanager
-def lost_guard(processes: int) -> Iterator[None]:
+def connection_guard(processes: int) -> Iterator[None]:
     """Turn communication errors caused by the exit of another process into an InputError."""
     try:
         yield

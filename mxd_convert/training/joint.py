@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mxd_convert.base_model.capture import recording
-from mxd_convert.base_model.swap import standing_in
+from mxd_convert.base_model.swap import replaced_mlps
 from mxd_convert.data.blocks import block_order
 from mxd_convert.layers import LayerSpec, Trainable, normalised_mse
 from mxd_convert.layers.losses import kl_terms
@@ -35,7 +35,7 @@ def piece_tokens(device: str, vocabulary: int) -> int:
     return PIECE_TOKENS if device == "cpu" else max(PIECE_TOKENS, min(GPU_PIECE_TOKENS, GPU_LOGITS // vocabulary))
 
 
-class InPlace(nn.Module):
+class LayerInModel(nn.Module):
     """A layer inside the model, with float32 parameters for any dtype of the model. Keeps its last output and coefficients."""
 
     def __init__(self, layer: Trainable, precision: str) -> None:
@@ -85,7 +85,7 @@ class JointStage(Stage):
     def _make_layers(self, shapes: dict[int, LayerSpec]) -> dict[int, Trainable]:
         return {index: self.trained[index].to(self.device) for index in sorted(self.trained)}
 
-    def _begin(self) -> None:
+    def _initialise(self) -> None:
         """Set the weight of the layers' own losses from the first blocks, which are the same in all processes."""
         with torch.no_grad():
             kl, own, _ = self._forward(self._rows(0)[: self._blocks_a_piece()])
@@ -118,7 +118,7 @@ class JointStage(Stage):
         source = self.source
         return block_order(len(source.blocks), (self.first_step + step) * source.rows_a_step, source.rows_a_step, source.seed)
 
-    def _learn(self, step: int, interrupt: Interrupt) -> None:
+    def _forward_backward(self, step: int, interrupt: Interrupt) -> None:
         process, processes = self.source.process
         rows = self._rows(step)[process::processes]
         blocks = self.source.blocks
@@ -151,12 +151,12 @@ class JointStage(Stage):
         ids_BT = ids_BT.to(self.device)
         with torch.no_grad(), recording(base, source.sites) as seen:
             base_log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        stand_ins = {index: InPlace(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
-        with standing_in(base, source.sites, stand_ins):
+        layers_in_model = {index: LayerInModel(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
+        with replaced_mlps(base, source.sites, layers_in_model):
             log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
         kl = kl_terms(base_log_probs, log_probs).sum(-1).mean()
         own: dict[int, Tensor] = {}
-        for index, layer in stand_ins.items():
+        for index, layer in layers_in_model.items():
             target_BO = seen[index].outputs.flatten(0, 1).float()
             own[index] = normalised_mse(layer.output, target_BO, counted_B)
             if keep:

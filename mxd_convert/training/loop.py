@@ -84,11 +84,11 @@ def train_layers(job: Job) -> Trained | None:
         InputError: if a loss is not finite, the disk is full or memory runs out.
         KeyboardInterrupt: when interrupted, after saving.
     """
-    with kept_memory(), memory_guard(lower(job.recipe)):
+    with kept_memory(), memory_guard(memory_advice(job.recipe)):
         return Training(job).run()
 
 
-def lower(recipe: Recipe) -> str:
+def memory_advice(recipe: Recipe) -> str:
     """Return the message for a run that is out of memory: which settings to lower."""
     train, layer = recipe.train, recipe.layer
     moments = ", set train.moments: bf16" if train.moments == "fp32" else ""
@@ -107,6 +107,12 @@ def lower(recipe: Recipe) -> str:
     )
 
 
+def move_to_device(job: Job) -> None:
+    """Move the base model to the job's device, unless accelerate has spread it over several."""
+    if not hasattr(job.base, "hf_device_map"):
+        job.base.to(job.accelerator.device)
+
+
 class Training:
     """The training of one job."""
 
@@ -123,11 +129,10 @@ class Training:
         self.sites = {site.index: site for site in job.sites}
         self.states = job.folder / "state"
         self.below: dict[str, nn.Module] = {}  # the layers trained so far in sequential order, by path
-        if not hasattr(job.base, "hf_device_map"):
-            job.base.to(self.accelerator.device)
 
     def run(self) -> Trained | None:
         """Train all groups, then all layers jointly if the recipe says so. Returns the layers in the main process, else None."""
+        move_to_device(self.job)
         share = self.job.shares[self.accelerator.process_index]
         if self.accelerator.is_main_process:
             self._split_begun()
@@ -263,7 +268,7 @@ class Training:
         spread = hasattr(self.job.base, "hf_device_map")  # inputs may then be on another device
         for index, layer in layers.items():
             layer.to(device, dtype).requires_grad_(False)
-            self.below |= self.sites[index].stand_in(_OnDevice(layer, device) if spread else layer)
+            self.below |= self.sites[index].replacements(_OnDevice(layer, device) if spread else layer)
 
     def _load(self, group: list[int]) -> dict[int, Trainable]:
         """Return the layers of a finished group, from its last state."""

@@ -43,7 +43,7 @@ def active_experts(step: int, steps: int, first: int, last: int) -> int:
     return last if steps == 1 else last + round((first - last) * max(0.0, 1.0 - 2.0 * step / steps))
 
 
-def learn(
+def forward_backward(
     layer: Trainable,
     x_BI: Tensor,
     y_BO: Tensor,
@@ -93,13 +93,13 @@ class Pass:
 
 
 class Stage:
-    """The training of the layers at `source.sites` in one pass. Resumes from the state in `folder`, if there is one.
+    """The training of the layers at `source.sites` in one pass: `prepare`, then `advance` to the last step, or `train` for both.
 
     Args:
         recipe: with its `train` keys resolved.
         source: text, base model and sites.
         shapes: of the layers, by index.
-        folder: for log and state.
+        folder: for log and state. `prepare` resumes from the state, if there is one.
         accelerator: devices and processes.
         together: whether the accelerator's processes share each batch.
         quiet: whether to print nothing.
@@ -153,8 +153,7 @@ class Stage:
         self.start = self.logged_at = time.monotonic()
         self.logged = 0
         self.stopping = self.saving = False
-        self.saved_at, self.save_seconds = time.monotonic(), 0.0
-        self._restore()
+        self.saved_at, self.save_seconds = self.start, 0.0
 
     # --- methods that other kinds of stages override ----------------------------------------------------------------------------
 
@@ -174,8 +173,9 @@ class Stage:
         assert train.schedule is not None
         return train.lr, train.warmup_steps, train.schedule
 
-    def _begin(self) -> None:
-        """Prepare a stage that has no saved state: initialise its experts from tokens."""
+    def _initialise(self) -> None:
+        """Initialise the experts from tokens, if the recipe says so. Called for a stage that has no saved state."""
+        start = time.monotonic()
         if self.recipe.train.init == "tokens":
             self._choose_k(0)
             if not self.quiet and any(layer.n_experts for layer in self.layers.values()):
@@ -183,9 +183,9 @@ class Stage:
             init_from_tokens(self.layers, self.activations)
             for parameter in self.names if self.together else ():  # equal bit for bit in all processes
                 parameter.data.copy_(broadcast(parameter.data))
-            self.seconds = time.monotonic() - self.start
+            self.seconds = time.monotonic() - start
 
-    def _learn(self, step: int, interrupt: Interrupt) -> None:
+    def _forward_backward(self, step: int, interrupt: Interrupt) -> None:
         """Run forward and backward of a step for all layers, and record their losses."""
         batch = self.activations.batch(step)
         counted_B = batch.counted_B
@@ -196,7 +196,7 @@ class Stage:
             # a mean over this process's tokens, weighted by its share of them: the sum over processes is the mean over all
             share = counted_B.sum() / total if self.together else None
             precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
-            self.losses[index].append(learn(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
+            self.losses[index].append(forward_backward(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
 
     def _advice(self) -> str:
         """Return the advice for a loss that is not finite."""
@@ -217,7 +217,11 @@ class Stage:
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
     def train(self, interrupt: Interrupt) -> None:
-        """Train to the last step. Raises KeyboardInterrupt after saving if interrupted, InputError if a loss is not finite."""
+        """Prepare, then train to the last step.
+
+        Raises KeyboardInterrupt after saving if interrupted, InputError if a loss is not finite.
+        """
+        self.prepare()
         if self.done == self.steps:
             return
         if self.done and not self.quiet:
@@ -228,7 +232,7 @@ class Stage:
         with TrainingProgress(
             self.this.title, self.this.of * a_pass, before + self.done * self.step_tokens, self.quiet
         ) as progress:
-            self.begin()
+            self.start_clock()
             while self.done < self.steps:
                 if (figures := self.advance(interrupt)) is not None:
                     progress.figures(*figures)
@@ -236,7 +240,7 @@ class Stage:
                 if self.stopping:
                     raise KeyboardInterrupt
 
-    def begin(self) -> None:
+    def start_clock(self) -> None:
         """Start the clock before the first `advance` of this process."""
         self.start = self.logged_at = time.monotonic()
         self.before, self.logged = self.seconds, self.done
@@ -262,7 +266,7 @@ class Stage:
 
     def _step(self, step: int, interrupt: Interrupt) -> None:
         """Learn from one batch and update the parameters."""
-        self._learn(step, interrupt)
+        self._forward_backward(step, interrupt)
         if self.together:
             for parameter in self.names:
                 if parameter.grad is not None:
@@ -375,31 +379,35 @@ class Stage:
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - start
 
-    def _restore(self) -> None:
-        """Resume from the newest undamaged state, or begin a new pass without one."""
+    def prepare(self) -> None:
+        """Resume from the newest undamaged state in the folder, or initialise the layers without one. Call once, before a step."""
         found = load_state(self.folder, self.recipe.fingerprint())
-        if found is None or found[2]["layers"] != list(self.layers):
-            if self.writes:
-                self._drop_damaged(-1, "training starts over")
-                self.log_path.unlink(missing_ok=True)
-            self._begin()
+        if found is not None and found[2]["layers"] == list(self.layers):
+            self._restore(*found)
             return
-        self.done, tensors, facts = found
         if self.writes:
-            self._drop_damaged(self.done, f"training resumes from the state of step {self.done:,}")
+            self._drop_damaged(-1, "training starts over")
+            self.log_path.unlink(missing_ok=True)
+        self._initialise()
+
+    def _restore(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Restore the state after `step` steps: parameters, and for an unfinished stage also windows and optimiser."""
+        self.done = step
+        if self.writes:
+            self._drop_damaged(step, f"training resumes from the state of step {step:,}")
             cut_log(self.log_path, facts["log"])
         self._restore_extra(facts)
         with torch.no_grad():
             for parameter, name in self.names.items():
                 parameter.copy_(tensors[name])
-            if self.done == self.steps:
+            if step == self.steps:
                 return
             for index, window in self.windows.items() if self.writes else ():  # saved sums are over all processes
                 for name, tensor in window.tensors().items():
                     tensor.copy_(tensors[f"{index}/window/{name}"])
             self.optimiser.restore(self.names, tensors)
         self.seconds = facts["seconds"]
-        self.resumed_at, self.began = [*facts["resumed_at_steps"], self.done], self.done
+        self.resumed_at, self.began = [*facts["resumed_at_steps"], step], step
         self.unsent = facts.get("unsent", [])
 
     def _drop_damaged(self, step: int, then: str) -> None:

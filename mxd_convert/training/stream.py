@@ -22,7 +22,7 @@ from mxd_convert.data.blocks import Blocks, block_order
 
 BUFFER_BYTES = 2**28  # of a buffer, in float32
 FORWARD_TOKENS = 4096  # per forward of the base
-LEAST_STEPS, MOST_STEPS = 4, 16  # of a buffer
+MIN_STEPS, MAX_STEPS = 4, 16  # of a buffer
 
 
 def buffer_steps(step_tokens: int, sites: Iterable[Site]) -> int:
@@ -31,7 +31,7 @@ def buffer_steps(step_tokens: int, sites: Iterable[Site]) -> int:
     sites: of all layers of the conversion, also if they are trained in groups, so that grouping changes no result.
     """
     a_step = 4 * step_tokens * sum(site.d_in + site.d_out for site in sites)
-    return min(MOST_STEPS, max(LEAST_STEPS, BUFFER_BYTES // a_step))
+    return min(MAX_STEPS, max(MIN_STEPS, BUFFER_BYTES // a_step))
 
 
 @dataclass(frozen=True)

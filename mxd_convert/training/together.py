@@ -11,7 +11,7 @@ from mxd_convert.errors import InputError, NotFinite, memory_guard
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.allocator import kept_memory
 from mxd_convert.training.interrupt import Interrupt
-from mxd_convert.training.loop import Job, Training, lower
+from mxd_convert.training.loop import Job, Training, memory_advice, move_to_device
 from mxd_convert.training.progress import TrainingProgress
 from mxd_convert.training.stage import Figures, Stage
 
@@ -29,31 +29,34 @@ def train_together(jobs: Sequence[Job], quiet: bool = False) -> dict[int, InputE
     Returns the errors of jobs whose loss was not finite, by the job's number. Raises InputError if memory or disk runs out, and
     KeyboardInterrupt (after saving) when interrupted.
     """
-    with kept_memory(), memory_guard(lower(jobs[0].recipe)), Interrupt() as interrupt:
-        return _Together(jobs, quiet).run(interrupt)
+    with kept_memory(), memory_guard(memory_advice(jobs[0].recipe)), Interrupt() as interrupt:
+        return _Together(_stages(jobs), quiet).run(interrupt)
+
+
+def _stages(jobs: Sequence[Job]) -> dict[int, Stage]:
+    """Return the stage of each job by its number. All read the activations of the first."""
+    stages: dict[int, Stage] = {}
+    for number, job in enumerate(jobs):
+        move_to_device(job)
+        stages[number] = Training(job).stage(job.shares[0], activations=stages[0].activations if stages else None)
+    return stages
 
 
 class _Together:
-    """The stages of all jobs, which share their activations."""
+    """The training of several stages that share their activations, by number."""
 
-    def __init__(self, jobs: Sequence[Job], quiet: bool) -> None:
+    def __init__(self, stages: dict[int, Stage], quiet: bool) -> None:
+        self.stages, self.quiet = stages, quiet
         self.failed: dict[int, InputError] = {}
-        self.stages: dict[int, Stage] = {}
-        self.quiet = quiet
-        shared = None
-        for number, job in enumerate(jobs):
-            stage = Training(job).stage(job.shares[0], activations=shared)
-            shared = stage.activations
-            self.stages[number] = stage
-        first = self.stages[0]
-        self.steps, self.step_tokens = first.steps, first.step_tokens
+        self.steps, self.step_tokens = stages[0].steps, stages[0].step_tokens
 
     def run(self, interrupt: Interrupt) -> dict[int, InputError]:
         """Train all stages to their last step. Returns the errors of those that failed, by number."""
         never = Interrupt()  # stages don't see the signal, so that all of them save after the same step
         for stage in self.stages.values():
-            stage.begin()
-            stage.start = time.monotonic()
+            stage.prepare()
+        for stage in self.stages.values():
+            stage.start_clock()
         start = min(stage.done for stage in self.stages.values())
         name = f"{len(self.stages)} runs"
         with TrainingProgress(name, self.steps * self.step_tokens, start * self.step_tokens, self.quiet) as progress:

@@ -19,9 +19,11 @@ from mxd_convert.training.stream import FORWARD_TOKENS, Activations
 # of an expert's gate weight; nn.Linear's default has 0.58. At twice the norm more experts of a wide model stay alive, but wide
 # and narrow models learn more slowly
 GATE_NORM = 0.8
-ALIKE = 0.9  # cosine of two inputs minus the mean; above it they are near-duplicates
-MOST_TOKENS = 8  # per expert, that are read: some layers never see as many distinct inputs as they have experts
-AT_ONCE = 64  # tokens per comparison; a near-duplicate of any earlier one in it is skipped, even if that one was skipped itself
+DUPLICATE_COSINE = 0.9  # cosine of two inputs minus the mean; above it they are near-duplicates
+MAX_TOKENS_PER_EXPERT = 8  # per expert, that are read: some layers never see as many distinct inputs as they have experts
+CHUNK_TOKENS = (
+    64  # tokens per comparison; a near-duplicate of any earlier one in it is skipped, even if that one was skipped itself
+)
 FIT_EVERY = 8  # one in this many tokens is kept for the fit of the experts' scale
 
 
@@ -33,7 +35,7 @@ def init_from_tokens(layers: Mapping[int, Trainable], activations: Activations) 
     depends only on the seed, the text and the layer.
     """
     source = activations.source
-    starts = {index: _Start(layer) for index, layer in layers.items() if layer.n_experts and layer.gate.weight.requires_grad}
+    starts = {index: _TokenInit(layer) for index, layer in layers.items() if layer.n_experts and layer.gate.weight.requires_grad}
     if not starts:
         return
     rows = block_order(len(source.blocks), 0, len(source.blocks), source.seed)
@@ -59,7 +61,7 @@ def init_from_tokens(layers: Mapping[int, Trainable], activations: Activations) 
         start.finish(*fit_tokens[index])
 
 
-class _Start:
+class _TokenInit:
     """The initialisation of one layer. Tokens are written directly into gate and experts, without another copy of that size."""
 
     def __init__(self, layer: Trainable) -> None:
@@ -72,7 +74,7 @@ class _Start:
     @property
     def done(self) -> bool:
         """Return whether all experts are initialised or the limit of tokens is reached."""
-        return self.taken == self.layer.n_experts or self.seen >= MOST_TOKENS * self.layer.n_experts
+        return self.taken == self.layer.n_experts or self.seen >= MAX_TOKENS_PER_EXPERT * self.layer.n_experts
 
     def take(self, x_BI: Tensor, y_BO: Tensor) -> None:
         """Initialise further experts from these tokens, skipping near-duplicates."""
@@ -81,10 +83,10 @@ class _Start:
         self.seen += len(x_BI)
         self.input_sum_I += x_BI.double().sum(0)
         self.output_sum_O += y_BO.double().sum(0)
-        for x, y in zip((x_BI - self.centre_I).split(AT_ONCE), y_BO.split(AT_ONCE), strict=True):
+        for x, y in zip((x_BI - self.centre_I).split(CHUNK_TOKENS), y_BO.split(CHUNK_TOKENS), strict=True):
             if self.taken == self.layer.n_experts:
                 break
-            new = ~_alike(x, x).tril(-1).any(1) & ~_alike(x, self.layer.gate.weight[: self.taken]).any(1)
+            new = ~_near_duplicates(x, x).tril(-1).any(1) & ~_near_duplicates(x, self.layer.gate.weight[: self.taken]).any(1)
             chosen = new.nonzero().squeeze(1)[: self.layer.n_experts - self.taken]
             rows = slice(self.taken, self.taken + len(chosen))
             self.layer.gate.weight[rows] = x[chosen]
@@ -109,6 +111,6 @@ class _Start:
             experts_NO *= scale.clamp_min(0).float()
 
 
-def _alike(x_BI: Tensor, others_NI: Tensor) -> Tensor:
+def _near_duplicates(x_BI: Tensor, others_NI: Tensor) -> Tensor:
     """Return which pairs of inputs (minus the mean) are near-duplicates, (B, N) bool. An input at the mean is like no other."""
-    return x_BI @ others_NI.T > ALIKE * x_BI.norm(dim=-1, keepdim=True) * others_NI.norm(dim=-1)
+    return x_BI @ others_NI.T > DUPLICATE_COSINE * x_BI.norm(dim=-1, keepdim=True) * others_NI.norm(dim=-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from mxd_convert.layers import Trainable
 from mxd_convert.layers.losses import fraction_of_variance_unexplained
 
-FEW = 256  # tokens summed in float32 before they are added in float64
+FLOAT32_TOKENS = 256  # tokens summed in float32 before they are added in float64
 
 
 @dataclass
@@ -52,7 +52,9 @@ class Window:
         self.tokens += tokens
         self.loss += loss.double() * tokens
         self.squared_error += _squares(output_BO.float() - target_BO) @ weight_B
-        for rows_BO, weights_B in zip(target_BO.split(FEW), counted_B.to(target_BO.dtype).split(FEW), strict=True):
+        for rows_BO, weights_B in zip(
+            target_BO.split(FLOAT32_TOKENS), counted_B.to(target_BO.dtype).split(FLOAT32_TOKENS), strict=True
+        ):
             self.output_sum += weights_B @ rows_BO
         self.output_squares += _squares(target_BO) @ weight_B
         if isinstance(coefficients, Tensor):

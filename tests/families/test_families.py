@@ -125,7 +125,7 @@ def test_variants_of_families(name, changes, tmp_path):
     assert differs(logits(load_checkpoint(tmp_path)), logits(converted), 0.0) is None
     zeros = {site.index: swap.Constant(torch.zeros(site.d_out)) for site in sites}
     before = logits(base)
-    with swap.standing_in(base, sites, zeros):
+    with swap.replaced_mlps(base, sites, zeros):
         assert differs(logits(base), before, 1e-3) is not None
 
 

@@ -102,10 +102,10 @@ def test_offload_between_models(family):
 def test_dispatch_splits_between_layers_and_within_one(family, tmp_path):
     """By a map that names one decoder layer, and of another the MLP's place alone."""
     model = make(family)
-    devices = on_disk(parts(model), layer_path(family, 0), ARCHITECTURES[family].place.format(i=1))
+    devices = on_disk(parts(model), layer_path(family, 0), ARCHITECTURES[family].path.format(i=1))
     dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert {name for name in offloaded(model) if name.endswith(".experts")} == {
-        f"{ARCHITECTURES[family].place.format(i=index)}.experts" for index in (0, 1)
+        f"{ARCHITECTURES[family].path.format(i=index)}.experts" for index in (0, 1)
     }
     assert logits(model).equal(expected(family))
     assert steers_as(family, model)
@@ -115,7 +115,7 @@ def test_inferred_device_maps(family, tmp_path):
     """Sizes count the experts; decoder layers are never split; the logits are the same."""
     model = make(family)
     sizes = compute_module_sizes(model)
-    path = ARCHITECTURES[family].place.format(i=0)
+    path = ARCHITECTURES[family].path.format(i=0)
     layer = model.mxd_layers()[0]
     assert sizes[path] == 4 * sum(parameter.numel() for parameter in layer.parameters())
     assert sizes[f"{path}.experts"] == 4 * layer.experts.numel()
@@ -153,7 +153,7 @@ def test_empty_weights_and_loading(family, tmp_path):
         empty, str(tmp_path), device_map=devices, offload_folder=str(tmp_path / "disk"), force_hooks=True
     )
     assert {name for name in offloaded(spread) if name.endswith(".experts")} == {
-        f"{ARCHITECTURES[family].place.format(i=1)}.experts"
+        f"{ARCHITECTURES[family].path.format(i=1)}.experts"
     }
     assert logits(spread.eval()).equal(expected(family))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_hub import contents, on_hub, published
 
 from mxd_convert import InputError, load_checkpoint
-from mxd_convert.hub.client import explained, patiently
+from mxd_convert.hub.client import hub_errors, with_retries
 
 ONCE_AND_FINE = [
     ("GET", "/api/whoami"),
@@ -323,7 +323,7 @@ def test_whatever_the_client_raises_is_a_line(error, monkeypatch):
         raise error
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(InputError, match="alice/x: ") as found, explained("alice/x", "publishing"):
-        patiently(ask)
+    with pytest.raises(InputError, match="alice/x: ") as found, hub_errors("alice/x", "publishing"):
+        with_retries(ask)
     assert len(str(found.value).splitlines()) == 1
     assert len(asked) == (1 if isinstance(error, TypeError) else 4)

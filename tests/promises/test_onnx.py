@@ -96,7 +96,7 @@ def test_logits_with_and_without_a_cache_and_padding(pair, rows, length, past):
     mask = np.ones_like(ids)
     for row in range(1, rows):
         mask[row, : 2 * row] = 0
-    cache = exported_model.start(rows)
+    cache = exported_model.empty_cache(rows)
     parts = [
         exported_model.step(ids[:, part], cache, mask[:, part]).logits
         for part in (slice(0, past), slice(past, None))
@@ -109,7 +109,7 @@ def test_logits_with_and_without_a_cache_and_padding(pair, rows, length, past):
 
 def test_one_token_at_a_time_is_the_same_as_all_at_once(pair):
     model, exported_model = pair
-    ids, cache = some_ids(model, 2, 24), exported_model.start(2)
+    ids, cache = some_ids(model, 2, 24), exported_model.empty_cache(2)
     steps = [exported_model.step(ids[:, at : at + 1], cache).logits for at in range(24)]
     theirs = logits_of(model, ids)
     assert np.abs(np.concatenate(steps, 1) - theirs).max() <= 1e-5 * max(10.0, np.abs(theirs).max())
@@ -146,8 +146,8 @@ def test_steering_is_that_of_pytorch(pair):
     ]
     with steered(model, orders):
         theirs = logits_of(model, ids)
-    ours = exported_model.step(ids, exported_model.start(1), steering=orders).logits
-    plain = exported_model.step(ids, exported_model.start(1)).logits
+    ours = exported_model.step(ids, exported_model.empty_cache(1), steering=orders).logits
+    plain = exported_model.step(ids, exported_model.empty_cache(1)).logits
     assert np.abs(ours - theirs).max() <= 2e-5 * max(10.0, np.abs(theirs).max())
     assert np.abs(ours - plain).max() > 0.01
     for nothing in (
@@ -155,7 +155,7 @@ def test_steering_is_that_of_pytorch(pair):
         {name: np.zeros(0, dtype=dtype) for name, dtype in zip(graph.STEERING, (np.int64, np.int64, np.float32), strict=True)},
     ):
         feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(12)[None], **nothing}
-        empty = {name: value.numpy() for name, value in exported_model.start(1).tensors.items()}
+        empty = {name: value.numpy() for name, value in exported_model.empty_cache(1).tensors.items()}
         assert np.array_equal(exported_model.session.run(["logits"], {**feed, **empty})[0], plain)  # optional, and may be empty
 
 
@@ -198,7 +198,9 @@ def test_every_kind_of_layer(models, text, tmp_path, layer):
     )
     with steer(model, layer=2, expert=4, add=3.0):
         theirs = logits_of(model, [ids])
-    ours = exported_model.step(np.array([ids]), exported_model.start(1), steering=[{"layer": 2, "expert": 4, "add": 3.0}]).logits
+    ours = exported_model.step(
+        np.array([ids]), exported_model.empty_cache(1), steering=[{"layer": 2, "expert": 4, "add": 3.0}]
+    ).logits
     assert np.abs(ours - theirs).max() <= 2e-5 * max(10.0, np.abs(theirs).max())
 
 
@@ -212,7 +214,7 @@ def test_a_preset_of_the_checkpoint_is_part_of_the_graph(converted, text, tmp_pa
     assert done.failures == []
     ids = some_ids(load_checkpoint(folder), 1, 8)
     exported_model = OnnxModel.from_pretrained(tmp_path / "out")
-    ours = exported_model.step(ids, exported_model.start(1)).logits
+    ours = exported_model.step(ids, exported_model.empty_cache(1)).logits
     assert np.abs(ours - logits_of(load_checkpoint(converted["llama"]), ids)).max() > 0.01
 
 

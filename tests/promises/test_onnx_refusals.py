@@ -152,10 +152,10 @@ def test_numbers_may_be_numpys_and_a_refusal_changes_nothing(llama):
     order = {"layer": 2, "expert": 3, "add": 2.0}
     numpys = {"layer": np.int64(2), "expert": np.int64(3), "add": np.float32(2.0)}
     assert exported_model.generate(TEXT, 8, steering=[numpys]) == exported_model.generate(TEXT, 8, steering=[order])
-    ids, cache = np.array([exported_model.tokens(TEXT)]), exported_model.start(1)
+    ids, cache = np.array([exported_model.tokens(TEXT)]), exported_model.empty_cache(1)
     with pytest.raises(InputError):
         exported_model.step(ids, cache, steering=[{**order, "expert": 99}])
-    expected = exported_model.step(ids, exported_model.start(1)).logits
+    expected = exported_model.step(ids, exported_model.empty_cache(1)).logits
     assert np.array_equal(exported_model.step(ids, cache).logits, expected)
 
 

@@ -14,7 +14,7 @@ IDS = torch.randint(1, VOCABULARY, (2, 16), generator=torch.Generator().manual_s
 
 def adapt(family, rank=4):
     model = mixture_of(tiny_model(family))
-    name = ARCHITECTURES[family].place.rpartition("{i}.")[2]
+    name = ARCHITECTURES[family].path.rpartition("{i}.")[2]
     config = LoraConfig(r=rank, lora_alpha=8, target_modules=[], target_parameters=[f"{name}.experts"], task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 

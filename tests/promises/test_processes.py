@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import mxd_convert
 from mxd_convert import convert
 from mxd_convert.errors import InputError
-from mxd_convert.training.distributed import lost_guard
+from mxd_convert.training.distributed import connection_guard
 
 
 def two_processes(recipe: Path) -> subprocess.Popen:
@@ -189,8 +189,8 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_pa
 def test_the_errors_of_talking_to_nobody_are_a_line():
     with (
         pytest.raises(InputError, match=r"another process of this run exited early \(.*closed by peer.*same command"),
-        lost_guard(2),
+        connection_guard(2),
     ):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nand more")
-    with pytest.raises(RuntimeError, match="shapes"), lost_guard(2):
+    with pytest.raises(RuntimeError, match="shapes"), connection_guard(2):
         raise RuntimeError("shapes do not fit")

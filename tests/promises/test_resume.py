@@ -221,11 +221,11 @@ def test_a_kill_while_a_result_is_replaced_loses_neither(mine, tmp_path, monkeyp
 
 def test_an_older_result_is_put_back_by_the_next_call(mine, tmp_path):
     place = place_of(mine)
-    (place.work / "aside" / "old").mkdir(parents=True)
-    (place.work / "aside" / "old" / "config.json").write_text("older")
-    place.forget()
+    (place.folder / "aside" / "old").mkdir(parents=True)
+    (place.folder / "aside" / "old" / "config.json").write_text("older")
+    place.remove_if_untrained()
     assert (place.output / "config.json").read_text() == "older"
-    assert not place.work.exists()
+    assert not place.folder.exists()
 
 
 def test_leftovers_of_a_kill_go_when_the_run_is_resumed(unfinished):

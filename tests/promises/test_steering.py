@@ -181,7 +181,7 @@ def test_a_preset_travels_in_the_checkpoint(model, tmp_path, converted):
 @pytest.mark.parametrize(
     ("orders", "words"),
     [
-        ({"layer": 1, "expert": 0, "add": 1.0}, "layer 1 is not converted; converted are 0, 2"),
+        ({"layer": 1, "expert": 0, "add": 1.0}, "layer 1 is not converted. Converted layers: 0, 2"),
         ({"layer": 0, "expert": 24, "add": 1.0}, "experts 0 to 23; there is no expert 24"),
         ({"layer": 0, "expert": 0}, "give one of add, set, scale, ablate, not none"),
         ({"layer": 0, "expert": 0, "add": 1.0, "set": 2.0}, "not add, set"),

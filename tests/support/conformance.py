@@ -238,7 +238,7 @@ def identity(base_folder: Path, _: Path) -> str | None:
     with tempfile.TemporaryDirectory() as place:
         swap.insert_layers(base, {site.index: constant_gain_layer(base, site) for site in sites}).save_pretrained(place)
         problem = differs(logits(load_checkpoint(place)), logits(base), relative=False)
-    with swap.standing_in(base, sites, {site.index: swap.Constant(torch.zeros(site.d_out)) for site in sites}):
+    with swap.replaced_mlps(base, sites, {site.index: swap.Constant(torch.zeros(site.d_out)) for site in sites}):
         if differs(logits(base), logits(load(base_folder)), 1e-3) is None:
             return "the MLPs do not matter"
     return problem

@@ -87,7 +87,7 @@ def test_hub_datasets_are_streamed(tmp_path, tokenizer, monkeypatch):
         return datasets.IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(data, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(data, "MIN_TOKENS", 1)
     settings = Data(train=Text(path="someone/texts"), eval=EvalText(tokens=512), context=32, tokens=2048)
     train, held_out = prepare(settings, tokenizer, tmp_path)
     assert train.info.path == "someone/texts"
@@ -205,7 +205,7 @@ def test_a_short_run_takes_its_blocks_from_all_of_the_text(tmp_path, tokenizer, 
     assert train.info.documents == sum(not is_held_out(text) for text in texts)
     taken = block_order(len(train), 0, 320 // 16, seed=0)
     assert max(taken) > len(train) / 2
-    monkeypatch.setattr(data, "LEAST_TOKENS", 1000)  # no more is read than that, or than the run takes
+    monkeypatch.setattr(data, "MIN_TOKENS", 1000)  # no more is read than that, or than the run takes
     for tokens, read in ((320, 1000), (2000, 2000)):
         train, _ = prepare(settings.model_copy(update={"tokens": tokens}), tokenizer, tmp_path / f"w-{tokens}")
         assert len(train) == -(-read // 16)

@@ -74,7 +74,7 @@ def test_rows_without_text_are_left_out_and_counted_if_asked(source):
 
 
 def test_a_field_that_no_row_has_is_named(source, monkeypatch):
-    monkeypatch.setattr(fields, "MOST_MISSING", 20)
+    monkeypatch.setattr(fields, "MAX_MISSING", 20)
     rows = [{"body": "a", "id": 1}] * 15
     for length in (1, 3):  # a long text is not read to its end for it
         with pytest.raises(InputError, match=r"no field 'text'; its fields are body, id. Name the field with data.train.text"):
@@ -115,7 +115,7 @@ def test_names_from_data_stay_in_a_line(source):
 
 
 def test_long_documents_are_read_in_parts(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MOST_DOCUMENT", 10)
+    monkeypatch.setattr(reading, "MAX_DOCUMENT", 10)
     parts = ["0123456789", "abcdefghij", "k"]
     assert read(source([{"text": "".join(parts)}, {"text": "short"}])) == [*parts, "short"]
     for text, documents in (("".join(parts) + "\n\nshort\n", [*parts, "short"]), ("0123\n5678\nabc\n", ["0123\n5678\n", "abc"])):
@@ -182,7 +182,7 @@ def damaged_parquet():
 )
 def test_hostile_text_is_refused_in_a_line(tmp_path, monkeypatch, name, content, words):
     if words.endswith("characters"):
-        monkeypatch.setattr(reading, "MOST_LINE", 1000)
+        monkeypatch.setattr(reading, "MAX_LINE", 1000)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=words) as error:
         read(Text(path=str(tmp_path / name)))

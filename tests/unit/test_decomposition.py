@@ -10,7 +10,7 @@ from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, log
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.capture import watching
 from mxd_convert.base_model.families import ARCHITECTURES, find_sites
-from mxd_convert.evaluation.experts.decomposition import Unembedding, take_apart
+from mxd_convert.evaluation.experts.decomposition import Unembedding, decompose_layer
 from mxd_convert.layers import MxD
 
 
@@ -19,7 +19,7 @@ from mxd_convert.layers import MxD
 @torch.no_grad()
 def test_the_parts_of_every_kind_add_up(kind, settings):
     layer, x = random_layer(kind, **settings), torch.randn(2, 5, 7, dtype=torch.float64)
-    parts = take_apart(layer, x)
+    parts = decompose_layer(layer, x)
     assert (parts.output - layer(x)).abs().max() < 1e-12
     n = int(parts.experts[0, 0, 0])  # one part by its definition: a_n times the expert's own linear map
     z = layer.hidden(x[0, 0]) if "coder" not in kind else None
@@ -53,7 +53,7 @@ def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, famil
     norm.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
     with watching(model.mxd_layers()) as seen:
         model(input_ids=ids)
-    parts = take_apart(model.mxd_layers()[2], seen[2].inputs)
+    parts = decompose_layer(model.mxd_layers()[2], seen[2].inputs)
     x, part = residual[-1].double(), torch.zeros_like(residual[-1]).double()
     fires = (parts.experts == n) & (parts.values > 0)
     part = (parts.contributions * fires.unsqueeze(-1)).sum(-2).double()
@@ -96,12 +96,12 @@ def test_the_rank_of_an_expert_is_that_of_the_decoder():
 
 def test_what_is_not_there_is_refused(converted):
     model, ids = load_checkpoint(converted["llama"]), ids_of()
-    with pytest.raises(InputError, match="layer 1 is not converted; converted are 0, 2"):
+    with pytest.raises(InputError, match=r"layer 1 is not converted\. Converted layers: 0, 2"):
         logit_effect(model, 1, 0, ids)
     with pytest.raises(InputError, match="experts 0 to 23; there is no expert 24"):
         logit_effect(model, 0, 24, ids)
     with pytest.raises(InputError, match="dense_twin has no experts"):
-        take_apart(random_layer("dense_twin"), torch.randn(1, 7))
+        decompose_layer(random_layer("dense_twin"), torch.randn(1, 7))
     model.mxd_layers()[0].gate.weight.zero_()
     model.mxd_layers()[0].gate.bias.fill_(-1)
     silent = logit_effect(model, 0, 3, ids)

@@ -18,7 +18,7 @@ from mxd_convert.data.blocks import prepare_eval
 from mxd_convert.evaluation.experts import examples as expert_examples
 from mxd_convert.evaluation.experts import firings
 from mxd_convert.evaluation.experts import statistics as expert_statistics
-from mxd_convert.evaluation.experts.decomposition import Unembedding, take_apart
+from mxd_convert.evaluation.experts.decomposition import Unembedding, decompose_layer
 from mxd_convert.evaluation.experts.effects import EffectsOfLayer, weights
 from mxd_convert.evaluation.experts.examples import AFTER, BANDS, BEFORE, BINS, EACH, TOP, examples, figures
 from mxd_convert.evaluation.experts.statistics import SAMPLES, collect
@@ -59,7 +59,7 @@ def loop(model, index: int, blocks, mask_bos: bool) -> dict[int, list[tuple[int,
         ids = blocks.take(slice(block, block + 1))
         with watching({index: layer}) as seen:
             model(input_ids=ids)
-        parts, counted = take_apart(layer, seen[index].inputs), blocks.counted(ids, mask_bos)
+        parts, counted = decompose_layer(layer, seen[index].inputs), blocks.counted(ids, mask_bos)
         for place in range(blocks.context):
             if counted[0, place]:
                 for n, value in zip(parts.experts[0, place].tolist(), parts.values[0, place].tolist(), strict=True):
@@ -186,7 +186,7 @@ def test_samples_are_firings_drawn_whatever_the_batches(models, text, tmp_path, 
         model(input_ids=ids)
     counted = blocks.counted(ids, mask_bos=True)
     parts, scaled = (
-        take_apart(layer, seen[1].inputs[counted]),
+        decompose_layer(layer, seen[1].inputs[counted]),
         layer.linear(seen[1].inputs[counted]) * scales.of(1)[counted].unsqueeze(-1),
     )
     for n in range(40):

@@ -41,14 +41,14 @@ def test_a_link_is_replaced_and_its_target_left_alone(tmp_path):
 def test_what_a_killed_process_left_is_removed_by_the_next_call(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from mxd_convert import files\n"
-        "with files.scratch_beside(Path(sys.argv[1]) / 'out') as scratch, files.replacing(Path(sys.argv[1]) / 'file') as temporary:\n"
+        "with files.temporary_sibling(Path(sys.argv[1]) / 'out') as scratch, files.replacing(Path(sys.argv[1]) / 'file') as temporary:\n"
         "    (scratch / 'part').write_text('x'); temporary.write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert len(os.listdir(tmp_path)) == 2
-    with files.scratch_beside(tmp_path / "out") as scratch:
+    with files.temporary_sibling(tmp_path / "out") as scratch:
         files.write_text(tmp_path / "file", "whole")
-        with files.scratch_beside(tmp_path / "out"):  # one in use is left alone
+        with files.temporary_sibling(tmp_path / "out"):  # one in use is left alone
             assert scratch.is_dir()
         assert scratch.is_dir()
     assert os.listdir(tmp_path) == ["file"]
@@ -57,12 +57,12 @@ def test_what_a_killed_process_left_is_removed_by_the_next_call(tmp_path):
 def test_a_folder_takes_its_place_and_the_older_one_comes_back_where_it_can_not(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with files.scratch_beside(tmp_path / "out") as scratch:
+    with files.temporary_sibling(tmp_path / "out") as scratch:
         (scratch / "new").mkdir()
         with pytest.raises(FileNotFoundError):
-            files.put_in_place(scratch / "nothing", tmp_path / "out", scratch)
+            files.move_into_place(scratch / "nothing", tmp_path / "out", scratch)
         assert (tmp_path / "out" / "old").is_file()
-        files.put_in_place(scratch / "new", tmp_path / "out", scratch)
+        files.move_into_place(scratch / "new", tmp_path / "out", scratch)
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == []
 

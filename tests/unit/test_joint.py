@@ -21,8 +21,8 @@ from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
 from mxd_convert.plan import memory
 from mxd_convert.training.interrupt import Interrupt
-from mxd_convert.training.joint import InPlace, JointStage, piece_tokens
-from mxd_convert.training.loop import JOINT, Training, lower
+from mxd_convert.training.joint import JointStage, LayerInModel, piece_tokens
+from mxd_convert.training.loop import JOINT, Training, memory_advice
 from mxd_convert.training.stage import Stage
 
 SHARE = {"joint": 0.4}
@@ -82,7 +82,7 @@ def test_its_losses_are_those_of_the_checkpoint(finishing):
 def test_what_a_family_does_to_an_mlps_output_in_place_is_not_seen(finishing):
     """Falcon adds the attention's output to it."""
     layer = finishing().layers[0]
-    place = InPlace(layer, "fp32")
+    place = LayerInModel(layer, "fp32")
     output = place(torch.randn(2, 3, layer.d_in))
     kept = place.output.detach().clone()
     output += 1.0
@@ -92,6 +92,7 @@ def test_what_a_family_does_to_an_mlps_output_in_place_is_not_seen(finishing):
 def test_its_gradients_are_those_of_the_whole_step(finishing):
     """Pieces add up: gradients of a step in pieces of one block are those of the mean over the step, by autograd in one go."""
     stage = finishing()
+    stage.prepare()
     parameters = [parameter for layer in stage.layers.values() for parameter in layer.parameters()]
     sinks = {index: layer.sinks for index, layer in stage.layers.items()}
     for layer in stage.layers.values():
@@ -101,7 +102,7 @@ def test_its_gradients_are_those_of_the_whole_step(finishing):
     for index, layer in stage.layers.items():
         layer.sinks = sinks[index]
     stage._blocks_a_piece = lambda: 1
-    stage._learn(0, Interrupt())
+    stage._forward_backward(0, Interrupt())
     for parameter, expected in zip(parameters, whole, strict=True):
         sink = stage.optimiser.sinks.get(parameter)
         made = parameter.grad if sink is None else sink.rows(0, len(parameter))
@@ -127,6 +128,7 @@ def test_it_brings_the_model_closer(finishing, kind):
 
 def test_the_two_losses_weigh_the_same_at_first(finishing):
     stage = finishing()
+    stage.prepare()
     kl, own, _ = stage._forward(stage._rows(0)[: stage._blocks_a_piece()])
     assert stage.weight * sum(loss.item() for loss in own.values()) == pytest.approx(kl.item(), rel=1e-4)
 
@@ -283,6 +285,6 @@ def test_out_of_memory_does_not_send_to_where_it_is_refused(models, text, tmp_pa
         mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "out", train={"joint": share}))
         for share in (0.0, 0.3)
     )
-    assert "train.memory_gib" in lower(plain)
-    assert "train.memory_gib" not in lower(finishing)
-    assert "train.joint: 0 (0.3)" in lower(finishing)
+    assert "train.memory_gib" in memory_advice(plain)
+    assert "train.memory_gib" not in memory_advice(finishing)
+    assert "train.joint: 0 (0.3)" in memory_advice(finishing)

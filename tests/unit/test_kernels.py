@@ -308,7 +308,7 @@ def run_all(mode: str) -> dict[str, float | str]:
 
         def checked(kernel, grid, *arguments, **options) -> None:
             assert min(grid) > 0, "an empty grid"
-            assert options.get("WIDTH", 0) <= kernels.WIDEST, "more than a program holds"
+            assert options.get("WIDTH", 0) <= kernels.MAX_VALUES, "more than a program holds"
             launch(kernel, grid, *arguments, **options)
 
         kernels._launch = checked

@@ -162,7 +162,7 @@ def test_the_losses_gradient_is_autograds():
     [(768, 3072, False, 21_504), (1024, 4096, False, 28_672), (2048, 8192, False, 57_344), (3072, 8192, True, 86_015)],
 )
 def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
-    shape = LayerSpec("mxd", d_in, d_hidden, d_in, 0, 32, glu=glu).matched(32)
+    shape = LayerSpec("mxd", d_in, d_hidden, d_in, 0, 32, glu=glu).match_parameters(32)
     assert shape.n_experts == expected
     width = 32 * d_in
     room = width * (d_in + 1) + width * d_in + d_in  # a transcoder's encoder and decoder with a bias each
@@ -173,9 +173,9 @@ def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
 @pytest.mark.parametrize("skip", [False, True])
 def test_all_kinds_are_matched_to_the_same_transcoder(kind, skip):
     room = LayerSpec("transcoder", 64, 0, 64, 32 * 64, 8).parameters
-    shape = LayerSpec(kind, 64, 0 if "coder" in kind else 172, 64, 0, 8, skip=skip).matched(32)
+    shape = LayerSpec(kind, 64, 0 if "coder" in kind else 172, 64, 0, 8, skip=skip).match_parameters(32)
     assert room - (64 + 64 + 1) < shape.parameters <= room
-    assert LayerSpec("dense_twin", 64, 172, 64, 0, 0).matched(32).n_experts == 0
+    assert LayerSpec("dense_twin", 64, 172, 64, 0, 0).match_parameters(32).n_experts == 0
 
 
 @pytest.mark.parametrize("settings", [{"glu": True}, {"skip": True}, {"sparsity": "l1"}, {}])

@@ -9,14 +9,14 @@ import mxd_convert
 from mxd_convert import convert
 from mxd_convert.base_model.capture import harvest
 from mxd_convert.base_model.load import load_base
-from mxd_convert.base_model.swap import standing_in
+from mxd_convert.base_model.swap import replaced_mlps
 from mxd_convert.errors import InputError
 from mxd_convert.layers import normalised_mse
 from mxd_convert.plan import memory
 from mxd_convert.plan.flops import flops_per_token
 from mxd_convert.plan.memory import check_memory, shares
 from mxd_convert.plan.resolve import check_processes
-from mxd_convert.training.joint import InPlace
+from mxd_convert.training.joint import LayerInModel
 from mxd_convert.training.stage import make_layer
 
 TOKENS = 64
@@ -87,13 +87,13 @@ def test_the_products_of_a_finish_too(planned, family, kind):
     base = load_base(plan.recipe.base).requires_grad_(False)
     base.config._attn_implementation = "sdpa"
     shapes = plan.shapes
-    places = {index: InPlace(make_layer(shape, 0, index, "data"), "fp32") for index, shape in shapes.items()}
+    places = {index: LayerInModel(make_layer(shape, 0, index, "data"), "fp32") for index, shape in shapes.items()}
     ids_BT = torch.randint(0, plan.vocabulary, (2, TOKENS // 2))
 
     def work() -> None:
         with torch.no_grad():
             meant = base(input_ids=ids_BT).logits.softmax(-1)
-        with standing_in(base, plan.sites, places):
+        with replaced_mlps(base, plan.sites, places):
             (meant * base(input_ids=ids_BT).logits.log_softmax(-1)).sum().backward()
 
     # what torch's counter does not know, once more; of the upper layer also the gate's rows in the gradient of its input

@@ -58,7 +58,7 @@ CASES["dead experts"] = (dead, K)
 @pytest.fixture(params=["one chunk", "chunks of 4 tokens", "two-stage top-k"])
 def path(request, monkeypatch):
     if request.param == "chunks of 4 tokens":
-        monkeypatch.setattr(autograd, "LEAST_ROWS", 4)
+        monkeypatch.setattr(autograd, "MIN_ROWS", 4)
         monkeypatch.setattr(autograd, "CHUNK_BYTES", {"cpu": 0})
     if request.param == "two-stage top-k":
         monkeypatch.setattr(reference, "_group", lambda n_experts, k: 2)
@@ -131,7 +131,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_of_tokens_by_experts_is_kept_and_nothing_of_tokens_by_k_by_width_made(monkeypatch):
-    monkeypatch.setattr(autograd, "LEAST_ROWS", 16)
+    monkeypatch.setattr(autograd, "MIN_ROWS", 16)
     monkeypatch.setattr(autograd, "CHUNK_BYTES", {"cpu": 0})
     tokens, width, n_experts, k = 256, 48, 500, 32
     layer = MxD(width, 64, width, n_experts, k)

@@ -122,7 +122,7 @@ def test_no_two_experts_start_as_the_same_token(source, models, experts):
 
 def test_a_layer_that_sees_few_inputs_does_not_read_all_of_the_text(source, monkeypatch):
     monkeypatch.setattr(start, "FORWARD_TOKENS", 64)
-    monkeypatch.setattr(start, "MOST_TOKENS", 0.5)
+    monkeypatch.setattr(start, "MAX_TOKENS_PER_EXPERT", 0.5)
     activations = Activations(source(), CPU)
     read = []
     monkeypatch.setattr(
@@ -174,12 +174,12 @@ def test_a_text_of_which_no_token_is_left_for_the_scale_keeps_its_rows(source):
 
 def test_what_looks_no_way_is_like_nothing(source):
     layer = fresh(source().sites[0])
-    one = start._Start(layer)
+    one = start._TokenInit(layer)
     tokens = torch.randn(31, 32)
     with torch.no_grad():
         one.take(torch.cat((tokens.mean(0, keepdim=True), tokens)), torch.randn(32, 32))  # the first is the mean of all
     assert one.taken == 24
-    alone = start._Start(fresh(source().sites[0]))
+    alone = start._TokenInit(fresh(source().sites[0]))
     with torch.no_grad():
         for token in tokens:  # the first is the centre
             alone.take(token.unsqueeze(0), torch.randn(1, 32))

@@ -286,7 +286,7 @@ def test_settings_that_make_no_sense_are_refused(refused, recipe, train, words):
     "error",
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
-@pytest.mark.parametrize("place", ["mxd_convert.training.stage.learn", "mxd_convert.training.stage.Optimiser"])
+@pytest.mark.parametrize("place", ["mxd_convert.training.stage.forward_backward", "mxd_convert.training.stage.Optimiser"])
 def test_running_out_of_memory_says_what_to_lower(models, text, tmp_path, monkeypatch, error, place):
     def fail(*arguments, **named):
         raise error
@@ -302,13 +302,13 @@ def test_running_out_of_memory_says_what_to_lower(models, text, tmp_path, monkey
 def test_the_last_good_state_is_named_where_a_loss_is_not_finite(models, text, tmp_path, monkeypatch):
     from mxd_convert.training import stage
 
-    learn, calls = stage.learn, []
+    forward_backward, calls = stage.forward_backward, []
 
     def spoil(*arguments):
         calls.append(1)
-        return learn(*arguments) * (float("nan") if len(calls) > 6 else 1.0)
+        return forward_backward(*arguments) * (float("nan") if len(calls) > 6 else 1.0)
 
-    monkeypatch.setattr("mxd_convert.training.stage.learn", spoil)
+    monkeypatch.setattr("mxd_convert.training.stage.forward_backward", spoil)
     settings = {"layers": [1], "train": {"checkpoint_every": 3}, "data": {"tokens": 8192}}
     with pytest.raises(InputError, match=r"layer 1: the loss is not finite at step 7; the last good state is at step"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)

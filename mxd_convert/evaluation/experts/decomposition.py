@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mxd_convert.base_model.capture import watching
 from mxd_convert.base_model.families import architecture_of
+from mxd_convert.base_model.swap import check_converted
 from mxd_convert.errors import InputError
 from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer, MxD
 
@@ -24,7 +25,7 @@ _CHUNK = 256  # contributions whose logits are computed at a time
 
 
 @dataclass(frozen=True)
-class Parts:
+class Decomposition:
     """The decomposition of a layer's output at each token.
 
     values: coefficients, (..., K); 0 means not active. experts: their indices, (..., K). directions: `c_n * u`, the contribution
@@ -48,7 +49,7 @@ class Parts:
 
 
 @torch.no_grad()
-def take_apart(layer: FactoredLayer, x_BI: Tensor) -> Parts:
+def decompose_layer(layer: FactoredLayer, x_BI: Tensor) -> Decomposition:
     """Decompose a layer's output for inputs (..., I). Raises InputError if the layer has no experts.
 
     Steering adds an entry with the change of the coefficient, so that an expert may occur twice at a token.
@@ -63,7 +64,7 @@ def take_apart(layer: FactoredLayer, x_BI: Tensor) -> Parts:
     if layer.decoder is not None:
         directions = directions * layer.linear(x_BI).unsqueeze(-2)
     rest_BO = layer.output_bias.expand(*x_BI.shape[:-1], -1)
-    return Parts(values_BK, experts_BK, directions, rest_BO if layer.skip is None else rest_BO + layer.skip(x_BI))
+    return Decomposition(values_BK, experts_BK, directions, rest_BO if layer.skip is None else rest_BO + layer.skip(x_BI))
 
 
 def sparse(coefficients: Coefficients) -> tuple[Tensor, Tensor]:
@@ -76,12 +77,12 @@ def sparse(coefficients: Coefficients) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int, Parts]:
+def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[int, Decomposition]:
     """Decompose the output of every layer with experts on token ids (B, T). Return the parts, (B, T, ...), by layer index."""
     layers = {index: layer for index, layer in model.mxd_layers().items() if layer.n_experts}
     with watching(layers) as seen:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return {index: take_apart(layer, seen[index].inputs) for index, layer in layers.items()}
+        return {index: decompose_layer(layer, seen[index].inputs) for index, layer in layers.items()}
 
 
 class Norm:
@@ -234,8 +235,7 @@ def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: i
         InputError: the model has no such expert, or its norm or head isn't known.
     """
     layers = model.mxd_layers()
-    if layer not in layers:
-        raise InputError(f"layer {layer} is not converted; converted are {', '.join(map(str, layers))}")
+    check_converted(layer, layers)
     if not 0 <= expert < layers[layer].n_experts:
         raise InputError(f"layer {layer} has experts 0 to {layers[layer].n_experts - 1}; there is no expert {expert}")
     unembedding = Unembedding(model)
@@ -243,7 +243,7 @@ def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: i
     for ids_BT in input_ids.split(rows):
         with watching({layer: layers[layer]}) as seen, unembedding.scales() as scales:
             model(input_ids=ids_BT, use_cache=False)
-        parts = take_apart(layers[layer], seen[layer].inputs)
+        parts = decompose_layer(layers[layer], seen[layer].inputs)
         fires = (parts.experts == expert) & (parts.values > 0)
         written = (parts.contributions.float() * unembedding.outlet_O[layer] * scales.of(layer)[..., None, None])[fires]
         for chunk in written.split(_CHUNK):

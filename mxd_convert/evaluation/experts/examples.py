@@ -15,7 +15,7 @@ BINS = 40  # histogram bins, from 0 to an expert's largest coefficient
 TOP = 20  # top contexts per expert
 BANDS, EACH = 5, 4  # quantile bands per expert, and examples per band
 BEFORE, AFTER = 24, 8  # tokens shown before and after an example's token
-SAME = 8  # tokens, the example's included: contexts that end in the same SAME tokens are duplicates
+DUPLICATE_TOKENS = 8  # tokens, the example's included: contexts that end in the same DUPLICATE_TOKENS tokens are duplicates
 _CANDIDATES = 8 * TOP  # blocks with the largest coefficients, searched for distinct top contexts
 
 
@@ -69,7 +69,7 @@ def figures(pairs: Pairs) -> Figures:
 def examples(pairs: Pairs, blocks: Blocks, seed: int = 0) -> Examples:
     """Return each expert's top contexts and examples by quantile.
 
-    Top contexts come from different blocks, and no two end in the same SAME tokens. A band is a fifth of an expert's firings, by
+    Top contexts come from different blocks, and no two end in the same DUPLICATE_TOKENS tokens. A band is a fifth of an expert's firings, by
     size of the coefficient. Its examples are drawn by a hash of seed, expert and position.
     """
     falling = np.lexsort((pairs.position, -pairs.value, pairs.expert))
@@ -94,9 +94,9 @@ def _first(key: Array) -> Array:
 
 
 def _recent(position: Array, blocks: Blocks) -> Array:
-    """Return a hash (uint64) of the last SAME tokens of the block up to each position, which is included."""
+    """Return a hash (uint64) of the last DUPLICATE_TOKENS tokens of the block up to each position, which is included."""
     block, offset = np.divmod(position, blocks.context)
-    around = offset[:, None] + np.arange(-SAME + 1, 1)
+    around = offset[:, None] + np.arange(-DUPLICATE_TOKENS + 1, 1)
     inside = around >= 0
     ids = blocks.ids[block[:, None], np.maximum(around, 0)].astype(np.int64) + 1
     ids = np.where(inside, ids, 0)

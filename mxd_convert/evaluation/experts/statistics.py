@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mxd_convert.base_model.swap import check_converted
 from mxd_convert.data.blocks import Blocks
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.experts.decomposition import Unembedding
@@ -184,8 +185,7 @@ def chosen_layers(model: Any, layers: list[int] | None) -> dict[int, FactoredLay
         kinds = ", ".join(sorted({layer.kind for layer in every.values()}))
         raise InputError(f"the checkpoint's layers have no experts to show (they are of kind {kinds})")
     for index in layers or []:
-        if index not in every:
-            raise InputError(f"--layers: layer {index} is not converted; converted are {', '.join(map(str, every))}")
+        check_converted(index, every, "--layers: ")
         if index not in having:
             raise InputError(f"--layers: layer {index} is a {every[index].kind}, which has no experts to show")
     return having if layers is None else {index: having[index] for index in sorted(layers)}

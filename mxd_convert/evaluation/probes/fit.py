@@ -26,7 +26,7 @@ CANDIDATES = 32  # cross-validated units per class
 RESAMPLES = 1000  # of the bootstrap
 INTERVAL = (2.5, 97.5)  # percentiles
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)  # values of C in LogisticRegression, for vectors of mean squared length 1
-FEWEST_ACTIVE = 5  # training documents on which a unit must be active to be in the whole vector
+MIN_ACTIVE = 5  # training documents on which a unit must be active to be in the whole vector
 _COLUMNS = 4096  # units converted to a dense array at a time
 
 
@@ -149,7 +149,7 @@ class WholeVector:
     """An L2 logistic regression on all units of all layers, standardised on the training documents.
 
     Its solution lies in the span of the training documents. It is fitted on coordinates in that span, which gives the same model
-    in at most as many dimensions as there are training documents. Units active on fewer than FEWEST_ACTIVE of these are left out,
+    in at most as many dimensions as there are training documents. Units active on fewer than MIN_ACTIVE of these are left out,
     because their scale is unknown. layers: pooled coefficients of all documents; those of test documents are used for prediction
     only.
     """
@@ -238,7 +238,7 @@ def _gram(layers: Mapping[int, Matrix], train: Array) -> tuple[Array, int]:
     gram_DD, units = np.zeros((documents, len(train))), 0
     for matrix in layers.values():
         for _, values in _chunks(matrix):
-            known = values[:, (values[train] != 0).sum(0) >= FEWEST_ACTIVE]
+            known = values[:, (values[train] != 0).sum(0) >= MIN_ACTIVE]
             mean, deviation = known[train].mean(0), known[train].std(0)
             varies = deviation > 1e-6 * np.abs(mean)
             standard = (known[:, varies] - mean[varies]) / deviation[varies]

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from mxd_convert.base_model.capture import observe
 from mxd_convert.base_model.families import Site
-from mxd_convert.data.blocks import separators
-from mxd_convert.errors import InputError
+from mxd_convert.data.blocks import check_vocabulary, separators
 from mxd_convert.layers.sparse_ops import sparse_gate
 from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 
@@ -97,11 +96,8 @@ def encode_documents(texts: list[str], tokenizer: Any, tokens: int, vocabulary: 
             found.ids.append(ids)
             found.counted.append(counted)
             kept.append(number)
-    largest = max((int(ids.max()) for ids in found.ids), default=0)
-    if largest >= vocabulary:
-        raise InputError(
-            f"the tokenizer makes token ids up to {largest} and the model knows {vocabulary}; give the model the tokenizer it was trained with"
-        )
+    for ids in found.ids:
+        check_vocabulary(ids, vocabulary)
     return found, kept
 
 

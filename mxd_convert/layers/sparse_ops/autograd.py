@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from mxd_convert.layers.sparse_ops import reference
 
 CHUNK_BYTES = {"cpu": 2**23, "cuda": 2**28}  # bytes of gate values per chunk: fit a CPU's cache, keep a GPU busy
-LEAST_ROWS = 512  # fewest tokens per chunk: smaller products repack the weight too often
+MIN_ROWS = 512  # fewest tokens per chunk: smaller products repack the weight too often
 
 
 def primitives(device: torch.device) -> ModuleType:
@@ -136,7 +136,7 @@ def _gradient(sink: RowGradient | None, routing: reference.Routing, source_BD: T
 def rows_a_chunk(device: str, row_bytes: int) -> int:
     """Return the number of tokens per chunk of gate values, a power of two, which suits matrix products."""
     fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // max(1, row_bytes)
-    return max(LEAST_ROWS, 1 << max(0, fitting.bit_length() - 1))
+    return max(MIN_ROWS, 1 << max(0, fitting.bit_length() - 1))
 
 
 class _WeightedRows(torch.autograd.Function):

@@ -27,10 +27,10 @@ else:
 TILE_ELEMENTS = 4096  # elements in flight per program: 32 per thread, eight 16-byte loads in float32
 GATHER_BLOCK = 256  # columns of D when few rows are read: the slice of all rows fits in L2 (22 MB for 21,490 rows in float32)
 SEGMENT_BLOCK = 512  # columns of D when many segments are summed: most have few pairs, so fewer programs are faster
-LONGEST_TILE = 64  # most pairs per tile
+MAX_TILE_PAIRS = 64  # most pairs per tile
 PIECE = 256  # most pairs that one program sums; an expert's further pairs are split into pieces of this size
 SELECTED_FROM = 4096  # most values searched in one stage; longer rows take two
-WIDEST = 8192  # most values that one program can search
+MAX_VALUES = 8192  # most values that one program can search
 
 
 def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
@@ -51,7 +51,7 @@ def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if n_experts > SELECTED_FROM:
         group = triton.next_power_of_2(math.isqrt(n_experts // max(k, 1)))
     groups = triton.cdiv(n_experts, group)
-    if gate_BN.numel() == 0 or not 0 < k <= groups or max(groups, k * group) > WIDEST:
+    if gate_BN.numel() == 0 or not 0 < k <= groups or max(groups, k * group) > MAX_VALUES:
         return reference.top_k(gate_BN, k)
     bits_BN = _bits(gate_BN.contiguous())
     infinity = int(_bits(torch.tensor(math.inf, dtype=gate_BN.dtype)))
@@ -135,7 +135,7 @@ def _width(values: int, group: int) -> dict[str, int]:
 def _blocks(width: int, pairs: int, widest: int) -> dict[str, int]:
     """Return the tile of a program, pairs x columns, and its number of warps."""
     block = min(triton.next_power_of_2(width), widest)
-    tile = min(triton.next_power_of_2(pairs), TILE_ELEMENTS // block, LONGEST_TILE)
+    tile = min(triton.next_power_of_2(pairs), TILE_ELEMENTS // block, MAX_TILE_PAIRS)
     return {"BLOCK_D": block, "TILE": tile, "num_warps": max(1, min(4, block * tile // 1024))}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
-MANY = 4096  # experts from which top-k uses groups of 8
+GROUPED_FROM = 4096  # experts from which top-k uses groups of 8
 
 
 class Routing(NamedTuple):
@@ -77,7 +77,7 @@ def _group(n_experts: int, k: int) -> int:
 
     torch's top-k on a CPU uses a heap, which is fast, for rows of at least 64 k values. Otherwise it partitions the row.
     """
-    if n_experts >= MANY:
+    if n_experts >= GROUPED_FROM:
         return 8
     return 4 if 64 * k > n_experts else 1
 
