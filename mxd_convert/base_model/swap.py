@@ -44,7 +44,7 @@ def insert_layers(base: Any, layers: Mapping[int, layers_mxd.FactoredLayer], ori
         parameters = dict(layer.named_parameters())  # only these are cast: buffers of an activation may need another dtype
         state = layer.state_dict()
         tensors |= {f"{path}.{name}": state[name].to(base.dtype) if name in parameters else state[name] for name in state}
-    return assemble(model_class, config, tensors, base)
+    return model_of_tensors(model_class, config, tensors, base)
 
 
 def _counterpart(base: Any) -> Any:
@@ -80,13 +80,13 @@ def remove_layers(converted: Any, base: Any, indices: list[int]) -> Any:
             key: [order for order in mxd[key] if order["layer"] not in indices] for key in ("edits", "steering") if key in mxd
         }
         config = type(converted.config)(**_carried(converted), mxd={**mxd, **by_hand, "layers": left})
-        return assemble(type(converted), config, tensors, converted)
+        return model_of_tensors(type(converted), config, tensors, converted)
     base_class = converted.base_class
     config = base_class.config_class(**_carried(converted))
     for one, auto_class in ((base_class, "AutoModelForCausalLM"), (base_class.config_class, "AutoConfig")):
         if not one.__module__.startswith("transformers."):
             one.register_for_auto_class(auto_class)  # save_pretrained then copies the custom code
-    return assemble(base_class, config, tensors, converted)
+    return model_of_tensors(base_class, config, tensors, converted)
 
 
 def _carried(model: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _without(tensors: dict[str, Tensor], paths: tuple[str, ...]) -> dict[str, Te
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(paths)}
 
 
-def assemble(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
+def model_of_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], like: Any) -> Any:
     """Return a model of `model_class` with the given tensors (not copied), and the dtype and generation settings of `like`."""
     with initialization.no_init_weights(), quiet():
         model = model_class._from_config(config, dtype=like.dtype)
@@ -169,7 +169,7 @@ def permuted_experts(layer: layers_mxd.FactoredLayer, order_N: Tensor) -> Any:
 
 __all__ = [
     "Constant",
-    "assemble",
+    "model_of_tensors",
     "check_converted",
     "insert_layers",
     "permuted_experts",

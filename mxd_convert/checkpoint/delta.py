@@ -58,7 +58,7 @@ def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto")
     config = read_config(folder / FULL)
     tensors = merged_tensors(folder, content, untied_tensors(original))
     with load_errors("the delta", str(folder)):
-        model = swap.assemble(class_of(folder / FULL, config), config, tensors, original)
+        model = swap.model_of_tensors(class_of(folder / FULL, config), config, tensors, original)
     if (folder / FULL / "generation_config.json").is_file():
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(folder / FULL)

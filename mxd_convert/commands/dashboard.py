@@ -111,7 +111,7 @@ def write_dashboard(
         folder = scratch / "dashboard"
         shutil.copytree(STATIC, folder, copy_function=shutil.copyfile)
         records = collect(model, blocks, scratch / "records", layers, mask_bos, device, quiet)
-        unembedding = Unembedding(model)
+        unembedding = Unembedding.of(model)
         text = Tokens(tokenizer, len(unembedding.matrix_VO))
         source = Source(blocks, text, unembedding, min(len(tokenizer), len(unembedding.matrix_VO)))
         write_text(folder, blocks, text)

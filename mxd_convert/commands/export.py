@@ -171,7 +171,10 @@ def cache_activations(
             notes.append("the checkpoint's steering preset was active, so it changes the activations of the layers above")
         model = model.to(pick_device(device))
         sizes = {index: entry["n_experts"] for index, entry in entries.items()}
-        caches = {i: LayerCache(scratch / str(i), size, splits, blocks) for i, size in sizes.items()}
+        caches = {}
+        for index, size in sizes.items():
+            (scratch / str(index)).mkdir()
+            caches[index] = LayerCache(scratch / str(index), size, splits, blocks)
         _fill(model, caches, blocks, mask, max(sizes.values()), quiet)
         settings = {
             "dataset_repo": blocks.info.path,

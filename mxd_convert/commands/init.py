@@ -1,20 +1,16 @@
 """`init`: write a commented recipe for a base model."""
 
 import os
-import textwrap
 from pathlib import Path
-from typing import Any, get_args
-
-import yaml
+from typing import Any
 
 from mxd_convert.base_model.families import architecture_of
 from mxd_convert.base_model.load import likely_mlp, load_config
 from mxd_convert.errors import InputError
 from mxd_convert.files import write_text
 from mxd_convert.recipe.load import load_recipe
-from mxd_convert.recipe.schema import Base, Mlp, Recipe, Section, is_local
-
-_WIDTH = 118
+from mxd_convert.recipe.schema import Base, Mlp, is_local
+from mxd_convert.recipe.template import commented
 
 
 def starter_recipe(base_model: str, folder: Path | None = None) -> str:
@@ -35,12 +31,9 @@ def starter_recipe(base_model: str, folder: Path | None = None) -> str:
     recipe = load_recipe({"base": {"model": base_model}})
     config = load_config(Base(model=recipe.base.model))
     recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"mlp": _mlp_of(config)})})
-    head = (
-        f"# Converts {base_model} ({config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}).\n"
-        "# `mxd-convert plan THIS_FILE` shows its size and cost, `mxd-convert run THIS_FILE` runs it.\n"
-    )
+    title = f"{base_model} ({config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size})"
     shown = os.path.relpath(recipe.base.model, folder or Path.cwd()) if is_local(recipe.base.model) else base_model
-    return head + "\n" + _section(Recipe, recipe.model_dump(), shown, 0)
+    return commented(recipe, title, shown)
 
 
 def _mlp_of(config: Any) -> Mlp | None:
@@ -72,22 +65,3 @@ def write_starter(base_model: str, path: Path, force: bool = False) -> None:
         )
     text = starter_recipe(base_model, path.resolve().parent)
     write_text(path, text)
-
-
-def _section(section: type[Section], values: dict[str, Any], base_model: str, depth: int) -> str:
-    """Return the YAML of a section and its subsections, with each key's description as a comment above it."""
-    lines = []
-    for name, field in section.model_fields.items():
-        value, indent = values[name], "  " * depth
-        if depth == 0:
-            lines.append("")
-        lines += textwrap.wrap(field.description or "", _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-        if isinstance(value, dict):
-            annotation = next(kind for kind in (*get_args(field.annotation), field.annotation) if kind is not type(None))
-            assert issubclass(annotation, Section)
-            lines.append(f"{indent}{name}:")
-            lines.append(_section(annotation, value, base_model, depth + 1))
-        else:
-            shown = base_model if name == "model" else value
-            lines.append(f"{indent}{name}: {yaml.safe_dump(shown, default_flow_style=True).strip().removesuffix('...').strip()}")
-    return "\n".join(lines).lstrip("\n") + ("\n" if depth == 0 else "")

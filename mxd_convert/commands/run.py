@@ -12,10 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from mxd_convert.base_model.load import Spread, card_of, load_base, load_tokenizer, model_sha256
-from mxd_convert.base_model.load import quiet as without_noise
-from mxd_convert.base_model.remote_code import has_own_code, trusting
-from mxd_convert.base_model.swap import insert_layers
+from mxd_convert.base_model.load import Spread, card_of, load_base, load_tokenizer
+from mxd_convert.base_model.remote_code import trusting
+from mxd_convert.checkpoint.assemble import assemble, origin_of
 from mxd_convert.checkpoint.provenance import file_hashes
 from mxd_convert.checkpoint.read import DASHBOARD, LOCAL, ONNX, REPORT, load_checkpoint
 from mxd_convert.checkpoint.workspace import Workspace
@@ -27,7 +26,6 @@ from mxd_convert.errors import InputError, Stopped, disk_guard, memory_guard
 from mxd_convert.escaping import say
 from mxd_convert.evaluation.fidelity import evaluate_models
 from mxd_convert.files import read_mapping, temporary_sibling, write_json, write_text
-from mxd_convert.layers import Trainable
 from mxd_convert.plan.memory import (
     BASE_SHARE,
     available,
@@ -115,6 +113,15 @@ class Context:
         return agreed(self.processes, self.accelerator.process_index)
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """A checkpoint in the workspace. origin: the base model's entry. twin: the folder of the dense twin, if there is one."""
+
+    folder: Path
+    origin: dict[str, Any]
+    twin: Path | None
+
+
 def convert(
     recipe: Recipe | str | Path | Mapping[str, Any],
     output: str | Path | None = None,
@@ -182,14 +189,28 @@ def _convert_in_workspace(run: Context) -> Result:
             tokenizer = _check(run)
             train, held_out = _prepare(run, tokenizer)
             trained = _train(run, train)
-            with run.agreed():
+            with run.agreed(), _enough_memory(run):
                 if trained is not None:  # in the main process
-                    _assemble_and_report(run, trained, train, held_out, tokenizer)
+                    assembled = _assemble(run, trained, tokenizer)
+                    figures = _evaluate(run, assembled, held_out)
+                    _write_dashboard(run, assembled.folder, held_out, tokenizer)
+                    about = {**assembled.origin, **card_of(run.recipe.base)}
+                    _write_report(run, assembled.folder, build_report(run.plan, about, train, held_out, trained, figures))
+                    run.workspace.publish(assembled.folder)
             return Result(run.plan.output, read_mapping(run.plan.output / REPORT), False, run.main)
     except Exception:
         if run.main and (not run.trains or run.processes == 1):  # otherwise other processes may be writing there
             run.workspace.remove_if_untrained()
         raise
+
+
+def _enough_memory(run: Context) -> AbstractContextManager[None]:
+    """Return a context in which running out of memory is an InputError that gives the fix."""
+    layer = run.recipe.layer
+    return memory_guard(
+        "out of memory while assembling and evaluating. Free some memory, convert fewer layers (layers: ...) or lower"
+        f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command resumes from there."
+    )
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------------------
@@ -285,60 +306,30 @@ def _job(run: Context, plan: Plan, base: Any, blocks: Blocks, folder: Path, room
     )
 
 
-def _assemble_and_report(run: Context, trained: Trained, train: Blocks, held_out: Blocks, tokenizer: Any) -> None:
-    layer = run.recipe.layer
-    with memory_guard(
-        "out of memory while assembling and evaluating. Free some memory, convert fewer layers (layers: ...) or lower"
-        f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command resumes from there."
-    ):
-        original = load_base(run.recipe.base, dtype="auto")
-        origin = _origin(run.recipe, original)
-        folder = _assemble(original, trained.layers, origin, run.workspace.folder / "checkpoint")
-        with without_noise():
-            tokenizer.save_pretrained(folder)
-        twin = None
-        if trained.twin is not None:
-            twin = _assemble(original, trained.twin.layers, origin, run.workspace.folder / TWIN / "checkpoint")
-        del original
-        figures = _evaluate(run, folder, held_out, twin)
-        if run.recipe.output.dashboard:
-            _write_dashboard(run, folder, held_out, tokenizer)
-        about = {**origin, **card_of(run.recipe.base)}
-        _write_report(run, folder, build_report(run.plan, about, train, held_out, trained, figures))
-        run.workspace.publish(folder)
+def _assemble(run: Context, trained: Trained, tokenizer: Any) -> Assembled:
+    """Write the checkpoint, and that of the dense twin, into the workspace."""
+    original = load_base(run.recipe.base, dtype="auto")
+    origin = origin_of(run.recipe.base, original)
+    folder = assemble(original, trained.layers, origin, run.workspace.folder / "checkpoint", tokenizer)
+    twin = None
+    if trained.twin is not None:
+        twin = assemble(original, trained.twin.layers, origin, run.workspace.folder / TWIN / "checkpoint")
+    return Assembled(folder, origin, twin)
 
 
-def _origin(recipe: Recipe, original: Any) -> dict[str, Any]:
-    """Return the base model's entry in config.json and in the report."""
-    base = recipe.base
-    return {
-        "model": Path(base.model).name if is_local(base.model) else base.model,
-        "revision": base.revision,
-        "sha256": model_sha256(original),
-        "local": is_local(base.model),
-        **({"mlp": base.mlp.model_dump(exclude_defaults=True)} if base.mlp is not None else {}),
-        **({"own_code": True} if has_own_code(original) else {}),
-    }
-
-
-def _assemble(original: Any, layers: Mapping[int, Trainable], origin: dict[str, Any], folder: Path) -> Path:
-    if folder.exists():
-        shutil.rmtree(folder)
-    with without_noise():
-        insert_layers(original, layers, origin).save_pretrained(folder)
-    return folder
-
-
-def _evaluate(run: Context, folder: Path, held_out: Blocks, twin: Path | None) -> dict[str, Any]:
+def _evaluate(run: Context, assembled: Assembled, held_out: Blocks) -> dict[str, Any]:
     """Return the evaluation of the checkpoint, loaded from disk."""
-    converted = load_checkpoint(folder, dtype="float32")
-    constant = None if twin is None else load_checkpoint(twin, dtype="float32")
+    converted = load_checkpoint(assembled.folder, dtype="float32")
+    constant = None if assembled.twin is None else load_checkpoint(assembled.twin, dtype="float32")
     base = load_base(run.recipe.base, dtype="float32")
     mask_bos, device = run.recipe.train.mask_bos, _evaluation_device(run)
     return evaluate_models(base, converted, run.plan.sites, held_out, mask_bos, device, run.quiet, constant)
 
 
 def _write_dashboard(run: Context, folder: Path, held_out: Blocks, tokenizer: Any) -> None:
+    """Write the dashboard into the checkpoint's folder, if the recipe asks for it."""
+    if not run.recipe.output.dashboard:
+        return
     write_dashboard(
         folder / DASHBOARD,
         load_checkpoint(folder, dtype="float32"),

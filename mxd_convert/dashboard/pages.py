@@ -63,11 +63,11 @@ class LayerPages:
         self.index, self.record, self.source = index, record, source
         self.layer, self.count_N = record.layer, record.firings.count_N
         self.rows: dict[str, list[Any]] = {name: [] for name in ("count", "mean", "largest", "p99", "top")}
-        self.unit_NO, self.weights = unit_rows(self.layer), weights(self.layer)
-        self.previous_N, self.next_N = _neighbours(self.count_N)
 
     def write(self, folder: Path) -> None:
         """Write the layer's data files."""
+        self.unit_NO, self.weights = unit_rows(self.layer), weights(self.layer)
+        self.previous_N, self.next_N = _neighbours(self.count_N)
         self._find_effects()
         shard: list[dict[str, Any]] = []
         for first, last in self.record.firings.ranges(SHARD, _PAIRS):

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ def find_experts(
     return chosen
 
 
+@dataclass(frozen=True)
 class SteeringEffect:
     """The measurement of a converted model's experts, with one set of contexts, prompt and seed.
 
@@ -118,13 +120,28 @@ class SteeringEffect:
     prompt: token ids, (T), that every sample begins with. samples: number of samples; new_tokens: length of each.
     """
 
-    def __init__(self, model: Any, base: Any, contexts: Tensor, prompt: Tensor, samples: int, new_tokens: int, seed: int) -> None:
-        self.model, self.base, self.contexts, self.prompt = model, base, contexts, prompt
-        self.samples, self.new_tokens, self.seed = samples, new_tokens, seed
-        self.plain = self._next()
-        self.unsteered = self._write()
-        # from other samples: centring the unsteered ones on their own mean would bias their cosines
-        self.centre = self._states(self._write(1)).mean(0)
+    model: Any
+    base: Any
+    contexts: Tensor
+    prompt: Tensor
+    samples: int
+    new_tokens: int
+    seed: int
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """Log-probabilities of the next token after every context without steering, (B, V)."""
+        return self._next()
+
+    @cached_property
+    def unsteered(self) -> Tensor:
+        """Samples without steering, (S, new tokens)."""
+        return self._write()
+
+    @cached_property
+    def centre(self) -> Tensor:
+        """Mean hidden state without steering, (O), from samples other than `unsteered`, whose cosines would be biased by it."""
+        return self._states(self._write(1)).mean(0)
 
     def none(self) -> Effect:
         """Return the effect at strength 0, the reference for all experts. Its layer and expert are -1."""

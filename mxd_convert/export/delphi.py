@@ -57,14 +57,13 @@ class LayerCache:
     `add` appends them to raw files, split by expert. `write` copies these into safetensors files, at constant memory.
 
     Args:
-        folder: new folder for the raw files.
+        folder: empty folder for the raw files.
         n_experts: number of experts of the layer.
         splits: number of files.
         blocks: the text.
     """
 
     def __init__(self, folder: Path, n_experts: int, splits: int, blocks: Blocks) -> None:
-        folder.mkdir()
         self.folder = folder
         # boundaries computed as in delphi; a reader takes them from the file names
         self.starts = torch.linspace(0, n_experts, splits + 1).long().tolist()

@@ -56,13 +56,15 @@ class Cache:
 
 
 class OnnxModel:
-    """A converted model exported with `export-onnx`. `layers`: by index, {"kind", "n_experts", "k", "sparsity"} of each layer."""
+    """A converted model exported with `export-onnx`. Load it with `from_pretrained`.
 
-    def __init__(self, file: Path, folder: Path, session: Any) -> None:
-        self.file, self.folder, self.session = file, folder, session
-        self.config = validation.read_config(folder)
-        self.eos = validation.end_tokens(folder, self.config)
-        names = validation.read_names(file, session, METADATA)
+    `layers`: by index, {"kind", "n_experts", "k", "sparsity"} of each layer.
+    """
+
+    def __init__(
+        self, file: Path, folder: Path, session: Any, config: Mapping[str, Any], eos: set[int], names: validation.Names
+    ) -> None:
+        self.file, self.folder, self.session, self.config, self.eos = file, folder, session, config, eos
         self.layers, self._inputs, self._past = names.layers, names.inputs, names.past
         self._kept, self._experts, self._steerable = names.outputs, names.experts, names.steerable
         self._tokenizer: Any = None
@@ -112,7 +114,9 @@ class OnnxModel:
             session = ort.InferenceSession(str(file), options, providers=list(providers), enable_fallback=int(other))
         except Exception as error:  # onnxruntime's errors have no common base class
             validation.raise_failure(file, error, "onnxruntime can't load it")
-        return cls(file, folder, session)
+        config = validation.read_config(folder)
+        names = validation.read_names(file, session, METADATA)
+        return cls(file, folder, session, config, validation.end_tokens(folder, config), names)
 
     # --- text ------------------------------------------------------------------------------------------------------------------
 

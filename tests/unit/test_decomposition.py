@@ -47,7 +47,7 @@ def test_a_models_layers_come_apart_also_while_steered(converted, family):
 def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, family):
     """The last hidden state without the expert's part, the norm's scale held, through the model's own norm and head."""
     model, ids = load_checkpoint(converted[family], dtype="float32"), ids_of(6, 11)
-    norm, head = Unembedding(model).norm.module, model.get_output_embeddings()
+    norm, head = Unembedding.of(model).norm.module, model.get_output_embeddings()
     n = active_expert(model, ids)
     residual = []
     norm.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
@@ -75,7 +75,7 @@ def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, famil
 def test_with_every_part_taken_apart_the_logits_are_the_models_own(converted):
     """All that is written to the residual stream, through the unembedding: the logits, but for a constant and the norm's bias."""
     model, ids = load_checkpoint(converted["llama"], dtype="float32"), ids_of()
-    unembedding = Unembedding(model)
+    unembedding = Unembedding.of(model)
     residual = []
     unembedding.norm.module.register_forward_pre_hook(lambda module, arguments: residual.append(arguments[0]))
     with unembedding.scales() as scales:

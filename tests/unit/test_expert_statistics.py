@@ -153,7 +153,7 @@ def test_what_it_promotes_is_logit_effect(converted, text, tmp_path, family):
     whole = blocks.take(slice(None))
     exact = 0
     for index, record in records.items():
-        up, down = EffectsOfLayer(index, record, Unembedding(model), 2048).of(4, 20)
+        up, down = EffectsOfLayer(index, record, Unembedding.of(model), 2048).of(4, 20)
         for n in range(4, 20):
             effect = logit_effect(model, index, n, whole)
             assert record.firings.count_N[n] == effect.tokens
@@ -180,9 +180,9 @@ def test_samples_are_firings_drawn_whatever_the_batches(models, text, tmp_path, 
     other = collect(model, blocks, tmp_path / "other", quiet=True)[1]
     monkeypatch.setattr(expert_statistics, "_GATES", 40 * 32 * 3)
     one = collect(model, blocks, tmp_path / "one", quiet=True)[1]
-    assert np.array_equal(np.sort(one._keys_NS), np.sort(other._keys_NS))
+    assert np.array_equal(np.sort(one.keys_NS), np.sort(other.keys_NS))
     ids = blocks.take(slice(None))
-    with watching({1: layer}) as seen, Unembedding(model).scales() as scales:
+    with watching({1: layer}) as seen, Unembedding.of(model).scales() as scales:
         model(input_ids=ids)
     counted = blocks.counted(ids, mask_bos=True)
     parts, scaled = (

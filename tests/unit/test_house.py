@@ -1,6 +1,7 @@
 """The layout of the package: imports run downwards and never in a circle, files stay short, and the architecture page names every room."""
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -182,6 +183,29 @@ def test_the_pages_table_is_read():
         "data": "`blocks.py`: tokens"
     }
     assert rows_of("the rooms are data, plan and training") == {}
+
+
+def work_in(constructor: ast.FunctionDef) -> set[str]:
+    """Return the calls in a constructor that read or write files, run a model or restore a state."""
+    calls = {ast.unparse(node.func) for node in ast.walk(constructor) if isinstance(node, ast.Call)}
+    working = r"(\.|^)(open|mkdir|unlink|read_\w+|write_\w+|load_\w+|save_\w+|restore|generate|forward|model|base)$"
+    return {call for call in calls if re.search(working, call)}
+
+
+@pytest.mark.parametrize("module", sorted(graph()))
+def test_constructors_do_no_work(module):
+    """Files are opened and models run by methods and by class methods such as `create`, never by `__init__`."""
+    path = PACKAGE.joinpath(*module.split("."))
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in ("__init__", "__post_init__"):
+            assert work_in(node) == set(), f"{module}, line {node.lineno}"
+
+
+def test_work_in_a_constructor_is_seen():
+    for body in ("self.model(ids)", "folder.mkdir()", "self._file = path.open('wb')", "self.state = load_state(folder)"):
+        [constructor] = ast.parse(f"def __init__(self):\n    {body}\n").body
+        assert work_in(constructor), body
 
 
 def test_nothing_is_pickled():

@@ -155,7 +155,7 @@ def test_the_test_part_has_no_say_in_the_choice():
     before = [ranked for ranked, _ in probing.probe_units(layers, labels, split, 3)]
     after = [ranked for ranked, _ in probing.probe_units({3: scipy.sparse.csr_array(other_values)}, other_labels, split, 3)]
     assert before == after
-    whole = [probing.WholeVector(values, split.train) for values in (layers, {3: scipy.sparse.csr_array(other_values)})]
+    whole = [probing.WholeVector.of(values, split.train) for values in (layers, {3: scipy.sparse.csr_array(other_values)})]
     (one, cv), (two, cv_after) = (vector.fit(labels[split.train] == 1, split.fold_D) for vector in whole)
     assert one.C == two.C
     assert cv == cv_after
@@ -197,7 +197,7 @@ def test_the_whole_vector_is_sklearns_on_all_standardised_units(units):
     values[:, 31] = np.arange(120) == 7  # active on one document: its scale is not known
     layers = {0: scipy.sparse.csr_array(values[:, :50]), 4: values[:, 50:]}
     split = probing.split_documents(labels, 0)
-    vector = probing.WholeVector(layers, split.train)
+    vector = probing.WholeVector.of(layers, split.train)
     model, cv_f1 = vector.fit(labels[split.train] == 1, split.fold_D)
     assert vector.units == units - 2
     alive = np.delete(values, [30, 31], axis=1)

@@ -85,29 +85,37 @@ def decompose(model: Any, input_ids: Tensor, attention_mask: Tensor | None = Non
         return {index: decompose_layer(layer, seen[index].inputs) for index, layer in layers.items()}
 
 
+@dataclass(frozen=True)
 class Norm:
-    """A norm as the linear map that it is at a fixed scale: `weight * x`, or `weight * (x - mean(x))` for a centred norm.
+    """A norm as the linear map that it is at a fixed scale: `weight * x`, or `weight * (x - mean(x))` for a centred norm."""
 
-    The weight is measured by calling the module, because families store it differently (Gemma stores weight - 1).
-    Raises InputError if the module has no epsilon, so isn't a norm.
-    """
+    module: nn.Module
+    epsilon: float
+    weight_O: Tensor
+    centred: bool
 
-    def __init__(self, module: nn.Module, width: int, name: str) -> None:
+    @classmethod
+    def of(cls, module: nn.Module, width: int, name: str) -> "Norm":
+        """Return the norm that a module computes on inputs of `width`. name: of the module, for messages.
+
+        The weight is measured by calling the module, because families store it differently (Gemma stores weight - 1).
+        Raises InputError if the module has no epsilon, so isn't a norm.
+        """
         epsilon = next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), None)
         if epsilon is None:
             raise InputError(
                 f"{name} is a {type(module).__name__}; expected a norm with an epsilon, such as LayerNorm or RMSNorm"
             )
-        self.module, self.epsilon = module, float(epsilon)
         x_O = torch.ones(width)  # mean 0, no element 0
         x_O[1::2] = -1
         if width % 2:
             x_O[:3] = torch.tensor([1.0, 1.0, -2.0])
         plain = copy.deepcopy(module).cpu().float()
         ahead, back, moved = (plain(x).detach() for x in (x_O, -x_O, x_O + 1))
-        self.centred = torch.allclose(moved, ahead, atol=1e-5 * ahead.abs().max().item())
-        weight_O = (ahead - back) / 2 / x_O * (x_O.square().mean() + self.epsilon).sqrt()
-        self.weight_O = weight_O.to(next(iter(module.parameters())).device if list(module.parameters()) else "cpu")
+        centred = torch.allclose(moved, ahead, atol=1e-5 * ahead.abs().max().item())
+        weight_O = (ahead - back) / 2 / x_O * (x_O.square().mean() + float(epsilon)).sqrt()
+        device = next(iter(module.parameters())).device if list(module.parameters()) else "cpu"
+        return cls(module, float(epsilon), weight_O.to(device), centred)
 
     def scale(self, x_BTO: Tensor) -> Tensor:
         """Return the norm's scale at each token, (B, T): its factor besides the weight."""
@@ -128,17 +136,25 @@ class Scales:
         return self.final * self.after[index] if index in self.after else self.final
 
 
+@dataclass(frozen=True)
 class Unembedding:
     """The linear map from a layer's output to logits, at the norms' scales of each token.
 
     It consists of the family's factor and norm between layer and residual stream, the final norm, and the unembedding. A family's
-    cap on logits is not applied. Raises InputError if the model's final norm or head isn't known.
+    cap on logits is not applied.
 
-    matrix_VO: unembedding times the final norm's weight. outlet_O: by layer index, the factor between a layer's output and the
-    stream.
+    norm: the final one. matrix_VO: unembedding times the final norm's weight. after: by layer index, the norm between a layer's
+    output and the stream. outlet_O: by layer index, the factor between them.
     """
 
-    def __init__(self, model: Any) -> None:
+    norm: Norm
+    matrix_VO: Tensor
+    after: dict[int, Norm]
+    outlet_O: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, model: Any) -> "Unembedding":
+        """Return the unembedding of a converted model. Raises InputError if the model's final norm or head isn't known."""
         config, row = model.config, architecture_of(model.config)
         head_VO: Tensor = model.get_output_embeddings().weight.detach().float()
         last = _found(model, row.norm)
@@ -147,20 +163,21 @@ class Unembedding:
             raise InputError(
                 f"the effect of experts on the logits is unknown: this model has no norm and head after its layers{named}"
             )
-        self.norm = Norm(last, config.hidden_size, str(row.norm))
+        norm = Norm.of(last, config.hidden_size, str(row.norm))
         factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-        self.matrix_VO = head_VO * self.norm.weight_O.to(head_VO.device) * factor
-        if self.norm.centred:  # the norm subtracts the mean of its input at every token
-            self.matrix_VO = self.matrix_VO - self.matrix_VO.mean(-1, keepdim=True)
+        matrix_VO = head_VO * norm.weight_O.to(head_VO.device) * factor
+        if norm.centred:  # the norm subtracts the mean of its input at every token
+            matrix_VO = matrix_VO - matrix_VO.mean(-1, keepdim=True)
         multiplier = float(getattr(config, row.scale)) if row.scale is not None else 1.0
-        self.after: dict[int, Norm] = {}
-        self.outlet_O: dict[int, Tensor] = {}
+        after: dict[int, Norm] = {}
+        outlet_O: dict[int, Tensor] = {}
         for index, layer in model.mxd_layers().items():
-            self.outlet_O[index] = torch.full((layer.d_out,), multiplier, device=head_VO.device)
+            outlet_O[index] = torch.full((layer.d_out,), multiplier, device=head_VO.device)
             if row.after is not None:
                 path = f"{row.layer.format(i=index)}.{row.after}"
-                self.after[index] = Norm(model.get_submodule(path), layer.d_out, path)
-                self.outlet_O[index] = multiplier * self.after[index].weight_O.to(head_VO.device)
+                after[index] = Norm.of(model.get_submodule(path), layer.d_out, path)
+                outlet_O[index] = multiplier * after[index].weight_O.to(head_VO.device)
+        return cls(norm, matrix_VO, after, outlet_O)
 
     @contextmanager
     def scales(self) -> Iterator[Scales]:
@@ -238,7 +255,7 @@ def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: i
     check_converted(layer, layers)
     if not 0 <= expert < layers[layer].n_experts:
         raise InputError(f"layer {layer} has experts 0 to {layers[layer].n_experts - 1}; there is no expert {expert}")
-    unembedding = Unembedding(model)
+    unembedding = Unembedding.of(model)
     tokens, sums, squares = 0, torch.zeros(()), torch.zeros(())
     for ids_BT in input_ids.split(rows):
         with watching({layer: layers[layer]}) as seen, unembedding.scales() as scales:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -44,11 +44,15 @@ class Pairs:
 class Firings:
     """All pairs of a layer, in files in `folder`: `add` them, `sort` them, then `read` them."""
 
-    def __init__(self, folder: Path, n_experts: int) -> None:
-        folder.mkdir(parents=True)
-        self.folder = folder
+    def __init__(self, folder: Path, raw: BinaryIO, n_experts: int) -> None:
+        self.folder, self._raw = folder, raw
         self.count_N = np.zeros(n_experts, dtype=np.int64)
-        self._raw = (folder / "raw").open("wb")
+
+    @classmethod
+    def create(cls, folder: Path, n_experts: int) -> "Firings":
+        """Create the folder and open the file for pairs in the order of the text."""
+        folder.mkdir(parents=True)
+        return cls(folder, (folder / "raw").open("wb"), n_experts)
 
     def add(self, experts: Array, positions: Array, values: Array) -> None:
         """Append pairs, arrays of (P), in the order of the text."""

@@ -8,7 +8,7 @@ S samples.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,22 @@ class LayerRecord:
 
     layer: FactoredLayer
     folder: Path
+    firings: Firings
+    written_NO: Tensor
+    samples_NSO: Tensor
+    keys_NS: Array  # hashes of the samples
     tokens: int = 0
-    firings: Firings = field(init=False)
-    written_NO: Tensor = field(init=False)
-    samples_NSO: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        n, width = self.layer.n_experts, 1 if self.layer.decoder is None else self.layer.d_out
-        self.firings = Firings(self.folder, n)
-        self.written_NO = torch.zeros(n, width, device=self.layer.experts.device)
+    @classmethod
+    def create(cls, layer: FactoredLayer, folder: Path) -> "LayerRecord":
+        """Create the record's files in a new folder. Raises OSError if the disk has no room for the samples."""
+        n, width = layer.n_experts, 1 if layer.decoder is None else layer.d_out
+        firings = Firings.create(folder, n)
+        written_NO = torch.zeros(n, width, device=layer.experts.device)
         size = n * SAMPLES * width
-        reserve(self.folder / "samples", size * torch.bfloat16.itemsize)
-        file = torch.from_file(str(self.folder / "samples"), shared=True, size=size, dtype=torch.bfloat16)
-        self.samples_NSO = file.view(n, SAMPLES, width)
-        self._keys_NS = np.tile(_NEVER, (n, 1))
+        reserve(folder / "samples", size * torch.bfloat16.itemsize)
+        file = torch.from_file(str(folder / "samples"), shared=True, size=size, dtype=torch.bfloat16)
+        return cls(layer, folder, firings, written_NO, file.view(n, SAMPLES, width), np.tile(_NEVER, (n, 1)))
 
     @property
     def drawn_N(self) -> Array:
@@ -95,9 +97,9 @@ class LayerRecord:
         """Keep each expert's SAMPLES firings with the smallest hashes so far."""
         key_P = mixed(mixed(position_P, seed=5) + expert_P.astype(np.uint64), seed=6)
         key_P >>= np.uint64(1)  # smaller than the key of any free slot
-        new = np.flatnonzero(key_P < self._keys_NS[expert_P].max(-1))
+        new = np.flatnonzero(key_P < self.keys_NS[expert_P].max(-1))
         touched, row = np.unique(expert_P[new], return_inverse=True)
-        old = self._keys_NS[touched]
+        old = self.keys_NS[touched]
         rows = np.concatenate([np.repeat(np.arange(len(touched)), SAMPLES), row])
         keys = np.concatenate([old.ravel(), key_P[new]])
         order = np.lexsort((keys, rows))
@@ -106,7 +108,7 @@ class LayerRecord:
         free_row, free_slot = np.nonzero(~kept[: old.size].reshape(old.shape))
         enter = np.flatnonzero(kept[old.size :])
         enter = enter[np.argsort(row[enter], kind="stable")]  # sorted by expert, to match the freed slots one to one
-        self._keys_NS[touched[free_row], free_slot] = key_P[new[enter]]
+        self.keys_NS[touched[free_row], free_slot] = key_P[new[enter]]
         chosen = torch.from_numpy(new[enter]).to(token_P.device)
         vectors = scaled_BO[token_P[chosen]] * value_P[chosen].unsqueeze(-1)
         self.samples_NSO[torch.from_numpy(touched[free_row]), torch.from_numpy(free_slot)] = vectors.bfloat16().cpu()
@@ -153,8 +155,8 @@ def collect(
     device = device or torch.device("cpu")
     model = model.to(device)
     chosen = chosen_layers(model, layers)
-    records = {index: LayerRecord(layer, folder / str(index)) for index, layer in chosen.items()}
-    unembedding = Unembedding(model)
+    records = {index: LayerRecord.create(layer, folder / str(index)) for index, layer in chosen.items()}
+    unembedding = Unembedding.of(model)
     rows = max(1, min(64, _GATES // (blocks.context * max(layer.n_experts for layer in chosen.values()))))
     starts = range(0, len(blocks), rows)
     with progress(len(starts), quiet, "recording experts") as advance:

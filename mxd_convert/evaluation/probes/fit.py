@@ -145,6 +145,7 @@ def cross_validated(values_D: Array, positive_D: Array, fold_D: Array) -> Array:
     return predicted_D
 
 
+@dataclass(frozen=True)
 class WholeVector:
     """An L2 logistic regression on all units of all layers, standardised on the training documents.
 
@@ -154,12 +155,17 @@ class WholeVector:
     only.
     """
 
-    def __init__(self, layers: Mapping[int, Matrix], train: Array) -> None:
-        gram_DD, self.units = _gram(layers, train)
+    coordinates: Array
+    units: int
+    train: Array
+
+    @classmethod
+    def of(cls, layers: Mapping[int, Matrix], train: Array) -> "WholeVector":
+        """Return the vector of pooled coefficients, by layer index, of all documents. train: indices of training documents."""
+        gram_DD, units = _gram(layers, train)
         values, vectors = np.linalg.eigh(gram_DD[train])
         kept = values > 1e-6 * max(values.max(), 1e-30)  # smaller eigenvalues are rounding errors
-        self.coordinates = gram_DD @ (vectors[:, kept] / np.sqrt(values[kept]))
-        self.train = train
+        return cls(gram_DD @ (vectors[:, kept] / np.sqrt(values[kept])), units, train)
 
     def fit(self, positive_D: Array, fold_D: Array) -> tuple[Any, float]:
         """Fit the regression to the training documents with the best C by cross-validated F1. Return the model and that F1."""

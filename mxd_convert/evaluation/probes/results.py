@@ -75,7 +75,7 @@ def probe_families(
                 top += _top(ranked, layers, labels_D, split, label, classes[label])
         advance()
     whole = whole_vector_of(units)
-    vector = WholeVector(families[units], split.train)
+    vector = WholeVector.of(families[units], split.train)
     about[whole] = {**about[units], "active": vector.units, "whole_vector": True}
     for label in range(len(classes)):
         model, cv_f1 = vector.fit(labels_D[split.train] == label, split.fold_D)
