@@ -136,7 +136,7 @@ def evaluate() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
     held_out = blocks(tokenizer, read_text()[1], seed=0)
     loss = cross_entropy(model, held_out)
-    print(f"held-out: {held_out[:, 1:].numel():,} tokens, {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}")
+    print(f"held-out: {held_out[:, 1:].numel():,} tokens, {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}")
     torch.manual_seed(0)
     for prompt in PROMPTS:
         output = model.generate(

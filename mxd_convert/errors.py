@@ -70,8 +70,8 @@ def disk_guard(folder: Path) -> Iterator[None]:
         if isinstance(error, InputError) or not is_disk_full(error):
             raise
         raise InputError(
-            f"{folder}: no space left on the disk. Free some space and run the same command again;"
-            " a run resumes from its last saved state."
+            f"{folder}: no space left on the disk. Free some space and run the same command again."
+            " A run resumes from its last saved state."
         ) from error
 
 

@@ -107,7 +107,7 @@ def temporary_sibling(output: Path) -> Iterator[Path]:
             scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=_prefix(output.name)))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-                raise InputError(f"{output}: can't be written ({error.strerror}); choose another folder") from None
+                raise InputError(f"{output}: can't be written ({error.strerror}). Choose another folder.") from None
             raise
         try:
             yield scratch
@@ -125,13 +125,13 @@ def check_output(output: Path, name: str = "--output") -> None:
     """
     another = "folder" if name.startswith("--") else name
     if not output.name:
-        raise InputError(f"{name}: {output} has no name of its own; choose another {another}, such as {output / 'mxd'}")
+        raise InputError(f"{name}: {output} has no name of its own. Choose another {another}, such as {output / 'mxd'}.")
     if _is_mount(output):
         raise InputError(
-            f"{name}: {output} is a mount point, to which no folder can be renamed; choose a folder inside it, such as {output / 'mxd'}"
+            f"{name}: {output} is a mount point, to which no folder can be renamed. Choose a folder inside it, such as {output / 'mxd'}."
         )
     if os.path.lexists(output) and not output.is_dir():
-        raise InputError(f"{name}: {output} is a file; choose another {another}")
+        raise InputError(f"{name}: {output} is a file. Choose another {another}.")
 
 
 def _is_mount(path: Path) -> bool:
@@ -169,33 +169,33 @@ def move_into_place(folder: Path, output: Path, scratch: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, fix: str = "download it or convert again") -> Any:
+def read_json(path: Path, fix: str = "Download it or convert again.") -> Any:
     """Return the content of an untrusted JSON file.
 
-    fix: the last part of the error message. Raises InputError if the file is missing, too large or invalid.
+    fix: the last sentence of the error message. Raises InputError if the file is missing, too large or invalid.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(
-                f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, more than the limit of {MAX_JSON_BYTES // 2**20} MiB; {fix}"
+                f"{path}: {path.stat().st_size / 2**20:,.0f} MiB, more than the limit of {MAX_JSON_BYTES // 2**20} MiB. {fix}"
             )
         check_pointer(path)
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror or error}); {fix}") from None
+        raise InputError(f"{path}: can't be read ({error.strerror or error}). {fix}") from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be read; {fix}") from None
+        raise InputError(f"{path}: nested too deeply to be read. {fix}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not readable JSON ({_reason(error)}); {fix}") from None
+        raise InputError(f"{path}: not readable JSON ({_reason(error)}). {fix}") from None
 
 
-def read_mapping(path: Path, fix: str = "download it or convert again") -> dict[str, Any]:
+def read_mapping(path: Path, fix: str = "Download it or convert again.") -> dict[str, Any]:
     """Return the content of a JSON file whose top level is a mapping. Raises InputError as `read_json` does."""
     content = read_json(path, fix)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds {kind_of(content)}; expected a mapping; {fix}")
+        raise InputError(f"{path}: holds {kind_of(content)}; expected a mapping. {fix}")
     return content
 
 
@@ -211,7 +211,7 @@ def check_links(folder: Path) -> None:
         target = path.resolve()
         if not path.exists() or not any(target.is_relative_to(allowed) for allowed in inside):
             raise InputError(
-                f"{path}: a symbolic link to {os.readlink(path)}, outside of the folder; replace the link by the file, or remove it"
+                f"{path}: a symbolic link to {os.readlink(path)}, outside of the folder. Replace the link by the file, or remove it."
             )
 
 
@@ -224,7 +224,7 @@ def check_pointer(path: Path) -> None:
     """Raise InputError if a file is a Git LFS pointer, whose content was not downloaded."""
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/spec"):
-            raise InputError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in that folder to download it")
+            raise InputError(f"{path}: a Git LFS pointer, not the file. Run `git lfs pull` in that folder to download it.")
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def load_config(base: Base) -> Any:
         check_adapters(folder)
         if not (folder / "config.json").is_file():
             raise InputError(f"base.model: {base.model}: the folder has no config.json, so it is not a model")
-        read_mapping(folder / "config.json", "download the model again")
+        read_mapping(folder / "config.json", "Download the model again.")
         for file in folder.glob("*.safetensors"):
             check_pointer(file)
     with load_errors("its config", base.model), quiet():

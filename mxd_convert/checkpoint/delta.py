@@ -114,7 +114,7 @@ def read_delta(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     if not is_delta(folder):
         raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` creates one")
-    content = read_mapping(folder / DELTA, "download it again")
+    content = read_mapping(folder / DELTA, "Download it again.")
     version = content.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise InputError(

@@ -51,9 +51,11 @@ def text_of(labels: list[Label]) -> dict[tuple[int, int], str]:
 def parse_labels(path: Path) -> list[Label]:
     """Return the labels in a file. Raises InputError if it is missing or invalid."""
     try:
-        return TypeAdapter(list[Label]).validate_python(read_json(path, "expected a JSON list of layer, expert, text and author"))
+        return TypeAdapter(list[Label]).validate_python(
+            read_json(path, "Expected a JSON list of layer, expert, text and author.")
+        )
     except ValidationError as error:
-        raise InputError(f"{path}: {first_problem(error)}; expected a JSON list of layer, expert, text and author") from None
+        raise InputError(f"{path}: {first_problem(error)}. Expected a JSON list of layer, expert, text and author.") from None
 
 
 def first_problem(error: ValidationError) -> str:

@@ -132,7 +132,7 @@ def _interrupted(error: BaseException) -> int:
         return INTERRUPTED
     without = ", without --fresh," if "--fresh" in sys.argv else ""
     resumes = any(argument in _RESUMABLE for argument in sys.argv[1:3])
-    _say("interrupted" + (f"; the same command{without} resumes where it stopped" if resumes else ""))
+    _say("interrupted" + (f". The same command{without} resumes where it stopped." if resumes else ""))
     return INTERRUPTED
 
 

@@ -35,6 +35,6 @@ def delta(
         print_json(done.to_dict())
         return
     human.print(
-        f"{size_of(done.size)} instead of {size_of(done.full_size)}; {done.tensors} tensors that are not in the base model",
+        f"delta {size_of(done.size)}, full checkpoint {size_of(done.full_size)}; {done.tensors} tensors differ from the base model",
     )
     show(done.output)

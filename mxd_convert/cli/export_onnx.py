@@ -83,7 +83,7 @@ def _print_parity(report: dict[str, Any]) -> None:
     out.print(table)
     first = next(iter(report["graphs"].values()))["parity"]
     out.print(
-        f"against PyTorch in float32, {first['tokens']:,} tokens of {report['data']['path']}; rise of cross-entropy"
+        f"against PyTorch in float32, {first['tokens']:,} tokens of {report['data']['path']}; rise in cross-entropy"
         f" over {_figure(first['ce_checkpoint'], '.4f')} on {report['data']['tokens']:,}; opset {report['opset']}",
         soft_wrap=True,
     )

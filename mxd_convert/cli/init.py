@@ -24,4 +24,4 @@ def init(
     """Write a commented recipe for a base model."""
     path = output or Path(f"{Path(base_model).name}-mxd.yaml")
     mxd_convert.write_starter(base_model, path, force)
-    human.print(f"{path} written; next: mxd-convert plan {path}")
+    human.print(f"{path} written. Next: mxd-convert plan {path}")

@@ -32,6 +32,10 @@ def pull(
     if as_json:
         print_json(done.to_dict())
         return
-    what = "is there already, complete" if done.already_there else f"{len(done.files)} files, {size_of(sum(done.files.values()))}"
+    what = (
+        "already downloaded and complete"
+        if done.already_there
+        else f"{len(done.files)} files, {size_of(sum(done.files.values()))}"
+    )
     human.print(f"commit {done.commit}: {what}")
     show(done.output)

@@ -51,7 +51,7 @@ def push(
     if dry_run:
         human.print("nothing was published: --dry-run")
     elif done.commit is None:
-        human.print("nothing to publish: the repository holds all of it already")
+        human.print("nothing to publish: the repository already has the same files")
     else:
         human.print(f"published, commit {done.commit}; the Hub's hashes match the local files")
     show(done.pull_request or done.url)

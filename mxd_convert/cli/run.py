@@ -53,7 +53,7 @@ def run(
             raise typer.Exit(1)
         return
     if result.already_finished:
-        human.print("this run has already finished; use --fresh to run it again")
+        human.print("this run has already finished. Use --fresh to run it again.")
     print_figures(result.report)
     if result.url is not None:
         human.print(f"published: {result.url}")

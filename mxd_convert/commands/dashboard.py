@@ -161,7 +161,7 @@ def _summary(
 def check_output(output: Path) -> None:
     """Raise InputError if `output` exists and is neither an empty folder nor a dashboard."""
     if output.exists() and not _is_replaceable(output):
-        raise InputError(f"--output {output}: exists already and is not a dashboard; choose another folder")
+        raise InputError(f"--output {output}: exists already and is not a dashboard. Choose another folder.")
     files.check_output(output)
 
 

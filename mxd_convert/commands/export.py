@@ -76,7 +76,7 @@ def export_transcoder(
         converted = load_converted(checkpoint)
         if converted.config.mxd.get("steering"):
             converted.set_steering([])
-            notes.append("the checkpoint's steering preset is in neither the files nor the figures")
+            notes.append("the checkpoint's steering preset is not included in the files or in the figures")
         original, missing = find_base(checkpoint, converted, base)
         target = pick_device(device)
         job = Job(converted.to(target), original if original is None else original.to(target), blocks, mask_bos, list(entries))

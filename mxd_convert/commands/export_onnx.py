@@ -331,7 +331,7 @@ def _check(checkpoint: Path, config: Any, dtypes: Sequence[str], quantized: str 
         if order["positions"] != "all":
             raise InputError(
                 f"{checkpoint}: its steering preset of expert {order['expert']} of layer {order['layer']} acts on the {order['positions']} only,"
-                " which a graph can't do. Remove it from config.json (mxd.steering), and steer with --steering."
+                " which an ONNX graph does not support. Remove it from config.json (mxd.steering), and steer with --steering."
             )
 
 
@@ -369,4 +369,4 @@ def _explained(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise InputError(f"{error.filename or output}: {os.strerror(error.errno)}; choose another folder") from None
+        raise InputError(f"{error.filename or output}: {os.strerror(error.errno)}. Choose another folder.") from None

@@ -75,7 +75,7 @@ def measure_steering(
     """
     folder = Path(output)
     if folder.exists():
-        raise InputError(f"--output {folder}: exists already; choose another folder")
+        raise InputError(f"--output {folder}: exists already. Choose another folder.")
     check_output(folder)
     if not strengths or not all(0 < abs(strength) <= 1e6 for strength in strengths):
         raise InputError(f"--strengths {', '.join(map(str, strengths))}: expected numbers other than 0, such as 1,2,4")

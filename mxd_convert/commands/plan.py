@@ -69,7 +69,7 @@ def forecast(plan: Plan) -> Forecast:
                 timing = _with_twin(timing, measure_machine(twin_of(plan)))
             return Forecast(found, work, memory, available, timing, plan.warnings)
     except InputError as error:
-        return Forecast(found, work, memory, available, None, [*plan.warnings, f"run would refuse: {error}"])
+        return Forecast(found, work, memory, available, None, [*plan.warnings, f"`run` would stop: {error}"])
 
 
 def _with_twin(timing: MachineTiming, twin: MachineTiming) -> MachineTiming:

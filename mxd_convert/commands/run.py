@@ -177,7 +177,7 @@ def _already_finished(run: Context, report: dict[str, Any]) -> Result:
         run.workspace.tidy()
         if run.recipe.output.dashboard and not (output / DASHBOARD).is_dir():
             command = f"mxd-convert dashboard {output} --data TEXT --output {output / DASHBOARD}"
-            run.say(f"the checkpoint has no dashboard; `{command}` writes one")
+            run.say(f"the checkpoint has no dashboard. `{command}` writes one.")
     return Result(output, report, True, run.main)
 
 
@@ -209,7 +209,7 @@ def _enough_memory(run: Context) -> AbstractContextManager[None]:
     layer = run.recipe.layer
     return memory_guard(
         "out of memory while assembling and evaluating. Free some memory, convert fewer layers (layers: ...) or lower"
-        f" {layer.size_key} ({layer.size}). The trained layers are kept: the same command resumes from there."
+        f" {layer.size_key} ({layer.size}). The trained layers are kept. The same command resumes from there."
     )
 
 
@@ -250,7 +250,7 @@ def _prepare(run: Context, tokenizer: Any) -> tuple[Blocks, Blocks]:
 def _summary(run: Context, train: Blocks, held_out: Blocks) -> str:
     plan, settings = run.plan, run.recipe.train
     many = f" over {run.processes} processes;" if run.processes > 1 else ""
-    joint = f", the last {plan.joint_steps:,} all layers together" if plan.joint_steps else ""
+    joint = f", the last {plan.joint_steps:,} in the joint stage" if plan.joint_steps else ""
     return (
         f"{len(plan.layers)} layer{'s' if len(plan.layers) > 1 else ''}, {plan.layers[0].shape};"
         f" {plan.steps:,} steps of {plan.tokens // plan.steps:,} tokens (lr {settings.lr:g}, {settings.schedule}{joint});"
@@ -284,7 +284,9 @@ def _spread(run: Context, room: int) -> Spread | None:
     most = base_room(run.plan, room)
     if most is None:
         return None
-    run.say("the base model is too large for the available memory: accelerate spreads it, which is slower")
+    run.say(
+        "the base model takes more than half of the available memory. accelerate spreads it over device, memory and disk, which is slower."
+    )
     device, offload = run.accelerator.device, run.workspace.folder / "offload"
     if device.type == "cpu":
         return Spread({"cpu": most}, offload)

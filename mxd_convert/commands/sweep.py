@@ -129,7 +129,7 @@ def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[
     """Return one run per distinct combination of the grid's values, with its plan checked against the memory."""
     if not grid:
         raise InputError(
-            "--set: the sweep has no grid. Give at least one key with several values, for example --set layer.k=8,16,32"
+            "--set: the sweep has no grid. Give at least one key with several values, for example --set layer.k=8,16,32."
         )
     swept = [key for key, values in grid.items() if len(values) > 1]
     found: dict[str, _Run] = {}
@@ -204,11 +204,11 @@ def _read_mark(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     mark = read_sealed(path)
     if mark is not None:
         return mark["recipes"], mark["rows"]
-    fix = "use --fresh to start over, or choose another folder"
+    fix = "Use --fresh to start over, or choose another folder."
     before = read_mapping(path, fix)  # earlier versions wrote only the fingerprints
     if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in before.values()):
         return before, {}
-    raise InputError(f"{path}: damaged; {fix}")
+    raise InputError(f"{path}: damaged. {fix}")
 
 
 # --- training, evaluation, table ------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
     tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
     train, _ = prepare(recipe.data, tokenizer, data, say)
     check_vocabulary(train.ids, group[0].plan.vocabulary)
-    say(f"training {len(group)} runs from one harvest of activations: {', '.join(run.name for run in group)}")
+    say(f"training {len(group)} runs on the same activations: {', '.join(run.name for run in group)}")
     base = load_base(recipe.base)
     for run in group:
         check_gradients(run.plan.recipe, base.dtype == torch.float16)

@@ -204,7 +204,7 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
         before = found if recorded is None else recorded["files"]
         damaged = [name for name in before if found.get(name) != before[name]] or [MANIFEST]
         if manifest.exists():
-            notify(f"{folder.name}/{damaged[0]} is damaged; the text is read again")
+            notify(f"{folder.name}/{damaged[0]} is damaged. Reading the text again.")
         folder.mkdir(parents=True, exist_ok=True)
         recorded = _tokenise(data, tokenizer, marks, folder, notify)
         made = recorded["files"]
@@ -212,7 +212,7 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
         if any(made[name] != before[name] for name in before):
             raise InputError(
                 f"data: {_shown(data.train.path)}: {folder / damaged[0]} is damaged, and the text no longer gives the tokens of this run."
-                " Restore the text, or use --fresh to start over"
+                " Restore the text, or use --fresh to start over."
             )
     dtype = token_dtype(len(tokenizer))
     limits = (-(-tokens_to_read(data) // data.context), data.eval.tokens // data.context)
@@ -233,8 +233,8 @@ def check_vocabulary(ids: Any, vocabulary: int) -> None:
     largest = int(ids.max())
     if largest >= vocabulary:
         raise InputError(
-            f"the tokenizer makes token ids up to {largest}, but the model has {vocabulary} embeddings. Give the model the tokenizer"
-            " that it was trained with."
+            f"the tokenizer has token ids up to {largest}, but the model has {vocabulary} embeddings. Use the tokenizer"
+            " that the model was trained with."
         )
 
 
@@ -305,7 +305,7 @@ def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callab
             break
     if train.documents == 0 and not train.pending and dropped:
         raise InputError(
-            f"data.train: {data.train.path}: all of its {dropped} documents are in the evaluation text too. Use another text for one of them"
+            f"data.train: {data.train.path}: all of its {dropped} documents are in the evaluation text too. Use another text for one of them."
         )
     return dropped
 
@@ -332,7 +332,7 @@ def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[
     if all(text == moved for text in waiting):
         raise InputError(
             f"data.train: {data.train.path}: a single document, so none can be held out to evaluate on. Add documents"
-            " (in .txt files, blank lines separate them), or set data.eval.path"
+            " (in .txt files, blank lines separate them), or set data.eval.path."
         )
     one, rest = (train, held_out) if is_held_out(waiting[0]) else (held_out, train)
     for text in waiting:
@@ -342,11 +342,11 @@ def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[
 
 def _check_length(path: str, writer: _Writer, context: int) -> None:
     if writer.documents == 0:
-        raise InputError(f"data: {path}: the text is empty. Use another text")
+        raise InputError(f"data: {path}: the text is empty. Use another text.")
     if writer.tokens < context:
         raise InputError(
             f"data: {path}: {writer.tokens} tokens in {writer.documents} documents are less than one block of {context} tokens."
-            " Add text or lower data.context"
+            " Add text or lower data.context."
         )
 
 

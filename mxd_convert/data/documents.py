@@ -46,7 +46,7 @@ def local_files(path: str) -> list[Path]:
         raise InputError(f"data: {error.filename or path}: can't be read ({error.strerror or error})") from None
     for file in files:
         if not file.name.endswith(SUFFIXES):
-            raise InputError(f"data: {file}: unknown kind of text file. Use one of {', '.join(SUFFIXES)}")
+            raise InputError(f"data: {file}: unknown kind of text file. Use one of {', '.join(SUFFIXES)}.")
     return files
 
 
@@ -118,11 +118,11 @@ def readable(file: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(f"data: {file}: not UTF-8 ({error.reason}). Save it as UTF-8, or leave it out of the text") from None
+        raise InputError(f"data: {file}: not UTF-8 ({error.reason}). Save it as UTF-8, or leave it out of the text.") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
-        raise InputError(f"data: {file}: can't be read ({first_line(error)}). Write or download it again") from None
+        raise InputError(f"data: {file}: can't be read ({first_line(error)}). Write or download it again.") from None
 
 
 def _read_local(path: str, field: TextField) -> Iterator[str]:
@@ -171,16 +171,16 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(iter(partial(lines.readline, MAX_LINE), ""), 1):
             where = f"{file}, line {number}"
             if len(line) == MAX_LINE and not line.endswith("\n"):
-                raise InputError(f"data: {where}: more than {MAX_LINE:,} characters. Write one document per line")
+                raise InputError(f"data: {where}: more than {MAX_LINE:,} characters. Write one document per line.")
             if line.strip():
                 try:
                     row = json.loads(line)
                 except RecursionError:
-                    raise InputError(f"data: {where}: nested too deeply to be read. Write one document per line") from None
+                    raise InputError(f"data: {where}: nested too deeply to be read. Write one document per line.") from None
                 except json.JSONDecodeError as error:
-                    raise InputError(f"data: {where}: not valid JSON ({error.msg}). Write one document per line") from None
+                    raise InputError(f"data: {where}: not valid JSON ({error.msg}). Write one document per line.") from None
                 except ValueError:  # Python's limit of 4,300 digits
-                    raise InputError(f"data: {where}: a number has too many digits. Write it as text") from None
+                    raise InputError(f"data: {where}: a number has too many digits. Write it as text.") from None
                 yield where, row
 
 
@@ -200,7 +200,9 @@ def _parquet_rows(file: Path, fields: dict[str, str]) -> Iterator[tuple[str, Any
     except MemoryError:  # pyarrow's subclass is also an ArrowException
         raise
     except pyarrow.ArrowException as error:
-        raise InputError(f"data: {file}: not a readable parquet file ({first_line(error)}). Write or download it again") from None
+        raise InputError(
+            f"data: {file}: not a readable parquet file ({first_line(error)}). Write or download it again."
+        ) from None
 
 
 def _read_dataset(source: Text | EvalText, field: TextField) -> Iterator[str]:
@@ -235,9 +237,9 @@ def _check_config(source: Text | EvalText) -> None:
         default = datasets.get_dataset_default_config_name(source.path)
     key = "data.train.config" if isinstance(source, Text) else "data.eval.config"
     if source.config is not None and names and source.config not in names:
-        raise InputError(f"{key}: {source.path} has no configuration {source.config!r}. Set {key} to one of {listed(names, 40)}")
+        raise InputError(f"{key}: {source.path} has no configuration {source.config!r}. Set {key} to one of {listed(names, 40)}.")
     if source.config is None and default is None and len(names) > 1:
-        raise InputError(f"data: {source.path} has several configurations. Set {key} to one of {listed(names, 40)}")
+        raise InputError(f"data: {source.path} has several configurations. Set {key} to one of {listed(names, 40)}.")
 
 
 def without_secrets(line: str) -> str:

@@ -67,7 +67,7 @@ class TextField:
         what = "it holds null" if self.name in row else "a row lacks it"
         return InputError(
             f"data: {where}: no text in the field {self.name!r}: {what}. Remove such rows from the data, or set `missing: skip` next to"
-            " the text's path in the recipe to leave them out"
+            " the text's path in the recipe to leave them out."
         )
 
     def check(self, source: str) -> None:
@@ -75,7 +75,7 @@ class TextField:
         if self.rows and self.without == self.rows:
             raise InputError(
                 f"data: {source}: no text in the field {self.name!r}: it is null in all rows, {self.rows:,}."
-                f" Name a field that holds text with {self.option}"
+                f" Name a field that holds text with {self.option}."
             )
 
     def report(self, source: str, notify: Callable[[str], None]) -> None:
@@ -87,7 +87,7 @@ class TextField:
         turn = "Write its text there as a string"
         if isinstance(content, list) and content and _is_message(content[0]):
             turn = "Write each conversation as one string (a tokenizer's apply_chat_template does it)"
-        return f"{turn}, or name a field that holds text with {self.option}"
+        return f"{turn}, or name a field that holds text with {self.option}."
 
 
 def label_of(row: Mapping[str, Any], field: str, where: str) -> str:
@@ -97,22 +97,22 @@ def label_of(row: Mapping[str, Any], field: str, where: str) -> str:
     """
     if field not in row:
         raise InputError(
-            f"data: {where}: no label in the field {field!r}; its fields are {listed(row)}. Name the field with --label-field"
+            f"data: {where}: no label in the field {field!r}; its fields are {listed(row)}. Name the field with --label-field."
         )
     label = row[field]
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise InputError(
-            f"data: {where}: no label in the field {field!r}: it holds {holds(label)}. A label is text or a whole number;"
-            " write one, remove the row, or name another field with --label-field"
+            f"data: {where}: no label in the field {field!r}: it holds {holds(label)}. A label is text or a whole number."
+            " Write one, remove the row, or name another field with --label-field."
         )
     return str(label)
 
 
 def missing(field: str, source: str, names: Iterable[str], option: str) -> InputError:
     """Return the error for a field that no row of a file or dataset has."""
-    return InputError(f"data: {source}: no field {field!r}; its fields are {listed(names)}. Name the field with {option}")
+    return InputError(f"data: {source}: no field {field!r}; its fields are {listed(names)}. Name the field with {option}.")
 
 
 def holds(content: Any) -> str:

@@ -68,7 +68,7 @@ def read_labelled(path: str, text_field: str, label_field: str, most: int, seed:
         if len(kept) > MAX_CLASSES:
             raise InputError(
                 f"--label-field {label_field}: more than {MAX_CLASSES} different labels in {Path(path).name}."
-                " Name the field that contains the class"
+                " Name the field that contains the class."
             )
         item = (-int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:8], "big"), text)
         if (len(heap) < most or item > heap[0]) and item not in heap:
@@ -84,17 +84,17 @@ def check_classes(labels: list[str], source: str, label_field: str) -> None:
     """Raise InputError unless there are at least two classes, each with enough documents to train and to test on."""
     counts = Counter(labels)
     if not counts:
-        raise InputError(f"--data {source}: no document with text in it. Use other data")
+        raise InputError(f"--data {source}: no document with text in it. Use other data.")
     if len(counts) == 1:
         raise InputError(
             f"--label-field {label_field}: all documents of {source} are of one class, {shown(labels[0])}."
-            " A probe needs at least two classes; add documents or name another field"
+            " A probe needs at least two classes. Add documents or name another field."
         )
     label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
     if count < MIN_DOCUMENTS:
         raise InputError(
             f"--data {source}: class {shown(label)} has {count} document{'s' if count != 1 else ''} with text, and a probe needs"
-            f" {MIN_DOCUMENTS}. Add documents, or remove the class from the data"
+            f" {MIN_DOCUMENTS}. Add documents, or remove the class from the data."
         )
 
 
@@ -109,7 +109,7 @@ def _rows(path: str, text_field: str, label_field: str) -> Iterator[tuple[str, s
     for file in local_files(path):
         if file.name.endswith(PLAIN):
             raise InputError(
-                f"data: {file}: a .txt file has no labels. Use .jsonl (also .gz) or .parquet files with a text and a label"
+                f"data: {file}: a .txt file has no labels. Use .jsonl (also .gz) or .parquet files with a text and a label."
             )
         with readable(file):
             rows = rows_of(file, {text_field: field.option, label_field: "--label-field"})

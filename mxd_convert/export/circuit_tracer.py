@@ -31,16 +31,16 @@ class CircuitTracer(Layout):
         count = config.get_text_config().num_hidden_layers
         if missing := [str(index) for index in range(count) if index not in entries]:
             raise InputError(
-                f"circuit-tracer replaces every MLP of a model, but layer {', '.join(missing)} of {count} has no experts;"
-                " convert all layers, or export --to sparsify"
+                f"circuit-tracer replaces every MLP of a model, but layer {', '.join(missing)} of {count} has no experts."
+                " Convert all layers, or export --to sparsify."
             )
         for key, what in (("n_experts", "experts"), ("sparsity", "sparsity"), ("k", "active experts"), ("skip", "skip path")):
             found = {index: _value(entry, key) for index, entry in entries.items()}
             other = next((index for index in found if found[index] != found[0]), None)
             if other is not None:
                 raise InputError(
-                    f"circuit-tracer needs the same {what} in every layer: {found[0]} in layer 0, {found[other]} in layer {other};"
-                    " export --to sparsify"
+                    f"circuit-tracer needs the same {what} in every layer: {found[0]} in layer 0, {found[other]} in layer {other}."
+                    " Export --to sparsify."
                 )
 
     def file(self, index: int, hookpoint: str) -> str:
@@ -68,10 +68,10 @@ class CircuitTracer(Layout):
         if entries[0]["sparsity"] == "l1":
             return []
         return [
-            "top-k: circuit-tracer 0.5.0 silently reads these files as dense ReLU; later versions read `activation` and `k`,"
+            "top-k: circuit-tracer 0.5.0 silently reads these files as dense ReLU. Later versions read `activation` and `k`,"
             " but not for a local folder given by its path. docs/other-tools.md shows how to load them correctly in both",
-            "circuit-tracer's top-k keeps negative gate values, mxd-convert sets them to 0;"
-            " `fewer_than_k` is the share of tokens for which this makes a difference",
+            "circuit-tracer's top-k keeps negative gate values; mxd-convert sets them to 0."
+            " `fewer_than_k` is the share of tokens with such a value",
         ]
 
 

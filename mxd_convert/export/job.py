@@ -65,7 +65,7 @@ class Job:
         if len(self.blocks) < 2:
             raise InputError(
                 f"the text gives a single block of {self.blocks.context} tokens, and an export needs two: one to estimate means"
-                " and one to measure losses; give more text, or raise --tokens"
+                " and one to measure losses. Give more text, or raise --tokens."
             )
         return min(len(self.blocks) - 1, max(1, round(ESTIMATED * len(self.blocks))))
 

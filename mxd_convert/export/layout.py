@@ -32,7 +32,7 @@ class Layout(ABC):
         for index, entry in entries.items():
             if entry["d_in"] != entry["d_out"]:
                 raise InputError(
-                    f"layer {index} maps {entry['d_in']} features to {entry['d_out']}; {self.name} supports only transcoders of one width"
+                    f"layer {index} maps {entry['d_in']} features to {entry['d_out']}, but {self.name} supports only layers of equal width"
                 )
 
     @abstractmethod

@@ -32,8 +32,8 @@ def export_steering(model: Any, orders: Sequence[Mapping[str, Any]]) -> dict[str
     for order in checked_orders(model, orders):
         if "add" not in order or order["positions"] != "all":
             raise InputError(
-                f"steering of expert {order['expert']} of layer {order['layer']}: lm-eval can only add, at all positions;"
-                " for other steering, save a checkpoint with model.set_steering and evaluate it with lm-eval's model `hf`"
+                f"steering of expert {order['expert']} of layer {order['layer']}: lm-eval can only add, at all positions."
+                " For other steering, save a checkpoint with model.set_steering and evaluate it with lm-eval's model `hf`."
             )
         row_O = order["add"] * layers[order["layer"]].experts[order["expert"]].detach().float().cpu()
         vectors[order["layer"]] = vectors[order["layer"]] + row_O if order["layer"] in vectors else row_O

@@ -10,7 +10,7 @@ from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.recipe.schema import EvalText, layer_indices
 
-NO_MEMORY = "out of memory while exporting; free some, or export fewer --layers at a time"
+NO_MEMORY = "out of memory while exporting. Free some memory, or export fewer --layers at a time."
 GATE_VALUES = 2**25  # most gate values per batch and layer: the gate is (B, N) before top-k
 _TOKENS = 4096  # most tokens per batch
 
@@ -58,7 +58,7 @@ def read_text(
     """
     context, mask_bos = checkpoint_settings(checkpoint)
     if tokens < context:
-        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens; set --tokens to {context} or more")
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
     blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), folder)
     check_vocabulary(blocks.ids, vocabulary)

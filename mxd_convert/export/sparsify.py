@@ -36,7 +36,7 @@ class Sparsify(Layout):
         if not penalised:
             return []
         return [
-            f"layer {', '.join(penalised)}: trained with sparsity: l1; sparsify supports only top-k, so cfg.json sets k to the number"
+            f"layer {', '.join(penalised)}: trained with sparsity: l1. sparsify supports only top-k, so cfg.json sets k to the number"
             " of experts, which is equivalent"
         ]
 

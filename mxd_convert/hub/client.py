@@ -27,8 +27,8 @@ from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # t
 import mxd_convert
 from mxd_convert.errors import InputError, is_disk_full, is_out_of_memory
 
-RESUME_HINT = "run the same command again to resume"
-LOGIN = "run `hf auth login`, or set HF_TOKEN"
+RESUME_HINT = "Run the same command again to resume."
+LOGIN = "Run `hf auth login`, or set HF_TOKEN."
 ATTEMPTS = 4  # per request, including the first
 MAX_WAIT_SECONDS = 120  # longest wait that the Hub may request, in seconds; longer waits are reported as errors
 TOO_MANY = 429  # HTTP status
@@ -41,7 +41,7 @@ Found = TypeVar("Found")
 def client() -> HfApi:
     """Return a client of the Hub. Raises InputError if HF_HUB_OFFLINE is set."""
     if constants.HF_HUB_OFFLINE:
-        raise InputError("HF_HUB_OFFLINE is set, so the Hub can't be reached; unset it")
+        raise InputError("HF_HUB_OFFLINE is set, so the Hub can't be reached. Unset it.")
     return HfApi(library_name="mxd-convert", library_version=mxd_convert.__version__)
 
 
@@ -125,15 +125,15 @@ def _explanation(error: Exception, repo_id: str, doing: str, revision: str | Non
     if isinstance(cause, LocalEntryNotFoundError) and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__  # a failed download that also found no cached file
     endpoint = constants.ENDPOINT
-    hidden = "or it is private and your token may not read it" if get_token() else f"or it is private; in that case, {LOGIN}"
+    hidden = "or it is private and your token does not allow reading it" if get_token() else f"or it is private. {LOGIN}"
     known: tuple[tuple[Any, str], ...] = (
-        (LocalTokenNotFoundError, f"{repo_id}: {doing} needs a token and none was found; {LOGIN}"),
-        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so the Hub can't be reached; unset it"),
+        (LocalTokenNotFoundError, f"{repo_id}: {doing} needs a token, and none was found. {LOGIN}"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, so the Hub can't be reached. Unset it."),
         (GatedRepoError, f"{repo_id}: the repository is gated. Request access at {endpoint}/{repo_id}"),
         (RevisionNotFoundError, f"--revision {revision}: {repo_id} has no such branch, tag or commit"),
         (RepositoryNotFoundError, f"{repo_id}: no such repository on {endpoint}, {hidden}"),
-        ((*_LOST, ConnectionError), f"{repo_id}: {endpoint} can't be reached ({_first_line(cause)}); {RESUME_HINT}"),
-        (json.JSONDecodeError, f"{repo_id}: the response from {endpoint} is not valid JSON; {RESUME_HINT}"),
+        ((*_LOST, ConnectionError), f"{repo_id}: {endpoint} can't be reached ({_first_line(cause)}). {RESUME_HINT}"),
+        (json.JSONDecodeError, f"{repo_id}: the response from {endpoint} is not valid JSON. {RESUME_HINT}"),
     )
     for kinds, message in known:
         if isinstance(cause, kinds):
@@ -141,7 +141,7 @@ def _explanation(error: Exception, repo_id: str, doing: str, revision: str | Non
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return _of_status(cause, repo_id, doing)
     if isinstance(cause, (httpx2.HTTPError, RuntimeError)):
-        return f"{repo_id}: {doing} failed ({_first_line(cause)}); {RESUME_HINT}"
+        return f"{repo_id}: {doing} failed ({_first_line(cause)}). {RESUME_HINT}"
     if isinstance(cause, ValueError | OSError | TypeError):
         # raised by the client itself, for example for a card; the reason may be on its second line
         return f"{repo_id}: {doing} failed: {' '.join(str(cause).split()) or type(cause).__name__}"[:400]
@@ -154,20 +154,20 @@ def _of_status(error: HfHubHTTPError, repo_id: str, doing: str) -> str:
     status, lines = error.response.status_code, (error.server_message or "").splitlines()
     reason = f" ({lines[0]})" if lines else ""
     if status == 401:
-        return f"{repo_id}: the Hub does not accept your token{reason}; {LOGIN}"
+        return f"{repo_id}: the Hub does not accept your token{reason}. {LOGIN}"
     if status == 403:
-        return f"{repo_id}: your token does not allow {doing}{reason}; use a token with that permission, or another owner"
+        return f"{repo_id}: your token does not allow {doing}{reason}. Use a token with that permission, or another owner."
     if status in (409, 412):
         return (
             f"{repo_id}: changed by someone else at the same time{reason}. Review that change, then run the same command again."
         )
     if status == TOO_MANY:
         wait = _asked_to_wait(error)
-        return f"{repo_id}: the Hub reports too many requests; run the same command again " + (
-            f"in {wait:.0f} s" if wait else "later"
+        return f"{repo_id}: the Hub reports too many requests. Run the same command again " + (
+            f"in {wait:.0f} s." if wait else "later."
         )
     if status >= 500:
-        return f"{repo_id}: the Hub has a server error (status {status}); {RESUME_HINT}"
+        return f"{repo_id}: the Hub has a server error (status {status}). {RESUME_HINT}"
     return f"{repo_id}: {doing} failed with status {status}{reason}"
 
 

@@ -101,9 +101,9 @@ def _measured(report: Mapping[str, Any]) -> str:
         "",
         f"Measured on {first['tokens']:,} tokens of {markdown(report['data']['path'])} in batches of 1 to 3, with and without cache and"
         f" padding; cross-entropies on {report['data']['tokens']:,} tokens ({first['ce_checkpoint']:.4f} nats per token in PyTorch)."
-        " Largest difference: over tokens that, like all tokens before them, have the same experts as in PyTorch."
-        " Rise: in cross-entropy. Same experts: share of tokens with identical experts in every layer."
-        " Shared experts: of a token's experts that are active in either, the share active in both.",
+        " Largest difference: over tokens whose experts, and those of all earlier tokens, are the same as in PyTorch."
+        " Rise: rise in cross-entropy over PyTorch. Same experts: share of tokens with identical experts in every layer."
+        " Shared experts: share of a token's experts, active in the graph or in PyTorch, that are active in both.",
     ]
     return "\n".join(rows)
 
@@ -134,8 +134,8 @@ def _conversion(conversion: Report | None) -> str:
     if sentence is None or converted is None or base is None or not math.isfinite(converted + base):
         return ""
     return (
-        f"The conversion: cross-entropy {converted:.4f}, against {base:.4f} of the base, in nats per token on {tokens:,} held-out"
-        f" tokens; {markdown(sentence)}."
+        f"The conversion: cross-entropy {converted:.4f} nats per token, {base:.4f} of the base model, on {tokens:,} held-out"
+        f" tokens. Verdict: {markdown(sentence)}."
     )
 
 

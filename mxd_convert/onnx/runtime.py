@@ -93,10 +93,10 @@ class OnnxModel:
         available = [name for name, file in files.items() if file.is_file()]
         if not available:
             raise InputError(
-                f"{folder}: not an exported model, it has no {FOLDER}/{GRAPHS['fp32']}; export one with `mxd-convert export-onnx`"
+                f"{folder}: not an exported model, it has no {FOLDER}/{GRAPHS['fp32']}. Export one with `mxd-convert export-onnx`."
             )
         if dtype is not None and dtype not in available:
-            raise InputError(f"{folder}: no graph in {dtype}; available: {', '.join(available)}")
+            raise InputError(f"{folder}: no graph in {dtype}. Available: {', '.join(available)}")
         return cls.from_graph(files[dtype or available[0]], folder, threads, providers)
 
     @classmethod
@@ -126,7 +126,7 @@ class OnnxModel:
         if self._tokenizer is None:
             path = self.folder / "tokenizer.json"
             if not path.is_file():
-                raise InputError(f"{path}: missing; give token ids, or export again from a checkpoint with its tokenizer")
+                raise InputError(f"{path}: missing. Give token ids, or export again from a checkpoint with its tokenizer.")
             from tokenizers import Tokenizer
 
             with self._explained("not a readable tokenizer"):
@@ -220,7 +220,7 @@ class OnnxModel:
         """Return the orders, completed. A graph can only add to coefficients."""
         given = list(steering)
         if given and not self._steerable:
-            raise InputError(f"{self.folder}: its graph has no steering inputs; export it with --steering")
+            raise InputError(f"{self.folder}: its graph has no steering inputs. Export it with --steering.")
         try:
             orders = read_steering(given, {str(index): layer for index, layer in self.layers.items()})
         except ValueError as error:
@@ -228,8 +228,8 @@ class OnnxModel:
         for order in orders:
             if "add" not in order:
                 raise InputError(
-                    f"steering of expert {order['expert']} of layer {order['layer']}: an ONNX graph can only add to coefficients;"
-                    " give a number as `add`"
+                    f"steering of expert {order['expert']} of layer {order['layer']}: an ONNX graph can only add to coefficients."
+                    " Give a number as `add`."
                 )
         return orders
 
@@ -256,10 +256,10 @@ class OnnxModel:
             InputError: if the graph has no expert outputs, or the text is empty or too long.
         """
         if not self._experts:
-            raise InputError(f"{self.folder}: its graph has no expert outputs; export it with --expert-outputs")
+            raise InputError(f"{self.folder}: its graph has no expert outputs. Export it with --expert-outputs.")
         ids = np.array([self.tokens(text) if isinstance(text, str) else list(text)], dtype=np.int64)
         if not ids.size:
-            raise InputError("the text is empty; give at least one token, such as the model's BOS")
+            raise InputError("the text is empty. Give at least one token, such as the model's BOS.")
         self._check_length(ids.shape[1], 0)
         experts = self.prefill(ids, self.empty_cache(1), np.ones_like(ids)).experts
         return {
@@ -311,7 +311,7 @@ class OnnxModel:
             steering: see `generate`.
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
-            raise InputError("a prompt is empty; give at least one token, such as the model's BOS")
+            raise InputError("a prompt is empty. Give at least one token, such as the model's BOS.")
         longest = max(len(prompt) for prompt in prompts)
         self._check_length(longest, max_new_tokens)
         ids, mask = (np.zeros((len(prompts), longest), dtype=np.int64) for _ in range(2))
@@ -348,8 +348,8 @@ class OnnxModel:
         room = self.config.get("max_position_embeddings", self.config.get("n_positions"))
         if isinstance(room, int) and length + new_tokens > room:
             added = f" and {new_tokens} new tokens" if new_tokens else ""
-            fix = "shorten the prompt or lower max_new_tokens" if new_tokens else "shorten the prompt"
-            raise InputError(f"the prompt's {length} tokens{added} are more than the model's {room} positions; {fix}")
+            fix = "Shorten the prompt or lower max_new_tokens." if new_tokens else "Shorten the prompt."
+            raise InputError(f"the prompt's {length} tokens{added} are more than the model's {room} positions. {fix}")
 
 
 def _next_tokens(logits_BV: Array, temperature: float, random: np.random.Generator) -> Array:

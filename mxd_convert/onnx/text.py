@@ -49,7 +49,7 @@ def opened(
     """
     context, _ = checkpoint_settings(checkpoint)
     if tokens < context:
-        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens; set --tokens to {context} or more")
+        raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     tokenizer = load_tokenizer(str(checkpoint))
     shipped = Source(str(shipped_folder().parent / "examples" / SHIPPED))
     sources = [Source(str(Path(data).expanduser().absolute()), text_field)] if data else [*_recorded(checkpoint), shipped]

@@ -16,7 +16,7 @@ from mxd_convert.errors import InputError, first_line, is_out_of_memory
 from mxd_convert.files import check_links, kind_of, read_mapping
 
 STEERING = {"steering.layers": "tensor(int64)", "steering.experts": "tensor(int64)", "steering.amounts": "tensor(float)"}
-_FIX = "download it or export the model again"
+_FIX = "Download it or export the model again."
 _SIZES = ("vocab_size", "max_position_embeddings", "n_positions")  # keys of config.json that the runtime reads
 _CACHE_TYPES = ("tensor(float)", "tensor(float16)")
 _MAX_WIDTH = 2**20  # most heads, and most features per head
@@ -33,7 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in _SIZES:
         value = config.get(key)
         if value is not None and not (_is_whole(value) and value >= 1):
-            raise InputError(f"{path}: {key} is {_shown(value)}; expected an integer of 1 or more; {_FIX}")
+            raise InputError(f"{path}: {key} is {_shown(value)}; expected an integer of 1 or more. {_FIX}")
     return config
 
 
@@ -51,7 +51,7 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> set[int]:
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     for token in tokens:
         if not (_is_whole(token) and 0 <= token <= _MAX_TOKEN):
-            raise InputError(f"{path}: eos_token_id is {_shown(found)}; expected a token id, a list of them, or null; {_FIX}")
+            raise InputError(f"{path}: eos_token_id is {_shown(found)}; expected a token id, a list of them, or null. {_FIX}")
     return set(tokens)
 
 
@@ -63,7 +63,7 @@ def explained_tokenizer(path: Path, what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, TypeError):
         raise
     except BaseException as error:  # a panic in its Rust code is not an Exception
-        raise InputError(f"{path}: {what} ({first_line(error)}); {_FIX}") from None
+        raise InputError(f"{path}: {what} ({first_line(error)}). {_FIX}") from None
 
 
 # --- the graph, as loaded by onnxruntime ------------------------------------------------------------------------------------------
@@ -172,14 +172,14 @@ def raise_failure(file: Path, error: Exception, problem: str) -> NoReturn:
     """Raise a one-line InputError for an error of onnxruntime. Its classes don't tell out of memory from other errors."""
     if is_out_of_memory(RuntimeError(str(error))) or is_out_of_memory(error) or "BFCArena" in str(error):
         raise InputError(
-            f"{file}: out of memory in onnxruntime; free memory, use a graph in fp16 or int8, or run fewer or shorter texts at a time"
+            f"{file}: out of memory in onnxruntime. Free memory, use a graph in fp16 or int8, or run fewer or shorter texts at a time."
         ) from MemoryError(first_line(error))
     reason = re.split(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", first_line(error, 2000))[-1]
-    raise InputError(f"{file}: {problem} ({reason[:200]}); {_FIX}") from None
+    raise InputError(f"{file}: {problem} ({reason[:200]}). {_FIX}") from None
 
 
 def _no_export(file: Path, problem: str) -> InputError:
-    return InputError(f"{file}: not a graph of `mxd-convert export-onnx`, or a damaged one: {problem}; {_FIX}")
+    return InputError(f"{file}: not a graph of `mxd-convert export-onnx`, or a damaged one: {problem}. {_FIX}")
 
 
 # --- the graph's file -------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def check_graph(file: Path, folder: Path) -> None:
         for tensor, entries in _external_tensors(file):
             _check_external(file, tensor, entries)
     except _Unreadable as error:
-        raise InputError(f"{file}: not a readable ONNX graph ({error}); {_FIX}") from None
+        raise InputError(f"{file}: not a readable ONNX graph ({error}). {_FIX}") from None
 
 
 def _check_external(file: Path, tensor: str, entries: list[tuple[str, str]]) -> None:
@@ -202,27 +202,27 @@ def _check_external(file: Path, tensor: str, entries: list[tuple[str, str]]) -> 
         max((_count(file, key, value) for key, value in entries if key == name), default=0) for name in ("offset", "length")
     )
     if not locations:
-        raise InputError(f"{file}: tensor {_shown(tensor)} has external values without a location; {_FIX}")
+        raise InputError(f"{file}: tensor {_shown(tensor)} has external values without a location. {_FIX}")
     for location in locations:
         absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor or "\0" in location
         if not location or absolute or ".." in PurePosixPath(location.replace("\\", "/")).parts:
             raise InputError(
-                f"{file}: tensor {_shown(tensor)} has its values in {_shown(location)}, outside of the folder; {_FIX}"
+                f"{file}: tensor {_shown(tensor)} has its values in {_shown(location)}, outside of the folder. {_FIX}"
             )
         path = file.parent / location
         if not path.is_file():
-            raise InputError(f"{path}: missing, but tensor {_shown(tensor)} of {file.name} has its values there; {_FIX}")
+            raise InputError(f"{path}: missing, but tensor {_shown(tensor)} of {file.name} has its values there. {_FIX}")
         size = path.stat().st_size
         if offset + length > size:
             raise InputError(
                 f"{path}: {size:,} bytes, but the values of tensor {_shown(tensor)} of {file.name} end at byte"
-                f" {offset + length:,}; {_FIX}"
+                f" {offset + length:,}. {_FIX}"
             )
 
 
 def _count(file: Path, key: str, value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", value):
-        raise InputError(f"{file}: {key} of a tensor's values is {_shown(value)}; expected a number of bytes; {_FIX}")
+        raise InputError(f"{file}: {key} of a tensor's values is {_shown(value)}; expected a number of bytes. {_FIX}")
     return int(value)
 
 

@@ -261,7 +261,7 @@ def check_joint(plan: Plan, room: int) -> None:
     if plan.joint_steps and base_room(plan, room) is not None:
         raise InputError(
             f"train.joint: {plan.recipe.train.joint:g}: the base model takes {base_bytes(plan) / 2**30:.1f} GiB, more than half of the"
-            f" {room / 2**30:.1f} GiB available. It would be spread over several devices, where the joint stage can't train."
+            f" {room / 2**30:.1f} GiB available. It would be spread over device, memory and disk, where the joint stage can't train."
             " Set train.joint: 0."
         )
 
@@ -278,7 +278,7 @@ def check_memory(plan: Plan, processes: int = 1, begun: bool = False) -> None:
     more = ", set train.moments: bf16" if plan.recipe.train.moments == "fp32" else ""
     more += ", or raise train.memory_gib." if set_lower else "."
     if begun:
-        more += f" The unfinished run resumes only with more memory{' or fewer processes' if processes > 1 else ''}; otherwise add --fresh."
+        more += f" The unfinished run resumes only with more memory{' or fewer processes' if processes > 1 else ''}. Otherwise add --fresh."
     if need.training > room:
         raise InputError(
             f"{have}, but layer {worst.index} alone needs about {need.training / 2**30:.1f} GiB. Lower {layer.size_key}"

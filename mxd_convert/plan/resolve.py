@@ -291,7 +291,7 @@ def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str
         smaller = max(1, int(recipe.layer.size * (GROWTH_WARNING - 1) * base / max(converted - base, 1)))
         times = f"{converted / base:.1f} times the base's parameters"
         found.append(
-            f"the converted model has {times}; {recipe.layer.size_key}: {smaller} would give at most about {GROWTH_WARNING:g} times"
+            f"the converted model has {times}. Set {recipe.layer.size_key} to {smaller} for at most about {GROWTH_WARNING:g} times"
         )
     warmup = recipe.train.warmup_steps or 0
     joint = joint_steps(steps, recipe.train.joint)

@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "a recipe can't contain aliases (*name); write the value out")
+            raise yaml.composer.ComposerError(None, None, "a recipe can't contain aliases (*name). Write the value out.")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -128,13 +128,15 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise InputError(f"--set {_short(setting)}: write it as KEY=VALUE, as in --set train.lr=1e-3")
+            raise InputError(f"--set {_short(setting)}: not of the form KEY=VALUE. Write it as in --set train.lr=1e-3.")
         try:
             overrides[key.strip()] = parse_yaml(value)
         except yaml.YAMLError:
-            raise InputError(f"--set {_short(setting)}: the value is not valid YAML") from None
+            raise InputError(
+                f"--set {_short(setting)}: the value is not valid YAML. Put text with special characters in quotes."
+            ) from None
         except RecursionError:
-            raise InputError(f"--set {_short(setting)}: the value is nested too deeply") from None
+            raise InputError(f"--set {_short(setting)}: the value is nested too deeply. Give a plain value or a list.") from None
         except ValueError as error:  # Python's limit on the digits of an integer
             raise InputError(f"--set {_short(setting)}: the value can't be read ({first_line(error, 80)})") from None
     return overrides
@@ -145,7 +147,7 @@ def parse_list(setting: str) -> tuple[str, list[Any]]:
     key, _, value = setting.partition("=")
     [(key, values)] = parse_overrides([f"{key}=[{value}]"]).items()
     if not values:
-        raise InputError(f"--set {_short(setting)}: give at least one value")
+        raise InputError(f"--set {_short(setting)}: no value. Give at least one value, as in --set layer.k=8,16.")
     return key, values
 
 
@@ -156,11 +158,11 @@ def _find(recipe: str | Path) -> tuple[Path, bool]:
         if path.is_file():
             return path, True
         known = shipped_recipes()
-        raise InputError(f"{text}: no shipped recipe has this name. Choose one of {', '.join(known)}{_suggest(text, known)}")
+        raise InputError(f"{text}: no shipped recipe has this name. Choose one of {', '.join(known)}{_suggest(text, known)}.")
     path = Path(text).expanduser()
     if not path.is_file():
         folder = " (it is a folder)" if path.is_dir() else ""
-        raise InputError(f"{path}: no such recipe file{folder}; `mxd-convert init BASE_MODEL` writes one")
+        raise InputError(f"{path}: no such recipe file{folder}. `mxd-convert init BASE_MODEL` writes one.")
     return path, False
 
 
@@ -174,7 +176,7 @@ def read_recipe_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: can't be read ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise InputError(
-            f"{path}: a recipe is a mapping of sections (base, data, layers, layer, train, output); this file holds {kind_of(content)}"
+            f"{path}: holds {kind_of(content)}; expected a mapping of sections (base, data, layers, layer, train, output)"
         )
     return content
 
@@ -202,7 +204,9 @@ def _expand(content: Any, name: str, prefix: str = "") -> dict[str, str]:
     def replaced(match: re.Match[str]) -> str:
         value = os.environ.get(match[1]) or match[2]
         if value is None:
-            raise InputError(f"{name}: the environment variable {match[1]} is not set. Set it, or write ${{{match[1]}:-default}}")
+            raise InputError(
+                f"{name}: the environment variable {match[1]} is not set. Set it, or write ${{{match[1]}:-default}}."
+            )
         return value
 
     items = content.items() if isinstance(content, dict) else enumerate(content)
@@ -210,7 +214,7 @@ def _expand(content: Any, name: str, prefix: str = "") -> dict[str, str]:
         if isinstance(value, str):
             content[key] = _VARIABLE.sub(replaced, value)
             if "\0" in content[key]:
-                raise InputError(f"{name}: {prefix}{key}: contains a null character. Remove it")
+                raise InputError(f"{name}: {prefix}{key}: contains a null character. Remove it.")
             if content[key] != value:
                 found[f"{prefix}{key}"] = value
         elif isinstance(value, (dict, list)):
@@ -243,7 +247,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         elif path.exists():  # the Hub's clients would read this path in the working directory instead of the Hub
             raise InputError(
                 f"{section[key]}: names something on the Hub, and {path.absolute()} in the working directory too."
-                " Give the absolute path of the latter, or run from another directory"
+                " Give the absolute path of the latter, or run from another directory."
             )
 
     data = content.get("data")
@@ -310,7 +314,7 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(map(str, location))
     value = problem["input"]
     if problem["type"] == "missing":
-        message = f"{key}: missing. Set it; it has no default"
+        message = f"{key}: missing, and it has no default. Set it."
     elif problem["type"] == "value_error":
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     elif problem["type"].startswith("literal_error"):
@@ -328,13 +332,13 @@ def _explain(error: ValidationError) -> str:
 
 def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
     if (new := RENAMED.get(".".join(map(str, location)))) is not None:
-        return f"{'.'.join(map(str, location))}: this key is now {new}; rename it ({new}: {_accepted(new)})"
+        return f"{'.'.join(map(str, location))}: this key is now {new}. Rename it ({new}: {_accepted(new)})."
     section = _section_at(location[:-1])
     known = list(section.model_fields) if section else []
     lower = str(location[-1]).lower().replace("-", "_")
     hint = f" (did you mean {lower!r}?)" if lower in known else _suggest(lower, known) or _everywhere(lower)
     key = ".".join([*map(str, location[:-1]), _short(str(location[-1]))[1:-1]])
-    hint = hint or f"; accepted here: {', '.join(known)}"
+    hint = hint or f". Accepted keys: {', '.join(known)}"
     return f"{key}: unknown key{hint}" + _and_more(location, problems)
 
 
@@ -347,7 +351,7 @@ def _accepted(key: str) -> str:
 
 def _and_more(location: tuple[Any, ...], problems: list[Any]) -> str:
     same_key = {tuple(other["loc"][: len(location)]) for other in problems}
-    return f" (and {len(same_key) - 1} more)" if len(same_key) > 1 else ""
+    return f" ({len(same_key) - 1} more {'errors' if len(same_key) > 2 else 'error'})" if len(same_key) > 1 else ""
 
 
 def _short(value: Any) -> str:

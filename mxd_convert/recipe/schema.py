@@ -54,11 +54,11 @@ class Mlp(Section):
     def _of_a_layer(self) -> "Mlp":
         if re.fullmatch(r"(\w+\.)*\{i\}(\.\w+)*", self.module) is None:
             raise ValueError(
-                f'base.mlp.module: {self.module!r:.80} is not a path with {{i}} as the layer index. Write it as in "model.layers.{{i}}.mlp"'
+                f'base.mlp.module: {self.module!r:.80} is not a path with {{i}} as the layer index. Write it as in "model.layers.{{i}}.mlp".'
             )
         if len(self.chain) == 1:
             raise ValueError(
-                f"base.mlp.chain: {self.chain[0]!r} alone is not a chain. Name it in base.mlp.module and remove the chain"
+                f"base.mlp.chain: {self.chain[0]!r} alone is not a chain. Name it in base.mlp.module and remove the chain."
             )
         return self
 
@@ -124,7 +124,7 @@ def _check_config(section: str, path: str | None, config: str | None) -> None:
     if config is not None and (path is None or is_local(path)):
         text = "no dataset is named" if path is None else f"{path} is local, and only Hub datasets have configurations"
         raise ValueError(
-            f"{section}.config: {config!r} is given, but {text}. Set {section}.config: null, or set {section}.path to a Hub dataset"
+            f"{section}.config: {config!r} is given, but {text}. Set {section}.config: null, or set {section}.path to a Hub dataset."
         )
 
 
@@ -190,7 +190,7 @@ class Layer(Section):
     def _one_name_a_thing(self) -> "Layer":
         if self.kind == "transcoder" and self.skip:
             raise ValueError(
-                "layer.skip: true can't be used with layer.kind: transcoder. Set layer.kind: skip_transcoder, or layer.skip: false"
+                "layer.skip: true can't be used with layer.kind: transcoder. Set layer.kind: skip_transcoder, or layer.skip: false."
             )
         return self
 
@@ -198,7 +198,7 @@ class Layer(Section):
     def _k_fits(self) -> "Layer":
         has_k = self.traits.has_experts and self.sparsity == "topk"
         if isinstance(self.experts, int) and self.k > self.experts and has_k:
-            raise ValueError(f"layer.k: {self.k} exceeds layer.experts ({self.experts}). Lower layer.k or raise layer.experts")
+            raise ValueError(f"layer.k: {self.k} exceeds layer.experts ({self.experts}). Lower layer.k or raise layer.experts.")
         return self
 
 
@@ -309,36 +309,36 @@ class Recipe(Section):
         if train.joint and self.layer.sparsity == "l1" and self.layer.traits.has_experts:
             raise ValueError(
                 f"train.joint: {train.joint} can't be used with layer.sparsity: l1, because no loss of the joint stage limits the number of"
-                " active experts. Set train.joint: 0"
+                " active experts. Set train.joint: 0."
             )
         if train.k_init is not None and train.k_init < self.layer.k:
             raise ValueError(
-                f"train.k_init: {train.k_init} is less than layer.k ({self.layer.k}). Set train.k_init to {self.layer.k} or more"
+                f"train.k_init: {train.k_init} is less than layer.k ({self.layer.k}). Set train.k_init to {self.layer.k} or more."
             )
         if train.target == "teacher" and train.order == "parallel":
             raise ValueError(
-                "train.target: teacher requires train.order: sequential. In parallel order both targets are the same; set train.target: local"
+                "train.target: teacher requires train.order: sequential. In parallel order both targets are the same. Set train.target: local."
             )
         if train.twin and not self.layer.traits.is_product:
             raise ValueError(
                 f"train.twin: true can't be used with layer.kind: {self.layer.kind}, which has no dense twin."
-                " Set train.twin: false or layer.kind: mxd"
+                " Set train.twin: false or layer.kind: mxd."
             )
         if train.order == "sequential" and train.distribute == "layers":
             raise ValueError(
                 "train.distribute: layers can't be used with train.order: sequential, in which each layer needs the layers below it."
-                " Set train.distribute: data or train.order: parallel"
+                " Set train.distribute: data or train.order: parallel."
             )
         if self.output.dashboard and not self.layer.traits.has_experts:
-            raise ValueError(f"output.dashboard: a {self.layer.kind} has no experts to show. Set output.dashboard: false")
+            raise ValueError(f"output.dashboard: a {self.layer.kind} has no experts to show. Set output.dashboard: false.")
         if self.data.eval.tokens < self.data.context:
             raise ValueError(
-                f"data.eval.tokens: {self.data.eval.tokens} is less than one block of {self.data.context} tokens. Raise it, or lower data.context"
+                f"data.eval.tokens: {self.data.eval.tokens} is less than one block of {self.data.context} tokens. Raise it, or lower data.context."
             )
         if self.train.batch_tokens is not None and self.train.batch_tokens < self.data.context:
             batch = self.train.batch_tokens
             raise ValueError(
-                f"train.batch_tokens: {batch} is less than one block of {self.data.context} tokens. Raise it, or lower data.context"
+                f"train.batch_tokens: {batch} is less than one block of {self.data.context} tokens. Raise it, or lower data.context."
             )
         return self
 
@@ -411,22 +411,22 @@ def layer_indices(layers: str | int | list[int], count: int | None) -> list[int]
         for part in str(layers).split(","):
             match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
             if match is None:
-                raise ValueError(f'layers: {layers!r} does not select layers. Write all, [3, 4] or a range such as "0-5"')
+                raise ValueError(f'layers: {layers!r} does not select layers. Write all, [3, 4] or a range such as "0-5".')
             first, last = int(match[1]), int(match[2] or match[1])
             if last > MAX_LAYERS:
-                raise ValueError(f"layers: {last} is out of range; no model has that many layers")
+                raise ValueError(f"layers: {last} is out of range. No model has that many layers.")
             if last < first:
-                raise ValueError(f"layers: the range {part.strip()} runs backwards. Write {last}-{first}")
+                raise ValueError(f"layers: the range {part.strip()} runs backwards. Write {last}-{first}.")
             indices += range(first, last + 1)
     if not indices:
-        raise ValueError("layers: the list is empty. Name at least one layer, or all")
+        raise ValueError("layers: the list is empty. Name at least one layer, or all.")
     if len(set(indices)) != len(indices):
-        raise ValueError(f"layers: {layers!r} names a layer twice. Name each layer once")
+        raise ValueError(f"layers: {layers!r} names a layer twice. Name each layer once.")
     for index in indices:
         if index < 0 or (count is not None and index >= count):
             raise ValueError(
                 f"layers: {index} is out of range"
-                + (f"; the base model has layers 0 to {count - 1}" if count is not None else "")
+                + (f". The base model has layers 0 to {count - 1}." if count is not None else "")
             )
     return sorted(indices)
 

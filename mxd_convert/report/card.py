@@ -26,7 +26,7 @@ CARD = "README.md"
 REPOSITORY = "THIS_REPOSITORY"  # placeholder for the repository's id until the card is published
 TAG = "mxd-convert"  # finds checkpoints on the Hub
 _PLOTS = {
-    "plots/layers.png": "Rise of cross-entropy and reliance on the experts, by layer",
+    "plots/layers.png": "Rise in cross-entropy and reliance on the experts, by layer",
     "plots/training.png": "Training: FVU and idle experts",
 }
 _LOCAL = ("base.model", "data.train.path", "data.eval.path")  # keys of a recipe that may name local files
@@ -132,7 +132,7 @@ def _understood(report: Path) -> Iterator[None]:
     except (UndefinedError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else first_line(error, 200)
         what = what.replace("'dict object' has no attribute", "has no")
-        raise InputError(f"{report}: {what}, which the card needs; convert or evaluate again") from None
+        raise InputError(f"{report}: {what}, which the card needs. Convert or evaluate again.") from None
 
 
 def _layers_of(path: Path) -> Mapping[str, Any]:
@@ -140,12 +140,12 @@ def _layers_of(path: Path) -> Mapping[str, Any]:
     mxd = read_mapping(path).get("mxd")
     layers = mxd.get("layers") if isinstance(mxd, Mapping) else None
     if not isinstance(mxd, Mapping) or not isinstance(layers, Mapping) or not layers:
-        raise InputError(f"{path}: has no converted layers; download it or convert again")
+        raise InputError(f"{path}: has no converted layers. Download it or convert again.")
     for index, entry in layers.items():
         known = isinstance(entry, Mapping) and isinstance(entry.get("kind"), str) and entry["kind"] in KINDS
         counted = known and all(type(entry.get(name, 0)) is int for name in ("n_experts", "k"))
         if not (counted and re.fullmatch(r"[0-9]{1,6}", index)):
-            raise InputError(f"{path}: mxd.layers: {index!r:.40}: not a converted layer; download it or convert again")
+            raise InputError(f"{path}: mxd.layers: {index!r:.40}: not a converted layer. Download it or convert again.")
     return mxd
 
 
@@ -154,7 +154,7 @@ def _training_of(path: Path, recipe_yaml: str) -> Mapping[str, Any]:
     try:
         recipe = parse_yaml(recipe_yaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable recipe ({first_line(error, 120)}); download it or convert again") from None
+        raise InputError(f"{path}: not a readable recipe ({first_line(error, 120)}). Download it or convert again.") from None
     train = recipe.get("train") if isinstance(recipe, Mapping) else None
     return train if isinstance(train, Mapping) else {}
 
@@ -209,8 +209,8 @@ def _results(report: Report) -> list[EvalResult] | None:
         return None
     fidelity, reliance = report.fidelity, report.reliance.layers.values()
     figures = {
-        "Rise of cross-entropy over the base (nats a token)": ("delta_ce", _number(fidelity.delta_ce)),
-        "KL from the base (nats a token)": ("kl", _number(fidelity.kl)),
+        "Rise in cross-entropy over the base (nats per token)": ("delta_ce", _number(fidelity.delta_ce)),
+        "KL from the base (nats per token)": ("kl", _number(fidelity.kl)),
         "Same most likely token as the base": ("top1_agreement", _number(fidelity.top1_agreement)),
     }
     for name in ("gate_share", "identity_share", "routing_necessity"):
@@ -236,15 +236,17 @@ def _results(report: Report) -> list[EvalResult] | None:
 def _licence(base: Base) -> str:
     licence, link = _line(base.license), _link(base.license_link)
     if licence is None:
-        return "the base model's, whose card states none"
-    return f"the base model's, {_line(base.license_name) or licence}" + (f" ({link})" if link else "")
+        return "that of the base model, whose card states none"
+    return f"that of the base model, {_line(base.license_name) or licence}" + (f" ({link})" if link else "")
 
 
 def _shape(entry: Mapping[str, Any]) -> str:
     if "n_experts" not in entry:
         return ""
-    active = f"{entry['k']} active a token" if entry.get("sparsity", "topk") == "topk" else "those with a positive gate active"
-    return f"{entry['n_experts']:,} {KINDS[entry['kind']].unit}s a layer, {active}."
+    active = (
+        f"{entry['k']} active per token" if entry.get("sparsity", "topk") == "topk" else "active if the gate value is positive"
+    )
+    return f"{entry['n_experts']:,} {KINDS[entry['kind']].unit}s per layer, {active}."
 
 
 def _total(report: Report, config: Mapping[str, Any], of: Any) -> str:

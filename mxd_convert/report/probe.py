@@ -28,11 +28,11 @@ def probe_folder(output: str | Path | None, checkpoint: Path, data: Path) -> Pat
     else:
         target = Path(output).expanduser()
     if target.exists() and not (target.is_dir() and (is_probe(target) or not any(target.iterdir()))):
-        raise InputError(f"--output {target}: exists already and is not the result of a probe; choose another folder")
+        raise InputError(f"--output {target}: exists already and is not the result of a probe. Choose another folder.")
     check_output(target)
     above = next(folder for folder in target.resolve().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"--output {target}: {above} can't be written to; choose another folder")
+        raise InputError(f"--output {target}: {above} can't be written to. Choose another folder.")
     return target
 
 

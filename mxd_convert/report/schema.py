@@ -165,7 +165,7 @@ class Report(Section):
 
 def read_report_file(path: Path) -> Report:
     """Read a report. Raises InputError that names the file, the key, its value and the fix."""
-    return parse_report(read_mapping(path, "download it, or convert or evaluate again"), path)
+    return parse_report(read_mapping(path, "Download it, or convert or evaluate again."), path)
 
 
 def parse_report(content: Any, path: Path) -> Report:
@@ -177,6 +177,6 @@ def parse_report(content: Any, path: Path) -> Report:
         key = ".".join(map(str, problem["loc"])) or "the report"
         held = "is missing" if problem["type"] == "missing" else f"is {kind_of(problem['input'])} ({problem['input']!r:.60})"
         reason = "" if problem["type"] == "missing" else f": {problem['msg'][0].lower()}{problem['msg'][1:]}"
-        raise InputError(f"{path}: {key} {held}{reason}; download it, or convert or evaluate again") from None
+        raise InputError(f"{path}: {key} {held}{reason}. Download it, or convert or evaluate again.") from None
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply to be a report; download it, or convert or evaluate again") from None
+        raise InputError(f"{path}: nested too deeply to be a report. Download it, or convert or evaluate again.") from None

@@ -68,7 +68,7 @@ def test_a_family_without_a_row(family, mlp, tokenizer, text, tmp_path, mxd):
     assert Mlp(**kept) == Mlp(**mlp)
     assert load_recipe(tmp_path / "out" / "recipe.yaml").base.mlp == Mlp(**mlp)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "`mxd_convert.load(name)` then loads it too" in card
+    assert "The package loads the model with `mxd_convert.load(name)`" in card
     assert card.count("AutoModelForCausalLM.from_pretrained(name") == 1  # with trust_remote_code
     plain = mxd_convert.generate(tmp_path / "out", TEXT, max_new_tokens=8)
     assert mxd_convert.generate(tmp_path / "out", TEXT, [{"layer": 1, "expert": 3, "add": 50.0}], 8) != plain
@@ -239,7 +239,7 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     glue = {"configuration_mxd_base.py", "modeling_mxd_base.py"}
     assert names == {*CODE, *glue, "configuration_mxd.py", "layers_mxd.py", "modeling_mxd.py", "steering_mxd.py"}
     card = (odd_converted / "README.md").read_text()
-    assert "among them the base model's own" in card
+    assert "including the base model's own" in card
     assert "mxd-convert --trust-remote-code inspect full" in card
     content = json.loads((odd_converted / "config.json").read_text())
     assert content["model_type"] == "mxd_own_odd"

@@ -74,7 +74,7 @@ def test_every_block_of_a_deltas_card_runs(hub, program, clients, converted, mod
 
 
 def figures_in(card: str) -> set[str]:
-    body = card.split("## How faithful it is")[1].split("## Provenance", maxsplit=1)[0]
+    body = card.split("## Fidelity to the base model")[1].split("## Provenance", maxsplit=1)[0]
     return set(re.findall(r"(?<![\w.])[+-]?\d[\d,]*\.\d+%?", body))
 
 
@@ -129,23 +129,26 @@ def test_the_metadata_is_what_the_hub_takes(converted, tmp_path):
 def test_it_says_how_the_layers_were_trained(converted, tmp_path):
     folder = shutil.copytree(converted["llama"], tmp_path / "copy")
     report = json.loads((folder / "mxd_report.json").read_text())
-    alone = "the layers were trained each on the base model's own activations"
-    assert f"{alone}.\n" in (folder / "README.md").read_text()
+    alone = "each layer was trained on activations of the base model."
+    assert f"{alone}\n" in (folder / "README.md").read_text()
     recipe = (folder / "recipe.yaml").read_text()
     assert "  joint: 0.0\n" in recipe
     write_card(folder, report, recipe.replace("  joint: 0.0\n", "  joint: 0.4\n"), base_on_hub=False)
-    assert f"{alone}; over the last 40.0% of the steps all together, in the model" in (folder / "README.md").read_text()
+    assert (
+        f"{alone} In the last 40.0% of the steps, the joint stage trained all layers together in the model"
+        in (folder / "README.md").read_text()
+    )
 
 
 def test_what_was_not_measured_is_called_so(converted, tmp_path):
     folder = edit(converted["gpt2"], tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
     card = (folder / "README.md").read_text()
-    assert "Not measured since it was changed" in card
+    assert "Not measured since the checkpoint was changed" in card
     assert "mxd_report.json" not in card  # there is none
-    assert "as it was before the changes by hand" in card
+    assert "the checkpoint before its manual changes" in card
     assert ModelCard(card).data.eval_results is None
     full = (converted["gpt2"] / "README.md").read_text()
-    assert "Rise of cross-entropy on other text: not measured." in full
+    assert "Rise in cross-entropy on other text: not measured." in full
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -77,13 +77,13 @@ def test_plan_of_what_can_not_fit_says_so_and_what_to_change(mxd, recipe):
     assert status == 0
     assert plan["speed"] is None
     assert plan["groups"] == [[0], [1], [2]]
-    assert "run would refuse: train.memory_gib: 0.1" in plan["warnings"][0]
+    assert "`run` would stop: train.memory_gib: 0.1" in plan["warnings"][0]
 
 
 def test_plan_warns_of_a_model_that_grows_several_times(mxd, recipe):
     _, out, _ = mxd("plan", recipe(layer={"experts": "auto", "expansion": 512}), "--json")
     [warning] = json.loads(out)["warnings"]
-    assert "times the base's parameters; layer.expansion: " in warning
+    assert "times the base's parameters. Set layer.expansion to " in warning
 
 
 def test_run_prints_figures_and_the_path(mxd, recipe, tmp_path):

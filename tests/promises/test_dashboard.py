@@ -212,5 +212,5 @@ def test_a_run_writes_it(models, text, tmp_path, monkeypatch, capsys, recipe, re
     without = small_recipe(models["llama"], text, tmp_path / "bare", layers=[1])
     convert(without, quiet=True)
     convert(without, overrides={"output.dashboard": True})
-    assert "has no dashboard; `mxd-convert dashboard" in capsys.readouterr().err
+    assert "has no dashboard. `mxd-convert dashboard" in capsys.readouterr().err
     refused("plan", recipe(output={"dashboard": True}, layer={"kind": "dense_twin"}), words=("output.dashboard", "no experts"))

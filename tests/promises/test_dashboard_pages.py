@@ -128,7 +128,7 @@ def test_searching(page, board):
     promoted = next(text for text in (tokens["texts"][number] for number in rows["up"][n]) if text.isalpha()).lower()
     assert n in find(promoted) == holding(promoted)
     assert find("nothing is like this") == []
-    assert page.texts("#range") == ["No expert is like that."]
+    assert page.texts("#range") == ["No expert matches."]
     page.press("Tab")
     assert page.evaluate("document.activeElement.className") == "chip"
 
@@ -190,7 +190,7 @@ def test_dead_experts_and_wrong_addresses(board):
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
         assert page.errors == []
         page.open(f"{(board / 'expert.html').as_uri()}#0:99", ready="!document.querySelector('#problem').hidden")
-        assert page.texts("#problem") == ["There is no such expert: the address ends in #LAYER:EXPERT."]
+        assert page.texts("#problem") == ["No such expert. The address must end in #LAYER:EXPERT."]
 
 
 @needs_browser

@@ -54,7 +54,7 @@ def test_the_wheel_converts_the_quickstart_in_an_empty_environment(dist, tmp_pat
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["report"]["fidelity"]["tokens"] > 0
     made = tmp_path / "made"
-    assert "## How faithful it is" in (made / "README.md").read_text()
+    assert "## Fidelity to the base model" in (made / "README.md").read_text()
     assert (made / "dashboard" / "index.html").is_file()
 
 

@@ -303,7 +303,7 @@ def test_what_can_not_be_exported(refused, mxd, converted, models, text, tmp_pat
     refused(*arguments, *to, "--tokens", 33, words=("single block", "--tokens"))
     refused(*arguments, *to, "--layers", "1", words=("layer 1 is not converted", "0, 2"))
     refused(*arguments, *to, "--layers", "x", words=("--layers", "'x'"))
-    refused(*arguments, "--to", "circuit-tracer", words=("layer 1 of 3 has no experts", "convert all layers"))
+    refused(*arguments, "--to", "circuit-tracer", words=("layer 1 of 3 has no experts", "Convert all layers"))
     for other, words in (
         (random_layer("mxd", n_experts=16), ("same experts", "24 in layer 0, 16 in layer 2")),
         (random_layer("mxd", k=3), ("same active experts",)),
@@ -327,7 +327,7 @@ def test_two_widths_are_refused(copy, text, tmp_path, refused):
     config["mxd"]["layers"]["0"]["d_out"] = 16
     (copy / "config.json").write_text(json.dumps(config))
     arguments = ("export", copy, tmp_path / "out", "--data", text)
-    refused(*arguments, "--to", "sparsify", words=("layer 0 maps 32 features to 16", "one width"))
+    refused(*arguments, "--to", "sparsify", words=("layer 0 maps 32 features to 16", "equal width"))
 
 
 @pytest.mark.parametrize("command", ["export --to sparsify", "export --to delphi", "export-onnx"])

@@ -59,13 +59,13 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, conv
     asked = len(hub.requests)
     again = program("push", folder, "alice/there-and-back")
     assert again.status == 0
-    assert "holds all of it already" in again.err
+    assert "already has the same files" in again.err
     assert {request.path for request in hub.requests[asked:] if request.method not in ("GET", "HEAD")} == {"/api/validate-yaml"}
 
     pulled = program("pull", "alice/there-and-back", tmp_path / "pulled", token=None)
     assert pulled.status == 0, pulled.err
     assert contents(tmp_path / "pulled") == on_hub(hub, "alice/there-and-back")
-    assert "is there already" in program("pull", "alice/there-and-back", tmp_path / "pulled").err
+    assert "already downloaded" in program("pull", "alice/there-and-back", tmp_path / "pulled").err
     pulled_card = (tmp_path / "pulled" / "README.md").read_text()
     assert program("push", tmp_path / "pulled", "alice/elsewhere", verified=False).status == 0
     assert on_hub(hub, "alice/elsewhere")["README.md"].decode() == pulled_card.replace("alice/there-and-back", "alice/elsewhere")

@@ -116,7 +116,7 @@ def test_what_a_push_may_not_do(hub, clients, program_refused, folder):
     program_refused("push", folder, "alice/x", words=("does not accept your token",), token="hf_wrong")
     program_refused("push", folder, "not a name", words=("not a valid repository name",))
     offline = clients.run_anew("push", folder, "alice/x", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
-    assert (offline.status, offline.err) == (2, "mxd-convert: HF_HUB_OFFLINE is set, so the Hub can't be reached; unset it\n")
+    assert (offline.status, offline.err) == (2, "mxd-convert: HF_HUB_OFFLINE is set, so the Hub can't be reached. Unset it.\n")
     program_refused("push", folder / "nowhere", "alice/x", words=("no such folder",))
     assert "alice/x" not in hub.repos
 
@@ -230,7 +230,7 @@ def test_what_a_pull_refuses(hub, program, program_refused, folder, tmp_path):
     hub.put("bob/llama", {"config.json": b'{"model_type": "llama"}'})
     hub.put("bob/hidden", {"config.json": b"{}"}, private=True)
     program_refused("pull", "bob/llama", tmp_path / "a", words=("bob/llama: contains a llama model", "mxd-convert list"))
-    program_refused("pull", "bob/hidden", tmp_path / "a", words=("no such repository", "your token may not read it"))
+    program_refused("pull", "bob/hidden", tmp_path / "a", words=("no such repository", "your token does not allow reading it"))
     program_refused("pull", "bob/nothing", tmp_path / "a", words=("no such repository", "hf auth login"), token=None)
     assert program("push", folder, "alice/pulls", verified=False).status == 0
     program_refused("pull", "alice/pulls", tmp_path / "a", "--revision", "v9", words=("--revision v9", "no such branch"))

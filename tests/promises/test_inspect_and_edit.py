@@ -81,7 +81,7 @@ def test_labels_travel(mxd, copy, tmp_path, refused):
     refused("label", copy, "--file", tmp_path / "none.json", words=("none.json", "can't be read"))
     assert (copy / "mxd_labels.json").read_bytes() == before
     (copy / "mxd_labels.json").write_text("{")
-    refused("label", copy, words=("mxd_labels.json", "expected a JSON list"))
+    refused("label", copy, words=("mxd_labels.json", "Expected a JSON list"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
@@ -111,10 +111,10 @@ def test_an_edited_checkpoint_says_so(mxd, copy, tmp_path, text):
     assert out.strip() == str(tmp_path / "edited")
     card = (tmp_path / "edited" / "README.md").read_text()
     for words in (
-        "Expert 3 of layer 0 is ablated, for good.",
-        "Expert 5 of layer 2 is scaled by 0.5, for good.",
+        "Expert 3 of layer 0 is ablated permanently.",
+        "Expert 5 of layer 2 is scaled by 0.5 permanently.",
         "Expert 7 of layer 2 is steered: its coefficient +3, positions: all.",
-        "Not measured since it was changed",
+        "Not measured since the checkpoint was changed",
     ):
         assert words in card
     assert not (tmp_path / "edited" / "mxd_report.json").exists()
@@ -125,7 +125,7 @@ def test_an_edited_checkpoint_says_so(mxd, copy, tmp_path, text):
     assert report["edits"][0] == {"layer": 0, "expert": 3, "ablate": True}
     figures = json.loads(mxd("eval", tmp_path / "measured", "--data", text, "--tokens", "512", "--json")[1])
     assert report["fidelity"] == figures["fidelity"]
-    assert "Rise of cross-entropy" in (tmp_path / "measured" / "README.md").read_text()
+    assert "Rise in cross-entropy" in (tmp_path / "measured" / "README.md").read_text()
 
 
 def test_edits_that_can_not_be_made(copy, tmp_path, refused):

@@ -125,7 +125,7 @@ def test_the_runtime_says_what_is_wrong(llama, converted, tmp_path):
 
     for act, words in (
         (lambda: OnnxModel.from_pretrained(converted["llama"]), "no onnx/model.onnx"),
-        (lambda: OnnxModel.from_pretrained(llama, dtype="fp16"), "no graph in fp16; available: fp32"),
+        (lambda: OnnxModel.from_pretrained(llama, dtype="fp16"), "no graph in fp16. Available: fp32"),
         (lambda: exported_model.encode(""), "the text is empty"),
         (lambda: exported_model.generate(TEXT, 1000), "more than the model's 128"),
         (lambda: exported_model.continuations([[]]), "a prompt is empty"),
@@ -164,5 +164,5 @@ def test_what_was_not_exported_is_refused(converted, text, tmp_path):
     assert not any(name.startswith(("experts.", "steering.")) for name in done.report["inputs"] + done.report["outputs"])
     with pytest.raises(InputError, match="--expert-outputs"):
         OnnxModel.from_pretrained(tmp_path / "out").encode(TEXT)
-    with pytest.raises(InputError, match="export it with --steering"):
+    with pytest.raises(InputError, match="Export it with --steering"):
         OnnxModel.from_pretrained(tmp_path / "out").generate(TEXT, 2, steering=[{"layer": 0, "expert": 1, "add": 1.0}])

@@ -36,7 +36,7 @@ def test_its_held_out_perplexity_is_the_readmes():
     assert 0.07 < len(held_out) / len(train + held_out) < 0.13
     assert all(map(is_held_out, held_out))
     loss = quickstart_lm.cross_entropy(model, quickstart_lm.blocks(AutoTokenizer.from_pretrained(QUICKSTART), held_out, seed=0))
-    stated = re.search(r"([\d.]+) nats a token, perplexity \*\*([\d.]+)\*\*", (QUICKSTART / "README.md").read_text())
+    stated = re.search(r"([\d.]+) nats per token, perplexity \*\*([\d.]+)\*\*", (QUICKSTART / "README.md").read_text())
     assert loss == pytest.approx(float(stated[1]), abs=2e-3)
     assert torch.tensor(loss).exp().item() == pytest.approx(float(stated[2]), rel=2e-3)
 

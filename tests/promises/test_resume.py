@@ -169,7 +169,7 @@ def test_text_that_has_to_be_read_again_must_be_the_same(mine, tmp_path):
         again, _ = prepare(recipe.data, tokenizer, folder, lines.append)
         assert (again.ids == ids).all()
         assert again.info == info
-        assert lines[0] == f"data/{name} is damaged; the text is read again"
+        assert lines[0] == f"data/{name} is damaged. Reading the text again."
     whole = (tmp_path / "texts" / "0.jsonl").read_text()
     (tmp_path / "texts" / "0.jsonl").write_text(whole.upper().replace('"TEXT"', '"text"'))
     prepare(recipe.data, tokenizer, folder)  # what is whole is not read again

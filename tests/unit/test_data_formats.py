@@ -219,10 +219,12 @@ def configured(tmp_path, monkeypatch):
 def test_a_configuration_is_chosen_by_its_key(configured):
     assert read(Text(path=configured, config="second-one")) == ["second"]
     with pytest.raises(
-        InputError, match=r"^data: sets has several conf.*\. Set data.train.config to one of first-one, second-one$"
+        InputError, match=r"^data: sets has several conf.*\. Set data.train.config to one of first-one, second-one\.$"
     ):
         read(Text(path=configured))
-    with pytest.raises(InputError, match=r"^data.eval.config: sets has no configuration 'third'.*one of first-one, second-one$"):
+    with pytest.raises(
+        InputError, match=r"^data.eval.config: sets has no configuration 'third'.*one of first-one, second-one\.$"
+    ):
         read(EvalText(path=configured, config="third"))
 
 

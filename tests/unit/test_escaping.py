@@ -203,7 +203,7 @@ def test_a_report_that_lacks_something_is_named(kept, path, value, word):
     else:
         place[path[-1]] = value
     before = (folder / "README.md").read_text()
-    with pytest.raises(InputError, match=r"mxd_report\.json: .*convert or evaluate again") as caught:
+    with pytest.raises(InputError, match=r"mxd_report\.json: .*[Cc]onvert or evaluate again") as caught:
         write_card(folder, report, recipe, base_on_hub=False)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -154,7 +154,7 @@ def test_a_run_that_was_begun_is_told_what_it_can_go_on_with(planned):
     plan = planned(train={"memory_gib": 0.1})
     with pytest.raises(InputError, match=r"raise train.memory_gib\.$"):
         check_memory(plan)
-    with pytest.raises(InputError, match=r"resumes only with more memory or fewer processes; otherwise add --fresh\.$"):
+    with pytest.raises(InputError, match=r"resumes only with more memory or fewer processes\. Otherwise add --fresh\.$"):
         check_memory(plan, 2, begun=True)
 
 

@@ -16,7 +16,7 @@ const MXD = (() => {
         const script = document.createElement("script");
         script.src = `${name}.js`;
         script.onload = () => (given.has(name) ? resolve(given.get(name)) : reject(new Error(`${name}.js holds no data`)));
-        script.onerror = () => reject(new Error(`${name}.js is missing: is the dashboard's folder whole?`));
+        script.onerror = () => reject(new Error(`${name}.js is missing. Copy the whole folder of the dashboard, or write it again.`));
         document.head.append(script);
       }));
     }
@@ -105,7 +105,7 @@ const MXD = (() => {
 
   function source(summary) {
     const data = summary.data;
-    const left = data.masked ? ", BOS tokens and the first of each block left out" : "";
+    const left = data.masked ? ", without BOS tokens and the first position of each block" : "";
     return `${whole(data.tokens)} tokens of ${data.path}${left}`;
   }
 

@@ -8,7 +8,7 @@
   async function show() {
     const [layer, n] = location.hash.slice(1).split(":").map(Number);
     const about = summary.layers.find((one) => one.layer === layer);
-    if (!about || !(n >= 0 && n < about.n_experts)) throw new Error("There is no such expert: the address ends in #LAYER:EXPERT.");
+    if (!about || !(n >= 0 && n < about.n_experts)) throw new Error("No such expert. The address must end in #LAYER:EXPERT.");
     const shard = await MXD.load(`data/${layer}/experts-${Math.floor(n / summary.shard)}`);
     const expert = shard[n % summary.shard];
     const texts = await textsOf(expert);
@@ -31,7 +31,7 @@
 
   function beside(link, layer, n, sign) {
     link.textContent = n < 0 ? sign : sign === "‹" ? `‹ ${n}` : `${n} ›`;
-    link.setAttribute("aria-label", sign === "‹" ? "the expert below that fires" : "the expert above that fires");
+    link.setAttribute("aria-label", sign === "‹" ? "previous expert that fires" : "next expert that fires");
     if (n < 0) link.removeAttribute("href");
     else link.href = `#${layer}:${n}`;
   }
@@ -55,13 +55,13 @@
       cards.push([MXD.number(expert.mean), "mean coefficient"], [MXD.number(expert.p99), "99th percentile"], [MXD.number(expert.largest), "largest"]);
     }
     if (expert.rank !== undefined) {
-      cards.push([MXD.whole(expert.rank), `rank of its weight, ${MXD.whole(about.d_hidden)} × ${MXD.whole(about.d_out)}`], [MXD.number(expert.norm), "norm of its weight"]);
+      cards.push([MXD.whole(expert.rank), `rank of the weight, ${MXD.whole(about.d_hidden)} × ${MXD.whole(about.d_out)}`], [MXD.number(expert.norm), "norm of the weight"]);
     }
     return make("div", {class: "cards"}, ...cards.map(([figure, name]) => make("div", {class: "card"}, make("strong", {}, figure), make("span", {}, name))));
   }
 
   function silence({about}) {
-    return section("It never fired", `On none of the ${MXD.whole(about.tokens)} tokens of this text was its coefficient positive: there is nothing to show of what it does.`);
+    return section("Never active", `The coefficient of this expert is not positive on any of the ${MXD.whole(about.tokens)} tokens of this text, so its effects and contexts are unknown.`);
   }
 
   // --- tokens promoted and suppressed ---
@@ -85,8 +85,8 @@
       }))),
     );
     return section(
-      "What it writes for the next token",
-      "Its direct effect on the logits where it fires: mean ± spread, with the coefficient that it has there.",
+      "Effect on the next token",
+      "Direct effect of the expert on the logits, on the tokens on which it fires: mean ± standard deviation.",
       make("div", {class: "two"}, list(expert.up, "promoted", "Promoted"), list(expert.down, "suppressed", "Suppressed")),
     );
   }
@@ -98,7 +98,7 @@
     const [width, height, left, bottom] = [960, 170, 44, 30];
     const most = Math.max(...bins);
     const step = (width - left - 20) / bins.length;
-    const picture = draw("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "histogram of its coefficients where it fires"});
+    const picture = draw("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "histogram of the positive coefficients"});
     const at = (value) => left + (value / expert.largest) * (width - left - 20);
     for (const [, high, ] of expert.bands.slice(0, -1)) {
       picture.append(draw("line", {x1: at(high), x2: at(high), y1: 10, y2: height - bottom, class: "cut"}));
@@ -114,7 +114,7 @@
       picture.append(draw("text", {x: at(value), y: height - bottom + 16, "text-anchor": i === 4 ? "end" : "middle"}, MXD.number(value)));
     }
     picture.append(draw("text", {x: left - 10, y: 18, "text-anchor": "end"}, MXD.whole(most)));
-    return section("Coefficients", "Tokens by coefficient, where it fires; the thin lines part them into fifths.", make("div", {class: "scroll"}, picture));
+    return section("Coefficients", "Number of tokens by coefficient, on the tokens on which the expert fires. Thin lines mark fifths of these tokens.", make("div", {class: "scroll"}, picture));
   }
 
   // --- contexts ---
@@ -157,7 +157,7 @@
 
   function contexts(place) {
     const list = make("ol", {class: "contexts", id: "top"}, ...place.expert.top.map((one) => context(place, one)));
-    return section("Top contexts", "Where the coefficient is largest, one a block; the colour is the coefficient at each token, the box the token that counts.", list);
+    return section("Top contexts", "Tokens with the largest coefficients, at most one per block. The colour shows the coefficient at each token; the box marks the token with the largest.", list);
   }
 
   function bands(place) {
@@ -172,7 +172,7 @@
         make("ol", {class: "contexts"}, ...some.map((one) => context(place, one))),
       );
     });
-    return section("Examples by quantile", "Drawn at random from each fifth of the tokens on which it fires: what it does when it is not at its strongest.", ...groups.reverse());
+    return section("Examples by quantile", "Tokens drawn at random from each fifth of the tokens on which the expert fires, by coefficient.", ...groups.reverse());
   }
 
   // --- similar experts, steering ---
@@ -187,23 +187,23 @@
       make("span", {class: "n muted"}, MXD.signed(cosine)),
       make("span", {class: "promoted"}, ...(some.length ? some.flatMap((number) => [MXD.token(tokens.texts[number], {class: "chip"}), " "]) : [make("span", {class: "muted"}, "dead")])),
     ));
-    return section("Most similar experts", `By the cosine of their ${what}, of all ${MXD.whole(about.n_experts)} of the layer; beside them what they promote.`, make("ol", {class: "similar"}, ...items));
+    return section("Most similar experts", `Experts with the largest cosine similarity of their ${what}, among all ${MXD.whole(about.n_experts)} of the layer, with the tokens that each promotes.`, make("ol", {class: "similar"}, ...items));
   }
 
   function steering({layer, n, expert}) {
     const amount = Number(expert.p99.toPrecision(3));
     const command = `mxd-convert generate ${summary.checkpoint} --prompt "..." --steer ${layer}:${n}:+${amount}`;
-    return section("Steer it", "Adds the 99th percentile of its coefficients, at every position.", make("pre", {tabindex: "0"}, command));
+    return section("Steering", "This command adds the 99th percentile of the expert's coefficients at every position.", make("pre", {tabindex: "0"}, command));
   }
 
   function showNotes() {
     MXD.explain($("notes"), [
       ["Text", `${MXD.source(summary)}; fingerprint ${summary.data.fingerprint.slice(0, 16)}.`],
-      ["Coefficient", "By how much the expert is on at a token: a in y = (Cᵀa) ∗ (Dᵀz) + b. It fires where that is positive."],
-      ["Direct effect", `Its part of the layer's output, a (c ∗ u), through the final norm with the scale that it has at that token, times the unembedding: what it writes for the next token past all layers above. Logits are centred over the vocabulary. The mean is over all tokens where it fires, the spread (standard deviation) over ${summary.samples} of them drawn at random.`],
-      ["Weight", "D diag(c), the expert's own linear map of the hidden units; its norm is Frobenius'."],
-      ["Top contexts", "At most one a block, none twice with the same eight tokens up to the one that counts. Tokens after it are pale: the expert can't see them."],
-      ["Invisible signs", "· is a space, ↵ the end of a line; <E2 80> are bytes of a character that is several tokens."],
+      ["Coefficient", "Activation of the expert on a token: an entry of a in y = (Cᵀa) ∗ (Dᵀz) + b. The expert fires where it is positive."],
+      ["Direct effect", `The expert's contribution to the layer's output, a (c ∗ u), scaled by the final norm at that token, times the unembedding. It does not pass through the layers above. Logits are centred over the vocabulary. The mean is over all tokens on which the expert fires, the standard deviation over ${summary.samples} of them drawn at random.`],
+      ["Weight", "D diag(c), the expert's linear map from the hidden units to the output. Norm: Frobenius norm."],
+      ["Top contexts", "At most one per block. Contexts whose last eight tokens are equal are shown once. Later tokens, which the expert can't see, are pale."],
+      ["Invisible signs", "· is a space, ↵ a line break. <E2 80> are bytes of a character that spans several tokens."],
     ]);
   }
 

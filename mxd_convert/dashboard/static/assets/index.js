@@ -4,10 +4,10 @@
   const {make, draw} = MXD;
   const PAGE = 100; // rows shown at a time
   const COLUMNS = [
-    {key: "expert", name: "Expert", help: "its number in the layer"},
-    {key: "rate", name: "Fires on", help: "share of the tokens on which its coefficient is positive"},
-    {key: "mean", name: "Mean", help: "mean coefficient where it fires"},
-    {key: "p99", name: "99 %", help: "99th percentile of its coefficient where it fires"},
+    {key: "expert", name: "Expert", help: "index of the expert in the layer"},
+    {key: "rate", name: "Fires on", help: "share of tokens with a positive coefficient"},
+    {key: "mean", name: "Mean", help: "mean of the positive coefficients"},
+    {key: "p99", name: "99 %", help: "99th percentile of the positive coefficients"},
     {key: "largest", name: "Largest", help: "largest coefficient"},
     {key: "top", name: "Top context", text: true},
     {key: "up", name: "Promotes", text: true},
@@ -56,7 +56,7 @@
   // --- layers ---
 
   function showLayers() {
-    const head = ["Layer", "Kind", "Experts", "Active a token", "Dead", "Rare", "Always on", "Firing rates"];
+    const head = ["Layer", "Kind", "Experts", "Active per token", "Dead", "Rare", "Always on", "Firing rates"];
     const body = summary.layers.map((layer) => {
       const link = make("a", {href: `#layer=${layer.layer}`}, String(layer.layer));
       const cells = [layer.kind.replaceAll("_", " "), layer.n_experts, layer.active, layer.dead, layer.rare, layer.always_on];
@@ -72,7 +72,7 @@
     $("layers").replaceChildren(make("thead", {}, make("tr", {}, ...headings)), make("tbody", {}, ...body));
     if (summary.without.length) {
       const names = summary.without.map((layer) => `${layer.layer} (${layer.kind.replaceAll("_", " ")})`).join(", ");
-      $("without").textContent = `Without experts, so not shown: layer ${names}.`;
+      $("without").textContent = `Not shown, because they have no experts: layer ${names}.`;
       $("without").hidden = false;
     }
   }
@@ -91,11 +91,11 @@
   // --- density ---
 
   function showDensity() {
-    $("density-title").textContent = `Layer ${about.layer}: how often its experts fire`;
+    $("density-title").textContent = `Layer ${about.layer}: firing rates of the experts`;
     const fires = about.n_experts - about.dead;
     const cards = [
       [MXD.whole(about.n_experts), "experts"],
-      [MXD.number(about.active), "active a token"],
+      [MXD.number(about.active), "active per token"],
       [MXD.whole(fires), "fire", "fires"],
       [MXD.whole(about.dead), "dead", "dead"],
       [MXD.whole(about.rare), "rare", "rare"],
@@ -104,7 +104,7 @@
     $("cards").replaceChildren(...cards.map(([figure, name, show]) => {
       const inside = [make("strong", {}, figure), make("span", {}, name)];
       if (!show) return make("div", {class: "card"}, ...inside);
-      const button = make("button", {class: "card", type: "button", title: "show these below"}, ...inside);
+      const button = make("button", {class: "card", type: "button", title: "show these experts below"}, ...inside);
       button.addEventListener("click", () => choose(show));
       return button;
     }));
@@ -260,7 +260,7 @@
     document.querySelector("#experts tbody").replaceChildren(...shown.map(row));
     $("range").textContent = wanted.length
       ? `${MXD.whole(start + 1)} to ${MXD.whole(start + shown.length)} of ${MXD.whole(wanted.length)}`
-      : "No expert is like that.";
+      : "No expert matches.";
     $("previous").disabled = state.page === 0;
     $("next").disabled = state.page >= pages - 1;
   }
@@ -300,16 +300,16 @@
   function showNotes() {
     const {rare, always} = summary.rates;
     const least = Math.ceil(1 / rare);
-    const few = summary.data.tokens < least ? ` With fewer than ${MXD.whole(least)} tokens, as here, none can be told.` : "";
+    const few = summary.data.tokens < least ? ` This text has fewer than ${MXD.whole(least)} tokens, too few to detect rare experts.` : "";
     MXD.explain($("notes"), [
       ["Text", `${MXD.source(summary)}; fingerprint ${summary.data.fingerprint.slice(0, 16)}. No expert was trained on held-out text.`],
-      ["Coefficient", "By how much an expert is on at a token: a in y = (Cᵀa) ∗ (Dᵀz) + b. It fires where that is positive."],
-      ["Dead", "Never fired on this text. On more text some may."],
+      ["Coefficient", "Activation of an expert on a token: an entry of a in y = (Cᵀa) ∗ (Dᵀz) + b. The expert fires where it is positive."],
+      ["Dead", "Never fired on this text. Some may fire on more text."],
       ["Rare", `Fired, but on fewer than one token in ${MXD.whole(Math.round(1 / rare))}.${few}`],
       ["Always on", `Fires on more than ${MXD.percent(always)} of the tokens.`],
-      ["Top context", "The text around the token on which the coefficient is largest, that token marked."],
-      ["Promotes", "The tokens whose logits it raises most, on average where it fires: its direct effect, past all layers above."],
-      ["Search", "All words must occur in the labels, the promoted tokens or the top context. A number finds that expert; #17 only that."],
+      ["Top context", "The text around the token with the largest coefficient, which is marked."],
+      ["Promotes", "The tokens whose logits the expert raises most, on average over the tokens on which it fires. Only the direct effect counts, without the layers above."],
+      ["Search", "All words must occur in the labels, the promoted tokens or the top context. A number also finds the expert with this number; #17 finds only the expert."],
     ]);
   }
 
@@ -318,7 +318,7 @@
     const base = summary.base ? `, converted from ${summary.base}` : "";
     document.title = `Experts of ${summary.checkpoint}`;
     $("title").textContent = summary.checkpoint;
-    $("about").textContent = `What every expert does on ${MXD.source(summary)}${base}. mxd-convert ${summary.version}.`;
+    $("about").textContent = `Activity of every expert on ${MXD.source(summary)}${base}. mxd-convert ${summary.version}.`;
     read();
     showNotes();
     $("find").addEventListener("input", () => {
