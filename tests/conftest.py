@@ -1,6 +1,5 @@
 """Tiny but real models of every family, a real tokenizer, text on disk, and the shared folder where there is one."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,11 +15,13 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from hub_client import Clients
+from folders import content_hash
+from hub_client import OTHERS, TOKEN, Clients
 from hub_server import Hub
+from onnx_exports import PARITY
+from project import ROOT
 from selection import group_of, is_full, unmatched
-from tiny_models import random_model
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from small_runs import FAMILIES, documents, make_model, small_recipe
 from xdist.scheduler import LoadScopeScheduling
 
 from mxd_convert import cli
@@ -31,10 +32,6 @@ from mxd_convert.recipe.schema import Base, Recipe
 from mxd_convert.training.stream import Source
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART = ROOT / "examples" / "quickstart-lm"
-TOKEN, OTHERS = "hf_thetokenthatnothingmayshow", "hf_somebodyelses"
-FAMILIES = ("gpt2", "gpt_neox", "llama")
 
 
 class Scheduling(LoadScopeScheduling):
@@ -74,32 +71,6 @@ def shared() -> Path:
     return folder
 
 
-def tiny_config(family: str, **changes):
-    vocabulary = 2048
-    common = {
-        "vocab_size": vocabulary,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-        "tie_word_embeddings": True,
-        **changes,
-    }
-    if family == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **common)
-    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
-    if family == "gpt_neox":
-        return GPTNeoXConfig(intermediate_size=64, **size, **common)
-    return LlamaConfig(intermediate_size=48, num_key_value_heads=2, **size, **common)
-
-
-def make_model(family: str, folder: Path, dtype=torch.float32, **changes) -> Path:
-    """A random model whose MLPs matter, with the quickstart's tokenizer."""
-    model = random_model(tiny_config(family, **changes))
-    model.to(dtype).save_pretrained(folder)
-    load_tokenizer(str(QUICKSTART)).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
     """Makes a folder in one worker for all of them: once("name", fill) calls fill(folder) where no worker has, and returns the folder."""
@@ -113,21 +84,13 @@ def once(tmp_path_factory):
         with FileLock(shared / f"{name}.lock"):
             if not made.exists():
                 fill(folder)
-                made.write_text(content_of(folder))
+                made.write_text(content_hash(folder))
         used[folder] = made.read_text()
         return folder
 
     yield make
     for folder, content in used.items():
-        assert content_of(folder) == content, f"a test has changed {folder}, which all share"
-
-
-def content_of(folder: Path) -> str:
-    """A hash of the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+        assert content_hash(folder) == content, f"a test has changed {folder}, which all share"
 
 
 @pytest.fixture(scope="session")
@@ -140,13 +103,6 @@ def models(once) -> dict[str, Path]:
 def base(request, models):
     """A loaded base model of each family in turn."""
     return load_base(Base(model=str(models[request.param])))
-
-
-def documents(count: int = 60) -> list[str]:
-    return [
-        f"Document {i}. " + " ".join(f"The value {j * i % 97} is returned when index {j} is given." for j in range(12))
-        for i in range(count)
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -181,28 +137,6 @@ def text(once) -> Path:
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
 
     return once("text", write) / "text.jsonl"
-
-
-def small_recipe(model: Path, text: Path, folder: Path, **sections) -> dict:
-    """A recipe that runs in seconds; sections add to or override its keys."""
-    recipe = {
-        "base": {"model": str(model)},
-        "data": {"train": {"path": str(text)}, "eval": {"tokens": 512}, "context": 32, "tokens": 4096},
-        "layer": {"k": 4, "experts": 24},
-        "train": {
-            "lr": 3e-3,
-            "batch_tokens": 256,
-            "log_every": 4,
-            "checkpoint_every": 4,
-            "device": "cpu",
-            "init": "paper",
-            "joint": 0.0,
-        },
-        "output": {"dir": str(folder)},
-    }
-    for section, content in sections.items():
-        recipe[section] = {**recipe[section], **content} if isinstance(content, dict) and section in recipe else content
-    return recipe
 
 
 @pytest.fixture(scope="session")
@@ -248,13 +182,6 @@ def quick(once):
     return convert("quickstart", output, overrides, quiet=True)  # there already
 
 
-TEXT = "Document 3. The value 41 is returned when index 7 is given."
-
-
-PARITY = {"PROMPTS": 20, "NEW_TOKENS": 64}
-"""What the gate of export-onnx takes its greedy texts from and to; tests that are not about real models make do with less."""
-
-
 @pytest.fixture(scope="session", autouse=True)
 def brief_parity():
     from mxd_convert.onnx import parity
@@ -274,33 +201,6 @@ def exported(converted, text, once) -> dict[str, Path]:
         assert done.failures == []
 
     return {family: once(f"exported-{family}", partial(export, family)) for family in FAMILIES}
-
-
-def nothing_left(folder: Path) -> bool:
-    """Whether nothing is at `folder`, and nothing half-written beside it."""
-    return not folder.exists() and not [file for file in folder.parent.iterdir() if file.name.startswith(f".{folder.name}")]
-
-
-def spoilt(monkeypatch, change) -> None:
-    """Every ONNX graph that is built from now on has something wrong with it."""
-    from mxd_convert.commands import export_onnx as export
-
-    build = export.build_graph
-
-    def build_and_spoil(*arguments):
-        built = build(*arguments)
-        change(built)
-        return built
-
-    monkeypatch.setattr(export, "build_graph", build_and_spoil)
-
-
-def other_rows(graph) -> None:
-    """Experts that write a hundredth more."""
-    import onnx_ir
-
-    value = next(value for name, value in graph.graph.initializers.items() if name.endswith("mlp.experts"))
-    value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.01, name=value.name)
 
 
 @pytest.fixture
@@ -345,8 +245,9 @@ def hub():
 
 
 @pytest.fixture(scope="session")
-def clients(hub, tmp_path_factory):
-    home = tmp_path_factory.mktemp("clients")
+def programs(hub, tmp_path_factory):
+    """Starts the program and scripts in processes of their own, which know the Hub on loopback."""
+    home = tmp_path_factory.mktemp("programs")
     yield Clients(hub.url, home)
     for file in home.rglob("*"):  # caches, output, messages: whatever was written
         if file.is_file():
@@ -354,11 +255,11 @@ def clients(hub, tmp_path_factory):
 
 
 @pytest.fixture
-def program(clients, hub, tmp_path):
+def program(programs, hub, tmp_path):
     """Runs the program as alice, in a process that knows the Hub on loopback. Whatever goes wrong, there is no traceback, and no token to be seen."""
 
     def run(*arguments, token=TOKEN, **options):
-        done = clients.run(*arguments, token=token, **options)
+        done = programs.run(*arguments, token=token, **options)
         assert "Traceback" not in done.err, done.err
         assert TOKEN not in done.out + done.err
         return done
@@ -403,10 +304,3 @@ def recipe(tmp_path, models, text):
 def copy(converted, tmp_path):
     """A copy of a finished checkpoint, to be damaged."""
     return Path(shutil.copytree(converted["llama"], tmp_path / "copy"))
-
-
-def write_card(folder: Path, report: dict, recipe: str, base_on_hub: bool) -> None:
-    """Write a card from the content of a report, as read from JSON."""
-    from mxd_convert.report import card, schema
-
-    card.write_card(folder, schema.parse_report(report, folder / "mxd_report.json"), recipe, base_on_hub=base_on_hub)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conformance import BASE_FAILS, IDS, NAMES, NEW, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
-from conftest import ROOT
+from project import ROOT
 from tiny_models import LAYERS, tiny_model
 
 from mxd_convert import steer

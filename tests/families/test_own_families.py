@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import QUICKSTART, ROOT, TEXT, small_recipe
+from project import QUICKSTART
+from small_runs import TEXT, small_recipe
 from tiny_models import SIZES, save_tiny, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -284,7 +285,7 @@ def test_its_logits_in_a_process_without_the_package(odd_converted):
     assert (torch.tensor(json.loads(done.stdout)) - ours).abs().max() < 1e-5
 
 
-def test_nothing_of_it_runs_unless_it_is_trusted(odd, odd_converted, text, tmp_path):
+def test_nothing_of_it_runs_unless_it_is_trusted(programs, odd, odd_converted, text, tmp_path):
     """Neither a base's code nor a checkpoint's, in processes that have not trusted it before: these would leave a file."""
     mark = tmp_path / "it ran"
     for folder in (odd, odd_converted):
@@ -300,13 +301,11 @@ def test_nothing_of_it_runs_unless_it_is_trusted(odd, odd_converted, text, tmp_p
         (("generate", checkpoint, "--prompt", "a"), ("code of its own",)),
         (("verify", checkpoint), ("code of its own",)),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "mxd_convert.cli", *map(str, command)], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-        assert done.returncode == 2, done.stderr
-        assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
+        done = programs.run(*command)
+        assert done.status == 2, done.err
+        assert len(done.err.strip().splitlines()) <= 2, done.err
         for word in words:
-            assert word in done.stderr
+            assert word in done.err
     assert not mark.exists()
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, documents
+from project import ROOT
 from safetensors.torch import load_file, save_file
+from small_runs import documents
 
 from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION
 from mxd_convert.recipe.load import load_recipe

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FAMILIES, ROOT, write_card
+from folders import write_card
+from hub_client import on_hub
 from hub_routes import card_errors
 from huggingface_hub import ModelCard
-from test_hub import on_hub
+from project import ROOT
+from small_runs import FAMILIES
 
 from mxd_convert import convert, delta, edit
 from mxd_convert.recipe.schema import Recipe
@@ -20,12 +22,12 @@ def blocks_of(card: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
 
 
-def run_blocks(card, clients, folder, replace):
+def run_blocks(card, programs, folder, replace):
     """Python blocks as one script, the program's lines in between where they stand."""
     parts = re.findall(r"```(python|bash)\n(.*?)```", card, re.DOTALL)
     script = folder / "blocks.py"
     script.write_text("\n".join(code for language, code in parts if language == "python").replace("BASE", replace["BASE"]))
-    done = clients.run("python", script, cwd=str(folder))
+    done = programs.run("python", script, cwd=str(folder))
     assert done.status == 0, done.err
     for line in "\n".join(code for language, code in parts if language == "bash").splitlines():
         if not (words := line.split()):
@@ -33,13 +35,13 @@ def run_blocks(card, clients, folder, replace):
         assert words[0] == "mxd-convert"
         for name, value in replace.items():
             words = [re.sub(rf"\b{name}\b", value, word) for word in words]
-        done = clients.run(*[word.strip('"') for word in words[1:]], cwd=str(folder))
+        done = programs.run(*[word.strip('"') for word in words[1:]], cwd=str(folder))
         assert done.status == 0, (line, done.err)
     return len(parts), done
 
 
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "transcoder", "skip_transcoder", "dense_twin"])
-def test_every_block_of_a_published_card_runs(hub, program, clients, models, text, tmp_path, kind, recipe):
+def test_every_block_of_a_published_card_runs(hub, program, programs, models, text, tmp_path, kind, recipe):
     path = recipe(
         layers=[0, 2],
         layer={"kind": kind} if kind == "dense_twin" else {"kind": kind, "k": 4, "experts": 24},
@@ -54,21 +56,21 @@ def test_every_block_of_a_published_card_runs(hub, program, clients, models, tex
     (place / "recipe.yaml").write_text(blocks_of(card, "yaml")[0])
     assert (place / "recipe.yaml").read_text() == (result.output / "recipe.yaml").read_text()
     card = card.replace("base.model=PATH", f"base.model={models['gpt2']}").replace("train.path=PATH", f"train.path={text}")
-    count, last = run_blocks(card, clients, place, {"BASE": str(models["gpt2"])})
+    count, last = run_blocks(card, programs, place, {"BASE": str(models["gpt2"])})
     assert count == (2 if kind == "dense_twin" else 5)
     again = json.loads((place / "reproduced" / "mxd_report.json").read_text())
     assert again["fidelity"] == result.report["fidelity"], last.err
     assert again["recipe_sha256"] == result.report["recipe_sha256"]
 
 
-def test_every_block_of_a_deltas_card_runs(hub, program, clients, converted, models, text, tmp_path):
+def test_every_block_of_a_deltas_card_runs(hub, program, programs, converted, models, text, tmp_path):
     delta(converted["llama"], tmp_path / "delta")
     assert program("push", tmp_path / "delta", "alice/card-delta").status == 0
     card = on_hub(hub, "alice/card-delta")["README.md"].decode()
     (tmp_path / "place").mkdir()
     (tmp_path / "place" / "recipe.yaml").write_text(blocks_of(card, "yaml")[0])
     card = card.replace("base.model=PATH", f"base.model={models['llama']}").replace("train.path=PATH", f"train.path={text}")
-    count, _ = run_blocks(card, clients, tmp_path / "place", {"BASE": str(models["llama"])})
+    count, _ = run_blocks(card, programs, tmp_path / "place", {"BASE": str(models["llama"])})
     assert count == 6
     assert "mxd-delta" in ModelCard(card).data.tags
 

@@ -14,7 +14,8 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TEXT, documents
+from project import ROOT
+from small_runs import FAMILIES, TEXT, documents
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import mxd_convert

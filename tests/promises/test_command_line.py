@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
+from small_runs import FAMILIES
 
 from mxd_convert.recipe.load import load_recipe
 

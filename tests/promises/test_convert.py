@@ -6,14 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, documents, small_recipe
+from processes import until, wait_for_states
+from programs import Running
 from safetensors.torch import load_file
+from small_runs import FAMILIES, documents, small_recipe
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
@@ -121,26 +122,12 @@ def test_something_else_in_the_way_is_left_alone(models, text, tmp_path):
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
-def run_in_process(
-    recipe: Path, kill_when: Path | None = None, number: int = signal.SIGKILL, limit: int | None = None
-) -> subprocess.Popen:
-    """The command line on a recipe; killed as soon as `kill_when` matches a file."""
-    command = [sys.executable, "-m", "mxd_convert.cli", "run", str(recipe)]
-    if limit is not None:
-        size = f"resource.RLIMIT_FSIZE, ({limit}, {limit})"
-        command = [
-            sys.executable,
-            "-c",
-            f"import os, resource, sys; resource.setrlimit({size}); os.execv(sys.argv[1], sys.argv[1:])",
-            *command,
-        ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while kill_when is not None and process.poll() is None and time.monotonic() < deadline:
-        if list(kill_when.parent.glob(kill_when.name)):
-            process.send_signal(number)
-            break
-        time.sleep(0.002)
+def run_until(programs, recipe: Path, file: Path, number: int = signal.SIGKILL) -> Running:
+    """Start a run and send a signal as soon as a file exists that matches."""
+    process = programs.start("run", recipe)
+    until(lambda: process.ended or list(file.parent.glob(file.name)))
+    if not process.ended:
+        process.send(number)
     return process
 
 
@@ -155,58 +142,56 @@ def comparable(folder: Path) -> tuple[dict, list]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_cut_off_ends_as_one_that_was_not(models, text, tmp_path, number):
+def test_a_run_that_is_cut_off_ends_as_one_that_was_not(programs, models, text, tmp_path, number):
     settings = {"layers": [0, 1], "data": {"tokens": 16_384}, "train": {"checkpoint_every": 3}}
-    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "cut", **settings)))
-    process = run_in_process(recipe, tmp_path / "cut.partial" / "state" / "layers-0-1" / "step-*09.json", number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
-    assert "Traceback" not in errors
-    assert number == signal.SIGKILL or "interrupted; the same command resumes where it stopped" in errors
+    whole = tmp_path / "whole"
+    assert programs.run("run", recipe, "--output", whole).status == 0
+    cut = run_until(programs, recipe, tmp_path / "cut.partial" / "state" / "layers-0-1" / "step-*09.json", number).wait()
+    assert cut.status == (130 if number == signal.SIGINT else None), cut.err
+    assert "Traceback" not in cut.err
+    assert number == signal.SIGKILL or "interrupted; the same command resumes where it stopped" in cut.err
     assert not (tmp_path / "cut").exists()
-    done = run_in_process(recipe)
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
+    done = programs.run("run", recipe)
+    assert done.status == 0, done.err
     report = json.loads((tmp_path / "cut" / "mxd_report.json").read_text())
     assert report["cost"]["resumed_at_steps"], "the kill came too late to show anything"
-    ours, theirs = load_file(tmp_path / "cut" / "model.safetensors"), load_file(whole.output / "model.safetensors")
+    ours, theirs = load_file(tmp_path / "cut" / "model.safetensors"), load_file(whole / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
-    assert comparable(tmp_path / "cut") == comparable(whole.output)
-    assert f"resumed at step {report['cost']['resumed_at_steps'][0]}" in errors
+    assert comparable(tmp_path / "cut") == comparable(whole)
+    assert f"resumed at step {report['cost']['resumed_at_steps'][0]}" in done.err
 
 
-def test_an_output_in_use_is_refused(models, text, tmp_path):
+def test_an_output_in_use_is_refused(programs, models, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", data={"tokens": 2_000_000})))
-    first = run_in_process(recipe, tmp_path / "out.partial" / "state" / "layers-0-2" / "step-*.json", signal.SIGCONT)
+    first = programs.start("run", recipe)
     try:
-        assert first.poll() is None
-        second = run_in_process(recipe)
-        _, errors = second.communicate(timeout=120)
-        assert second.returncode == 2
-        assert "in use by another run" in errors
-        assert "Traceback" not in errors
+        wait_for_states(tmp_path / "out")
+        assert not first.ended
+        second = programs.run("run", recipe)
+        assert second.status == 2
+        assert "in use by another run" in second.err
+        assert "Traceback" not in second.err
+        assert not first.ended
     finally:
-        first.kill()
-        first.communicate()
+        first.process.kill()
+        first.wait()
 
 
-def test_a_full_disk_is_a_line_and_the_run_goes_on_afterwards(models, text, tmp_path):
+def test_a_full_disk_is_a_line_and_the_run_goes_on_afterwards(programs, models, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])))
-    process = run_in_process(recipe, limit=40_000)  # no file may grow past this: the token files fit, the saved state does not
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
-    assert "no space left" in errors
-    assert "Traceback" not in errors
+    full = programs.run("run", recipe, largest_file=40_000)  # bytes: the token files fit, the saved state does not
+    assert full.status == 2, full.err
+    assert "no space left" in full.err
+    assert "Traceback" not in full.err
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").rglob("*.tmp"))
-    done = run_in_process(recipe)
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
+    done = programs.run("run", recipe)
+    assert done.status == 0, done.err
 
 
 def test_too_little_space_is_told_before_the_work(models, text, tmp_path, monkeypatch):
@@ -355,13 +340,14 @@ def test_another_text_of_the_same_name_is_another_recipe(models, text, tmp_path)
         convert(small_recipe(models["gpt2"], other, tmp_path / "out", layers=[1]), quiet=True)
 
 
-def test_text_changed_in_place_is_noticed_by_a_resumed_run(models, text, tmp_path):
+def test_text_changed_in_place_is_noticed_by_a_resumed_run(programs, models, text, tmp_path):
     mine = tmp_path / "text.jsonl"
     mine.write_text(text.read_text())
     recipe = tmp_path / "recipe.yaml"
     settings = {"layers": [1], "data": {"tokens": 200_000}, "train": {"checkpoint_every": 3}}
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], mine, tmp_path / "out", **settings)))
-    run_in_process(recipe, tmp_path / "out.partial" / "state" / "layers-1" / "step-*3.json").communicate(timeout=120)
+    cut = run_until(programs, recipe, tmp_path / "out.partial" / "state" / "layers-1" / "step-*3.json").wait()
+    assert cut.status is None, "the kill came too late to show anything"
     (tmp_path / "out.partial" / "fingerprint").with_suffix(".tmp").write_text("cut off here")  # of a kill while it was written
     mine.write_text(text.read_text() + text.read_text().upper())
     with pytest.raises(InputError, match=r"text\.jsonl has changed; undo that change"):

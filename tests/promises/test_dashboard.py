@@ -2,12 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import documents, small_recipe
-from test_expert_statistics import blocks_of, loop, with_layers
+from folders import NASTY, data_of, experts_of
+from observations import firings_by_loop
+from random_layers import gpt2_with_layers
+from small_runs import blocks_of, documents, small_recipe
 
 import mxd_convert
 from mxd_convert import InputError, convert, load_checkpoint
@@ -16,17 +17,6 @@ from mxd_convert.commands.dashboard import write_dashboard
 from mxd_convert.dashboard import pages
 from mxd_convert.dashboard.tokens import token_texts
 from mxd_convert.evaluation.experts import firings
-
-
-def data_of(folder: Path, name: str):
-    """What a data file hands to the page."""
-    match = re.fullmatch(rf'MXD\.give\("{name}",(.*)\);\n', (folder / f"{name}.js").read_text(encoding="ascii"))
-    return json.loads(match[1])
-
-
-def experts_of(folder: Path, layer: int) -> list[dict]:
-    number = len(list((folder / "data" / str(layer)).glob("experts-*.js")))
-    return [expert for shard in range(number) for expert in data_of(folder, f"data/{layer}/experts-{shard}")]
 
 
 def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
@@ -39,7 +29,7 @@ def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
     assert [layer["layer"] for layer in summary["layers"]] == [0, 2]
     model, tokenizer = load_checkpoint(converted["llama"], dtype="float32"), load_tokenizer(str(converted["llama"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
-    expected = loop(model, 2, blocks, mask_bos=True)
+    expected = firings_by_loop(model, 2, blocks, mask_bos=True)
     about, experts, rows = summary["layers"][1], experts_of(output, 2), data_of(output, "data/2/index")
     assert len(experts) == 24
     assert about["tokens"] == summary["data"]["tokens"] == blocks.counted(blocks.take(slice(None)), True).sum()
@@ -89,7 +79,7 @@ def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
 def test_every_kind_has_its_pages(models, text, tmp_path):
     """Side by side in one model; a layer without experts is named, and experts without matrices have no rank."""
     entries = {0: ("random_gate", {}), 1: ("dense_twin", {}), 2: ("skip_transcoder", {"sparsity": "l1"})}
-    model, tokenizer = with_layers(models, entries), load_tokenizer(str(models["gpt2"]))
+    model, tokenizer = gpt2_with_layers(models, entries), load_tokenizer(str(models["gpt2"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
     write_dashboard(tmp_path / "board", model, tokenizer, blocks, "mixed", quiet=True)
     summary = data_of(tmp_path / "board", "data/summary")
@@ -103,15 +93,8 @@ def test_every_kind_has_its_pages(models, text, tmp_path):
     assert [layer["layer"] for layer in data_of(tmp_path / "board", "data/summary")["layers"]] == [2]
     for alone in ({1: ("dense_twin", {})}, {0: ("mxd", {}), 1: ("dense_twin", {})}):
         with pytest.raises(InputError, match=r"no experts to show"):
-            write_dashboard(tmp_path / "none", with_layers(models, alone), tokenizer, blocks, "none", layers=[1], quiet=True)
+            write_dashboard(tmp_path / "none", gpt2_with_layers(models, alone), tokenizer, blocks, "none", layers=[1], quiet=True)
     assert not (tmp_path / "none").exists()
-
-
-NASTY = (
-    "<script>alert(1)</script>",
-    "</script><img src=x onerror=alert(1)>",
-    "<!-- ]]> & \" ' \\ \u2028 \u2029 \u202e &lt;b&gt; <b>bold</b>",
-)
 
 
 def test_nothing_in_the_text_gets_out_of_it(copy, tmp_path):
@@ -188,7 +171,7 @@ def test_only_begins_of_sequences(models, tmp_path):
     (tmp_path / "one.txt").write_text("\n\n".join("a" for _ in range(200)))
     blocks = blocks_of(tmp_path / "one.txt", tokenizer, tmp_path / "text", tokens=2, context=1)
     with pytest.raises(InputError, match="nothing in it but BOS"):
-        write_dashboard(tmp_path / "board", with_layers(models, {0: ("mxd", {})}), tokenizer, blocks, "x", quiet=True)
+        write_dashboard(tmp_path / "board", gpt2_with_layers(models, {0: ("mxd", {})}), tokenizer, blocks, "x", quiet=True)
 
 
 def test_a_run_writes_it(models, text, tmp_path, monkeypatch, capsys, recipe, refused):

@@ -9,9 +9,9 @@ import browser
 import numpy as np
 import pytest
 import torch
-from conftest import documents
+from folders import NASTY, data_of, experts_of
 from safetensors.torch import load_file, save_file
-from test_dashboard import NASTY, data_of, experts_of
+from small_runs import documents
 
 import mxd_convert
 from mxd_convert import load_checkpoint, steer

@@ -5,34 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from folders import cache_of
+from random_layers import CONTEXT, EXPERTS, checkpoint_of, model_layer
 from safetensors.numpy import load_file
-from test_export import CONTEXT, N, blocks_of, checkpoint_of, random_layer
+from small_runs import blocks_of
 
 from mxd_convert import InputError, cache_activations, load_checkpoint
+from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.export.delphi import active_entries
-
-
-def read(folder):
-    """A module's cache as the format says: entries as (block, position, expert) -> activation, and the tokens; its manners checked."""
-    entries, tokens, ranges = {}, None, []
-    for path in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem.split("_")[0])):
-        first, last = map(int, path.stem.split("_"))  # the last one counts
-        ranges.append((first, last))
-        content = load_file(path)
-        assert content.keys() == {"locations", "activations", "tokens"}
-        locations, activations = content["locations"], content["activations"]
-        assert locations.dtype == np.uint16
-        assert activations.dtype == np.float16
-        assert content["tokens"].dtype == np.int64
-        assert locations.shape == (len(activations), 3)
-        assert tokens is None or np.array_equal(tokens, content["tokens"])
-        tokens = content["tokens"]
-        rows = [tuple(row) for row in locations.tolist()]
-        assert rows == sorted(rows)
-        assert all(0 <= expert <= last - first for _, _, expert in rows)
-        entries |= {(b, t, expert + first): value for (b, t, expert), value in zip(rows, activations, strict=True)}
-    assert [first for first, _ in ranges[1:]] == [last + 1 for _, last in ranges[:-1]]
-    return entries, tokens, ranges
 
 
 @torch.no_grad()
@@ -53,7 +33,7 @@ def coefficients(model, index, ids):
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
 @pytest.mark.parametrize("mask_first", [None, False])
 def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tmp_path):
-    layers = {0: random_layer("mxd", 0, sparsity=sparsity), 2: random_layer("skip_transcoder", 2, sparsity=sparsity)}
+    layers = {0: model_layer("mxd", 0, sparsity=sparsity), 2: model_layer("skip_transcoder", 2, sparsity=sparsity)}
     with torch.no_grad():
         layers[0].gate.bias[20:] = -1e3  # a file of its own that stays empty
         layers[2].gate.bias[3] = 1e6  # beyond float16
@@ -63,11 +43,11 @@ def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tm
     assert found == json.loads((tmp_path / "out" / "mxd_cache.json").read_text())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"latents", "mxd_cache.json"}
     assert {path.name for path in (tmp_path / "out" / "latents").iterdir()} == {"h.0.mlp", "h.2.mlp"}
-    ids = blocks_of(folder, text, 2048, tmp_path).take(slice(None))
+    ids = blocks_of(text, load_tokenizer(str(folder)), tmp_path, tokens=2048).take(slice(None))
     model = load_checkpoint(folder)
     for index in layers:
         place = tmp_path / "out" / "latents" / f"h.{index}.mlp"
-        entries, tokens, ranges = read(place)
+        entries, tokens, ranges = cache_of(place)
         assert ranges == [(4 * i, 4 * i + 3) for i in range(6)]
         assert np.array_equal(tokens, ids.numpy())
         dense = coefficients(model, index, ids)
@@ -128,7 +108,7 @@ def test_a_cache_that_can_not_be_made(refused, converted, text, tmp_path):
     refused("export", folder, tmp_path / "out", *arguments, "--layers", "1", words=("layer 1 is not converted",))
     refused("export", folder, tmp_path / "out", *arguments, "--tokens", 3, words=("--tokens 3",))
     refused("export", folder, folder / "below", *arguments, words=("inside the checkpoint",))
-    for splits in (0, N + 1):
-        with pytest.raises(InputError, match=f"splits = {splits}.*{N}"):
+    for splits in (0, EXPERTS + 1):
+        with pytest.raises(InputError, match=f"splits = {splits}.*{EXPERTS}"):
             cache_activations(folder, tmp_path / "out", text, splits=splits)
     assert list(tmp_path.iterdir()) == []

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES
+from folders import contents
+from hub_client import logits_of
 from safetensors.torch import load_file, save_file
-from test_hub import contents, logits_of
+from small_runs import FAMILIES
 
 from mxd_convert import InputError, apply, delta, load, load_checkpoint
 from mxd_convert.base_model.load import untied_tensors
@@ -94,13 +95,13 @@ def test_what_is_refused(refused, converted, models, tmp_path):
     assert not (tmp_path / "full").exists()
 
 
-def test_a_delta_goes_to_the_hub_and_is_loaded_from_there(hub, program, clients, converted, models, tmp_path):
+def test_a_delta_goes_to_the_hub_and_is_loaded_from_there(hub, program, programs, converted, models, tmp_path):
     assert program("delta", converted["llama"], tmp_path / "delta").status == 0
     done = program("push", tmp_path / "delta", "alice/a-delta")
     assert done.status == 0, done.err
     load_it = f"mxd_convert.load(name, base={str(models['llama'])!r})"
-    theirs = logits_of(clients, "alice/a-delta", tmp_path / "a", load_it, "import mxd_convert")
-    ours = logits_of(clients, converted["llama"], tmp_path / "b", "mxd_convert.load(name)", "import mxd_convert")
+    theirs = logits_of(programs, "alice/a-delta", tmp_path / "a", load_it, "import mxd_convert")
+    ours = logits_of(programs, converted["llama"], tmp_path / "b", "mxd_convert.load(name)", "import mxd_convert")
     assert ours.equal(theirs)
     assert program("pull", "alice/a-delta", tmp_path / "pulled").status == 0
     assert program("apply", tmp_path / "pulled", tmp_path / "full", "--base", models["llama"]).status == 0

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import until
+from project import ROOT
 
 import mxd_convert
 
@@ -41,13 +42,6 @@ def test_what_goes_wrong_anywhere_is_a_line(mxd, monkeypatch, error, words, tmp_
     assert words in err
     assert "Traceback" not in err
     assert "Traceback" in mxd("--debug", "label", tmp_path)[2]
-
-
-def until(what, seconds=120.0):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
@@ -95,13 +89,12 @@ def test_too_little_address_space_for_the_imports_is_a_line():
     assert "the address space is limited to 0.91 GiB" in done.stderr
 
 
-def test_a_full_disk_is_no_fault_of_the_checkpoint_that_is_verified(converted):
+def test_a_full_disk_is_no_fault_of_the_checkpoint_that_is_verified(programs, converted):
     sizes = sorted(path.stat().st_size for path in converted["gpt2"].iterdir() if path.is_file())
-    limit = (sizes[-1] - 1) // 1024  # KiB: all files but the weights, which are saved again, can be copied
-    command = ["bash", "-c", f'ulimit -f {limit} && exec "$@"', "bash", *PROGRAM, "verify", str(converted["gpt2"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stdout
-    assert "no space left on the disk while verifying" in done.stderr
+    limit = sizes[-1] - 1024  # bytes: all files but the weights, which are saved again, can be copied
+    done = programs.run("verify", converted["gpt2"], largest_file=limit)
+    assert done.status == 2, done.out
+    assert "no space left on the disk while verifying" in done.err
 
 
 def test_a_reader_that_has_enough_is_no_error(recipe):
@@ -112,23 +105,23 @@ def test_a_reader_that_has_enough_is_no_error(recipe):
     assert done.stderr == ""
 
 
-def test_labels_that_are_given_at_the_same_time_are_all_kept(copy):
-    code = "import sys, mxd_convert; n = int(sys.argv[2]);"
-    code += "mxd_convert.add_labels(sys.argv[1], [{'layer': 0, 'expert': n, 'text': 't', 'author': str(n)}])"
-    together = [subprocess.Popen([sys.executable, "-c", code, str(copy), str(n)]) for n in range(4)]
-    assert [process.wait() for process in together] == [0] * 4
+def test_labels_that_are_given_at_the_same_time_are_all_kept(programs, copy, tmp_path):
+    script = tmp_path / "add.py"
+    script.write_text(
+        "import sys, mxd_convert\nn = int(sys.argv[2])\n"
+        "mxd_convert.add_labels(sys.argv[1], [{'layer': 0, 'expert': n, 'text': 't', 'author': str(n)}])\n"
+    )
+    together = [programs.start("python", script, copy, n) for n in range(4)]
+    assert [process.wait().status for process in together] == [0] * 4
     assert [label.expert for label in mxd_convert.read_labels(copy)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("setting", ["WORLD_SIZE=2 RANK=0", "LOCAL_RANK=0", "PMI_SIZE=4"])
-def test_processes_that_nobody_launched(recipe, setting):
-    environment = {**os.environ, **dict(pair.split("=") for pair in setting.split())}
-    done = subprocess.run(
-        [*PROGRAM, "run", str(recipe())], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-    assert done.returncode == 2
-    assert setting.split()[0] in done.stderr
-    assert "torchrun" in done.stderr
+def test_processes_that_nobody_launched(programs, recipe, setting):
+    done = programs.run("run", recipe(), environment=dict(pair.split("=") for pair in setting.split()))
+    assert done.status == 2
+    assert setting.split()[0] in done.err
+    assert "torchrun" in done.err
 
 
 def test_an_expanded_variable_is_not_published(recipe, text, tmp_path, monkeypatch, mxd):

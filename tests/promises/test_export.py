@@ -6,44 +6,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import nothing_left, small_recipe
+from folders import nothing_left
+from random_layers import ACTIVE, EXPERTS, checkpoint_of, model_layer
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
+from small_runs import blocks_of, small_recipe
 
 import mxd_convert
 from mxd_convert import InputError, export_transcoder, load_checkpoint
-from mxd_convert.base_model import swap
-from mxd_convert.base_model.load import load_base, load_tokenizer, model_sha256
+from mxd_convert.base_model.load import load_base, load_tokenizer
 from mxd_convert.commands import export as transcoders
-from mxd_convert.data.blocks import prepare_eval
 from mxd_convert.export import job as job_module
-from mxd_convert.layers import LayerSpec, new_layer
-from mxd_convert.recipe.schema import Base, EvalText
-
-N, K, CONTEXT = 24, 4, 32
-
-
-def random_layer(kind: str, seed: int = 0, **settings):
-    torch.manual_seed(seed)
-    hidden = 0 if "coder" in kind else 40
-    experts = (0, 0) if kind == "dense_twin" else (settings.pop("n_experts", N), settings.pop("k", K))
-    settings = {"skip": kind == "skip_transcoder", **settings}
-    layer = new_layer(LayerSpec(kind, 32, hidden, 32, *experts, **settings))
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            parameter.normal_(std=1.0 if "bias" in name else 0.3)
-    return layer.eval()
-
-
-def checkpoint_of(folder, model, layers):
-    """A checkpoint with these layers, as a run would leave it."""
-    base = load_base(Base(model=str(model)))
-    origin = {"model": model.name, "revision": None, "sha256": model_sha256(base), "local": True}
-    swap.insert_layers(base, layers, origin).save_pretrained(folder)
-    load_tokenizer(str(model)).save_pretrained(folder)
-    (folder / "mxd_local.json").write_text(json.dumps({"base": str(model)}))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": {"context": CONTEXT}, "train": {"mask_bos": True}}))
-    return folder
+from mxd_convert.recipe.schema import Base
 
 
 def sparsify_forward(folder, x):
@@ -77,7 +51,7 @@ def circuit_forward(folder, index, x):
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
 @torch.no_grad()
 def test_a_transcoder_is_exported_as_it_is(kind, sparsity, models, text, tmp_path):
-    layers = {index: random_layer(kind, index, sparsity=sparsity) for index in range(3)}
+    layers = {index: model_layer(kind, index, sparsity=sparsity) for index in range(3)}
     folder = checkpoint_of(tmp_path / "checkpoint", models["llama"], layers)
     x = torch.randn(200, 32)
     for layout in ("sparsify", "circuit-tracer"):
@@ -90,21 +64,16 @@ def test_a_transcoder_is_exported_as_it_is(kind, sparsity, models, text, tmp_pat
             assert figures["fvu_against_layer"] < 1e-10
             assert figures["fvu_surrogate"] == pytest.approx(figures["fvu_layer"], rel=1e-6)
             assert abs(figures["delta_ce"]) < 1e-5
-            assert figures["k"] == (K if sparsity == "topk" else None)
+            assert figures["k"] == (ACTIVE if sparsity == "topk" else None)
     for index, layer in layers.items():
         assert torch.allclose(sparsify_forward(tmp_path / "sparsify" / f"layers.{index}.mlp", x), layer(x), atol=1e-5)
         y, positive = circuit_forward(tmp_path / "circuit-tracer", index, x)
-        same = (positive >= K) | torch.tensor(sparsity == "l1")
+        same = (positive >= ACTIVE) | torch.tensor(sparsity == "l1")
         assert same.any()
         assert torch.allclose(y[same], layer(x)[same], atol=1e-5)
         assert not torch.isclose(y[~same], layer(x)[~same], atol=1e-3).all(-1).any()  # the difference that the notes tell
     for coder in load_file(tmp_path / "sparsify" / "layers.0.mlp" / "sae.safetensors").values():
         assert coder.dtype == np.float32
-
-
-def blocks_of(folder, text, tokens, tmp_path):
-    source = EvalText(path=str(text), text="text", tokens=tokens)
-    return prepare_eval(source, CONTEXT, load_tokenizer(str(folder)), tmp_path)
 
 
 @torch.no_grad()
@@ -137,14 +106,14 @@ PATHS = {"gpt2": "transformer.h.{i}.mlp", "llama": "model.layers.{i}.mlp"}
 )
 @torch.no_grad()
 def test_the_surrogate_of_an_mxd_is_its_formula_and_its_losses_are_numpys(family, settings, models, text, tmp_path):
-    layers = {0: random_layer("mxd", 0, **settings), 2: random_layer("random_gate", 2, **settings)}
+    layers = {0: model_layer("mxd", 0, **settings), 2: model_layer("random_gate", 2, **settings)}
     layers[2].gate.bias[5] = -1e3  # never fires
     folder = checkpoint_of(tmp_path / "checkpoint", models[family], layers)
     found = export_transcoder(folder, tmp_path / "out", "sparsify", text, tokens=1024, quiet=True)
     assert found == json.loads((tmp_path / "out" / "mxd_surrogate.json").read_text())
     assert (found["data"]["tokens_estimated"], found["data"]["tokens_measured"]) == (768, 256)
     assert found["activations"] == "base"
-    blocks = blocks_of(folder, text, 1024, tmp_path)
+    blocks = blocks_of(text, load_tokenizer(str(folder)), tmp_path, tokens=1024)
     first, last = blocks.take(slice(0, 24)), blocks.take(slice(24, 32))
     base, model = load_base(Base(model=str(models[family]))), load_checkpoint(folder)
     surrogates = {}
@@ -157,10 +126,10 @@ def test_the_surrogate_of_an_mxd_is_its_formula_and_its_losses_are_numpys(family
         dense = (
             coefficients
             if settings.get("sparsity") == "l1"
-            else torch.zeros(len(x), N).scatter(-1, coefficients[1], coefficients[0])
+            else torch.zeros(len(x), EXPERTS).scatter(-1, coefficients[1], coefficients[0])
         )
         tensors, never = load_torch(place / "sae.safetensors"), 0
-        for n in range(N):
+        for n in range(EXPERTS):
             fires = dense[:, n] > 0
             never += not fires.any()
             row = layer.experts[n].double() * (u[fires].mean(0) if fires.any() else u.mean(0))
@@ -182,8 +151,8 @@ def test_the_surrogate_of_an_mxd_is_its_formula_and_its_losses_are_numpys(family
             assert figures["l0"] == pytest.approx(positive.mean().item())
             assert figures["fewer_than_k"] is None
         else:
-            assert figures["l0"] == pytest.approx(positive.clamp_max(K).mean().item())
-            assert figures["fewer_than_k"] == pytest.approx((positive < K).double().mean().item())
+            assert figures["l0"] == pytest.approx(positive.clamp_max(ACTIVE).mean().item())
+            assert figures["fewer_than_k"] == pytest.approx((positive < ACTIVE).double().mean().item())
         surrogates[index] = place
 
     def hook(place):
@@ -252,7 +221,7 @@ def test_a_preset_of_steering_is_left_out_and_told(copy, text, tmp_path):
 
 
 def test_a_dense_twin_is_left_out(models, text, tmp_path, refused):
-    layers = {0: random_layer("dense_twin"), 1: random_layer("transcoder")}
+    layers = {0: model_layer("dense_twin"), 1: model_layer("transcoder")}
     folder = checkpoint_of(tmp_path / "checkpoint", models["llama"], layers)
     found = export_transcoder(folder, tmp_path / "out", "sparsify", text, tokens=512, quiet=True)
     assert list(found["layers"]) == ["1"]
@@ -305,12 +274,12 @@ def test_what_can_not_be_exported(refused, mxd, converted, models, text, tmp_pat
     refused(*arguments, *to, "--layers", "x", words=("--layers", "'x'"))
     refused(*arguments, "--to", "circuit-tracer", words=("layer 1 of 3 has no experts", "convert all layers"))
     for other, words in (
-        (random_layer("mxd", n_experts=16), ("same experts", "24 in layer 0, 16 in layer 2")),
-        (random_layer("mxd", k=3), ("same active experts",)),
-        (random_layer("mxd", skip=True), ("same skip path",)),
-        (random_layer("mxd", sparsity="l1"), ("same sparsity",)),
+        (model_layer("mxd", n_experts=16), ("same experts", "24 in layer 0, 16 in layer 2")),
+        (model_layer("mxd", k=3), ("same active experts",)),
+        (model_layer("mxd", skip=True), ("same skip path",)),
+        (model_layer("mxd", sparsity="l1"), ("same sparsity",)),
     ):
-        layers = {0: random_layer("mxd"), 1: random_layer("transcoder"), 2: other}
+        layers = {0: model_layer("mxd"), 1: model_layer("transcoder"), 2: other}
         mixed = checkpoint_of(tmp_path / "-".join(words).replace(" ", "-"), models["llama"], layers)
         refused("export", mixed, out, "--data", text, "--to", "circuit-tracer", words=(*words, "--to sparsify"))
     assert not list(tmp_path.glob("*out*"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICKSTART
+from project import QUICKSTART
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 

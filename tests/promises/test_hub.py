@@ -5,46 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import small_recipe
-from hub_server import Hub
+from folders import contents
+from hub_client import LOGITS, logits_of, on_hub, published
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from small_runs import small_recipe
 
 from mxd_convert import convert, delta, edit
 
-LOGITS = """
-import sys
-import torch
-{imports}
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
-name, out = sys.argv[1:]
-model = {load}
-ids = torch.arange(1, 13).reshape(1, -1)
-save_file({{"logits": model(input_ids=ids).logits.detach()}}, out)
-"""
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def published(folder: Path, repo_id: str) -> dict[str, bytes]:
-    """What of a folder should be on the Hub."""
-    files = {path: content for path, content in contents(folder).items() if path != "mxd_local.json"}
-    return {**files, "README.md": files["README.md"].replace(b"THIS_REPOSITORY", repo_id.encode())}
-
-
-def on_hub(hub: Hub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-    return {path: content for path, content in hub.files(repo_id, revision).items() if path != ".gitattributes"}
-
-
-def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, converted, tmp_path):
+def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, programs, converted, tmp_path):
     folder = converted["llama"]
     before = contents(folder)
     done = program("push", folder, "there-and-back", "--message", "first")
@@ -72,29 +45,21 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, conv
     assert program("verify", tmp_path / "pulled", environment={"HF_HUB_OFFLINE": "1"}).status == 0
 
 
-def logits_of(clients, name, out, load, imports=""):
-    script = out.with_suffix(".py")
-    script.write_text(LOGITS.format(load=load, imports=imports))
-    done = clients.run("python", script, name, out, token=None)
-    assert done.status == 0, done.err
-    return load_file(out)["logits"]
-
-
-def test_from_pretrained_takes_a_repository(hub, program, clients, converted, tmp_path):
+def test_from_pretrained_takes_a_repository(hub, program, programs, converted, tmp_path):
     folder = converted["gpt2"]
     assert program("push", folder, "alice/straight").status == 0
-    ours = logits_of(clients, folder, tmp_path / "a", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert")
+    ours = logits_of(programs, folder, tmp_path / "a", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert")
     theirs = logits_of(
-        clients, "alice/straight", tmp_path / "b", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert"
+        programs, "alice/straight", tmp_path / "b", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert"
     )
     assert ours.equal(theirs)
-    loaded = logits_of(clients, "alice/straight", tmp_path / "c", "mxd_convert.load(name)", "import mxd_convert")
+    loaded = logits_of(programs, "alice/straight", tmp_path / "c", "mxd_convert.load(name)", "import mxd_convert")
     assert ours.equal(loaded)
     # without the package: a process that can't import it
     script = tmp_path / "without.py"
     blocked = "sys.modules['mxd_convert'] = None"
     script.write_text(LOGITS.format(load="AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)", imports=blocked))
-    environment = {**os.environ, **clients.environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {**os.environ, **programs.environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run(
         [sys.executable, "-I", script, "alice/straight", tmp_path / "d"], env=environment, check=True, capture_output=True
     )
@@ -297,10 +262,10 @@ def test_what_the_hub_says_of_a_card_is_told_before_anything_is_made(hub, progra
     assert "alice/refused-card" not in hub.repos
 
 
-def test_what_is_cached_loads_without_the_network(hub, program, clients, converted, tmp_path):
+def test_what_is_cached_loads_without_the_network(hub, program, programs, converted, tmp_path):
     assert program("push", converted["llama"], "alice/cached", verified=False).status == 0
     load_it = "mxd_convert.load(name)"
-    ours = logits_of(clients, "alice/cached", tmp_path / "a", load_it, "import mxd_convert")
-    done = clients.run_anew("python", tmp_path / "a.py", "alice/cached", tmp_path / "b", HF_HUB_OFFLINE="1")
+    ours = logits_of(programs, "alice/cached", tmp_path / "a", load_it, "import mxd_convert")
+    done = programs.run_anew("python", tmp_path / "a.py", "alice/cached", tmp_path / "b", HF_HUB_OFFLINE="1")
     assert done.status == 0, done.err
     assert ours.equal(load_file(tmp_path / "b")["logits"])

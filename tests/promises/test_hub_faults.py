@@ -7,11 +7,10 @@ import signal
 import time
 
 import pytest
-from conftest import TOKEN
-from hub_client import Work
+from folders import contents
+from hub_client import TOKEN, on_hub, published
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from test_hub import contents, on_hub, published
 
 from mxd_convert import InputError, load_checkpoint
 from mxd_convert.hub.client import hub_errors, with_retries
@@ -52,8 +51,8 @@ def whole_or_nothing(hub, name, folder):
     return bool(found)
 
 
-def test_the_token_that_was_logged_in_with_is_taken(hub, clients, program, folder):
-    kept = clients.home / "hf" / "token"
+def test_the_token_that_was_logged_in_with_is_taken(hub, programs, program, folder):
+    kept = programs.home / "hf" / "token"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(TOKEN)
     try:
@@ -109,13 +108,13 @@ def test_what_stays_wrong_is_a_line_and_the_next_push_goes_on(hub, program, prog
         assert not [request for request in hub.requests[asked:] if request.method == "PUT"]
 
 
-def test_what_a_push_may_not_do(hub, clients, program_refused, folder):
+def test_what_a_push_may_not_do(hub, programs, program_refused, folder):
     program_refused("push", folder, "bob/his", words=("bob/his", "does not allow publishing"), verified=False)
     assert "bob/his" not in hub.repos
     program_refused("push", folder, "alice/x", words=("needs a token", "hf auth login"), token=None)
     program_refused("push", folder, "alice/x", words=("does not accept your token",), token="hf_wrong")
     program_refused("push", folder, "not a name", words=("not a valid repository name",))
-    offline = clients.run_anew("push", folder, "alice/x", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    offline = programs.run_anew("push", folder, "alice/x", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
     assert (offline.status, offline.err) == (2, "mxd-convert: HF_HUB_OFFLINE is set, so the Hub can't be reached; unset it\n")
     program_refused("push", folder / "nowhere", "alice/x", words=("no such folder",))
     assert "alice/x" not in hub.repos
@@ -168,16 +167,16 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, program, folder):
     assert on_hub(hub, "alice/lost") == published(folder, "alice/lost")
 
 
-def test_a_push_killed_at_every_tenth_request_goes_on(hub, clients, program, folder, tmp_path):
+def test_a_push_killed_at_every_tenth_request_goes_on(hub, programs, program, folder, tmp_path):
     sharded = tmp_path / "sharded"
     model = load_checkpoint(folder)
     model.save_pretrained(sharded, max_shard_size="15KB")
     assert len(list(sharded.glob("model-*.safetensors"))) >= 10
     runs, first = 0, len(hub.requests)
     for _ in range(40):
-        process, place = clients.start(Work(["push", str(sharded), "alice/killed"], verified=False), TOKEN)
+        process = programs.start("push", sharded, "alice/killed", token=TOKEN, verified=False)
         kill_at(hub, process, 10)
-        done = clients.wait(process, place)
+        done = process.wait()
         runs += 1
         if done.status == 0:
             break
@@ -190,12 +189,12 @@ def test_a_push_killed_at_every_tenth_request_goes_on(hub, clients, program, fol
     assert len(sent) <= len(set(sent)) + 5 * runs  # what has arrived is not sent again; five are under way at a time
 
 
-def test_downloads_that_are_cut_off_go_on(hub, clients, program, folder, tmp_path):
+def test_downloads_that_are_cut_off_go_on(hub, programs, program, folder, tmp_path):
     assert program("push", folder, "alice/downloads", verified=False).status == 0
     for at in (4, 12):
-        process, place = clients.start(Work(["pull", "alice/downloads", str(tmp_path / "pulled")]), TOKEN)
+        process = programs.start("pull", "alice/downloads", tmp_path / "pulled", token=TOKEN)
         kill_at(hub, process, at)
-        assert clients.wait(process, place).status is None
+        assert process.wait().status is None
         assert not (tmp_path / "pulled").exists()
     hub.watch = lambda request: None
     assert program("pull", "alice/downloads", tmp_path / "pulled").status == 0
@@ -268,18 +267,18 @@ def test_a_file_with_another_hash_is_thrown_away(hub, program, program_refused, 
     assert contents(tmp_path / "a") == on_hub(hub, "alice/hashes")
 
 
-def test_the_token_is_in_no_traceback(hub, program, clients, folder):
+def test_the_token_is_in_no_traceback(hub, program, programs, folder):
     hub.fail("POST", "/api/repos/create", 403)
     hub.fail("PUT", "/[0-9a-f]{64}", 400)
     for last in ("HfHubHTTPError", "RuntimeError"):
-        done = clients.run("--debug", "push", folder, "alice/traced", token=TOKEN, verified=False)
+        done = programs.run("--debug", "push", folder, "alice/traced", token=TOKEN, verified=False)
         assert "Traceback" in done.err
         assert last in done.err
         assert TOKEN not in done.err + done.out
         assert done.status == 2
 
 
-def test_a_pull_does_not_mix_revisions(hub, clients, program, folder, tmp_path):
+def test_a_pull_does_not_mix_revisions(hub, programs, program, folder, tmp_path):
     assert program("push", folder, "alice/mixed", "--revision", "v1", verified=False).status == 0
     sharded = shutil.copytree(folder, tmp_path / "sharded")
     for name in ("model.safetensors", "mxd_report.json", "README.md"):
@@ -295,7 +294,7 @@ def test_a_pull_does_not_mix_revisions(hub, clients, program, folder, tmp_path):
     assert "model.safetensors" not in contents(tmp_path / "pulled")
 
 
-def test_files_that_have_arrived_are_not_asked_for_again(hub, clients, program, folder, tmp_path):
+def test_files_that_have_arrived_are_not_asked_for_again(hub, programs, program, folder, tmp_path):
     assert program("push", folder, "alice/arrived", verified=False).status == 0
     hub.fail("GET", "/[0-9a-f]{64}", 403, times=1, skip=3)  # not tried again
     assert program("pull", "alice/arrived", tmp_path / "pulled").status == 2

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import small_recipe
+from observations import ids_of
 from safetensors.torch import load_file
-from test_steering import ids_of
+from small_runs import small_recipe
 
 from mxd_convert import InputError, add_labels, convert, edit, inspect, load_checkpoint, read_labels, revert, steered
 from mxd_convert.base_model.load import load_tokenizer

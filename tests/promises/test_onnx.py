@@ -10,7 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TEXT, small_recipe
+from project import ROOT
+from small_runs import FAMILIES, TEXT, small_recipe
 from transformers import AutoTokenizer
 
 import mxd_convert

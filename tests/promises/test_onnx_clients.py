@@ -17,7 +17,8 @@ from unittest import mock
 
 import browser
 import pytest
-from conftest import PARITY, ROOT
+from onnx_exports import PARITY
+from project import ROOT
 from transformers import AutoTokenizer
 
 from mxd_convert.checkpoint.read import load_checkpoint

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TEXT, other_rows, small_recipe, spoilt
+from onnx_exports import other_rows, spoilt
+from project import ROOT
+from small_runs import TEXT, small_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert

@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from conftest import QUICKSTART
 from onnx import TensorProto, helper, numpy_helper
+from project import QUICKSTART
 
 from mxd_convert.errors import InputError
 from mxd_convert.onnx import OnnxModel, validation

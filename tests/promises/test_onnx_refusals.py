@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import TEXT, nothing_left
+from folders import nothing_left
 from safetensors.numpy import load_file, save_file
+from small_runs import TEXT
 
 from mxd_convert.commands import export_onnx as export
 from mxd_convert.commands.export_onnx import export_onnx

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from project import ROOT
+from random_layers import ACTIVE, checkpoint_of, model_layer
 from safetensors.torch import load_file
-from test_export import K, checkpoint_of, random_layer
 
 import mxd_convert
 from mxd_convert import InputError, export_steering, load_checkpoint, parse_steering, steer
@@ -38,7 +38,7 @@ def peer(*modules: str):
 def runs(models, tmp_path_factory):
     """`runs/quickstart` of a tiny GPT-2 with an MxD in every layer."""
     folder = tmp_path_factory.mktemp("page")
-    layers = {index: random_layer("mxd", index) for index in range(3)}
+    layers = {index: model_layer("mxd", index) for index in range(3)}
     (folder / "runs").mkdir()
     return checkpoint_of(folder / "runs" / "quickstart", models["gpt2"], layers).parent
 
@@ -80,7 +80,7 @@ def test_hooks(page):
     assert not torch.allclose(names["hooked"], names["without"], atol=1e-3)
     layer, ids = names["layer"], names["inputs"]["input_ids"]
     shape = tuple(ids.shape)
-    assert names["values"].shape == names["experts"].shape == (*shape, K)
+    assert names["values"].shape == names["experts"].shape == (*shape, ACTIVE)
     with steer(names["model"], layer=2, expert=17, ablate=True):
         assert torch.allclose(names["model"](input_ids=ids).logits, names["without"], atol=1e-5)
     outputs = {}
@@ -174,7 +174,7 @@ def test_sparsify(page):
 @pytest.mark.parametrize(("kind", "sparsity"), [("transcoder", "topk"), ("skip_transcoder", "topk"), ("skip_transcoder", "l1")])
 @torch.no_grad()
 def test_sparsify_and_circuit_tracer_compute_transcoders_exactly(kind, sparsity, models, text, tmp_path):
-    layers = {index: random_layer(kind, index, sparsity=sparsity) for index in range(3)}
+    layers = {index: model_layer(kind, index, sparsity=sparsity) for index in range(3)}
     folder, x = checkpoint_of(tmp_path / "checkpoint", models["llama"], layers), torch.randn(50, 32)
     found = 0
     for name, layout in (("sparsify", "sparsify"), ("circuit_tracer.transcoder.single_layer_transcoder", "circuit-tracer")):
@@ -192,7 +192,7 @@ def test_sparsify_and_circuit_tracer_compute_transcoders_exactly(kind, sparsity,
                 from circuit_tracer.transcoder.activation_functions import TopK
 
                 assert (coder(x) - layers[1](x)).abs().max() > 1  # the trap that the page tells of
-                coder.activation_function = torch.nn.Sequential(TopK(K), torch.nn.ReLU())
+                coder.activation_function = torch.nn.Sequential(TopK(ACTIVE), torch.nn.ReLU())
             output = coder(x)
         assert torch.allclose(output, layers[1](x), atol=1e-4), layout
     if not found:
@@ -219,9 +219,9 @@ def test_delphi(page):
     example = max(record.examples, key=lambda example: float(example.activations.max()))
     assert example.tokens.shape == (32,)
     # the strongest activation of the record is the strongest of that expert in the cache
-    from test_delphi_cache import read
+    from folders import cache_of
 
-    entries, _, _ = read(Path("exports/delphi/latents/h.2.mlp"))
+    entries, _, _ = cache_of(Path("exports/delphi/latents/h.2.mlp"))
     strongest = max(value for (_, _, expert), value in entries.items() if expert == record.latent.latent_index)
     assert float(example.activations.max()) == pytest.approx(float(strongest), rel=1e-3)
 
@@ -231,14 +231,14 @@ def test_delphi_finds_the_same_with_the_exported_gate(page):
     peer("delphi.latents", "delphi.sparse_coders.load_sparsify", "sparsify")
     from delphi.latents import LatentCache
     from delphi.sparse_coders.load_sparsify import load_sparsify_hooks
-    from test_delphi_cache import read
+    from folders import cache_of
     from transformers import AutoModel
 
     names = page("sparsify", layer_input=torch.zeros(1, 32))
     model = AutoModel.from_pretrained("runs/quickstart", dtype=torch.float32)
     hooks, transcode = load_sparsify_hooks(model, "exports/sparsify", ["h.2.mlp"])
     mxd_convert.cache_activations("runs/quickstart", "ours", "held-out.jsonl", tokens=2048, mask_first=False, quiet=True)
-    entries, tokens, _ = read(Path("ours/latents/h.2.mlp"))
+    entries, tokens, _ = cache_of(Path("ours/latents/h.2.mlp"))
     cache = LatentCache(model, hooks, batch_size=8, transcode=transcode)
     cache.run(tokens.size, torch.from_numpy(tokens))
     theirs = {tuple(place) for place in cache.cache.latent_locations["h.2.mlp"].tolist()}

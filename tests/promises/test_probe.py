@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import QUICKSTART, small_recipe
+from project import QUICKSTART
+from small_runs import small_recipe
 
 import mxd_convert
 from mxd_convert.base_model import swap

@@ -1,53 +1,23 @@
 """Several real processes over gloo: batches shared out, or layers shared out; the same result as one."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from conftest import small_recipe
+from comparisons import assert_same_weights
+from processes import two_processes, wait_for_states
 from safetensors.torch import load_file
+from small_runs import small_recipe
 
 import mxd_convert
 from mxd_convert import convert
 from mxd_convert.errors import InputError
 from mxd_convert.training.distributed import connection_guard
-
-
-def two_processes(recipe: Path) -> subprocess.Popen:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "-m",
-        "mxd_convert.cli",
-        "run",
-        str(recipe),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for_states(output: Path, count: int = 1) -> None:
-    """Until a run has saved that many states."""
-    deadline = time.monotonic() + 90
-    while len(list((output.parent / f"{output.name}.partial" / "state").glob("*/step-*.json"))) < count:
-        assert time.monotonic() < deadline, "no state was saved"
-        time.sleep(0.005)
-
-
-def assert_same_weights(ours: Path, theirs: Path) -> None:
-    tensors, others = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
 
 
 def finish_in_two(recipe: Path, folder: Path) -> None:
@@ -110,15 +80,15 @@ def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp
     assert all(f"layer_{index}/fvu" in logged for index in range(3))  # those of the other process too
 
 
-def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(models, text, tmp_path):
+def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(programs, models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
-    alone = subprocess.Popen([sys.executable, "-m", "mxd_convert.cli", "run", str(recipe)], stderr=subprocess.DEVNULL)
+    alone = programs.start("run", recipe)
     wait_for_states(tmp_path / "two")
-    alone.kill()
-    alone.wait()
+    alone.send(signal.SIGKILL)
+    assert alone.wait().status is None, "the kill came too late to show anything"
     settings["train"] = {**settings["train"], "distribute": "layers"}
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
     finish_in_two(recipe, tmp_path / "two")

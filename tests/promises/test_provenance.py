@@ -75,7 +75,7 @@ def test_what_is_not_at_hand_is_not_checked(copy, models):
 
 
 def test_a_text_that_has_changed_is_found(models, text, tmp_path):
-    from conftest import small_recipe
+    from small_runs import small_recipe
 
     from mxd_convert import convert
 

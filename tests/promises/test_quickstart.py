@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICKSTART, ROOT
+from project import QUICKSTART, ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -52,7 +52,7 @@ def test_the_text_comes_from_the_standard_library():
     assert shared > (0.99 if sys.version_info[:2] == (3, 11) else 0.05)
 
 
-def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch, clients):
+def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch, programs):
     """Runs every code block in order, in an empty folder with examples/ in it; the conversion itself on fewer tokens.
 
     The first command is run as people do; of the others every process is one that has imported everything already.
@@ -80,7 +80,7 @@ def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch, clients):
                 assert done.returncode == 0, (line, done.stderr)
                 first = False
             else:
-                run = clients.run(*shlex.split(command)[1:], cwd=tmp_path)
+                run = programs.run(*shlex.split(command)[1:], cwd=tmp_path)
                 assert run.status == 0, (line, run.err)
     assert said.getvalue().count("If the argument is") == 3
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import small_recipe
-from test_training import assert_the_same
+from comparisons import assert_the_same
+from small_runs import small_recipe
 
 from mxd_convert import Result, convert, load_recipe, make_plan, sweep
 from mxd_convert.base_model.load import load_tokenizer

@@ -6,50 +6,18 @@ import sys
 
 import pytest
 import torch
-from test_kinds import random_layer
+from observations import LAYER, active_expert, ids_of, seen
+from random_layers import small_layer
 from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import InputError, load_checkpoint, steer
 from mxd_convert.modeling.layers_mxd import build_layer, coefficient
 
-LAYER = 2
-
 
 @pytest.fixture
 def model(converted):
     return load_checkpoint(converted["llama"])
-
-
-def active_expert(model, ids) -> int:
-    """The expert of the layer that fires on most of these tokens, though not on all."""
-    with torch.no_grad(), seen(model) as coefficients:
-        model(input_ids=ids)
-    values, indices = coefficients[-1]
-    counts = torch.bincount(indices[values > 0], minlength=24)
-    return int(counts.where(counts < ids.numel(), 0).argmax())
-
-
-class seen:
-    """The coefficients of the layer at every forward, by a plain hook on `expert_acts`; and what its gain returned."""
-
-    def __init__(self, model):
-        self.layer, self.coefficients, self.gains = model.mxd_layers()[LAYER], [], []
-
-    def __enter__(self):
-        self.handles = [
-            self.layer.expert_acts.register_forward_hook(lambda module, args, output: self.coefficients.append(output)),
-            self.layer.gain.register_forward_hook(lambda module, args, output: self.gains.append(output)),
-        ]
-        return self.coefficients
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
-
-
-def ids_of(count=2, length=9):
-    return torch.randint(1, 2048, (count, length), generator=torch.Generator().manual_seed(3))
 
 
 @torch.no_grad()
@@ -80,8 +48,8 @@ def test_each_way_of_steering_sets_the_coefficient(model):
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "random_gate"])
 @torch.no_grad()
 def test_every_kind_with_experts_is_steered_also_with_dense_coefficients(kind):
-    layer, x = build_layer(random_layer(kind, sparsity="l1").entry()).double(), torch.randn(2, 5, 7, dtype=torch.float64)
-    layer.load_state_dict(random_layer(kind, sparsity="l1").state_dict())
+    layer, x = build_layer(small_layer(kind, sparsity="l1").entry()).double(), torch.randn(2, 5, 7, dtype=torch.float64)
+    layer.load_state_dict(small_layer(kind, sparsity="l1").state_dict())
     before = layer(x)
     for how, change in {"add": lambda a: 2.0, "set": lambda a: 2.0 - a, "scale": lambda a: a, "ablate": lambda a: -a}.items():
         a = layer.encode(x)[..., 3:4]

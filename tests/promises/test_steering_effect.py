@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import QUICKSTART
 from PIL import Image
+from project import QUICKSTART
 
 from mxd_convert import InputError, load_checkpoint, steer
 from mxd_convert.base_model.load import load_base, load_tokenizer

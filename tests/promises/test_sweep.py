@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import small_recipe
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import small_recipe
 
 from mxd_convert import InputError, convert, load_recipe, make_plan, parse_grid, sweep
 from mxd_convert.base_model import capture as harvest

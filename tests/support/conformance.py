@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from project import QUICKSTART, ROOT
 from safetensors.torch import load_file
+from small_runs import documents, small_recipe
 from tiny_models import VOCABULARY, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +29,6 @@ from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.layers import MxD
 from mxd_convert.recipe.schema import Base
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 IDS = torch.randint(1, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
 NEW = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 Check = Callable[[Path], str | None]
@@ -327,11 +328,9 @@ PASSED, BASE_FAILS = "yes", "the base can't"
 
 def make(family: str, place: Path) -> tuple[Path, Path]:
     """(a tiny base, its conversion by the whole pipeline): the second of two layers."""
-    from conftest import documents, small_recipe
-
     from mxd_convert import convert
 
-    base = save_tiny(family, place / "base", load_tokenizer(str(ROOT / "examples" / "quickstart-lm")))
+    base = save_tiny(family, place / "base", load_tokenizer(str(QUICKSTART)))
     text = place / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
     convert(small_recipe(base, text, place / "converted", layers=[1]), quiet=True)

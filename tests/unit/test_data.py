@@ -11,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import QUICKSTART, documents
+from project import QUICKSTART
+from small_runs import documents
 
 from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.data import blocks as data

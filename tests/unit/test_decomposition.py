@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_kinds import KINDS, random_layer
-from test_steering import active_expert, ids_of
+from observations import active_expert, ids_of
+from random_layers import KINDS, small_layer
 from tiny_models import LAYERS, tiny_model
 
 from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
@@ -18,7 +18,7 @@ from mxd_convert.layers import MxD
 @pytest.mark.parametrize("settings", [{}, {"sparsity": "l1"}])
 @torch.no_grad()
 def test_the_parts_of_every_kind_add_up(kind, settings):
-    layer, x = random_layer(kind, **settings), torch.randn(2, 5, 7, dtype=torch.float64)
+    layer, x = small_layer(kind, **settings), torch.randn(2, 5, 7, dtype=torch.float64)
     parts = decompose_layer(layer, x)
     assert (parts.output - layer(x)).abs().max() < 1e-12
     n = int(parts.experts[0, 0, 0])  # one part by its definition: a_n times the expert's own linear map
@@ -85,7 +85,7 @@ def test_with_every_part_taken_apart_the_logits_are_the_models_own(converted):
 
 
 def test_the_rank_of_an_expert_is_that_of_the_decoder():
-    layer = random_layer("mxd")
+    layer = small_layer("mxd")
     assert expert_rank(layer, 3) == 5
     with torch.no_grad():
         layer.experts[3, :2] = 0
@@ -101,7 +101,7 @@ def test_what_is_not_there_is_refused(converted):
     with pytest.raises(InputError, match="experts 0 to 23; there is no expert 24"):
         logit_effect(model, 0, 24, ids)
     with pytest.raises(InputError, match="dense_twin has no experts"):
-        decompose_layer(random_layer("dense_twin"), torch.randn(1, 7))
+        decompose_layer(small_layer("dense_twin"), torch.randn(1, 7))
     model.mxd_layers()[0].gate.weight.zero_()
     model.mxd_layers()[0].gate.bias.fill_(-1)
     silent = logit_effect(model, 0, 3, ids)

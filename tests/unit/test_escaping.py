@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, write_card
+from folders import write_card
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from project import ROOT
 
 from mxd_convert import InputError
 from mxd_convert.cli import app as frame

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART
+from project import QUICKSTART
 
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.families import find_sites

@@ -2,19 +2,18 @@
 
 import errno
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_kinds import KINDS
+from observations import firings_by_loop
+from random_layers import KINDS, gpt2_with_layers
+from small_runs import blocks_of
 
 import mxd_convert
 from mxd_convert import load_checkpoint, logit_effect
 from mxd_convert.base_model.capture import watching
-from mxd_convert.base_model.load import load_base, load_tokenizer
-from mxd_convert.base_model.swap import insert_layers
-from mxd_convert.data.blocks import prepare_eval
+from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.evaluation.experts import examples as expert_examples
 from mxd_convert.evaluation.experts import firings
 from mxd_convert.evaluation.experts import statistics as expert_statistics
@@ -22,51 +21,6 @@ from mxd_convert.evaluation.experts.decomposition import Unembedding, decompose_
 from mxd_convert.evaluation.experts.effects import EffectsOfLayer, weights
 from mxd_convert.evaluation.experts.examples import AFTER, BANDS, BEFORE, BINS, EACH, TOP, examples, figures
 from mxd_convert.evaluation.experts.statistics import SAMPLES, collect
-from mxd_convert.layers import LayerSpec, new_layer
-from mxd_convert.recipe.schema import Base, EvalText
-
-
-def blocks_of(text: Path, tokenizer, folder: Path, tokens: int = 1600, context: int = 32):
-    folder.mkdir(exist_ok=True)
-    return prepare_eval(EvalText(path=str(text), tokens=tokens), context, tokenizer, folder)
-
-
-def with_layers(models, entries: dict[int, tuple[str, dict]]):
-    """The tiny GPT-2 with untrained layers of given kinds, whose rows are random."""
-    base = load_base(Base(model=str(models["gpt2"])))
-    layers = {}
-    for index, (kind, settings) in entries.items():
-        torch.manual_seed(index)
-        hidden = 0 if "coder" in kind else 48
-        experts = (0, 0) if kind == "dense_twin" else (40, 4)
-        shape = LayerSpec(
-            kind, 32, hidden, 32, *experts, activation="gelu_new", **{"skip": kind == "skip_transcoder", **settings}
-        )
-        layers[index] = new_layer(shape)
-        with torch.no_grad():
-            for parameter in layers[index].parameters():
-                parameter.normal_().mul_(0.3)
-            if kind != "dense_twin":
-                layers[index].gate.bias[16:32] = -1e3  # a whole range that never fires
-    return insert_layers(base, layers)
-
-
-@torch.no_grad()
-def loop(model, index: int, blocks, mask_bos: bool) -> dict[int, list[tuple[int, float]]]:
-    """Of every expert that fires, (position, coefficient), token by token."""
-    layer, found = model.mxd_layers()[index], {}
-    for block in range(len(blocks)):
-        ids = blocks.take(slice(block, block + 1))
-        with watching({index: layer}) as seen:
-            model(input_ids=ids)
-        parts, counted = decompose_layer(layer, seen[index].inputs), blocks.counted(ids, mask_bos)
-        for place in range(blocks.context):
-            if counted[0, place]:
-                for n, value in zip(parts.experts[0, place].tolist(), parts.values[0, place].tolist(), strict=True):
-                    if value > 0:
-                        found.setdefault(n, []).append((block * blocks.context + place, value))
-    return found
-
 
 ALL_KINDS = [(kind, {}) for kind in KINDS if kind != "dense_twin"] + [
     ("mxd", {"sparsity": "l1"}),
@@ -80,10 +34,10 @@ def test_figures_and_contexts_equal_an_explicit_loop(models, text, tmp_path, mon
     """Over several batches, pieces and ranges of experts."""
     monkeypatch.setattr(expert_statistics, "_GATES", 40 * 32 * 7)
     monkeypatch.setattr(firings, "_PIECE", 1000)
-    model, tokenizer = with_layers(models, {1: (kind, settings)}), load_tokenizer(str(models["gpt2"]))
+    model, tokenizer = gpt2_with_layers(models, {1: (kind, settings)}), load_tokenizer(str(models["gpt2"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
     record = collect(model, blocks, tmp_path / "records", mask_bos=mask_bos, quiet=True)[1]
-    expected = loop(model, 1, blocks, mask_bos)
+    expected = firings_by_loop(model, 1, blocks, mask_bos)
     assert record.tokens == blocks.counted(blocks.take(slice(None)), mask_bos).sum()
     assert 0 < len(expected) <= 24
     ranges = list(record.firings.ranges(16, 3000))
@@ -175,7 +129,7 @@ def test_what_it_promotes_is_logit_effect(converted, text, tmp_path, family):
 @torch.no_grad()
 def test_samples_are_firings_drawn_whatever_the_batches(models, text, tmp_path, monkeypatch):
     """Each kept vector is a_n u s of a token where the expert fires; larger batches keep the same ones."""
-    model, tokenizer = with_layers(models, {1: ("mxd", {})}), load_tokenizer(str(models["gpt2"]))
+    model, tokenizer = gpt2_with_layers(models, {1: ("mxd", {})}), load_tokenizer(str(models["gpt2"]))
     layer, blocks = model.mxd_layers()[1], blocks_of(text, tokenizer, tmp_path / "text")
     other = collect(model, blocks, tmp_path / "other", quiet=True)[1]
     monkeypatch.setattr(expert_statistics, "_GATES", 40 * 32 * 3)
@@ -202,7 +156,7 @@ def test_samples_are_firings_drawn_whatever_the_batches(models, text, tmp_path, 
 
 
 def test_ranks_and_norms_of_the_weights(models):
-    model = with_layers(models, {1: ("mxd", {}), 2: ("transcoder", {})})
+    model = gpt2_with_layers(models, {1: ("mxd", {}), 2: ("transcoder", {})})
     layer = model.mxd_layers()[1]
     with torch.no_grad():
         layer.experts[3, :5] = 0

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from project import ROOT
 
 PACKAGE = ROOT / "mxd_convert"
 PAGE = ROOT / "docs" / "architecture.md"
@@ -23,7 +23,7 @@ FLOORS = [
 ]
 MOST_FLOORS, MOST_ENTRIES = 8, 24
 LONGEST = 450  # lines of a file of the package
-LONGEST_TEST = 450
+LONGEST_TEST = 400
 STANDARD = {"collections", "contextlib", "contextvars", "numbers", "pathlib", "re", "threading", "types", "typing"}
 
 
@@ -156,6 +156,17 @@ def test_files_stay_short(path):
 def test_test_files_stay_short():
     for path in (ROOT / "tests").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= LONGEST_TEST, path.name
+
+
+def test_test_modules_import_neither_each_other_nor_conftest():
+    paths = [path for folder in ("unit", "promises", "families") for path in (ROOT / "tests" / folder).glob("*.py")]
+    forbidden = {"conftest", *(path.stem for path in paths)}
+    assert len(forbidden) > 40
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {part for name in names for part in name.split(".")} & forbidden, f"{path.name} imports {names}"
 
 
 def rows_of(page: str) -> dict[str, str]:

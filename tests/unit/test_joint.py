@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import small_recipe
+from comparisons import assert_the_same
+from processes import two_processes
 from safetensors.torch import load_file
-from test_processes import two_processes
-from test_training import assert_the_same
+from small_runs import small_recipe
 from transformers import AutoModelForCausalLM
 
 import mxd_convert

@@ -6,37 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import small_recipe
+from random_layers import KINDS, I, K, N, O, shape_of, small_layer
 from safetensors.torch import load_file
+from small_runs import small_recipe
 from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import convert
 from mxd_convert.checkpoint.read import load_checkpoint
-from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
+from mxd_convert.layers import new_layer, normalised_mse
 from mxd_convert.modeling import configuration_mxd, layers_mxd
 from mxd_convert.modeling.layers_mxd import build_layer
 from mxd_convert.recipe import kinds
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import Stage
-
-I, H, O, N, K = 7, 11, 5, 13, 4
-KINDS = ("mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate")
-
-
-def shape_of(kind: str, **settings) -> LayerSpec:
-    hidden = 0 if "coder" in kind else H
-    experts = (0, 0) if kind == "dense_twin" else (N, K)
-    return LayerSpec(kind, I, hidden, O, *experts, **{"skip": kind == "skip_transcoder", **settings})
-
-
-def random_layer(kind: str, **settings):
-    torch.manual_seed(0)
-    layer = new_layer(shape_of(kind, **settings)).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-    return layer
 
 
 def definition(layer, x):
@@ -57,7 +40,7 @@ def definition(layer, x):
     ("kind", "settings"), [(kind, {}) for kind in KINDS] + [(kind, {"sparsity": "l1"}) for kind in KINDS if kind != "dense_twin"]
 )
 def test_every_kind_is_its_formula_in_training_and_in_the_checkpoint(kind, settings):
-    layer, x = random_layer(kind, **settings), torch.randn(6, I, dtype=torch.float64, requires_grad=True)
+    layer, x = small_layer(kind, **settings), torch.randn(6, I, dtype=torch.float64, requires_grad=True)
     assert (layer(x) - definition(layer, x)).abs().max() < 1e-10
     shipped = build_layer(layer.entry()).double()
     shipped.load_state_dict(layer.state_dict())
@@ -157,7 +140,7 @@ def test_the_three_places_that_know_a_kind_agree():
 
 
 def test_k_is_one_value():
-    layer = random_layer("mxd")
+    layer = small_layer("mxd")
     assert (layer.k, layer.expert_acts.k) == (K, K)
     layer.k = 2
     assert layer.expert_acts.k == 2

@@ -7,7 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import nothing_left, other_rows, spoilt
+from folders import nothing_left
+from onnx_exports import other_rows, spoilt
 
 from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.onnx import OnnxModel, graph, parity

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_recipe
+from small_runs import small_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import mxd_convert

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from conftest import FAMILIES, QUICKSTART
-from conftest import documents as long_documents
+from project import QUICKSTART
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from small_runs import FAMILIES
+from small_runs import documents as long_documents
 
 from mxd_convert.base_model.capture import recording
 from mxd_convert.base_model.families import find_sites

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from conftest import ROOT
+from project import ROOT
 
 from mxd_convert.errors import InputError
 from mxd_convert.recipe.load import load_recipe, parse_overrides, shipped_recipes

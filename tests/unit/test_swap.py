@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conformance import constant_gain_layer
-from conftest import FAMILIES, make_model
+from small_runs import FAMILIES, make_model
 
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.capture import harvest

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import small_recipe
+from small_runs import small_recipe
 
 from mxd_convert import convert
 from mxd_convert.base_model.capture import harvest

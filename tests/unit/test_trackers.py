@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import small_recipe
+from small_runs import small_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mxd_convert

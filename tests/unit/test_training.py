@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
+from comparisons import assert_the_same
 from safetensors.torch import load_file
+from small_runs import small_recipe
 from torch import nn
 
 import mxd_convert
@@ -153,17 +154,6 @@ def interrupt_at(monkeypatch, step: int) -> None:
         take(self, number, interrupt)
 
     monkeypatch.setattr(stage.Stage, "_step", interrupted)
-
-
-def assert_the_same(ours: mxd_convert.Result, theirs: mxd_convert.Result) -> None:
-    """Weights to the bit; the log too, but for tokens a second."""
-    tensors, others = (load_file(result.output / "model.safetensors") for result in (ours, theirs))
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
-    logs = []
-    for result in (ours, theirs):
-        lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
-        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
-    assert logs[0] == logs[1]
 
 
 def begin(monkeypatch, recipe: dict) -> tuple[float, float]:
