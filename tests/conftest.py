@@ -1,4 +1,4 @@
-"""Tiny but real models of every family, a real tokenizer, text on disk, and the shared folder where there is one."""
+"""Fixtures: tiny but real models of every family, their conversions, text on disk, the program, a Hub on loopback."""
 
 import json
 import os
@@ -35,19 +35,19 @@ torch.set_num_threads(1)
 
 
 class Scheduling(LoadScopeScheduling):
-    """pytest-xdist's, with these groups."""
+    """pytest-xdist's scheduler with our groups."""
 
     def _split_scope(self, nodeid: str) -> str:
         return group_of(nodeid)
 
 
-@pytest.hookimpl(tryfirst=True, optionalhook=True)  # there is none where pytest runs without xdist
+@pytest.hookimpl(tryfirst=True, optionalhook=True)  # pytest may run without xdist
 def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Mark what only `make test-all` runs. The longest test comes first, so that no worker waits for it in the end."""
+    """Mark the tests that only `make test-all` runs. The longest test comes first, so that no worker waits for it at the end."""
     for item in items:
         if is_full(item.nodeid):
             item.add_marker(pytest.mark.full)
@@ -67,13 +67,13 @@ def shared_folder() -> Path | None:
 def shared() -> Path:
     folder = shared_folder()
     if folder is None:
-        pytest.skip("needs the folder of models and data that ../shared or MXD_SHARED names; neither is there")
+        pytest.skip("needs the folder of models and data at ../shared or MXD_SHARED; neither exists")
     return folder
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """Makes a folder in one worker for all of them: once("name", fill) calls fill(folder) where no worker has, and returns the folder."""
+    """Make a folder once for all workers: once("name", fill) calls fill(folder) unless a worker has done so, and returns it."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
     shared.mkdir(exist_ok=True)
@@ -90,24 +90,24 @@ def once(tmp_path_factory):
 
     yield make
     for folder, content in used.items():
-        assert content_hash(folder) == content, f"a test has changed {folder}, which all share"
+        assert content_hash(folder) == content, f"a test has changed {folder}, which all tests share"
 
 
 @pytest.fixture(scope="session")
 def models(once) -> dict[str, Path]:
-    """A random model of each family."""
+    """Return a random model of each family."""
     return {family: once(f"tiny-{family}", partial(make_model, family)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def base(request, models):
-    """A loaded base model of each family in turn."""
+    """Load a base model of each family in turn."""
     return load_base(Base(model=str(models[request.param])))
 
 
 @pytest.fixture(scope="session")
 def source(models, text, tmp_path_factory):
-    """Where activations come from: two layers of a tiny Llama: 8 steps of 4 blocks, 3 steps a buffer."""
+    """Return a function that makes a source of activations: two layers of a tiny Llama, 8 steps of 4 blocks, 3 steps per buffer."""
     recipe = Recipe(**{key: value for key, value in small_recipe(models["llama"], text, text.parent).items() if key != "output"})
     blocks, _ = prepare(recipe.data, load_tokenizer(recipe.base.model), tmp_path_factory.mktemp("data"))
     base = load_base(recipe.base)
@@ -141,7 +141,7 @@ def text(once) -> Path:
 
 @pytest.fixture(scope="session")
 def converted(models, text, once) -> dict[str, Path]:
-    """A finished conversion of each family: layers 0 and 2 of three."""
+    """Convert layers 0 and 2 of three in a model of each family."""
     from mxd_convert import convert
 
     def make(family: str) -> Path:
@@ -150,12 +150,12 @@ def converted(models, text, once) -> dict[str, Path]:
             lambda output: convert(small_recipe(models[family], text, output, layers=[0, 2]), quiet=True),
         )
 
-    return {family: make(family) for family in FAMILIES}  # now, not in a test that may have patched something
+    return {family: make(family) for family in FAMILIES}  # now, because a test may patch something later
 
 
 @pytest.fixture(scope="session")
 def stories(shared, once):
-    """The real 260K story model, all five layers on a tenth of the recipe's tokens."""
+    """Convert all five layers of the real 260K story model on a tenth of the recipe's tokens."""
     from mxd_convert import convert
 
     overrides = {
@@ -174,7 +174,7 @@ def stories(shared, once):
 
 @pytest.fixture(scope="session")
 def quick(once):
-    """The quickstart on a third of its tokens, without its twin."""
+    """Convert the quickstart on a third of its tokens, without its dense twin."""
     from mxd_convert import convert
 
     overrides = {"data.tokens": 61_440, "data.eval.tokens": 4096, "train.twin": False}
@@ -193,7 +193,7 @@ def brief_parity():
 
 @pytest.fixture(scope="session")
 def exported(converted, text, once) -> dict[str, Path]:
-    """Every family exported in float32, with experts and steering."""
+    """Export every family in float32, with experts and steering."""
     from mxd_convert.commands.export_onnx import export_onnx
 
     def export(family: str, output: Path) -> None:
@@ -205,7 +205,7 @@ def exported(converted, text, once) -> dict[str, Path]:
 
 @pytest.fixture
 def mxd(monkeypatch, capsys):
-    """Runs the program in this process: mxd("plan", "r.yaml") -> (exit status, stdout, stderr)."""
+    """Run the program in this process: mxd("plan", "r.yaml") returns (exit status, stdout, stderr)."""
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mxd-convert", *map(str, arguments)])
@@ -219,14 +219,14 @@ def mxd(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(mxd):
-    """Runs the program on bad input and checks the manners of its refusal."""
+    """Run the program on bad input, check the form of its error and return it."""
 
     def run(*arguments, words: tuple[str, ...]) -> str:
         status, out, err = mxd(*arguments)
         assert status == 2, (status, err)
         assert out == ""
         assert "Traceback" not in err
-        # what was being done may be said first; the refusal itself is the last line or two
+        # progress may come first; the error is the last line or two
         message = err[err.index("mxd-convert: ") :]
         assert len(message.strip().splitlines()) <= 2, message
         for word in words:
@@ -238,25 +238,25 @@ def refused(mxd):
 
 @pytest.fixture(scope="session")
 def hub():
-    """A Hub on loopback; alice and bob may write to what is theirs."""
+    """Start a Hub on loopback; alice and bob may write to their own repositories."""
     with Hub({TOKEN: "alice", OTHERS: "bob"}).running() as running:
         yield running
-        assert not running.leaks  # the token goes to the Hub and nowhere else
+        assert not running.leaks  # the token is sent to the Hub only
 
 
 @pytest.fixture(scope="session")
 def programs(hub, tmp_path_factory):
-    """Starts the program and scripts in processes of their own, which know the Hub on loopback."""
+    """Start the program and scripts in processes of their own that know the Hub on loopback."""
     home = tmp_path_factory.mktemp("programs")
     yield Clients(hub.url, home)
-    for file in home.rglob("*"):  # caches, output, messages: whatever was written
+    for file in home.rglob("*"):  # caches, output and messages
         if file.is_file():
             assert TOKEN.encode() not in file.read_bytes(), file
 
 
 @pytest.fixture
 def program(programs, hub, tmp_path):
-    """Runs the program as alice, in a process that knows the Hub on loopback. Whatever goes wrong, there is no traceback, and no token to be seen."""
+    """Run the program as alice, with the Hub on loopback. It never prints a traceback or the token."""
 
     def run(*arguments, token=TOKEN, **options):
         done = programs.run(*arguments, token=token, **options)
@@ -274,7 +274,7 @@ def program(programs, hub, tmp_path):
 
 @pytest.fixture
 def program_refused(program):
-    """Runs it on what can't go well: exit status 2 and a line or two with these words."""
+    """Run the program as alice and expect exit status 2 and one or two lines with these words."""
 
     def run(*arguments, words, **options):
         done = program(*arguments, **options)
@@ -290,7 +290,7 @@ def program_refused(program):
 
 @pytest.fixture
 def recipe(tmp_path, models, text):
-    """Writes a small recipe with changes; gives its path."""
+    """Write a small recipe with changes; return its path."""
 
     def write(**sections) -> Path:
         path = tmp_path / "recipe.yaml"
@@ -302,5 +302,5 @@ def recipe(tmp_path, models, text):
 
 @pytest.fixture
 def copy(converted, tmp_path):
-    """A copy of a finished checkpoint, to be damaged."""
+    """Copy a finished checkpoint, which the test may damage."""
     return Path(shutil.copytree(converted["llama"], tmp_path / "copy"))

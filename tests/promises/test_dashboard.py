@@ -1,4 +1,4 @@
-"""The dashboard is one folder, safe, the same each time, and says what the statistics say."""
+"""The dashboard is one folder, safe and reproducible, and shows the statistics of the experts."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from mxd_convert.dashboard.tokens import token_texts
 from mxd_convert.evaluation.experts import firings
 
 
-def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
-    """Its pages against the functions above; the same bytes again, and in other ranges; replaced in place."""
+def test_a_dashboard_holds_the_statistics_of_every_expert(converted, text, tmp_path, monkeypatch):
+    """Its pages equal explicit loops; a second run and other ranges give the same bytes; it is replaced in place."""
     monkeypatch.setattr(pages, "SHARD", 16)
     output = tmp_path / "board"
     written = mxd_convert.make_dashboard(converted["llama"], text, output, tokens=1600, quiet=True)
@@ -76,8 +76,8 @@ def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["board", "text"]
 
 
-def test_every_kind_has_its_pages(models, text, tmp_path):
-    """Side by side in one model; a layer without experts is named, and experts without matrices have no rank."""
+def test_every_kind_of_layer_has_its_pages(models, text, tmp_path):
+    """One model has several kinds; a layer without experts is named, and latents have no rank."""
     entries = {0: ("random_gate", {}), 1: ("dense_twin", {}), 2: ("skip_transcoder", {"sparsity": "l1"})}
     model, tokenizer = gpt2_with_layers(models, entries), load_tokenizer(str(models["gpt2"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
@@ -97,8 +97,8 @@ def test_every_kind_has_its_pages(models, text, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_nothing_in_the_text_gets_out_of_it(copy, tmp_path):
-    """What could end a script is in no file, and comes back as it was."""
+def test_text_can_not_inject_markup_into_a_dashboard(copy, tmp_path):
+    """No file holds text that could end a script, and the pages restore it."""
     nasty = tmp_path / "nasty.jsonl"
     nasty.write_text("".join(json.dumps({"text": f"{NASTY[i % 3]} {document}"}) + "\n" for i, document in enumerate(documents())))
     mxd_convert.add_labels(copy, [{"layer": 2, "expert": 3, "text": NASTY[1], "author": NASTY[2]}])
@@ -116,12 +116,14 @@ def test_nothing_in_the_text_gets_out_of_it(copy, tmp_path):
     for page in ("index.html", "expert.html"):
         assert "connect-src" not in (tmp_path / "board" / page).read_text()
         assert "default-src 'none'" in (tmp_path / "board" / page).read_text()
-    for script in (tmp_path / "board" / "assets").glob("*.js"):
+    scripts = list((tmp_path / "board" / "assets").glob("*.js"))
+    assert scripts
+    for script in scripts:
         for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http:", "https:"):
             assert way not in script.read_text().replace("http://www.w3.org/2000/svg", ""), (script, way)
 
 
-def test_tokens_read_as_they_do_in_a_text(models):
+def test_token_texts_equal_the_decoded_text(models):
     tokenizer = load_tokenizer(str(models["gpt2"]))
     ids = tokenizer("a value is\n  3 \u20ac \u00e9", add_special_tokens=False)["input_ids"]
     texts = token_texts(tokenizer, ids)
@@ -134,7 +136,7 @@ def test_tokens_read_as_they_do_in_a_text(models):
     )
 
 
-def test_bad_input(refused, mxd, converted, copy, models, text, tmp_path):
+def test_bad_dashboard_arguments_are_refused(refused, mxd, converted, copy, models, text, tmp_path):
     folder, board = converted["llama"], tmp_path / "board"
     refused("dashboard", tmp_path / "nowhere", "--data", text, "--output", board, words=("nowhere", "no such folder"))
     refused(
@@ -165,8 +167,8 @@ def test_bad_input(refused, mxd, converted, copy, models, text, tmp_path):
     assert "layer 2: 24 experts" in err
 
 
-def test_only_begins_of_sequences(models, tmp_path):
-    """A text of nothing but what is left out: said so, not divided by."""
+def test_a_text_without_counted_tokens_is_refused(models, tmp_path):
+    """A text with excluded positions only is an error, not a division by zero."""
     tokenizer = load_tokenizer(str(models["gpt2"]))
     (tmp_path / "one.txt").write_text("\n\n".join("a" for _ in range(200)))
     blocks = blocks_of(tmp_path / "one.txt", tokenizer, tmp_path / "text", tokens=2, context=1)
@@ -174,8 +176,8 @@ def test_only_begins_of_sequences(models, tmp_path):
         write_dashboard(tmp_path / "board", gpt2_with_layers(models, {0: ("mxd", {})}), tokenizer, blocks, "x", quiet=True)
 
 
-def test_a_run_writes_it(models, text, tmp_path, monkeypatch, capsys, recipe, refused):
-    """In the finished folder, of the held-out text; where it fails the training is kept, and without it the run still ends."""
+def test_a_run_writes_its_dashboard(models, text, tmp_path, monkeypatch, capsys, recipe, refused):
+    """The dashboard of the held-out text is in the finished folder; if it fails, the training is kept."""
     settings = small_recipe(models["llama"], text, tmp_path / "out", layers=[1], output={"dashboard": True})
     with monkeypatch.context() as broken:
         broken.setattr("mxd_convert.commands.run.write_dashboard", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))

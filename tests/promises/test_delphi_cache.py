@@ -1,4 +1,4 @@
-"""Cached activations: delphi's layout to the letter, and in it `encode`'s nonzeros."""
+"""Cached activations have delphi's layout exactly, and hold the nonzeros of `encode`."""
 
 import json
 
@@ -17,7 +17,7 @@ from mxd_convert.export.delphi import active_entries
 
 @torch.no_grad()
 def coefficients(model, index, ids):
-    """Dense, (B, T, N), by an explicit forward."""
+    """Return dense coefficients (B, T, N) of an explicit forward."""
     layer, seen = model.mxd_layers()[index], []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(input_ids=ids)
@@ -32,10 +32,10 @@ def coefficients(model, index, ids):
 
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
 @pytest.mark.parametrize("mask_first", [None, False])
-def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tmp_path):
+def test_the_cache_holds_the_nonzeros_of_encode(sparsity, mask_first, models, text, tmp_path):
     layers = {0: model_layer("mxd", 0, sparsity=sparsity), 2: model_layer("skip_transcoder", 2, sparsity=sparsity)}
     with torch.no_grad():
-        layers[0].gate.bias[20:] = -1e3  # a file of its own that stays empty
+        layers[0].gate.bias[20:] = -1e3  # these experts have a file that stays empty
         layers[2].gate.bias[3] = 1e6  # beyond float16
         layers[2].gate.weight[3] = 0
     folder = checkpoint_of(tmp_path / "checkpoint", models["gpt2"], layers)
@@ -46,23 +46,23 @@ def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tm
     ids = blocks_of(text, load_tokenizer(str(folder)), tmp_path, tokens=2048).take(slice(None))
     model = load_checkpoint(folder)
     for index in layers:
-        place = tmp_path / "out" / "latents" / f"h.{index}.mlp"
-        entries, tokens, ranges = cache_of(place)
+        module = tmp_path / "out" / "latents" / f"h.{index}.mlp"
+        entries, tokens, ranges = cache_of(module)
         assert ranges == [(4 * i, 4 * i + 3) for i in range(6)]
         assert np.array_equal(tokens, ids.numpy())
         dense = coefficients(model, index, ids)
         if mask_first is None:
             dense[:, 0] = 0
             dense[ids == 0] = 0
-        expected = {tuple(place): dense[tuple(place)].item() for place in (dense > 1e-5).nonzero().tolist()}
+        expected = {tuple(entry): dense[tuple(entry)].item() for entry in (dense > 1e-5).nonzero().tolist()}
         assert entries.keys() == expected.keys()
         got, want = np.array([entries[key] for key in expected], np.float32), np.array(list(expected.values()))
         assert np.allclose(got, np.minimum(want, 65504), rtol=1e-3)
         figures = found["layers"][str(index)]
         assert figures["entries"] == len(expected)
         assert figures["never_fired"] == int((dense > 1e-5).flatten(0, 1).any(0).logical_not().sum())
-        assert figures["module"] == place.name
-        config = json.loads((place / "config.json").read_text())
+        assert figures["module"] == module.name
+        config = json.loads((module / "config.json").read_text())
         assert config == {
             "dataset_repo": text.name,
             "dataset_split": "",
@@ -80,7 +80,7 @@ def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tm
     assert empty["activations"].dtype == np.float16
 
 
-def test_entries_are_sorted_and_what_delphi_takes_for_zero_is_left_out():
+def test_entries_are_sorted_and_zeros_of_delphi_are_left_out():
     values = torch.tensor([[[2.0, 1.0, 1e-6, 3.0], [1.0, 0.0, 0.0, 5.0]]])
     indices = torch.tensor([[[9, 4, 1, 0], [7, 8, 9, 2]]])
     block, position, expert, value = active_entries((values, indices), torch.tensor([[True, True]]))
@@ -89,7 +89,7 @@ def test_entries_are_sorted_and_what_delphi_takes_for_zero_is_left_out():
     assert active_entries((values, indices), torch.tensor([[False, True]]))[2].tolist() == [2, 7]
 
 
-def test_the_command_caches(mxd, converted, text, tmp_path):
+def test_the_command_writes_a_cache(mxd, converted, text, tmp_path):
     arguments = ("--to", "delphi", "--data", text, "--tokens", 512)
     status, out, err = mxd("export", converted["llama"], tmp_path / "out", *arguments)
     assert status == 0, err
@@ -99,11 +99,13 @@ def test_the_command_caches(mxd, converted, text, tmp_path):
     status, out, _ = mxd("export", converted["llama"], tmp_path / "json", *arguments, "--layers", "2", "--json")
     assert status == 0
     assert json.loads(out)["layers"].keys() == {"2"}
-    for path in (tmp_path / "out" / "latents" / "layers.2.mlp").glob("*.safetensors"):
+    files = list((tmp_path / "out" / "latents" / "layers.2.mlp").glob("*.safetensors"))
+    assert files
+    for path in files:
         assert path.read_bytes() == (tmp_path / "json" / "latents" / "layers.2.mlp" / path.name).read_bytes()
 
 
-def test_a_cache_that_can_not_be_made(refused, converted, text, tmp_path):
+def test_impossible_caches_are_refused(refused, converted, text, tmp_path):
     folder, arguments = converted["llama"], ("--to", "delphi", "--data", text)
     refused("export", folder, tmp_path / "out", *arguments, "--layers", "1", words=("layer 1 is not converted",))
     refused("export", folder, tmp_path / "out", *arguments, "--tokens", 3, words=("--tokens 3",))

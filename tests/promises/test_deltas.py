@@ -1,4 +1,4 @@
-"""A delta is what the base does not have; with the base it makes the very checkpoint again."""
+"""A delta holds the tensors that the base lacks; with the base it restores the checkpoint exactly."""
 
 import json
 import shutil
@@ -15,12 +15,12 @@ from mxd_convert.base_model.load import untied_tensors
 
 
 def of_the_checkpoint(folder):
-    """All files but the one that is of this machine only."""
+    """Return all files except the one with local paths."""
     return {path: content for path, content in contents(folder).items() if path != "mxd_local.json"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_apply_gives_the_files_of_the_checkpoint(converted, models, family, tmp_path):
+def test_apply_restores_the_files_of_the_checkpoint(converted, models, family, tmp_path):
     folder = converted[family]
     made = delta(folder, tmp_path / "delta")
     own = load_file(tmp_path / "delta" / "layers.safetensors")
@@ -34,7 +34,7 @@ def test_apply_gives_the_files_of_the_checkpoint(converted, models, family, tmp_
     assert made.size == sum(path.stat().st_size for path in (tmp_path / "delta").rglob("*") if path.is_file())
 
 
-def test_a_sharded_checkpoint_of_tied_weights_comes_out_the_same(converted, tmp_path):
+def test_a_sharded_checkpoint_with_tied_weights_is_restored(converted, tmp_path):
     model = load_checkpoint(converted["gpt2"])
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     shutil.copyfile(converted["gpt2"] / "mxd_local.json", tmp_path / "sharded" / "mxd_local.json")
@@ -43,7 +43,7 @@ def test_a_sharded_checkpoint_of_tied_weights_comes_out_the_same(converted, tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_load_takes_it_as_it_is(converted, family, tmp_path):
+def test_load_accepts_a_delta(converted, family, tmp_path):
     delta(converted[family], tmp_path / "delta")
     ours, theirs = load(str(tmp_path / "delta")), load_checkpoint(converted[family])
     tensors = untied_tensors(theirs)
@@ -56,7 +56,7 @@ def test_load_takes_it_as_it_is(converted, family, tmp_path):
     assert load(converted[family]).config.mxd == ours.config.mxd
 
 
-def test_fine_tuned_tensors_outside_the_layers_go_with_it(converted, models, tmp_path):
+def test_a_delta_holds_fine_tuned_tensors_outside_the_layers(converted, tmp_path):
     model = load_checkpoint(converted["llama"])
     model.model.norm.weight += 0.25
     shutil.copytree(converted["llama"], tmp_path / "tuned")
@@ -66,7 +66,7 @@ def test_fine_tuned_tensors_outside_the_layers_go_with_it(converted, models, tmp
     assert of_the_checkpoint(apply(tmp_path / "delta", tmp_path / "full")) == of_the_checkpoint(tmp_path / "tuned")
 
 
-def test_what_is_refused(refused, converted, models, tmp_path):
+def test_wrong_bases_and_folders_are_refused(refused, converted, models, tmp_path):
     delta(converted["llama"], tmp_path / "delta")
     other = tmp_path / "other"
     shutil.copytree(models["llama"], other)
@@ -95,7 +95,7 @@ def test_what_is_refused(refused, converted, models, tmp_path):
     assert not (tmp_path / "full").exists()
 
 
-def test_a_delta_goes_to_the_hub_and_is_loaded_from_there(hub, program, programs, converted, models, tmp_path):
+def test_a_delta_is_pushed_to_the_hub_and_loaded_from_it(program, programs, converted, models, tmp_path):
     assert program("delta", converted["llama"], tmp_path / "delta").status == 0
     done = program("push", tmp_path / "delta", "alice/a-delta")
     assert done.status == 0, done.err
@@ -108,7 +108,7 @@ def test_a_delta_goes_to_the_hub_and_is_loaded_from_there(hub, program, programs
     assert (tmp_path / "full" / "model.safetensors").read_bytes() == (converted["llama"] / "model.safetensors").read_bytes()
 
 
-def test_the_delta_of_the_story_model(stories, tmp_path):
+def test_the_delta_of_the_story_model_is_small(stories, tmp_path):
     made = delta(stories.output, tmp_path / "delta")
     assert made.size < made.full_size
     assert of_the_checkpoint(apply(tmp_path / "delta", tmp_path / "full")) == of_the_checkpoint(stories.output)
@@ -126,7 +126,7 @@ def test_the_delta_of_the_story_model(stories, tmp_path):
         {"layers_sha256": None},
     ],
 )
-def test_a_malformed_delta_is_a_line(refused, converted, tmp_path, change):
+def test_a_malformed_delta_is_a_one_line_error(refused, converted, tmp_path, change):
     delta(converted["llama"], tmp_path / "delta")
     content = json.loads((tmp_path / "delta" / "mxd_delta.json").read_text())
     (tmp_path / "delta" / "mxd_delta.json").write_text(json.dumps({**content, **change}))
@@ -142,7 +142,7 @@ def test_a_flipped_bit_is_found_on_loading(converted, tmp_path):
         load(str(tmp_path / "delta"))
 
 
-def test_a_full_disk_leaves_nothing(hub, program, converted, tmp_path):
+def test_a_full_disk_leaves_no_files(program, converted, tmp_path):
     delta(converted["llama"], tmp_path / "delta")
     for command in (("apply", tmp_path / "delta"), ("delta", converted["llama"])):
         done = program(*command, tmp_path / "out", largest_file=20_000)

@@ -1,4 +1,4 @@
-"""Several real processes over gloo: batches shared out, or layers shared out; the same result as one."""
+"""Several real processes over gloo share batches or layers, with the result of one process."""
 
 import json
 import shutil
@@ -21,15 +21,15 @@ from mxd_convert.training.distributed import connection_guard
 
 
 def finish_in_two(recipe: Path, folder: Path) -> None:
-    """Goes on with a run in two processes, to its end."""
+    """Resume a run in two processes and wait for its end."""
     done = two_processes(recipe)
     _, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
     assert json.loads((folder / "mxd_report.json").read_text())["cost"]["resumed_at_steps"]
 
 
-def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_path):
-    """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
+def test_two_processes_train_the_layers_of_one_even_if_interrupted(models, text, tmp_path):
+    """Each of two processes takes half of every batch; the layers equal those of one process."""
     settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3, "init": "tokens"}}
     one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
@@ -44,7 +44,7 @@ def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_p
     done = two_processes(recipe)
     output, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
-    assert "over 2 processes" in errors  # the world size as accelerate has it
+    assert "over 2 processes" in errors  # the world size of accelerate
     assert "resumed at step" in errors
     assert output.count("verdict") == 1
     ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
@@ -58,7 +58,7 @@ def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_p
                 assert double["layers"][index][name] == pytest.approx(layer[name], rel=1e-4), (single["step"], index)
 
 
-def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp_path):
+def test_layers_distributed_over_two_processes_equal_those_of_one(models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 16_384}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
     settings["train"] = {"distribute": "layers", "tracker": "tensorboard"}
@@ -80,7 +80,7 @@ def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp
     assert all(f"layer_{index}/fvu" in logged for index in range(3))  # those of the other process too
 
 
-def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(programs, models, text, tmp_path):
+def test_a_run_of_one_process_resumes_in_two_that_distribute_its_layers(programs, models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
@@ -95,7 +95,7 @@ def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(programs,
     assert_same_weights(tmp_path / "two", one.output)
 
 
-def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
+def test_distributed_layers_resume_after_a_kill(models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"distribute": "layers", "checkpoint_every": 3}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
@@ -111,7 +111,7 @@ def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
     assert_same_weights(tmp_path / "two", one.output)
 
 
-HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun ends with a traceback of its own; none of ours may be there
+HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun prints its own traceback, which must not name our files
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun ends with a traceback
         ({"base": {"model": "{damaged}"}}, "is truncated or damaged"),
     ],
 )
-def test_what_is_wrong_is_told_once_whatever_the_number_of_processes(models, text, tmp_path, change, words):
+def test_an_error_is_reported_once_by_any_number_of_processes(models, text, tmp_path, change, words):
     damaged = Path(shutil.copytree(models["gpt_neox"], tmp_path / "damaged"))
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -138,10 +138,10 @@ def test_what_is_wrong_is_told_once_whatever_the_number_of_processes(models, tex
     assert errors.count("mxd-convert: ") == errors.count(words) == 1, errors
     assert HOUSE not in errors, errors
     work = tmp_path / "out.partial"
-    assert not work.exists() or (work / "fingerprint").is_file()  # nothing is left that a later run would not know as its own
+    assert not work.exists() or (work / "fingerprint").is_file()  # a later run recognises the work folder as its own
 
 
-def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_path):
+def test_a_killed_process_ends_the_others_with_one_line(models, text, tmp_path):
     settings = {"data": {"tokens": 2_000_000}, "train": {"checkpoint_every": 3}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "out", **settings)))
@@ -151,12 +151,12 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_pa
     second.kill()
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0
-    # a line, unless the launcher, which tells of the killed one itself, was quicker
+    # one line, unless the launcher ended the other process first
     assert errors.count("mxd-convert: ") == errors.count("another process of this run exited early") <= 1, errors
     assert HOUSE not in errors, errors
 
 
-def test_the_errors_of_talking_to_nobody_are_a_line():
+def test_connection_errors_are_a_one_line_error():
     with (
         pytest.raises(InputError, match=r"another process of this run exited early \(.*closed by peer.*same command"),
         connection_guard(2),

@@ -1,4 +1,4 @@
-"""The program and Python scripts in processes of their own, with nothing replaced and without waiting for imports.
+"""The program and Python scripts in processes of their own, without waiting for imports.
 
 A server that has imported everything forks a process for every command, so each is as good as new. Use `subprocess` only where the
 import, the interpreter's end or settings that are read on import are what is tested; `Programs.run_anew` does so.
