@@ -1,6 +1,5 @@
-"""Tiny but real models of every family, a real tokenizer, text on disk, and the shared folder where there is one."""
+"""Fixtures: tiny but real models of every family, their conversions, text on disk, the program, a Hub on loopback."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,11 +15,13 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from hub_client import Clients
+from folders import content_hash
+from hub_client import OTHERS, TOKEN, Clients
 from hub_server import Hub
+from onnx_exports import PARITY
+from project import ROOT
 from selection import group_of, is_full, unmatched
-from tiny_models import random_model
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
+from small_runs import FAMILIES, documents, make_model, small_recipe
 from xdist.scheduler import LoadScopeScheduling
 
 from mxd_convert import cli
@@ -31,26 +32,22 @@ from mxd_convert.recipe.schema import Base, Recipe
 from mxd_convert.training.stream import Source
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART = ROOT / "examples" / "quickstart-lm"
-TOKEN, OTHERS = "hf_thetokenthatnothingmayshow", "hf_somebodyelses"
-FAMILIES = ("gpt2", "gpt_neox", "llama")
 
 
 class Scheduling(LoadScopeScheduling):
-    """pytest-xdist's, with these groups."""
+    """pytest-xdist's scheduler with our groups."""
 
     def _split_scope(self, nodeid: str) -> str:
         return group_of(nodeid)
 
 
-@pytest.hookimpl(tryfirst=True, optionalhook=True)  # there is none where pytest runs without xdist
+@pytest.hookimpl(tryfirst=True, optionalhook=True)  # pytest may run without xdist
 def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Mark what only `make test-all` runs. The longest test comes first, so that no worker waits for it in the end."""
+    """Mark the tests that only `make test-all` runs. The longest test comes first, so that no worker waits for it at the end."""
     for item in items:
         if is_full(item.nodeid):
             item.add_marker(pytest.mark.full)
@@ -70,39 +67,13 @@ def shared_folder() -> Path | None:
 def shared() -> Path:
     folder = shared_folder()
     if folder is None:
-        pytest.skip("needs the folder of models and data that ../shared or MXD_SHARED names; neither is there")
-    return folder
-
-
-def tiny_config(family: str, **changes):
-    vocabulary = 2048
-    common = {
-        "vocab_size": vocabulary,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-        "tie_word_embeddings": True,
-        **changes,
-    }
-    if family == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **common)
-    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
-    if family == "gpt_neox":
-        return GPTNeoXConfig(intermediate_size=64, **size, **common)
-    return LlamaConfig(intermediate_size=48, num_key_value_heads=2, **size, **common)
-
-
-def make_model(family: str, folder: Path, dtype=torch.float32, **changes) -> Path:
-    """A random model whose MLPs matter, with the quickstart's tokenizer."""
-    model = random_model(tiny_config(family, **changes))
-    model.to(dtype).save_pretrained(folder)
-    load_tokenizer(str(QUICKSTART)).save_pretrained(folder)
+        pytest.skip("needs the folder of models and data at ../shared or MXD_SHARED; neither exists")
     return folder
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """Makes a folder in one worker for all of them: once("name", fill) calls fill(folder) where no worker has, and returns the folder."""
+    """Make a folder once for all workers: once("name", fill) calls fill(folder) unless a worker has done so, and returns it."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
     shared.mkdir(exist_ok=True)
@@ -113,45 +84,30 @@ def once(tmp_path_factory):
         with FileLock(shared / f"{name}.lock"):
             if not made.exists():
                 fill(folder)
-                made.write_text(content_of(folder))
+                made.write_text(content_hash(folder))
         used[folder] = made.read_text()
         return folder
 
     yield make
     for folder, content in used.items():
-        assert content_of(folder) == content, f"a test has changed {folder}, which all share"
-
-
-def content_of(folder: Path) -> str:
-    """A hash of the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+        assert content_hash(folder) == content, f"a test has changed {folder}, which all tests share"
 
 
 @pytest.fixture(scope="session")
 def models(once) -> dict[str, Path]:
-    """A random model of each family."""
+    """Return a random model of each family."""
     return {family: once(f"tiny-{family}", partial(make_model, family)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def base(request, models):
-    """A loaded base model of each family in turn."""
+    """Load a base model of each family in turn."""
     return load_base(Base(model=str(models[request.param])))
-
-
-def documents(count: int = 60) -> list[str]:
-    return [
-        f"Document {i}. " + " ".join(f"The value {j * i % 97} is returned when index {j} is given." for j in range(12))
-        for i in range(count)
-    ]
 
 
 @pytest.fixture(scope="session")
 def source(models, text, tmp_path_factory):
-    """Where activations come from: two layers of a tiny Llama: 8 steps of 4 blocks, 3 steps a buffer."""
+    """Return a function that makes a source of activations: two layers of a tiny Llama, 8 steps of 4 blocks, 3 steps per buffer."""
     recipe = Recipe(**{key: value for key, value in small_recipe(models["llama"], text, text.parent).items() if key != "output"})
     blocks, _ = prepare(recipe.data, load_tokenizer(recipe.base.model), tmp_path_factory.mktemp("data"))
     base = load_base(recipe.base)
@@ -183,31 +139,9 @@ def text(once) -> Path:
     return once("text", write) / "text.jsonl"
 
 
-def small_recipe(model: Path, text: Path, folder: Path, **sections) -> dict:
-    """A recipe that runs in seconds; sections add to or override its keys."""
-    recipe = {
-        "base": {"model": str(model)},
-        "data": {"train": {"path": str(text)}, "eval": {"tokens": 512}, "context": 32, "tokens": 4096},
-        "layer": {"k": 4, "experts": 24},
-        "train": {
-            "lr": 3e-3,
-            "batch_tokens": 256,
-            "log_every": 4,
-            "checkpoint_every": 4,
-            "device": "cpu",
-            "init": "paper",
-            "joint": 0.0,
-        },
-        "output": {"dir": str(folder)},
-    }
-    for section, content in sections.items():
-        recipe[section] = {**recipe[section], **content} if isinstance(content, dict) and section in recipe else content
-    return recipe
-
-
 @pytest.fixture(scope="session")
 def converted(models, text, once) -> dict[str, Path]:
-    """A finished conversion of each family: layers 0 and 2 of three."""
+    """Convert layers 0 and 2 of three in a model of each family."""
     from mxd_convert import convert
 
     def make(family: str) -> Path:
@@ -216,12 +150,12 @@ def converted(models, text, once) -> dict[str, Path]:
             lambda output: convert(small_recipe(models[family], text, output, layers=[0, 2]), quiet=True),
         )
 
-    return {family: make(family) for family in FAMILIES}  # now, not in a test that may have patched something
+    return {family: make(family) for family in FAMILIES}  # now, because a test may patch something later
 
 
 @pytest.fixture(scope="session")
 def stories(shared, once):
-    """The real 260K story model, all five layers on a tenth of the recipe's tokens."""
+    """Convert all five layers of the real 260K story model on a tenth of the recipe's tokens."""
     from mxd_convert import convert
 
     overrides = {
@@ -240,19 +174,12 @@ def stories(shared, once):
 
 @pytest.fixture(scope="session")
 def quick(once):
-    """The quickstart on a third of its tokens, without its twin."""
+    """Convert the quickstart on a third of its tokens, without its dense twin."""
     from mxd_convert import convert
 
     overrides = {"data.tokens": 61_440, "data.eval.tokens": 4096, "train.twin": False}
     output = once("quickstart", lambda output: convert("quickstart", output, overrides, quiet=True))
     return convert("quickstart", output, overrides, quiet=True)  # there already
-
-
-TEXT = "Document 3. The value 41 is returned when index 7 is given."
-
-
-PARITY = {"PROMPTS": 20, "NEW_TOKENS": 64}
-"""What the gate of export-onnx takes its greedy texts from and to; tests that are not about real models make do with less."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -266,7 +193,7 @@ def brief_parity():
 
 @pytest.fixture(scope="session")
 def exported(converted, text, once) -> dict[str, Path]:
-    """Every family exported in float32, with experts and steering."""
+    """Export every family in float32, with experts and steering."""
     from mxd_convert.commands.export_onnx import export_onnx
 
     def export(family: str, output: Path) -> None:
@@ -276,36 +203,9 @@ def exported(converted, text, once) -> dict[str, Path]:
     return {family: once(f"exported-{family}", partial(export, family)) for family in FAMILIES}
 
 
-def nothing_left(folder: Path) -> bool:
-    """Whether nothing is at `folder`, and nothing half-written beside it."""
-    return not folder.exists() and not [file for file in folder.parent.iterdir() if file.name.startswith(f".{folder.name}")]
-
-
-def spoilt(monkeypatch, change) -> None:
-    """Every ONNX graph that is built from now on has something wrong with it."""
-    from mxd_convert.commands import export_onnx as export
-
-    build = export.build_graph
-
-    def build_and_spoil(*arguments):
-        built = build(*arguments)
-        change(built)
-        return built
-
-    monkeypatch.setattr(export, "build_graph", build_and_spoil)
-
-
-def other_rows(graph) -> None:
-    """Experts that write a hundredth more."""
-    import onnx_ir
-
-    value = next(value for name, value in graph.graph.initializers.items() if name.endswith("mlp.experts"))
-    value.const_value = onnx_ir.tensor(value.const_value.numpy() * 1.01, name=value.name)
-
-
 @pytest.fixture
 def mxd(monkeypatch, capsys):
-    """Runs the program in this process: mxd("plan", "r.yaml") -> (exit status, stdout, stderr)."""
+    """Run the program in this process: mxd("plan", "r.yaml") returns (exit status, stdout, stderr)."""
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mxd-convert", *map(str, arguments)])
@@ -319,14 +219,14 @@ def mxd(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(mxd):
-    """Runs the program on bad input and checks the manners of its refusal."""
+    """Run the program on bad input, check the form of its error and return it."""
 
     def run(*arguments, words: tuple[str, ...]) -> str:
         status, out, err = mxd(*arguments)
         assert status == 2, (status, err)
         assert out == ""
         assert "Traceback" not in err
-        # what was being done may be said first; the refusal itself is the last line or two
+        # progress may come first; the error is the last line or two
         message = err[err.index("mxd-convert: ") :]
         assert len(message.strip().splitlines()) <= 2, message
         for word in words:
@@ -338,27 +238,28 @@ def refused(mxd):
 
 @pytest.fixture(scope="session")
 def hub():
-    """A Hub on loopback; alice and bob may write to what is theirs."""
+    """Start a Hub on loopback; alice and bob may write to their own repositories."""
     with Hub({TOKEN: "alice", OTHERS: "bob"}).running() as running:
         yield running
-        assert not running.leaks  # the token goes to the Hub and nowhere else
+        assert not running.leaks  # the token is sent to the Hub only
 
 
 @pytest.fixture(scope="session")
-def clients(hub, tmp_path_factory):
-    home = tmp_path_factory.mktemp("clients")
+def programs(hub, tmp_path_factory):
+    """Start the program and scripts in processes of their own that know the Hub on loopback."""
+    home = tmp_path_factory.mktemp("programs")
     yield Clients(hub.url, home)
-    for file in home.rglob("*"):  # caches, output, messages: whatever was written
+    for file in home.rglob("*"):  # caches, output and messages
         if file.is_file():
             assert TOKEN.encode() not in file.read_bytes(), file
 
 
 @pytest.fixture
-def program(clients, hub, tmp_path):
-    """Runs the program as alice, in a process that knows the Hub on loopback. Whatever goes wrong, there is no traceback, and no token to be seen."""
+def program(programs, hub, tmp_path):
+    """Run the program as alice, with the Hub on loopback. It never prints a traceback or the token."""
 
     def run(*arguments, token=TOKEN, **options):
-        done = clients.run(*arguments, token=token, **options)
+        done = programs.run(*arguments, token=token, **options)
         assert "Traceback" not in done.err, done.err
         assert TOKEN not in done.out + done.err
         return done
@@ -373,7 +274,7 @@ def program(clients, hub, tmp_path):
 
 @pytest.fixture
 def program_refused(program):
-    """Runs it on what can't go well: exit status 2 and a line or two with these words."""
+    """Run the program as alice and expect exit status 2 and one or two lines with these words."""
 
     def run(*arguments, words, **options):
         done = program(*arguments, **options)
@@ -389,7 +290,7 @@ def program_refused(program):
 
 @pytest.fixture
 def recipe(tmp_path, models, text):
-    """Writes a small recipe with changes; gives its path."""
+    """Write a small recipe with changes; return its path."""
 
     def write(**sections) -> Path:
         path = tmp_path / "recipe.yaml"
@@ -401,12 +302,5 @@ def recipe(tmp_path, models, text):
 
 @pytest.fixture
 def copy(converted, tmp_path):
-    """A copy of a finished checkpoint, to be damaged."""
+    """Copy a finished checkpoint, which the test may damage."""
     return Path(shutil.copytree(converted["llama"], tmp_path / "copy"))
-
-
-def write_card(folder: Path, report: dict, recipe: str, base_on_hub: bool) -> None:
-    """Write a card from the content of a report, as read from JSON."""
-    from mxd_convert.report import card, schema
-
-    card.write_card(folder, schema.parse_report(report, folder / "mxd_report.json"), recipe, base_on_hub=base_on_hub)

@@ -1,4 +1,4 @@
-"""Every family of the table, by itself: what the base class does, the converted model does. docs/families.md says the same."""
+"""The converted model of every family passes the checks that its base class passes, as docs/families.md says."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conformance import BASE_FAILS, IDS, NAMES, NEW, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
-from conftest import ROOT
+from project import ROOT
 from tiny_models import LAYERS, tiny_model
 
 from mxd_convert import steer
@@ -21,7 +21,7 @@ DOCS = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="session")
 def family(request, tmp_path_factory):
-    """(its name, folders of a tiny base and of its conversion)."""
+    """Return (name, folder of a tiny base, folder of its conversion)."""
     name = request.param
     return name, *make(name, tmp_path_factory.mktemp(name))
 
@@ -34,8 +34,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "check"), CASES, indirect=["family"])
-def test_what_the_base_does_the_converted_model_does(family, check):
-    """And its cell in docs/families.md says so: what the base can't is shown as that, and nothing else is."""
+def test_every_check_passed_by_the_base_is_passed_by_the_converted_model(family, check):
+    """The cell in docs/families.md is the same; it names only the checks that the base fails."""
     name, base, converted = family
     found = outcome(check, base, converted)
     assert found in (PASSED, BASE_FAILS), found
@@ -43,13 +43,13 @@ def test_what_the_base_does_the_converted_model_does(family, check):
 
 
 def cells_of(name: str) -> dict[str, str]:
-    """A family's row in docs/families.md."""
+    """Return the row of a family in docs/families.md."""
     [row] = [line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |")]
     return dict(zip(NAMES, [cell.strip() for cell in row.split("|")[3:-1]], strict=True))
 
 
-def test_what_base_classes_can_not_do_is_little():
-    """A check that bases fail proves nothing: those cells are these."""
+def test_base_classes_fail_few_checks():
+    """A check that the base fails proves nothing; these are all such cells."""
     failing = {(name, check) for name in ARCHITECTURES for check, cell in cells_of(name).items() if cell == BASE_FAILS}
     assert failing == {("gpt_neo", "static cache")}
 
@@ -62,8 +62,8 @@ def test_the_table_has_every_family_and_check():
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor():
-    """Not only traced: logits and every gradient are those of the model as it is."""
+def test_inductor_keeps_logits_and_gradients():
+    """Logits and all gradients equal those of the uncompiled model."""
     base = tiny_model("llama")
     sites = find_sites(base, base.config, range(LAYERS))
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 40, 3, site.activation, site.glu) for site in sites}
@@ -112,8 +112,8 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=[f"{name}-{','.join(changes)}" for name, changes in VARIANTS])
 @torch.no_grad()
-def test_variants_of_families(name, changes, tmp_path):
-    """What the MLP sees and returns is what it computes, and surgery changes nothing else, after saving and loading."""
+def test_variants_of_families_convert_exactly(name, changes, tmp_path):
+    """Harvested inputs and outputs are exact, and surgery changes nothing else, after saving and loading."""
     base = tiny_model(name, **changes)
     sites = find_sites(base, base.config, range(LAYERS))
     for index, activations in harvest(base, sites, IDS).items():
@@ -131,8 +131,8 @@ def test_variants_of_families(name, changes, tmp_path):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_harvest_is_what_the_mlp_sees_and_returns_whatever_surrounds_it(name):
-    """Of the base and of the converted model, whose layer sees the same shapes."""
+def test_harvest_records_the_mlp_in_any_surrounding(name):
+    """This holds in the base and in the converted model, with the same shapes."""
     base = tiny_model(name)
     sites = find_sites(base, base.config, range(LAYERS))
     seen = harvest(base, sites, IDS)
@@ -157,8 +157,8 @@ def test_harvest_is_what_the_mlp_sees_and_returns_whatever_surrounds_it(name):
 
 @pytest.mark.parametrize("name", ["opt", "bloom", "falcon"])
 @torch.no_grad()
-def test_steering_knows_its_place_whatever_the_layer_stands_in(name):
-    """Of the prompt or of what is written: with a cache and without, the same text; another one than unsteered."""
+def test_steering_applies_to_its_positions_in_any_surrounding(name):
+    """Steering of the prompt or of the generation gives the same text with and without a cache, different from the unsteered one."""
     base = tiny_model(name)
     sites = find_sites(base, base.config, range(LAYERS))
     torch.manual_seed(0)
@@ -177,7 +177,7 @@ def test_steering_knows_its_place_whatever_the_layer_stands_in(name):
     assert not texts["prompt"].equal(texts["generation"])
 
 
-def test_the_names_of_the_classes():
+def test_the_classes_are_named_after_their_family():
     assert [stem_of(name) for name in ("gpt2", "gpt_neox", "gemma3_text", "opt", "stablelm")] == [
         *("GPT2", "GPTNeoX", "Gemma3Text", "OPT", "StableLm"),
     ]

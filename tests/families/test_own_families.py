@@ -1,4 +1,4 @@
-"""A family that has no row, described in the recipe; and base models with code of their own, which travels with what they become."""
+"""Families without a row are described in the recipe; code of a base model is saved with its conversion."""
 
 import json
 import os
@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import QUICKSTART, ROOT, TEXT, small_recipe
+from project import QUICKSTART
+from small_runs import TEXT, small_recipe
 from tiny_models import SIZES, save_tiny, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,15 +49,15 @@ def converted_by(recipe, folder):
 
 
 @pytest.mark.parametrize(("family", "mlp"), [("exaone4", EXAONE), ("xglm", XGLM)])
-def test_a_family_without_a_row(family, mlp, tokenizer, text, tmp_path, mxd):
-    """From `base.mlp` alone: converted, verified with and without the package, evaluated, steered, reverted."""
+def test_a_family_without_a_row_is_converted(family, mlp, tokenizer, text, tmp_path, mxd):
+    """`base.mlp` is enough to convert, verify with and without the package, evaluate, steer and revert."""
     base = save_tiny(family, tmp_path / "base", tokenizer)
     assert family not in ARCHITECTURES
     recipe = small_recipe(base, text, tmp_path / "out", layers=[1], base={"model": str(base), "mlp": mlp})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     status, out, err = mxd("plan", tmp_path / "recipe.yaml")
     assert status == 0, err
-    assert f"MLPs      {mlp['module']}: {mlp['activation']}({mlp.get('gate', mlp['up'])})" in out  # what it found
+    assert f"MLPs      {mlp['module']}: {mlp['activation']}({mlp.get('gate', mlp['up'])})" in out  # its result
     status, out, err = mxd("plan", tmp_path / "recipe.yaml", "--json")
     assert json.loads(out)["layers"][0]["path"] == mlp["module"].format(i=1) + (".fc1" if "chain" in mlp else "")
     assert mxd("run", tmp_path / "recipe.yaml")[0] == 0
@@ -90,7 +91,7 @@ def test_init_finds_the_mlp(tokenizer, text, tmp_path, mxd):
 
 
 @pytest.mark.parametrize("family", [name for name in ARCHITECTURES if name not in ("bloom", "opt")])
-def test_what_init_would_find_in_a_family_with_a_row_is_the_row(family):
+def test_init_finds_the_row_of_a_known_family(family):
     model = tiny_model(family)
     found, row = guess(model, model.config), ARCHITECTURES[family]
     assert found is not None
@@ -99,7 +100,7 @@ def test_what_init_would_find_in_a_family_with_a_row_is_the_row(family):
     assert found.activation == getattr(model.config, row.activation)
 
 
-def test_descriptions_that_do_not_fit_are_lines(tokenizer, text, tmp_path, refused):
+def test_wrong_descriptions_are_one_line_errors(tokenizer, text, tmp_path, refused):
     base = save_tiny("exaone4", tmp_path / "base", tokenizer)
 
     def refuse(words, **changes):
@@ -119,8 +120,8 @@ def test_descriptions_that_do_not_fit_are_lines(tokenizer, text, tmp_path, refus
     refuse(("base.mlp.gates", "unknown key", "gate"), gates="gate_proj")
 
 
-def test_models_that_can_not_be_converted_are_named(tmp_path, refused, text, tokenizer):
-    """A mixture of experts, an encoder, an encoder-decoder: what it is, what is supported, where a new family goes."""
+def test_models_that_can_not_be_converted_are_named(tmp_path, refused, text):
+    """The error names the kind of model, the supported families and the place for a new one."""
     for config, words in (
         ({"model_type": "mixtral"}, ("'mixtral'", "mixtures of experts already")),
         ({"model_type": "qwen3_moe"}, ("'qwen3_moe'", "mixtures of experts already")),
@@ -206,7 +207,7 @@ ODD = {
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory, tokenizer):
-    """A repository with a model whose class is in its own files."""
+    """Save a model whose class is in its own files."""
     folder = tmp_path_factory.mktemp("odd") / "odd-lm"
     folder.mkdir()
     for name, content in CODE.items():
@@ -233,8 +234,8 @@ def odd_converted(odd, text, tmp_path_factory):
     return converted_by(small_recipe(odd, text, folder, layers=[1], base=base), folder)
 
 
-def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
-    """The whole way, where it is trusted: evaluated, verified without the package, edited, reverted."""
+def test_a_base_with_code_of_its_own_is_converted(odd, odd_converted, text, tmp_path, mxd):
+    """If it is trusted, the model is evaluated, verified without the package, edited and reverted."""
     names = {path.name for path in odd_converted.glob("*.py")}
     glue = {"configuration_mxd_base.py", "modeling_mxd_base.py"}
     assert names == {*CODE, *glue, "configuration_mxd.py", "layers_mxd.py", "modeling_mxd.py", "steering_mxd.py"}
@@ -246,7 +247,7 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     assert content["auto_map"]["AutoModelForCausalLM"] == "modeling_mxd_base.MxdOddForCausalLM"
     status, _, err = mxd("--trust-remote-code", "eval", odd_converted, "--data", text, "--tokens", 512, "--json")
     assert status == 0, err
-    assert not is_trusted()  # it was for that command
+    assert not is_trusted()  # trust was limited to that command
     checks = mxd_convert.verify(odd_converted, trust_remote_code=True).checks
     assert [check for check in checks if not check.ok] == []
     with mxd_convert.trusting():
@@ -263,7 +264,7 @@ def test_a_base_with_code_of_its_own(odd, odd_converted, text, tmp_path, mxd):
     assert ours(input_ids=IDS).logits.equal(theirs(input_ids=IDS).logits)
 
 
-def test_its_logits_in_a_process_without_the_package(odd_converted):
+def test_the_logits_are_the_same_without_the_package(odd_converted):
     code = (
         "import sys, json, torch\n"
         "sys.modules['mxd_convert'] = None\n"
@@ -284,8 +285,8 @@ def test_its_logits_in_a_process_without_the_package(odd_converted):
     assert (torch.tensor(json.loads(done.stdout)) - ours).abs().max() < 1e-5
 
 
-def test_nothing_of_it_runs_unless_it_is_trusted(odd, odd_converted, text, tmp_path):
-    """Neither a base's code nor a checkpoint's, in processes that have not trusted it before: these would leave a file."""
+def test_code_runs_only_if_it_is_trusted(programs, odd, odd_converted, text, tmp_path):
+    """Code of a base and of a checkpoint would write a file, in processes that did not trust it before."""
     mark = tmp_path / "it ran"
     for folder in (odd, odd_converted):
         copy = shutil.copytree(folder, tmp_path / folder.name)
@@ -300,17 +301,15 @@ def test_nothing_of_it_runs_unless_it_is_trusted(odd, odd_converted, text, tmp_p
         (("generate", checkpoint, "--prompt", "a"), ("code of its own",)),
         (("verify", checkpoint), ("code of its own",)),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "mxd_convert.cli", *map(str, command)], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-        assert done.returncode == 2, done.stderr
-        assert len(done.stderr.strip().splitlines()) <= 2, done.stderr
+        done = programs.run(*command)
+        assert done.status == 2, done.err
+        assert len(done.err.strip().splitlines()) <= 2, done.err
         for word in words:
-            assert word in done.stderr
+            assert word in done.err
     assert not mark.exists()
 
 
-def test_the_description_is_read_back_from_a_checkpoint(odd_converted):
+def test_the_description_is_read_from_a_checkpoint(odd_converted):
     with mxd_convert.trusting():
         config = mxd_convert.checkpoint.read.read_config(odd_converted)
     row = architecture_of(config)
@@ -318,4 +317,4 @@ def test_the_description_is_read_back_from_a_checkpoint(odd_converted):
     with mxd_convert.trusting():
         base = AutoModelForCausalLM.from_pretrained(odd_converted, trust_remote_code=True)
     with pytest.raises(InputError, match=r"has no model\.layers\.1\.mlp\.into"):
-        find_sites(base, config, [1])  # of the base, not of what has been converted
+        find_sites(base, config, [1])  # the description is of the base, not of the conversion

@@ -47,10 +47,10 @@ def execute(suite: str, families: list[str], workers: int) -> Collector:
 
     collector = Collector()
     quiet = ["-q", "--no-header", "--no-summary", "--show-capture=no", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider"]
-    place = ["-c", os.devnull, "--rootdir", str(HERE), "--confcutdir", str(HERE)]
+    location = ["-c", os.devnull, "--rootdir", str(HERE), "--confcutdir", str(HERE)]
     several = ["-n", str(workers)] if workers > 1 else ["-p", "no:xdist"]
     chosen = ["-k", " or ".join(f"{family}_{side}" for family in families for side in SIDES)]
-    status = pytest.main([*quiet, *place, *several, *chosen, str(HERE / f"{suite}_cases.py")], plugins=[collector])
+    status = pytest.main([*quiet, *location, *several, *chosen, str(HERE / f"{suite}_cases.py")], plugins=[collector])
     if status > pytest.ExitCode.TESTS_FAILED:
         collector.broken.append(f"pytest ended with {status!r}")
     return collector

@@ -17,7 +17,7 @@ from mxd_convert.modeling import modeling_mxd
 
 
 def layer(site: Site) -> MxD:
-    """A small MxD for an MLP's place."""
+    """Return a small MxD that fits the site of an MLP."""
     return MxD(site.d_in, site.d_hidden, site.d_out, n_experts=8, k=4, activation=site.activation, glu=site.glu)
 
 

@@ -1,4 +1,4 @@
-"""Every mistake is a line or two that names the thing, with exit status 2; nothing is lost and nothing half-written."""
+"""Every mistake is an error of one or two lines that names its cause, with exit status 2. No file is lost or half-written."""
 
 import json
 import re
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, documents
+from project import ROOT
 from safetensors.torch import load_file, save_file
+from small_runs import documents
 
 from mxd_convert.modeling.configuration_mxd import FORMAT_VERSION
 from mxd_convert.recipe.load import load_recipe
 
 
-def test_bad_options(mxd, refused, recipe):
+def test_bad_options_are_refused(mxd, refused, recipe):
     assert mxd("plan")[0] == 2
     assert mxd("nonsense")[0] == 2
     refused("plan", recipe(), "--set", "layer.kk=3", words=("layer.kk", "did you mean 'k'"))
@@ -25,7 +26,7 @@ def test_bad_options(mxd, refused, recipe):
     refused("run", "quikstart", words=("quikstart", "did you mean 'quickstart'"))
 
 
-def test_bad_recipes(refused, recipe, tmp_path, text, models):
+def test_bad_recipes_are_refused_before_any_work(refused, recipe, tmp_path, text):
     refused("run", recipe(layer={"k": 30}), words=("layer.k", "30", "24"))
     refused("run", recipe(layer={"k": 3000, "experts": "auto"}), words=("layer.k", "3000", "992"))
     refused("run", recipe(layers=[3]), words=("layers", "3", "layers 0 to 2"))
@@ -43,7 +44,7 @@ def test_bad_recipes(refused, recipe, tmp_path, text, models):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"], "something was written before the recipe was refused"
 
 
-def test_bad_text(refused, recipe, tmp_path):
+def test_bad_text_is_refused(refused, recipe, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     one = tmp_path / "one.txt"
@@ -73,7 +74,7 @@ def test_bad_text(refused, recipe, tmp_path):
         ("mxd_gpt2", ("already converted",)),
     ],
 )
-def test_unsupported_architectures(refused, recipe, tmp_path, converted, model_type, words):
+def test_unsupported_architectures_are_refused(refused, recipe, tmp_path, converted, model_type, words):
     folder = tmp_path / "other"
     if model_type == "mxd_gpt2":
         folder = converted["gpt2"]
@@ -83,7 +84,7 @@ def test_unsupported_architectures(refused, recipe, tmp_path, converted, model_t
     refused("run", recipe(base={"model": str(folder)}), words=words)
 
 
-def test_a_quantised_base(refused, recipe, tmp_path, models):
+def test_a_quantised_base_is_refused(refused, recipe, tmp_path, models):
     folder = Path(shutil.copytree(models["gpt2"], tmp_path / "quantised"))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -124,7 +125,7 @@ def add_a_tensor(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), ("model.safetensors", "missing")),
     ],
 )
-def test_damaged_checkpoints_are_status_1_from_verify_and_2_from_the_rest(mxd, refused, copy, text, tmp_path, damage, words):
+def test_damaged_checkpoints_end_verify_with_1_and_other_commands_with_2(mxd, refused, copy, text, tmp_path, damage, words):
     damage(copy)
     status, out, err = mxd("verify", copy)
     assert status == 1
@@ -138,20 +139,20 @@ def test_damaged_checkpoints_are_status_1_from_verify_and_2_from_the_rest(mxd, r
     assert not (tmp_path / "reverted").exists()
 
 
-def test_a_truncated_base(refused, recipe, models, tmp_path):
+def test_a_truncated_base_is_refused(refused, recipe, models, tmp_path):
     folder = Path(shutil.copytree(models["gpt2"], tmp_path / "cut"))
     cut_the_file(folder)
     refused("run", recipe(base={"model": str(folder)}), words=("cut", "truncated or damaged"))
 
 
-def test_a_base_whose_config_leaves_layers_out(refused, recipe, models, tmp_path):
+def test_a_base_with_fewer_layers_in_its_config_is_refused(refused, recipe, models, tmp_path):
     for family, key in (("gpt2", "n_layer"), ("llama", "num_hidden_layers")):
         folder = Path(shutil.copytree(models[family], tmp_path / family))
         damage_config(folder, **{key: 2})
         refused("run", recipe(base={"model": str(folder)}), "--fresh", words=(family, "says 2 layers", "hold more"))
 
 
-def test_bad_arguments_of_the_other_commands(refused, converted, models, text, tmp_path):
+def test_bad_arguments_of_other_commands_are_refused(refused, converted, models, text, tmp_path):
     folder = converted["llama"]
     refused("eval", tmp_path / "nowhere", "--data", text, words=("nowhere", "no such folder"))
     refused("eval", models["llama"], "--data", text, words=("'llama' model", "not of one with MxD layers"))
@@ -173,22 +174,22 @@ def test_bad_arguments_of_the_other_commands(refused, converted, models, text, t
     refused("verify", folder, "--base", models["gpt2"], words=("--base", "not the model"))
 
 
-def test_a_newer_format_is_refused_in_a_line(refused, copy):
+def test_a_newer_format_is_a_one_line_error(refused, copy):
     config = json.loads((copy / "config.json").read_text())
     config["mxd"]["format_version"] = FORMAT_VERSION + 1
     (copy / "config.json").write_text(json.dumps(config))
     refused("generate", copy, "--prompt", "a", words=(f"format version {FORMAT_VERSION + 1}", "upgrade"))
 
 
-def test_an_unwritable_output(refused, recipe, tmp_path):
+def test_an_unwritable_output_is_refused(refused, recipe, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
     refused("run", recipe(output={"dir": str(blocker)}), words=("is a file",))
     refused("run", recipe(output={"dir": str(blocker / "below")}), words=("can't be written",))
 
 
-def test_what_is_committed_names_no_machine():
-    """Recipes, docs and cards hold no absolute path of a machine."""
+def test_committed_files_hold_no_local_path():
+    """Recipes, docs and cards hold no absolute path."""
     files = [
         *ROOT.glob("recipes/*"),
         *ROOT.glob("docs/*"),
@@ -202,7 +203,7 @@ def test_what_is_committed_names_no_machine():
             assert not re.search(r"(?<![\w.}])/(home|root|tmp|work|Users|mnt|var)/", path.read_text()), path
 
 
-def test_fresh_never_replaces_what_is_not_a_checkpoint_of_ours(refused, mxd, recipe, tmp_path):
+def test_fresh_never_replaces_other_files(refused, recipe, tmp_path):
     project = tmp_path / "out"
     (project / ".git").mkdir(parents=True)
     (project / "main.py").write_text("mine")
@@ -216,7 +217,7 @@ def test_fresh_never_replaces_what_is_not_a_checkpoint_of_ours(refused, mxd, rec
     refused("run", recipe(), "--output", "/", words=("/", "another output.dir"))
 
 
-def test_fresh_replaces_a_checkpoint_and_touches_no_neighbour(mxd, converted, recipe, tmp_path):
+def test_fresh_replaces_a_checkpoint_and_nothing_beside_it(mxd, converted, recipe, tmp_path):
     shutil.copytree(converted["gpt2"], tmp_path / "out")
     (tmp_path / "out.old").mkdir()
     (tmp_path / "out.old" / "notes").write_text("mine")
@@ -226,7 +227,7 @@ def test_fresh_replaces_a_checkpoint_and_touches_no_neighbour(mxd, converted, re
     assert (tmp_path / "out.old" / "notes").read_text() == "mine"
 
 
-def test_revert_leaves_an_unfinished_run_of_that_name_alone(mxd, converted, tmp_path):
+def test_revert_keeps_an_unfinished_run_of_the_same_name(mxd, converted, tmp_path):
     (tmp_path / "r.partial" / "state").mkdir(parents=True)
     (tmp_path / "r.partial" / "state" / "step").write_text("precious")
     assert mxd("revert", converted["gpt2"], "--layers", "0", "--output", tmp_path / "r")[0] == 0
@@ -237,11 +238,11 @@ def test_revert_leaves_an_unfinished_run_of_that_name_alone(mxd, converted, tmp_
 def damage_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     for key, value in changes.items():
-        place, *rest = key.split("__")[::-1]
+        last, *rest = key.split("__")[::-1]
         target = config
         for part in rest[::-1]:
             target = target[part]
-        target[place] = value
+        target[last] = value
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -263,7 +264,7 @@ def damage_config(folder, **changes):
         {"vocab_size": 77},
     ],
 )
-def test_a_damaged_config(mxd, refused, copy, changes):
+def test_a_damaged_config_is_refused(mxd, refused, copy, changes):
     damage_config(copy, **changes)
     refused("generate", copy, "--prompt", "a", words=("copy",))
     status, out, err = mxd("verify", copy)
@@ -272,7 +273,7 @@ def test_a_damaged_config(mxd, refused, copy, changes):
     assert "Traceback" not in out + err
 
 
-def test_damaged_side_files(mxd, refused, copy, text, tmp_path):
+def test_damaged_side_files_are_refused(mxd, refused, copy, text, tmp_path):
     (copy / "recipe.yaml").write_text("data: 3")
     refused("eval", copy, "--data", text, words=("recipe.yaml", "not a readable recipe"))
     (copy / "recipe.yaml").unlink()
@@ -285,7 +286,7 @@ def test_damaged_side_files(mxd, refused, copy, text, tmp_path):
     assert "FAILED      its tokenizer loads and reads text" in out
 
 
-def test_odd_text_files(mxd, refused, recipe, tmp_path):
+def test_odd_text_files_are_read_or_refused(mxd, refused, recipe, tmp_path):
     odd = tmp_path / "odd.jsonl"
     odd.write_bytes(b"\xef\xbb\xbf" + b"".join(json.dumps({"text": f"a \ud800 {d}"}).encode() + b"\n" for d in documents()))
     assert mxd("run", recipe(data={"train": {"path": str(odd)}}, layers=[1]))[0] == 0  # half a surrogate pair, and a BOM
@@ -297,7 +298,7 @@ def test_odd_text_files(mxd, refused, recipe, tmp_path):
     refused("run", recipe(data={"train": {"path": str(deep)}}), "--fresh", words=("deep.jsonl",))
 
 
-def test_odd_recipes(refused, recipe, tmp_path):
+def test_odd_recipes_are_refused(refused, recipe, tmp_path):
     for setting, words in (
         ("layers=0-99999999999", ("out of range",)),
         ("train.seed=-1", ("train.seed",)),
@@ -317,7 +318,7 @@ def test_odd_recipes(refused, recipe, tmp_path):
         refused("plan", path, words=("odd.yaml",))
 
 
-def test_init_writes_a_model_path_that_holds_where_the_recipe_is(mxd, refused, models, tmp_path, monkeypatch):
+def test_init_writes_a_model_path_valid_from_the_recipe(mxd, refused, models, tmp_path, monkeypatch):
     shutil.copytree(models["gpt2"], tmp_path / "model")
     (tmp_path / "recipes").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -327,14 +328,14 @@ def test_init_writes_a_model_path_that_holds_where_the_recipe_is(mxd, refused, m
     refused("init", "model", "--output", "recipes", "--force", words=("recipes", "exists"))
 
 
-def test_generate_refuses_what_overflows(refused, converted):
+def test_generate_refuses_numbers_that_overflow(refused, converted):
     folder = converted["llama"]
     refused("generate", folder, "--prompt", "a", "--temperature", "nan", words=("--temperature",))
     refused("generate", folder, "--prompt", "a", "--steer", "0:1:1e300", words=("--steer", "exceeds"))
     refused("generate", folder, "--prompt", "a", "--seed", "99999999999999999999999", words=("--seed",))
 
 
-def test_a_base_that_is_converted_already_is_said_so_in_a_fresh_process(converted, recipe):
+def test_a_converted_base_is_refused_in_a_fresh_process(converted, recipe):
     command = [sys.executable, "-m", "mxd_convert.cli", "plan", str(recipe(base={"model": str(converted["gpt2"])}))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,6 +1,6 @@
-"""accelerate's tools for models larger than memory, on converted models: empty weights, offloading, device maps, tied weights.
+"""accelerate's tools for models larger than memory work on converted models: empty weights, offloading, device maps, tied weights.
 
-accelerate's own tests of them are about toy models of theirs, whose module names and sizes they hold; these ask the same of ours.
+accelerate's own tests use toy models with fixed module names and sizes; these tests check the same of ours.
 `from_pretrained(device_map=...)` is in tests/support/conformance.py.
 """
 
@@ -51,13 +51,13 @@ def layer_path(family, index):
 
 
 def parts(model):
-    """All of it on the CPU, by modules that have parameters or buffers of their own."""
+    """Return a device map with every module on the CPU that has parameters or buffers of its own."""
     names = [name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]
     return {name.rpartition(".")[0]: "cpu" for name in names}
 
 
 def on_disk(devices, *paths):
-    """The same map, with whole modules on the disk."""
+    """Return the same map with whole modules on the disk."""
     within = tuple(f"{path}." for path in paths)
     return {name: device for name, device in devices.items() if not f"{name}.".startswith(within)} | dict.fromkeys(paths, "disk")
 
@@ -67,7 +67,7 @@ def offloaded(model):
 
 
 def steers_as(family, model):
-    """Whether steering changes the logits of this model as it changes those of one that is whole in memory."""
+    """Return whether steering changes the logits as it does in a model that is whole in memory."""
     whole = make(family)
     for one in (whole, model):
         one.set_steering(STEERING)
@@ -76,8 +76,8 @@ def steers_as(family, model):
     return logits(model).equal(steered)
 
 
-def test_cpu_and_disk_offload(family, tmp_path):
-    """Every module's weights come for its forward alone, a layer's experts included; with the hooks off, the model is as before."""
+def test_offloading_to_cpu_and_disk_keeps_the_logits(family, tmp_path):
+    """Weights are loaded for each module's forward, including the experts; without the hooks, the model is as before."""
     model = make(family)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert any(name.endswith(".experts") for name in offloaded(model))
@@ -91,16 +91,16 @@ def test_cpu_and_disk_offload(family, tmp_path):
     assert steers_as(family, model)
 
 
-def test_offload_between_models(family):
-    """A model is moved for its own forward, and stays whole."""
+def test_offloading_between_models_keeps_the_logits(family):
+    """A model is moved for its own forward, as a whole."""
     model, hook = cpu_offload_with_hook(make(family), execution_device=torch.device("cpu"))
     assert logits(model).equal(expected(family))
     hook.offload()
     assert not offloaded(model)
 
 
-def test_dispatch_splits_between_layers_and_within_one(family, tmp_path):
-    """By a map that names one decoder layer, and of another the MLP's place alone."""
+def test_dispatch_splits_a_model_between_layers_and_within_one(family, tmp_path):
+    """The device map names one decoder layer, and only the MLP of another."""
     model = make(family)
     devices = on_disk(parts(model), layer_path(family, 0), ARCHITECTURES[family].path.format(i=1))
     dispatch_model(model, devices, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
@@ -111,8 +111,8 @@ def test_dispatch_splits_between_layers_and_within_one(family, tmp_path):
     assert steers_as(family, model)
 
 
-def test_inferred_device_maps(family, tmp_path):
-    """Sizes count the experts; decoder layers are never split; the logits are the same."""
+def test_inferred_device_maps_keep_decoder_layers_whole(family, tmp_path):
+    """Sizes include the experts, decoder layers are never split, and the logits are the same."""
     model = make(family)
     sizes = compute_module_sizes(model)
     path = ARCHITECTURES[family].path.format(i=0)
@@ -131,8 +131,8 @@ def test_inferred_device_maps(family, tmp_path):
     assert logits(model).equal(expected(family))
 
 
-def test_empty_weights_and_loading(family, tmp_path):
-    """Built without memory, then filled from a checkpoint in shards; with a part left on the disk."""
+def test_empty_weights_load_from_a_checkpoint(family, tmp_path):
+    """A model built without memory is filled from a sharded checkpoint, also with a part on the disk."""
     model = make(family)
     model.save_pretrained(tmp_path, max_shard_size=30_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -158,8 +158,8 @@ def test_empty_weights_and_loading(family, tmp_path):
     assert logits(spread.eval()).equal(expected(family))
 
 
-def test_tied_weights(family):
-    """What is tied in the base is tied in the mixture, and stays so through a device map."""
+def test_tied_weights_stay_tied(family):
+    """Weights tied in the base are tied in the converted model, and stay tied through a device map."""
     base = tiny_model(family)
     model = mixture_of(base)
     ties = [sorted(group) for group in find_tied_parameters(model)]

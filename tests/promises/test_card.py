@@ -1,4 +1,4 @@
-"""The card: every figure from the report, every block of code runs, and nothing of this machine in it."""
+"""The card has its figures from the report, every block of code runs, and it holds no local path."""
 
 import json
 import re
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FAMILIES, ROOT, write_card
+from folders import write_card
+from hub_client import on_hub
 from hub_routes import card_errors
 from huggingface_hub import ModelCard
-from test_hub import on_hub
+from project import ROOT
+from small_runs import FAMILIES
 
 from mxd_convert import convert, delta, edit
 from mxd_convert.recipe.schema import Recipe
@@ -20,12 +22,12 @@ def blocks_of(card: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
 
 
-def run_blocks(card, clients, folder, replace):
-    """Python blocks as one script, the program's lines in between where they stand."""
+def run_blocks(card, programs, folder, replace):
+    """Run a card's Python blocks as one script, then its command lines; return the number of blocks and the last result."""
     parts = re.findall(r"```(python|bash)\n(.*?)```", card, re.DOTALL)
     script = folder / "blocks.py"
     script.write_text("\n".join(code for language, code in parts if language == "python").replace("BASE", replace["BASE"]))
-    done = clients.run("python", script, cwd=str(folder))
+    done = programs.run("python", script, cwd=str(folder))
     assert done.status == 0, done.err
     for line in "\n".join(code for language, code in parts if language == "bash").splitlines():
         if not (words := line.split()):
@@ -33,13 +35,13 @@ def run_blocks(card, clients, folder, replace):
         assert words[0] == "mxd-convert"
         for name, value in replace.items():
             words = [re.sub(rf"\b{name}\b", value, word) for word in words]
-        done = clients.run(*[word.strip('"') for word in words[1:]], cwd=str(folder))
+        done = programs.run(*[word.strip('"') for word in words[1:]], cwd=str(folder))
         assert done.status == 0, (line, done.err)
     return len(parts), done
 
 
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "transcoder", "skip_transcoder", "dense_twin"])
-def test_every_block_of_a_published_card_runs(hub, program, clients, models, text, tmp_path, kind, recipe):
+def test_every_block_of_a_published_card_runs(hub, program, programs, models, text, tmp_path, kind, recipe):
     path = recipe(
         layers=[0, 2],
         layer={"kind": kind} if kind == "dense_twin" else {"kind": kind, "k": 4, "experts": 24},
@@ -49,26 +51,26 @@ def test_every_block_of_a_published_card_runs(hub, program, clients, models, tex
     assert program("push", result.output, name, verified=False).status == 0
     card = on_hub(hub, name)["README.md"].decode()
     assert "THIS_REPOSITORY" not in card
-    place = tmp_path / "elsewhere"
-    place.mkdir()
-    (place / "recipe.yaml").write_text(blocks_of(card, "yaml")[0])
-    assert (place / "recipe.yaml").read_text() == (result.output / "recipe.yaml").read_text()
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(blocks_of(card, "yaml")[0])
+    assert (folder / "recipe.yaml").read_text() == (result.output / "recipe.yaml").read_text()
     card = card.replace("base.model=PATH", f"base.model={models['gpt2']}").replace("train.path=PATH", f"train.path={text}")
-    count, last = run_blocks(card, clients, place, {"BASE": str(models["gpt2"])})
+    count, last = run_blocks(card, programs, folder, {"BASE": str(models["gpt2"])})
     assert count == (2 if kind == "dense_twin" else 5)
-    again = json.loads((place / "reproduced" / "mxd_report.json").read_text())
+    again = json.loads((folder / "reproduced" / "mxd_report.json").read_text())
     assert again["fidelity"] == result.report["fidelity"], last.err
     assert again["recipe_sha256"] == result.report["recipe_sha256"]
 
 
-def test_every_block_of_a_deltas_card_runs(hub, program, clients, converted, models, text, tmp_path):
+def test_every_block_of_the_card_of_a_delta_runs(hub, program, programs, converted, models, text, tmp_path):
     delta(converted["llama"], tmp_path / "delta")
     assert program("push", tmp_path / "delta", "alice/card-delta").status == 0
     card = on_hub(hub, "alice/card-delta")["README.md"].decode()
-    (tmp_path / "place").mkdir()
-    (tmp_path / "place" / "recipe.yaml").write_text(blocks_of(card, "yaml")[0])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "recipe.yaml").write_text(blocks_of(card, "yaml")[0])
     card = card.replace("base.model=PATH", f"base.model={models['llama']}").replace("train.path=PATH", f"train.path={text}")
-    count, _ = run_blocks(card, clients, tmp_path / "place", {"BASE": str(models["llama"])})
+    count, _ = run_blocks(card, programs, tmp_path / "elsewhere", {"BASE": str(models["llama"])})
     assert count == 6
     assert "mxd-delta" in ModelCard(card).data.tags
 
@@ -78,7 +80,7 @@ def figures_in(card: str) -> set[str]:
     return set(re.findall(r"(?<![\w.])[+-]?\d[\d,]*\.\d+%?", body))
 
 
-def test_the_figures_are_the_reports(copy):
+def test_the_figures_of_the_card_are_those_of_the_report(copy):
     card = (copy / "README.md").read_text()
     report = json.loads((copy / "mxd_report.json").read_text())
 
@@ -105,7 +107,7 @@ def test_the_figures_are_the_reports(copy):
     assert (copy / "README.md").read_text() == card
 
 
-def test_the_metadata_is_what_the_hub_takes(converted, tmp_path):
+def test_the_metadata_of_the_card_is_valid_on_the_hub(converted, tmp_path):
     folder = shutil.copytree(converted["llama"], tmp_path / "copy")
     report = json.loads((folder / "mxd_report.json").read_text())
     data = ModelCard.load(folder / "README.md").data
@@ -126,7 +128,7 @@ def test_the_metadata_is_what_the_hub_takes(converted, tmp_path):
     assert f"commit `{'a' * 40}`" in (folder / "README.md").read_text()
 
 
-def test_it_says_how_the_layers_were_trained(converted, tmp_path):
+def test_the_card_says_how_the_layers_were_trained(converted, tmp_path):
     folder = shutil.copytree(converted["llama"], tmp_path / "copy")
     report = json.loads((folder / "mxd_report.json").read_text())
     alone = "each layer was trained on activations of the base model."
@@ -140,11 +142,11 @@ def test_it_says_how_the_layers_were_trained(converted, tmp_path):
     )
 
 
-def test_what_was_not_measured_is_called_so(converted, tmp_path):
+def test_the_card_names_figures_that_were_not_measured(converted, tmp_path):
     folder = edit(converted["gpt2"], tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
     card = (folder / "README.md").read_text()
     assert "Not measured since the checkpoint was changed" in card
-    assert "mxd_report.json" not in card  # there is none
+    assert "mxd_report.json" not in card  # it has no report
     assert "the checkpoint before its manual changes" in card
     assert ModelCard(card).data.eval_results is None
     full = (converted["gpt2"] / "README.md").read_text()
@@ -152,7 +154,7 @@ def test_what_was_not_measured_is_called_so(converted, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_path_of_this_machine_is_in_what_is_published(converted, family):
+def test_published_files_hold_no_local_path(converted, family):
     for path in converted[family].rglob("*"):
         if path.is_file() and path.name != "mxd_local.json":
             content = path.read_bytes()
@@ -161,7 +163,7 @@ def test_no_path_of_this_machine_is_in_what_is_published(converted, family):
 
 
 @pytest.mark.parametrize("name", ["quickstart", "stories260k"])
-def test_the_cards_that_lie_here_are_what_their_reports_make(name, tmp_path):
+def test_committed_cards_match_their_reports(name, tmp_path):
     kept = ROOT / "model_cards" / name
     folder = shutil.copytree(kept, tmp_path / name)
     report = json.loads((kept / "mxd_report.json").read_text())

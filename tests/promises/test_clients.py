@@ -1,4 +1,4 @@
-"""Converted models in the tools that people use: transformers' pipeline, Trainer, assisted generation and server, PEFT, lm-evaluation-harness.
+"""Converted models work in common tools: transformers' pipeline, Trainer, assisted generation and server, PEFT, lm-evaluation-harness.
 
 nnsight is in tests/promises/test_other_tools.py; runtimes of exported models are in tests/promises/test_onnx_clients.py.
 """
@@ -14,7 +14,8 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TEXT, documents
+from project import ROOT
+from small_runs import FAMILIES, TEXT, documents
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import mxd_convert
@@ -29,7 +30,7 @@ def model_and_tokenizer(folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pipeline(converted, family):
+def test_pipeline_generates_text(converted, family):
     model, tokenizer = model_and_tokenizer(converted[family])
     [made] = pipeline("text-generation", model=str(converted[family]), tokenizer=tokenizer)(TEXT, **GREEDY)
     ids = model.generate(**tokenizer(TEXT, return_tensors="pt"), **GREEDY)
@@ -43,7 +44,7 @@ def batches(tokenizer, count=64, length=32):
 
 
 def train(model, tokenizer, folder, steps=20, rate=3e-3):
-    """Losses of transformers' own Trainer, step by step."""
+    """Return the losses of transformers' Trainer, step by step."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -61,8 +62,8 @@ def train(model, tokenizer, folder, steps=20, rate=3e-3):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trainer_fine_tunes(converted, family, tmp_path):
-    """20 steps; the loss falls, gates and experts are trained too, and what is saved loads again."""
+def test_trainer_fine_tunes_a_converted_model(converted, family, tmp_path):
+    """In 20 steps the loss falls, gates and experts change, and the saved model loads."""
     model, tokenizer = model_and_tokenizer(converted[family])
     before = {name: parameter.detach().clone() for name, parameter in model.mxd_layers()[2].named_parameters()}
     trainer, losses = train(model, tokenizer, tmp_path / "run")
@@ -77,8 +78,8 @@ def test_trainer_fine_tunes(converted, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_lora(converted, family, tmp_path):
-    """An adapter on attention and on the experts' own matrices: trained, saved, loaded onto a fresh model, merged."""
+def test_peft_lora_trains_saves_and_merges(converted, family, tmp_path):
+    """An adapter of attention and experts is trained, saved, loaded into a new model and merged."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     attention = {"gpt2": "c_attn", "gpt_neox": "query_key_value", "llama": "q_proj"}[family]
@@ -105,8 +106,8 @@ def test_peft_lora(converted, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_assisted_generation(converted, models, family):
-    """The base drafts for the converted model, and the other way round: the text is the one without help."""
+def test_assisted_generation_gives_the_same_text(converted, models, family):
+    """Base and converted model draft for each other; the text equals that of plain generation."""
     model, tokenizer = model_and_tokenizer(converted[family])
     base = load_base(Base(model=str(models[family])))
     inputs = tokenizer(TEXT, return_tensors="pt")
@@ -119,7 +120,7 @@ def test_assisted_generation(converted, models, family):
 
 
 def test_lm_evaluation_harness_gives_our_score(converted, tmp_path):
-    """A task of local text: total log-likelihood of documents that each fill a block, which our evaluation then reads in the same way."""
+    """The task is the total log-likelihood of local documents that each fill a block, as in our evaluation."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -149,7 +150,7 @@ def test_lm_evaluation_harness_gives_our_score(converted, tmp_path):
 
 
 def whole_blocks(tokenizer, length, count=24):
-    """Texts of exactly so many tokens, each the tokens of its own text."""
+    """Return texts of exactly so many tokens that survive decoding and encoding."""
     found = []
     for document in documents():
         ids = tokenizer(document, add_special_tokens=False)["input_ids"]
@@ -165,7 +166,7 @@ def whole_blocks(tokenizer, length, count=24):
 
 
 def test_transformers_serve_answers(converted, tmp_path):
-    """By examples/serve.py, which puts our class where transformers' server looks for it: the same greedy text over HTTP."""
+    """examples/serve.py registers our class for transformers' server, which returns the same greedy text over HTTP."""
     folder = converted["llama"]
     model, tokenizer = model_and_tokenizer(folder)
     with socket.socket() as free:

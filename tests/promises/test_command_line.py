@@ -1,4 +1,4 @@
-"""The commands do what the contract says, on stdout what a program reads."""
+"""The commands behave as documented, and stdout is readable by programs."""
 
 import json
 import subprocess
@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
+from small_runs import FAMILIES
 
 from mxd_convert.recipe.load import load_recipe
 
@@ -23,10 +23,10 @@ def test_help_has_examples_and_imports_nothing_heavy():
         "try: cli.main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
     )
     light = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert light.stdout.strip() == "2 False", "a mistake in the recipe is told only after torch is loaded"
+    assert light.stdout.strip() == "2 False", "a mistake in the recipe is reported only after torch is loaded"
 
 
-def test_init_writes_a_commented_recipe_that_reads_back(mxd, models, tmp_path):
+def test_init_writes_a_commented_recipe_that_loads(mxd, models, tmp_path):
     path = tmp_path / "mine.yaml"
     status, _, err = mxd("init", models["llama"], "--output", path)
     assert status == 0, err
@@ -71,7 +71,7 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
     assert speed["tokens_per_second"] == pytest.approx(4096 / speed["training_seconds"])
 
 
-def test_plan_of_what_can_not_fit_says_so_and_what_to_change(mxd, recipe):
+def test_plan_names_the_setting_to_change_if_memory_is_short(mxd, recipe):
     status, out, _ = mxd("plan", recipe(train={"memory_gib": 0.1}), "--json")
     plan = json.loads(out)
     assert status == 0
@@ -80,13 +80,13 @@ def test_plan_of_what_can_not_fit_says_so_and_what_to_change(mxd, recipe):
     assert "`run` would stop: train.memory_gib: 0.1" in plan["warnings"][0]
 
 
-def test_plan_warns_of_a_model_that_grows_several_times(mxd, recipe):
+def test_plan_warns_about_a_model_several_times_larger(mxd, recipe):
     _, out, _ = mxd("plan", recipe(layer={"experts": "auto", "expansion": 512}), "--json")
     [warning] = json.loads(out)["warnings"]
     assert "times the base's parameters. Set layer.expansion to " in warning
 
 
-def test_run_prints_figures_and_the_path(mxd, recipe, tmp_path):
+def test_run_prints_figures_and_the_output_path(mxd, recipe, tmp_path):
     path = recipe(layers=[1])
     status, out, err = mxd("run", path, "--output", tmp_path / "elsewhere")
     assert status == 0, err
@@ -99,7 +99,7 @@ def test_run_prints_figures_and_the_path(mxd, recipe, tmp_path):
     assert result["report"]["fidelity"]["ce_base"] > 0
 
 
-def test_eval(mxd, converted, text):
+def test_eval_prints_the_figures(mxd, converted, text):
     status, out, err = mxd("eval", converted["gpt2"], "--data", text, "--tokens", 500, "--json")
     assert status == 0, err
     figures = json.loads(out)
@@ -110,7 +110,7 @@ def test_eval(mxd, converted, text):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_verify_proves_a_checkpoint_in_fresh_processes(mxd, converted, family):
+def test_verify_checks_a_checkpoint_in_fresh_processes(mxd, converted, family):
     status, out, err = mxd("verify", converted[family], "--json")
     found = json.loads(out)
     assert status == 0, (found, err)
@@ -119,7 +119,7 @@ def test_verify_proves_a_checkpoint_in_fresh_processes(mxd, converted, family):
     assert len(found["checks"]) == 22
 
 
-def test_verify_finds_what_is_wrong(mxd, copy, models):
+def test_verify_finds_changed_tensors_and_broken_code(mxd, copy):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1e-3  # a layer that was not converted
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -136,7 +136,7 @@ def test_verify_finds_what_is_wrong(mxd, copy, models):
     assert "FAILED      loads (without it, trust_remote_code=True): RuntimeError: broken" in out
 
 
-def test_verify_without_a_base_says_what_it_did_not_check(mxd, copy):
+def test_verify_without_a_base_names_the_skipped_checks(mxd, copy):
     (copy / "mxd_local.json").unlink()
     status, out, _ = mxd("verify", copy)
     assert status == 0
@@ -144,7 +144,7 @@ def test_verify_without_a_base_says_what_it_did_not_check(mxd, copy):
     assert "--base PATH" in out
 
 
-def test_revert(mxd, converted, models, tmp_path):
+def test_revert_writes_a_checkpoint_with_the_original_layers(mxd, converted, models, tmp_path):
     status, _, err = mxd("revert", converted["llama"], "--layers", "0", "--output", tmp_path / "partly")
     assert status == 0, err
     assert mxd("verify", tmp_path / "partly")[0] == 0
@@ -155,7 +155,7 @@ def test_revert(mxd, converted, models, tmp_path):
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_generate_and_steer(mxd, converted):
+def test_generate_prints_plain_and_steered_text(mxd, converted):
     plain = json.loads(mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--json")[1])
     steered = json.loads(
         mxd("generate", converted["gpt2"], "--prompt", "The value", "--max-new-tokens", 12, "--steer", "0:7:+500", "--json")[1]
@@ -171,7 +171,7 @@ def test_generate_and_steer(mxd, converted):
 
 @torch.no_grad()
 def test_steering_adds_to_the_coefficient(converted):
-    """Independent of the layer's own code: y changes by amount * c_n * u, at every position, and not at all afterwards."""
+    """y changes by amount * c_n * u at every position, computed without the layer's code, and not at all afterwards."""
     from mxd_convert import load_checkpoint, steer
 
     model = load_checkpoint(converted["llama"])

@@ -1,4 +1,4 @@
-"""One recipe makes a finished checkpoint; a run that is cut off goes on; nothing is half-written or lost."""
+"""One recipe makes a finished checkpoint; an interrupted run resumes; no file is half-written or lost."""
 
 import json
 import os
@@ -6,14 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, documents, small_recipe
+from interruptions import interrupted_run
+from processes import until, wait_for_states
+from programs import Running
 from safetensors.torch import load_file
+from small_runs import FAMILIES, documents, small_recipe
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
@@ -28,7 +30,7 @@ CONTRACT_FILES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_finished_folder_holds_what_the_contract_says(converted, family):
+def test_a_finished_folder_holds_the_files_of_the_contract(converted, family):
     folder = converted[family]
     assert {path.name for path in folder.iterdir()} == CONTRACT_FILES
     assert not folder.with_name(f"{folder.name}.partial").exists()
@@ -52,7 +54,7 @@ def test_a_finished_folder_holds_what_the_contract_says(converted, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_published_names_this_machine(converted, family, text):
+def test_published_files_name_no_machine(converted, family, text):
     folder = converted[family]
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "mxd_local.json":
@@ -77,8 +79,8 @@ def test_from_pretrained_loads_and_generates(converted, family):
     assert values.shape == indices.shape == (2, 3, 4)
 
 
-def test_the_report_is_of_the_checkpoint_on_disk(converted, models, text, tmp_path):
-    """`evaluate` on the held-out documents, written out, gives the report's own figures."""
+def test_the_report_describes_the_checkpoint_on_disk(converted, tmp_path):
+    """`evaluate` on the held-out documents gives the figures of the report."""
     from mxd_convert.data.documents import is_held_out
 
     report = json.loads((converted["llama"] / "mxd_report.json").read_text())
@@ -97,7 +99,7 @@ def test_repeated_text_is_reported(models, text, tmp_path):
     assert train["repeats"] == pytest.approx(train["tokens"] / train["available_tokens"])
 
 
-def test_a_finished_output_is_not_run_again_and_fresh_starts_over(models, text, tmp_path):
+def test_a_finished_output_is_kept_unless_fresh_is_given(models, text, tmp_path):
     recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
     first = convert(recipe, quiet=True)
     stamp = (first.output / "model.safetensors").stat().st_mtime_ns
@@ -113,7 +115,7 @@ def test_a_finished_output_is_not_run_again_and_fresh_starts_over(models, text, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_something_else_in_the_way_is_left_alone(models, text, tmp_path):
+def test_other_files_in_the_output_are_kept(models, text, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="not a converted checkpoint"):
@@ -121,95 +123,79 @@ def test_something_else_in_the_way_is_left_alone(models, text, tmp_path):
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
-def run_in_process(
-    recipe: Path, kill_when: Path | None = None, number: int = signal.SIGKILL, limit: int | None = None
-) -> subprocess.Popen:
-    """The command line on a recipe; killed as soon as `kill_when` matches a file."""
-    command = [sys.executable, "-m", "mxd_convert.cli", "run", str(recipe)]
-    if limit is not None:
-        size = f"resource.RLIMIT_FSIZE, ({limit}, {limit})"
-        command = [
-            sys.executable,
-            "-c",
-            f"import os, resource, sys; resource.setrlimit({size}); os.execv(sys.argv[1], sys.argv[1:])",
-            *command,
-        ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while kill_when is not None and process.poll() is None and time.monotonic() < deadline:
-        if list(kill_when.parent.glob(kill_when.name)):
-            process.send_signal(number)
-            break
-        time.sleep(0.002)
+def run_until(programs, recipe: Path, file: Path, number: int = signal.SIGKILL) -> Running:
+    """Start a run and send a signal as soon as a file exists that matches."""
+    process = programs.start("run", recipe)
+    until(lambda: process.ended or list(file.parent.glob(file.name)))
+    if not process.ended:
+        process.send(number)
     return process
 
 
 def comparable(folder: Path) -> tuple[dict, list]:
-    """Report and log without times, memory and what says that a run was resumed."""
+    """Return report and log without times, memory and signs of a resumed run."""
     report = json.loads((folder / "mxd_report.json").read_text())
     del report["cost"]
-    for name in ("training_log.jsonl", "recipe.yaml"):  # they hold times, and the folder's name
+    for name in ("training_log.jsonl", "recipe.yaml"):  # these hold times and the name of the folder
         assert len(report["files"].pop(name)) == 64
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return report, [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in log]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_cut_off_ends_as_one_that_was_not(models, text, tmp_path, number):
+def test_a_run_that_was_interrupted_resumes_and_ends_the_same(programs, models, text, tmp_path, number):
     settings = {"layers": [0, 1], "data": {"tokens": 16_384}, "train": {"checkpoint_every": 3}}
-    whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "cut", **settings)))
-    process = run_in_process(recipe, tmp_path / "cut.partial" / "state" / "layers-0-1" / "step-*09.json", number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), errors
-    assert "Traceback" not in errors
-    assert number == signal.SIGKILL or "interrupted. The same command resumes where it stopped" in errors
+    whole = tmp_path / "whole"
+    assert programs.run("run", recipe, "--output", whole).status == 0
+    cut = run_until(programs, recipe, tmp_path / "cut.partial" / "state" / "layers-0-1" / "step-*09.json", number).wait()
+    assert cut.status == (130 if number == signal.SIGINT else None), cut.err
+    assert "Traceback" not in cut.err
+    assert number == signal.SIGKILL or "interrupted. The same command resumes where it stopped" in cut.err
     assert not (tmp_path / "cut").exists()
-    done = run_in_process(recipe)
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
+    done = programs.run("run", recipe)
+    assert done.status == 0, done.err
     report = json.loads((tmp_path / "cut" / "mxd_report.json").read_text())
     assert report["cost"]["resumed_at_steps"], "the kill came too late to show anything"
-    ours, theirs = load_file(tmp_path / "cut" / "model.safetensors"), load_file(whole.output / "model.safetensors")
+    ours, theirs = load_file(tmp_path / "cut" / "model.safetensors"), load_file(whole / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
-    assert comparable(tmp_path / "cut") == comparable(whole.output)
-    assert f"resumed at step {report['cost']['resumed_at_steps'][0]}" in errors
+    assert comparable(tmp_path / "cut") == comparable(whole)
+    assert f"resumed at step {report['cost']['resumed_at_steps'][0]}" in done.err
 
 
-def test_an_output_in_use_is_refused(models, text, tmp_path):
+def test_an_output_in_use_is_refused(programs, models, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", data={"tokens": 2_000_000})))
-    first = run_in_process(recipe, tmp_path / "out.partial" / "state" / "layers-0-2" / "step-*.json", signal.SIGCONT)
+    first = programs.start("run", recipe)
     try:
-        assert first.poll() is None
-        second = run_in_process(recipe)
-        _, errors = second.communicate(timeout=120)
-        assert second.returncode == 2
-        assert "in use by another run" in errors
-        assert "Traceback" not in errors
+        wait_for_states(tmp_path / "out")
+        assert not first.ended
+        second = programs.run("run", recipe)
+        assert second.status == 2
+        assert "in use by another run" in second.err
+        assert "Traceback" not in second.err
+        assert not first.ended
     finally:
-        first.kill()
-        first.communicate()
+        first.process.kill()
+        first.wait()
 
 
-def test_a_full_disk_is_a_line_and_the_run_goes_on_afterwards(models, text, tmp_path):
+def test_a_full_disk_is_a_one_line_error_and_the_run_resumes(programs, models, text, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])))
-    process = run_in_process(recipe, limit=40_000)  # no file may grow past this: the token files fit, the saved state does not
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
-    assert "no space left" in errors
-    assert "Traceback" not in errors
+    full = programs.run("run", recipe, largest_file=40_000)  # bytes: the token files fit, the saved state does not
+    assert full.status == 2, full.err
+    assert "no space left" in full.err
+    assert "Traceback" not in full.err
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").rglob("*.tmp"))
-    done = run_in_process(recipe)
-    _, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, errors
+    done = programs.run("run", recipe)
+    assert done.status == 0, done.err
 
 
-def test_too_little_space_is_told_before_the_work(models, text, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_any_work(models, text, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
@@ -217,7 +203,7 @@ def test_too_little_space_is_told_before_the_work(models, text, tmp_path, monkey
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1]), quiet=True)
 
 
-def test_damaged_state_is_passed_over(models, text, tmp_path):
+def test_a_damaged_state_is_skipped(tmp_path):
     from mxd_convert.training.state import load_state, save_state
 
     for step in (1, 2, 3):
@@ -232,7 +218,7 @@ def test_damaged_state_is_passed_over(models, text, tmp_path):
     assert load_state(tmp_path, "another") is None
 
 
-def test_a_damaged_note_is_passed_over_and_leftovers_of_a_kill_go(tmp_path):
+def test_a_damaged_note_is_skipped_and_leftovers_of_a_kill_are_removed(tmp_path):
     from mxd_convert.training.state import groups_with_state, load_state, save_state
 
     folder = tmp_path / "layers-0"
@@ -251,14 +237,14 @@ def test_a_damaged_note_is_passed_over_and_leftovers_of_a_kill_go(tmp_path):
         assert load_state(folder, "f") is None
 
 
-def test_what_a_kill_leaves_of_the_work_folder_is_in_nobodys_way(models, text, tmp_path):
+def test_leftovers_of_a_kill_do_not_block_the_next_run(models, text, tmp_path):
     recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
     work = tmp_path / "out.partial"
     work.mkdir()
-    (work / "fingerprint.tmp").write_text("cut off here")  # before there was a mark
+    (work / "fingerprint.tmp").write_text("cut off here")  # killed before the mark was written
     (work / "lock").touch()
     done = convert(recipe, quiet=True)
-    for leftover in ("lock", "fingerprint", "checkpoint.tmp"):  # of a kill while the work folder was being removed
+    for leftover in ("lock", "fingerprint", "checkpoint.tmp"):  # killed while the work folder was removed
         work.mkdir(exist_ok=True)
         (work / "fingerprint").write_text("some run of ours") if leftover == "checkpoint.tmp" else None
         (work / leftover).touch()
@@ -268,22 +254,12 @@ def test_what_a_kill_leaves_of_the_work_folder_is_in_nobodys_way(models, text, t
         assert not work.exists()
 
 
-def test_a_fresh_run_that_is_cut_off_goes_on_without_fresh(models, text, tmp_path, monkeypatch):
-    from mxd_convert.training import stage
-
+def test_a_fresh_run_that_was_interrupted_resumes_without_fresh(models, text, tmp_path):
     recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[1])
     first = convert(recipe, quiet=True)
     stamp = (first.output / "model.safetensors").stat().st_mtime_ns
-    take = stage.Stage._step
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            stage.Stage,
-            "_step",
-            lambda self, number, interrupt: setattr(interrupt, "requested", number == 5) or take(self, number, interrupt),
-        )
-        with pytest.raises(KeyboardInterrupt):
-            convert(recipe, fresh=True, quiet=True)
-    assert (first.output / "model.safetensors").stat().st_mtime_ns == stamp  # the old one stays until the new one is whole
+    interrupted_run(recipe, 5, fresh=True)
+    assert (first.output / "model.safetensors").stat().st_mtime_ns == stamp  # the old result stays until the new one is complete
     done = convert(recipe, quiet=True)
     assert not done.already_finished
     assert done.report["cost"]["resumed_at_steps"] == [6]
@@ -291,12 +267,12 @@ def test_a_fresh_run_that_is_cut_off_goes_on_without_fresh(models, text, tmp_pat
     assert convert(recipe, quiet=True).already_finished
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_layer(models, text, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_layer(models, text, tmp_path):
     with pytest.raises(InputError, match=r"layer 0: the loss is not finite at step 2\. Lower train\.lr"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"lr": 1e30}), quiet=True)
 
 
-def test_a_base_that_is_not_finite_is_named_and_not_the_learning_rate(models, text, tmp_path):
+def test_a_base_that_is_not_finite_is_named_instead_of_the_learning_rate(models, text, tmp_path):
     broken = tmp_path / "broken"
     model = AutoModelForCausalLM.from_pretrained(models["gpt2"])
     with torch.no_grad():
@@ -310,7 +286,7 @@ def test_a_base_that_is_not_finite_is_named_and_not_the_learning_rate(models, te
         convert(recipe, quiet=True)
 
 
-def test_weights_in_float16_that_no_config_names_take_no_gradients(models, text, tmp_path):
+def test_float16_weights_missing_from_the_config_take_no_gradients(models, text, tmp_path):
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(models["gpt2"]).half().save_pretrained(half)
     AutoTokenizer.from_pretrained(models["gpt2"]).save_pretrained(half)
@@ -322,7 +298,7 @@ def test_weights_in_float16_that_no_config_names_take_no_gradients(models, text,
         convert(recipe, quiet=True)
 
 
-def test_l1_bf16_skip_and_a_tracker(models, text, tmp_path):
+def test_l1_bf16_skip_and_a_tracker_work_together(models, text, tmp_path):
     recipe = small_recipe(
         models["llama"],
         text,
@@ -339,7 +315,7 @@ def test_l1_bf16_skip_and_a_tracker(models, text, tmp_path):
     assert 0 < result.report["fidelity"]["layers"]["1"]["l0"] < 24
 
 
-def test_the_public_face_is_complete():
+def test_the_public_api_is_complete():
     for name in mxd_convert.__all__:
         assert getattr(mxd_convert, name) is not None
     assert set(mxd_convert.__all__) == set(mxd_convert._HOMES)
@@ -355,21 +331,22 @@ def test_another_text_of_the_same_name_is_another_recipe(models, text, tmp_path)
         convert(small_recipe(models["gpt2"], other, tmp_path / "out", layers=[1]), quiet=True)
 
 
-def test_text_changed_in_place_is_noticed_by_a_resumed_run(models, text, tmp_path):
-    mine = tmp_path / "text.jsonl"
-    mine.write_text(text.read_text())
+def test_a_resumed_run_notices_text_changed_in_place(programs, models, text, tmp_path):
+    changing = tmp_path / "text.jsonl"
+    changing.write_text(text.read_text())
     recipe = tmp_path / "recipe.yaml"
     settings = {"layers": [1], "data": {"tokens": 200_000}, "train": {"checkpoint_every": 3}}
-    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], mine, tmp_path / "out", **settings)))
-    run_in_process(recipe, tmp_path / "out.partial" / "state" / "layers-1" / "step-*3.json").communicate(timeout=120)
-    (tmp_path / "out.partial" / "fingerprint").with_suffix(".tmp").write_text("cut off here")  # of a kill while it was written
-    mine.write_text(text.read_text() + text.read_text().upper())
+    recipe.write_text(yaml.safe_dump(small_recipe(models["gpt2"], changing, tmp_path / "out", **settings)))
+    cut = run_until(programs, recipe, tmp_path / "out.partial" / "state" / "layers-1" / "step-*3.json").wait()
+    assert cut.status is None, "the kill came too late to show anything"
+    (tmp_path / "out.partial" / "fingerprint").with_suffix(".tmp").write_text("cut off here")  # killed while it was written
+    changing.write_text(text.read_text() + text.read_text().upper())
     with pytest.raises(InputError, match=r"text\.jsonl has changed; undo that change"):
         convert(recipe, quiet=True)
 
 
 def test_a_model_of_the_hub_is_pinned_to_its_commit(models, text, tmp_path):
-    """From the local cache, laid out as the Hub's client does."""
+    """The model is in the local cache, in the layout of the Hub's client."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "home" / "hub" / "models--someone--tiny"
     shutil.copytree(models["gpt2"], cache / "snapshots" / commit)

@@ -1,13 +1,14 @@
-"""The dashboard is one folder, safe, the same each time, and says what the statistics say."""
+"""The dashboard is one folder, safe and reproducible, and shows the statistics of the experts."""
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import documents, small_recipe
-from test_expert_statistics import blocks_of, loop, with_layers
+from folders import NASTY, data_of, experts_of
+from observations import firings_by_loop
+from random_layers import gpt2_with_layers
+from small_runs import blocks_of, documents, small_recipe
 
 import mxd_convert
 from mxd_convert import InputError, convert, load_checkpoint
@@ -18,19 +19,8 @@ from mxd_convert.dashboard.tokens import token_texts
 from mxd_convert.evaluation.experts import firings
 
 
-def data_of(folder: Path, name: str):
-    """What a data file hands to the page."""
-    match = re.fullmatch(rf'MXD\.give\("{name}",(.*)\);\n', (folder / f"{name}.js").read_text(encoding="ascii"))
-    return json.loads(match[1])
-
-
-def experts_of(folder: Path, layer: int) -> list[dict]:
-    number = len(list((folder / "data" / str(layer)).glob("experts-*.js")))
-    return [expert for shard in range(number) for expert in data_of(folder, f"data/{layer}/experts-{shard}")]
-
-
-def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
-    """Its pages against the functions above; the same bytes again, and in other ranges; replaced in place."""
+def test_a_dashboard_holds_the_statistics_of_every_expert(converted, text, tmp_path, monkeypatch):
+    """Its pages equal explicit loops; a second run and other ranges give the same bytes; it is replaced in place."""
     monkeypatch.setattr(pages, "SHARD", 16)
     output = tmp_path / "board"
     written = mxd_convert.make_dashboard(converted["llama"], text, output, tokens=1600, quiet=True)
@@ -39,7 +29,7 @@ def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
     assert [layer["layer"] for layer in summary["layers"]] == [0, 2]
     model, tokenizer = load_checkpoint(converted["llama"], dtype="float32"), load_tokenizer(str(converted["llama"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
-    expected = loop(model, 2, blocks, mask_bos=True)
+    expected = firings_by_loop(model, 2, blocks, mask_bos=True)
     about, experts, rows = summary["layers"][1], experts_of(output, 2), data_of(output, "data/2/index")
     assert len(experts) == 24
     assert about["tokens"] == summary["data"]["tokens"] == blocks.counted(blocks.take(slice(None)), True).sum()
@@ -86,10 +76,10 @@ def test_a_dashboard_in_full(converted, text, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["board", "text"]
 
 
-def test_every_kind_has_its_pages(models, text, tmp_path):
-    """Side by side in one model; a layer without experts is named, and experts without matrices have no rank."""
+def test_every_kind_of_layer_has_its_pages(models, text, tmp_path):
+    """One model has several kinds; a layer without experts is named, and latents have no rank."""
     entries = {0: ("random_gate", {}), 1: ("dense_twin", {}), 2: ("skip_transcoder", {"sparsity": "l1"})}
-    model, tokenizer = with_layers(models, entries), load_tokenizer(str(models["gpt2"]))
+    model, tokenizer = gpt2_with_layers(models, entries), load_tokenizer(str(models["gpt2"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
     write_dashboard(tmp_path / "board", model, tokenizer, blocks, "mixed", quiet=True)
     summary = data_of(tmp_path / "board", "data/summary")
@@ -103,19 +93,12 @@ def test_every_kind_has_its_pages(models, text, tmp_path):
     assert [layer["layer"] for layer in data_of(tmp_path / "board", "data/summary")["layers"]] == [2]
     for alone in ({1: ("dense_twin", {})}, {0: ("mxd", {}), 1: ("dense_twin", {})}):
         with pytest.raises(InputError, match=r"no experts to show"):
-            write_dashboard(tmp_path / "none", with_layers(models, alone), tokenizer, blocks, "none", layers=[1], quiet=True)
+            write_dashboard(tmp_path / "none", gpt2_with_layers(models, alone), tokenizer, blocks, "none", layers=[1], quiet=True)
     assert not (tmp_path / "none").exists()
 
 
-NASTY = (
-    "<script>alert(1)</script>",
-    "</script><img src=x onerror=alert(1)>",
-    "<!-- ]]> & \" ' \\ \u2028 \u2029 \u202e &lt;b&gt; <b>bold</b>",
-)
-
-
-def test_nothing_in_the_text_gets_out_of_it(copy, tmp_path):
-    """What could end a script is in no file, and comes back as it was."""
+def test_text_can_not_inject_markup_into_a_dashboard(copy, tmp_path):
+    """No file holds text that could end a script, and the pages restore it."""
     nasty = tmp_path / "nasty.jsonl"
     nasty.write_text("".join(json.dumps({"text": f"{NASTY[i % 3]} {document}"}) + "\n" for i, document in enumerate(documents())))
     mxd_convert.add_labels(copy, [{"layer": 2, "expert": 3, "text": NASTY[1], "author": NASTY[2]}])
@@ -133,12 +116,14 @@ def test_nothing_in_the_text_gets_out_of_it(copy, tmp_path):
     for page in ("index.html", "expert.html"):
         assert "connect-src" not in (tmp_path / "board" / page).read_text()
         assert "default-src 'none'" in (tmp_path / "board" / page).read_text()
-    for script in (tmp_path / "board" / "assets").glob("*.js"):
+    scripts = list((tmp_path / "board" / "assets").glob("*.js"))
+    assert scripts
+    for script in scripts:
         for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http:", "https:"):
             assert way not in script.read_text().replace("http://www.w3.org/2000/svg", ""), (script, way)
 
 
-def test_tokens_read_as_they_do_in_a_text(models):
+def test_token_texts_equal_the_decoded_text(models):
     tokenizer = load_tokenizer(str(models["gpt2"]))
     ids = tokenizer("a value is\n  3 \u20ac \u00e9", add_special_tokens=False)["input_ids"]
     texts = token_texts(tokenizer, ids)
@@ -151,7 +136,7 @@ def test_tokens_read_as_they_do_in_a_text(models):
     )
 
 
-def test_bad_input(refused, mxd, converted, copy, models, text, tmp_path):
+def test_bad_dashboard_arguments_are_refused(refused, mxd, converted, copy, models, text, tmp_path):
     folder, board = converted["llama"], tmp_path / "board"
     refused("dashboard", tmp_path / "nowhere", "--data", text, "--output", board, words=("nowhere", "no such folder"))
     refused(
@@ -182,17 +167,17 @@ def test_bad_input(refused, mxd, converted, copy, models, text, tmp_path):
     assert "layer 2: 24 experts" in err
 
 
-def test_only_begins_of_sequences(models, tmp_path):
-    """A text of nothing but what is left out: said so, not divided by."""
+def test_a_text_without_counted_tokens_is_refused(models, tmp_path):
+    """A text with excluded positions only is an error, not a division by zero."""
     tokenizer = load_tokenizer(str(models["gpt2"]))
     (tmp_path / "one.txt").write_text("\n\n".join("a" for _ in range(200)))
     blocks = blocks_of(tmp_path / "one.txt", tokenizer, tmp_path / "text", tokens=2, context=1)
     with pytest.raises(InputError, match="nothing in it but BOS"):
-        write_dashboard(tmp_path / "board", with_layers(models, {0: ("mxd", {})}), tokenizer, blocks, "x", quiet=True)
+        write_dashboard(tmp_path / "board", gpt2_with_layers(models, {0: ("mxd", {})}), tokenizer, blocks, "x", quiet=True)
 
 
-def test_a_run_writes_it(models, text, tmp_path, monkeypatch, capsys, recipe, refused):
-    """In the finished folder, of the held-out text; where it fails the training is kept, and without it the run still ends."""
+def test_a_run_writes_its_dashboard(models, text, tmp_path, monkeypatch, capsys, recipe, refused):
+    """The dashboard of the held-out text is in the finished folder; if it fails, the training is kept."""
     settings = small_recipe(models["llama"], text, tmp_path / "out", layers=[1], output={"dashboard": True})
     with monkeypatch.context() as broken:
         broken.setattr("mxd_convert.commands.run.write_dashboard", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))

@@ -1,4 +1,4 @@
-"""The dashboard in a real browser, from disk; and steering does what its pages say."""
+"""The dashboard works in a real browser from disk, and steering has the effect that its pages state."""
 
 import gzip
 import json
@@ -9,9 +9,9 @@ import browser
 import numpy as np
 import pytest
 import torch
-from conftest import documents
+from folders import NASTY, data_of, experts_of
 from safetensors.torch import load_file, save_file
-from test_dashboard import NASTY, data_of, experts_of
+from small_runs import documents
 
 import mxd_convert
 from mxd_convert import load_checkpoint, steer
@@ -30,7 +30,7 @@ DEAD = 5  # expert of layer 0
 
 @pytest.fixture(scope="module")
 def board(converted, tmp_path_factory) -> Path:
-    """Of text and labels that would be markup, in a folder whose name needs quoting."""
+    """Write a dashboard of text and labels that would be markup, in a folder whose name needs quoting."""
     folder = tmp_path_factory.mktemp("a board & more #1")
     checkpoint = Path(shutil.copytree(converted["llama"], folder / "tiny"))
     tensors = load_file(checkpoint / "model.safetensors")
@@ -76,8 +76,8 @@ def test_the_index_shows_every_layer_and_its_experts(page, board):
 
 
 @needs_browser
-def test_sorting(page, board):
-    """By a click and by the keyboard; aria-sort says it, and the address leads back to it."""
+def test_the_index_sorts_by_click_and_keyboard(page, board):
+    """A click and the keyboard sort; aria-sort shows the order, and the address restores it."""
     page.open(f"{(board / 'index.html').as_uri()}#layer=2")
     rows = data_of(board, "data/2/index")
     for key, column in (("rate", "count"), ("largest", "largest"), ("mean", "mean"), ("p99", "p99")):
@@ -97,8 +97,8 @@ def test_sorting(page, board):
 
 
 @needs_browser
-def test_searching(page, board):
-    """By number, label, promoted token and text; what is found is what holds all words."""
+def test_the_index_is_searched_by_number_label_token_and_text(page, board):
+    """Results hold all words of the query."""
     page.open(f"{(board / 'index.html').as_uri()}#layer=2&show=all")
     rows, tokens, summary = (data_of(board, f"data/{name}") for name in ("2/index", "tokens", "summary"))
     [label] = summary["labels"]
@@ -134,8 +134,8 @@ def test_searching(page, board):
 
 
 @needs_browser
-def test_an_experts_page(page, board):
-    """Reached from the index: its contexts, heat-map, bands, histogram, tokens and neighbours are those of the data."""
+def test_the_page_of_an_expert_shows_its_data(page, board):
+    """The page, opened from the index, shows the contexts, heat map, bands, histogram, tokens and neighbours of the data."""
     [label] = data_of(board, "data/summary")["labels"]
     n, tokens = label["expert"], data_of(board, "data/tokens")
     expert = experts_of(board, 2)[n]
@@ -150,13 +150,13 @@ def test_an_experts_page(page, board):
     assert shown == [tokens["texts"][row[0]] for row in expert["up"]]
     assert len(page.texts("svg rect.bar")) == len(expert["histogram"])
     flat = data_of(board, "data/text-0")
-    for place, (position, heat) in enumerate(expert["top"], 1):
-        spelt = page.texts(f"#top li:nth-child({place}) .token")
+    for rank, (position, heat) in enumerate(expert["top"], 1):
+        spelt = page.texts(f"#top li:nth-child({rank}) .token")
         block = position // 32 * 32
         around = flat[max(block, position - 24) : min(block + 32, position + 9)]
         assert len(spelt) == len(around)
-        assert page.texts(f"#top li:nth-child({place}) .token.hot").__len__() == len(heat) // 2
-        peak = page.texts(f"#top li:nth-child({place}) .token.peak")
+        assert page.texts(f"#top li:nth-child({rank}) .token.hot").__len__() == len(heat) // 2
+        peak = page.texts(f"#top li:nth-child({rank}) .token.peak")
         assert len(peak) == 1
     strength = "node => Number(node.style.getPropertyValue('--heat-share'))"
     assert page.evaluate(f"({strength})(document.querySelector('#top .peak'))") == 1
@@ -168,8 +168,8 @@ def test_an_experts_page(page, board):
 
 
 @needs_browser
-def test_text_stays_text(page, board):
-    """Markup in text and labels is shown, not made: no element of it, no dialog, nothing asked for."""
+def test_markup_in_text_and_labels_is_shown_as_text(page, board):
+    """It creates no element, no dialog and no request."""
     page.open(f"{(board / 'index.html').as_uri()}#layer=2&find=onerror")
     assert NASTY[1] in page.texts(f"{ROWS} .label")[0]
     assert page.evaluate("document.querySelectorAll('img, body b, #experts script').length") == 0
@@ -180,7 +180,7 @@ def test_text_stays_text(page, board):
 
 
 @needs_browser
-def test_dead_experts_and_wrong_addresses(board):
+def test_dead_experts_and_wrong_addresses_are_explained(board):
     with browser.Browser(width=390, height=800, dark=True) as page:
         page.open(f"{(board / 'expert.html').as_uri()}#0:{DEAD}")
         assert page.texts(".badge") == ["dead"]
@@ -194,8 +194,8 @@ def test_dead_experts_and_wrong_addresses(board):
 
 
 @needs_browser
-def test_a_large_index_is_quick(board, tmp_path):
-    """21,504 experts: open in under two seconds, sorted and searched in less than one."""
+def test_a_large_index_is_fast(board, tmp_path):
+    """21,504 experts open in under two seconds, and are sorted and searched in under one."""
     large = Path(shutil.copytree(board, tmp_path / "large"))
     count, rng = 21_504, np.random.default_rng(0)
     rows = data_of(board, "data/2/index")
@@ -207,7 +207,7 @@ def test_a_large_index_is_quick(board, tmp_path):
     write_data(large, "data/summary", summary)
     address = f"{(large / 'index.html').as_uri()}#layer=2"
     opened, acted = [], []
-    for _ in range(3):  # other work on this machine may slow one
+    for _ in range(3):  # other processes may slow down one of them
         with browser.Browser() as page:
             opened.append(page.open(address))
             assert page.texts("#range") == [f"1 to 100 of {count:,}"]
@@ -224,11 +224,11 @@ def test_a_large_index_is_quick(board, tmp_path):
 
 
 @torch.no_grad()
-def test_steering_promotes_what_the_pages_say(stories, shared, tmp_path):
-    """Of 200 experts that fire, most: the 99th percentile of its coefficients, added at the last position of 32 held-out contexts, raises the
-    mean log-probability of the ten tokens that its page says it promotes. The contexts are not of the dashboard's text.
+def test_steering_promotes_the_tokens_of_the_pages(stories, shared, tmp_path):
+    """Steering raises the mean log-probability of the ten tokens that a page lists as promoted, for most of 200 experts that fire.
 
-    This is after a tenth of the recipe's training; after all of it, it is at least 94 % (docs/LOG.md)."""
+    It adds the 99th percentile of the coefficients at the last position of 32 held-out contexts, which are not of the dashboard's text.
+    This is after a tenth of the recipe's training; after all of it, the share is at least 94 % (docs/LOG.md)."""
     with gzip.open(shared / "data" / "stories.jsonl.gz", "rt", encoding="utf-8") as lines:
         held_out = [row for row in map(json.loads, lines) if is_held_out(row["text"])]
     for name, rows in (("shown", held_out[::2]), ("other", held_out[1::2])):

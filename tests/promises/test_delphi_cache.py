@@ -1,43 +1,23 @@
-"""Cached activations: delphi's layout to the letter, and in it `encode`'s nonzeros."""
+"""Cached activations have delphi's layout exactly, and hold the nonzeros of `encode`."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from folders import cache_of
+from random_layers import CONTEXT, EXPERTS, checkpoint_of, model_layer
 from safetensors.numpy import load_file
-from test_export import CONTEXT, N, blocks_of, checkpoint_of, random_layer
+from small_runs import blocks_of
 
 from mxd_convert import InputError, cache_activations, load_checkpoint
+from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.export.delphi import active_entries
-
-
-def read(folder):
-    """A module's cache as the format says: entries as (block, position, expert) -> activation, and the tokens; its manners checked."""
-    entries, tokens, ranges = {}, None, []
-    for path in sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem.split("_")[0])):
-        first, last = map(int, path.stem.split("_"))  # the last one counts
-        ranges.append((first, last))
-        content = load_file(path)
-        assert content.keys() == {"locations", "activations", "tokens"}
-        locations, activations = content["locations"], content["activations"]
-        assert locations.dtype == np.uint16
-        assert activations.dtype == np.float16
-        assert content["tokens"].dtype == np.int64
-        assert locations.shape == (len(activations), 3)
-        assert tokens is None or np.array_equal(tokens, content["tokens"])
-        tokens = content["tokens"]
-        rows = [tuple(row) for row in locations.tolist()]
-        assert rows == sorted(rows)
-        assert all(0 <= expert <= last - first for _, _, expert in rows)
-        entries |= {(b, t, expert + first): value for (b, t, expert), value in zip(rows, activations, strict=True)}
-    assert [first for first, _ in ranges[1:]] == [last + 1 for _, last in ranges[:-1]]
-    return entries, tokens, ranges
 
 
 @torch.no_grad()
 def coefficients(model, index, ids):
-    """Dense, (B, T, N), by an explicit forward."""
+    """Return dense coefficients (B, T, N) of an explicit forward."""
     layer, seen = model.mxd_layers()[index], []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model(input_ids=ids)
@@ -52,10 +32,10 @@ def coefficients(model, index, ids):
 
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
 @pytest.mark.parametrize("mask_first", [None, False])
-def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tmp_path):
-    layers = {0: random_layer("mxd", 0, sparsity=sparsity), 2: random_layer("skip_transcoder", 2, sparsity=sparsity)}
+def test_the_cache_holds_the_nonzeros_of_encode(sparsity, mask_first, models, text, tmp_path):
+    layers = {0: model_layer("mxd", 0, sparsity=sparsity), 2: model_layer("skip_transcoder", 2, sparsity=sparsity)}
     with torch.no_grad():
-        layers[0].gate.bias[20:] = -1e3  # a file of its own that stays empty
+        layers[0].gate.bias[20:] = -1e3  # these experts have a file that stays empty
         layers[2].gate.bias[3] = 1e6  # beyond float16
         layers[2].gate.weight[3] = 0
     folder = checkpoint_of(tmp_path / "checkpoint", models["gpt2"], layers)
@@ -63,26 +43,26 @@ def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tm
     assert found == json.loads((tmp_path / "out" / "mxd_cache.json").read_text())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"latents", "mxd_cache.json"}
     assert {path.name for path in (tmp_path / "out" / "latents").iterdir()} == {"h.0.mlp", "h.2.mlp"}
-    ids = blocks_of(folder, text, 2048, tmp_path).take(slice(None))
+    ids = blocks_of(text, load_tokenizer(str(folder)), tmp_path, tokens=2048).take(slice(None))
     model = load_checkpoint(folder)
     for index in layers:
-        place = tmp_path / "out" / "latents" / f"h.{index}.mlp"
-        entries, tokens, ranges = read(place)
+        module = tmp_path / "out" / "latents" / f"h.{index}.mlp"
+        entries, tokens, ranges = cache_of(module)
         assert ranges == [(4 * i, 4 * i + 3) for i in range(6)]
         assert np.array_equal(tokens, ids.numpy())
         dense = coefficients(model, index, ids)
         if mask_first is None:
             dense[:, 0] = 0
             dense[ids == 0] = 0
-        expected = {tuple(place): dense[tuple(place)].item() for place in (dense > 1e-5).nonzero().tolist()}
+        expected = {tuple(entry): dense[tuple(entry)].item() for entry in (dense > 1e-5).nonzero().tolist()}
         assert entries.keys() == expected.keys()
         got, want = np.array([entries[key] for key in expected], np.float32), np.array(list(expected.values()))
         assert np.allclose(got, np.minimum(want, 65504), rtol=1e-3)
         figures = found["layers"][str(index)]
         assert figures["entries"] == len(expected)
         assert figures["never_fired"] == int((dense > 1e-5).flatten(0, 1).any(0).logical_not().sum())
-        assert figures["module"] == place.name
-        config = json.loads((place / "config.json").read_text())
+        assert figures["module"] == module.name
+        config = json.loads((module / "config.json").read_text())
         assert config == {
             "dataset_repo": text.name,
             "dataset_split": "",
@@ -100,7 +80,7 @@ def test_the_cache_is_what_encode_returns(sparsity, mask_first, models, text, tm
     assert empty["activations"].dtype == np.float16
 
 
-def test_entries_are_sorted_and_what_delphi_takes_for_zero_is_left_out():
+def test_entries_are_sorted_and_zeros_of_delphi_are_left_out():
     values = torch.tensor([[[2.0, 1.0, 1e-6, 3.0], [1.0, 0.0, 0.0, 5.0]]])
     indices = torch.tensor([[[9, 4, 1, 0], [7, 8, 9, 2]]])
     block, position, expert, value = active_entries((values, indices), torch.tensor([[True, True]]))
@@ -109,7 +89,7 @@ def test_entries_are_sorted_and_what_delphi_takes_for_zero_is_left_out():
     assert active_entries((values, indices), torch.tensor([[False, True]]))[2].tolist() == [2, 7]
 
 
-def test_the_command_caches(mxd, converted, text, tmp_path):
+def test_the_command_writes_a_cache(mxd, converted, text, tmp_path):
     arguments = ("--to", "delphi", "--data", text, "--tokens", 512)
     status, out, err = mxd("export", converted["llama"], tmp_path / "out", *arguments)
     assert status == 0, err
@@ -119,16 +99,18 @@ def test_the_command_caches(mxd, converted, text, tmp_path):
     status, out, _ = mxd("export", converted["llama"], tmp_path / "json", *arguments, "--layers", "2", "--json")
     assert status == 0
     assert json.loads(out)["layers"].keys() == {"2"}
-    for path in (tmp_path / "out" / "latents" / "layers.2.mlp").glob("*.safetensors"):
+    files = list((tmp_path / "out" / "latents" / "layers.2.mlp").glob("*.safetensors"))
+    assert files
+    for path in files:
         assert path.read_bytes() == (tmp_path / "json" / "latents" / "layers.2.mlp" / path.name).read_bytes()
 
 
-def test_a_cache_that_can_not_be_made(refused, converted, text, tmp_path):
+def test_impossible_caches_are_refused(refused, converted, text, tmp_path):
     folder, arguments = converted["llama"], ("--to", "delphi", "--data", text)
     refused("export", folder, tmp_path / "out", *arguments, "--layers", "1", words=("layer 1 is not converted",))
     refused("export", folder, tmp_path / "out", *arguments, "--tokens", 3, words=("--tokens 3",))
     refused("export", folder, folder / "below", *arguments, words=("inside the checkpoint",))
-    for splits in (0, N + 1):
-        with pytest.raises(InputError, match=f"splits = {splits}.*{N}"):
+    for splits in (0, EXPERTS + 1):
+        with pytest.raises(InputError, match=f"splits = {splits}.*{EXPERTS}"):
             cache_activations(folder, tmp_path / "out", text, splits=splits)
     assert list(tmp_path.iterdir()) == []

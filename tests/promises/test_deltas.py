@@ -1,25 +1,26 @@
-"""A delta is what the base does not have; with the base it makes the very checkpoint again."""
+"""A delta holds the tensors that the base lacks; with the base it restores the checkpoint exactly."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES
+from folders import contents
+from hub_client import logits_of
 from safetensors.torch import load_file, save_file
-from test_hub import contents, logits_of
+from small_runs import FAMILIES
 
 from mxd_convert import InputError, apply, delta, load, load_checkpoint
 from mxd_convert.base_model.load import untied_tensors
 
 
 def of_the_checkpoint(folder):
-    """All files but the one that is of this machine only."""
+    """Return all files except the one with local paths."""
     return {path: content for path, content in contents(folder).items() if path != "mxd_local.json"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_apply_gives_the_files_of_the_checkpoint(converted, models, family, tmp_path):
+def test_apply_restores_the_files_of_the_checkpoint(converted, models, family, tmp_path):
     folder = converted[family]
     made = delta(folder, tmp_path / "delta")
     own = load_file(tmp_path / "delta" / "layers.safetensors")
@@ -33,7 +34,7 @@ def test_apply_gives_the_files_of_the_checkpoint(converted, models, family, tmp_
     assert made.size == sum(path.stat().st_size for path in (tmp_path / "delta").rglob("*") if path.is_file())
 
 
-def test_a_sharded_checkpoint_of_tied_weights_comes_out_the_same(converted, tmp_path):
+def test_a_sharded_checkpoint_with_tied_weights_is_restored(converted, tmp_path):
     model = load_checkpoint(converted["gpt2"])
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     shutil.copyfile(converted["gpt2"] / "mxd_local.json", tmp_path / "sharded" / "mxd_local.json")
@@ -42,7 +43,7 @@ def test_a_sharded_checkpoint_of_tied_weights_comes_out_the_same(converted, tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_load_takes_it_as_it_is(converted, family, tmp_path):
+def test_load_accepts_a_delta(converted, family, tmp_path):
     delta(converted[family], tmp_path / "delta")
     ours, theirs = load(str(tmp_path / "delta")), load_checkpoint(converted[family])
     tensors = untied_tensors(theirs)
@@ -55,7 +56,7 @@ def test_load_takes_it_as_it_is(converted, family, tmp_path):
     assert load(converted[family]).config.mxd == ours.config.mxd
 
 
-def test_fine_tuned_tensors_outside_the_layers_go_with_it(converted, models, tmp_path):
+def test_a_delta_holds_fine_tuned_tensors_outside_the_layers(converted, tmp_path):
     model = load_checkpoint(converted["llama"])
     model.model.norm.weight += 0.25
     shutil.copytree(converted["llama"], tmp_path / "tuned")
@@ -65,7 +66,7 @@ def test_fine_tuned_tensors_outside_the_layers_go_with_it(converted, models, tmp
     assert of_the_checkpoint(apply(tmp_path / "delta", tmp_path / "full")) == of_the_checkpoint(tmp_path / "tuned")
 
 
-def test_what_is_refused(refused, converted, models, tmp_path):
+def test_wrong_bases_and_folders_are_refused(refused, converted, models, tmp_path):
     delta(converted["llama"], tmp_path / "delta")
     other = tmp_path / "other"
     shutil.copytree(models["llama"], other)
@@ -94,20 +95,20 @@ def test_what_is_refused(refused, converted, models, tmp_path):
     assert not (tmp_path / "full").exists()
 
 
-def test_a_delta_goes_to_the_hub_and_is_loaded_from_there(hub, program, clients, converted, models, tmp_path):
+def test_a_delta_is_pushed_to_the_hub_and_loaded_from_it(program, programs, converted, models, tmp_path):
     assert program("delta", converted["llama"], tmp_path / "delta").status == 0
     done = program("push", tmp_path / "delta", "alice/a-delta")
     assert done.status == 0, done.err
     load_it = f"mxd_convert.load(name, base={str(models['llama'])!r})"
-    theirs = logits_of(clients, "alice/a-delta", tmp_path / "a", load_it, "import mxd_convert")
-    ours = logits_of(clients, converted["llama"], tmp_path / "b", "mxd_convert.load(name)", "import mxd_convert")
+    theirs = logits_of(programs, "alice/a-delta", tmp_path / "a", load_it, "import mxd_convert")
+    ours = logits_of(programs, converted["llama"], tmp_path / "b", "mxd_convert.load(name)", "import mxd_convert")
     assert ours.equal(theirs)
     assert program("pull", "alice/a-delta", tmp_path / "pulled").status == 0
     assert program("apply", tmp_path / "pulled", tmp_path / "full", "--base", models["llama"]).status == 0
     assert (tmp_path / "full" / "model.safetensors").read_bytes() == (converted["llama"] / "model.safetensors").read_bytes()
 
 
-def test_the_delta_of_the_story_model(stories, tmp_path):
+def test_the_delta_of_the_story_model_is_small(stories, tmp_path):
     made = delta(stories.output, tmp_path / "delta")
     assert made.size < made.full_size
     assert of_the_checkpoint(apply(tmp_path / "delta", tmp_path / "full")) == of_the_checkpoint(stories.output)
@@ -125,7 +126,7 @@ def test_the_delta_of_the_story_model(stories, tmp_path):
         {"layers_sha256": None},
     ],
 )
-def test_a_malformed_delta_is_a_line(refused, converted, tmp_path, change):
+def test_a_malformed_delta_is_a_one_line_error(refused, converted, tmp_path, change):
     delta(converted["llama"], tmp_path / "delta")
     content = json.loads((tmp_path / "delta" / "mxd_delta.json").read_text())
     (tmp_path / "delta" / "mxd_delta.json").write_text(json.dumps({**content, **change}))
@@ -141,7 +142,7 @@ def test_a_flipped_bit_is_found_on_loading(converted, tmp_path):
         load(str(tmp_path / "delta"))
 
 
-def test_a_full_disk_leaves_nothing(hub, program, converted, tmp_path):
+def test_a_full_disk_leaves_no_files(program, converted, tmp_path):
     delta(converted["llama"], tmp_path / "delta")
     for command in (("apply", tmp_path / "delta"), ("delta", converted["llama"])):
         done = program(*command, tmp_path / "out", largest_file=20_000)

@@ -1,4 +1,4 @@
-"""What `make dist` builds can be installed, and converts the quickstart model without a checkout."""
+"""The wheel of `make dist` installs and converts the quickstart model without a checkout."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from project import ROOT
 
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
-    """The folder with wheel and source distribution."""
+    """Build wheel and source distribution; return their folder."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -30,7 +30,7 @@ def test_the_wheel_converts_the_quickstart_in_an_empty_environment(dist, tmp_pat
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
-    # the dependencies, without the checkout that is installed beside them: what a .pth file adds has its own .pth files left out
+    # the dependencies, without the checkout installed beside them: .pth files of a folder that a .pth file adds are ignored
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     where = subprocess.run(
@@ -58,7 +58,7 @@ def test_the_wheel_converts_the_quickstart_in_an_empty_environment(dist, tmp_pat
     assert (made / "dashboard" / "index.html").is_file()
 
 
-def test_the_source_distribution_holds_what_the_wheel_is_made_of(dist):
+def test_the_source_distribution_holds_the_sources_of_the_wheel(dist):
     (archive,) = dist.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}

@@ -1,4 +1,4 @@
-"""However a command ends: one line, a status of the contract, and nothing left behind."""
+"""Every command ends with one line, a documented exit status and no leftover files."""
 
 import errno
 import os
@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import until
+from project import ROOT
 
 import mxd_convert
 
@@ -31,7 +32,7 @@ PROGRAM = [sys.executable, "-m", "mxd_convert.cli"]
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_goes_wrong_anywhere_is_a_line(mxd, monkeypatch, error, words, tmp_path):
+def test_every_exception_is_a_one_line_error(mxd, monkeypatch, error, words, tmp_path):
     def fail(*_, **__):
         raise error
 
@@ -43,16 +44,9 @@ def test_what_goes_wrong_anywhere_is_a_line(mxd, monkeypatch, error, words, tmp_
     assert "Traceback" in mxd("--debug", "label", tmp_path)[2]
 
 
-def until(what, seconds=120.0):
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_signal_leaves_nothing_beside_the_output(converted, tmp_path, number):
-    output, text = tmp_path / "place" / "dashboard", ROOT / "examples" / "python-docs.jsonl.gz"
+def test_a_signal_leaves_no_temporary_files(converted, tmp_path, number):
+    output, text = tmp_path / "new" / "dashboard", ROOT / "examples" / "python-docs.jsonl.gz"
     command = [*PROGRAM, "dashboard", str(converted["gpt2"]), "--data", str(text), "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until(lambda: list(output.parent.glob(".dashboard-*/records/*")) or process.poll() is not None)
@@ -69,13 +63,13 @@ def test_a_signal_leaves_nothing_beside_the_output(converted, tmp_path, number):
         assert not output.parent.exists()
 
 
-def test_a_signal_while_the_program_starts():
+def test_a_signal_during_the_imports_ends_the_program_quietly():
     for delay in (0.15, 0.4, 0.9):
         process = subprocess.Popen([*PROGRAM, "verify", "nowhere"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(delay)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate()
-        assert process.returncode in (2, 130, -signal.SIGTERM), err  # the last: before Python had begun with the program
+        assert process.returncode in (2, 130, -signal.SIGTERM), err  # the last one: the signal came before Python ran the program
         assert "Traceback" not in err
 
 
@@ -87,7 +81,7 @@ def test_an_interruption_of_an_import_inside_generated_code_has_the_same_status(
     assert (done.returncode, done.stderr) == (130, "mxd-convert: interrupted\n")
 
 
-def test_too_little_address_space_for_the_imports_is_a_line():
+def test_too_little_address_space_for_the_imports_is_a_one_line_error():
     done = subprocess.run(
         ["bash", "-c", 'ulimit -v 950000 && exec "$@"', "bash", *PROGRAM, "list"], capture_output=True, text=True, check=False
     )
@@ -95,16 +89,15 @@ def test_too_little_address_space_for_the_imports_is_a_line():
     assert "the address space is limited to 0.91 GiB" in done.stderr
 
 
-def test_a_full_disk_is_no_fault_of_the_checkpoint_that_is_verified(converted):
+def test_a_full_disk_is_not_blamed_on_the_verified_checkpoint(programs, converted):
     sizes = sorted(path.stat().st_size for path in converted["gpt2"].iterdir() if path.is_file())
-    limit = (sizes[-1] - 1) // 1024  # KiB: all files but the weights, which are saved again, can be copied
-    command = ["bash", "-c", f'ulimit -f {limit} && exec "$@"', "bash", *PROGRAM, "verify", str(converted["gpt2"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stdout
-    assert "no space left on the disk while verifying" in done.stderr
+    limit = sizes[-1] - 1024  # bytes: all files but the weights, which are saved again, can be copied
+    done = programs.run("verify", converted["gpt2"], largest_file=limit)
+    assert done.status == 2, done.out
+    assert "no space left on the disk while verifying" in done.err
 
 
-def test_a_reader_that_has_enough_is_no_error(recipe):
+def test_a_reader_that_closes_the_pipe_is_no_error(recipe):
     done = subprocess.run(
         f"{sys.executable} -m mxd_convert.cli plan {recipe()} | head -n 1", shell=True, capture_output=True, text=True, check=True
     )
@@ -112,23 +105,23 @@ def test_a_reader_that_has_enough_is_no_error(recipe):
     assert done.stderr == ""
 
 
-def test_labels_that_are_given_at_the_same_time_are_all_kept(copy):
-    code = "import sys, mxd_convert; n = int(sys.argv[2]);"
-    code += "mxd_convert.add_labels(sys.argv[1], [{'layer': 0, 'expert': n, 'text': 't', 'author': str(n)}])"
-    together = [subprocess.Popen([sys.executable, "-c", code, str(copy), str(n)]) for n in range(4)]
-    assert [process.wait() for process in together] == [0] * 4
+def test_labels_added_at_the_same_time_are_all_kept(programs, copy, tmp_path):
+    script = tmp_path / "add.py"
+    script.write_text(
+        "import sys, mxd_convert\nn = int(sys.argv[2])\n"
+        "mxd_convert.add_labels(sys.argv[1], [{'layer': 0, 'expert': n, 'text': 't', 'author': str(n)}])\n"
+    )
+    together = [programs.start("python", script, copy, n) for n in range(4)]
+    assert [process.wait().status for process in together] == [0] * 4
     assert [label.expert for label in mxd_convert.read_labels(copy)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("setting", ["WORLD_SIZE=2 RANK=0", "LOCAL_RANK=0", "PMI_SIZE=4"])
-def test_processes_that_nobody_launched(recipe, setting):
-    environment = {**os.environ, **dict(pair.split("=") for pair in setting.split())}
-    done = subprocess.run(
-        [*PROGRAM, "run", str(recipe())], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-    assert done.returncode == 2
-    assert setting.split()[0] in done.stderr
-    assert "torchrun" in done.stderr
+def test_variables_of_a_launcher_without_its_processes_are_refused(programs, recipe, setting):
+    done = programs.run("run", recipe(), environment=dict(pair.split("=") for pair in setting.split()))
+    assert done.status == 2
+    assert setting.split()[0] in done.err
+    assert "torchrun" in done.err
 
 
 def test_an_expanded_variable_is_not_published(recipe, text, tmp_path, monkeypatch, mxd):
@@ -145,8 +138,8 @@ def test_an_expanded_variable_is_not_published(recipe, text, tmp_path, monkeypat
     assert "recipe.yaml is the recipe that the report names" in mxd("verify", output, "--provenance")[1]
 
 
-def test_only_one_place_ends_the_program():
-    """Whatever a command does, `cli.main` alone turns it into a line and a status."""
+def test_only_main_ends_the_program():
+    """`cli.main` alone turns an exception into a line and an exit status."""
     for path in (ROOT / "mxd_convert").rglob("*.py"):
         if path.relative_to(ROOT / "mxd_convert") not in (Path("cli/__init__.py"), Path("cli/signals.py")):
             text = path.read_text()

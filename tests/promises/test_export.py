@@ -1,4 +1,4 @@
-"""Exported transcoders: the files say what the formats' forward makes of them, and the reported losses are what numpy finds."""
+"""Exported transcoders are exact in the forward of each format, and reported losses equal those computed with numpy."""
 
 import json
 
@@ -6,48 +6,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import nothing_left, small_recipe
+from folders import nothing_left
+from random_layers import ACTIVE, EXPERTS, checkpoint_of, model_layer
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
+from small_runs import blocks_of, small_recipe
 
 import mxd_convert
 from mxd_convert import InputError, export_transcoder, load_checkpoint
-from mxd_convert.base_model import swap
-from mxd_convert.base_model.load import load_base, load_tokenizer, model_sha256
+from mxd_convert.base_model.load import load_base, load_tokenizer
 from mxd_convert.commands import export as transcoders
-from mxd_convert.data.blocks import prepare_eval
 from mxd_convert.export import job as job_module
-from mxd_convert.layers import LayerSpec, new_layer
-from mxd_convert.recipe.schema import Base, EvalText
-
-N, K, CONTEXT = 24, 4, 32
-
-
-def random_layer(kind: str, seed: int = 0, **settings):
-    torch.manual_seed(seed)
-    hidden = 0 if "coder" in kind else 40
-    experts = (0, 0) if kind == "dense_twin" else (settings.pop("n_experts", N), settings.pop("k", K))
-    settings = {"skip": kind == "skip_transcoder", **settings}
-    layer = new_layer(LayerSpec(kind, 32, hidden, 32, *experts, **settings))
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            parameter.normal_(std=1.0 if "bias" in name else 0.3)
-    return layer.eval()
-
-
-def checkpoint_of(folder, model, layers):
-    """A checkpoint with these layers, as a run would leave it."""
-    base = load_base(Base(model=str(model)))
-    origin = {"model": model.name, "revision": None, "sha256": model_sha256(base), "local": True}
-    swap.insert_layers(base, layers, origin).save_pretrained(folder)
-    load_tokenizer(str(model)).save_pretrained(folder)
-    (folder / "mxd_local.json").write_text(json.dumps({"base": str(model)}))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": {"context": CONTEXT}, "train": {"mask_bos": True}}))
-    return folder
+from mxd_convert.recipe.schema import Base
 
 
 def sparsify_forward(folder, x):
-    """sparsify's SparseCoder, from its format: relu, top-k, decode; the skip path on the raw input."""
+    """Compute sparsify's SparseCoder from its format: ReLU, top-k, decoder; the skip path uses the raw input."""
     cfg, t = json.loads((folder / "cfg.json").read_text()), load_torch(folder / "sae.safetensors")
     assert cfg["transcode"] is True
     assert cfg["activation"] == "topk"
@@ -60,7 +34,7 @@ def sparsify_forward(folder, x):
 
 
 def circuit_forward(folder, index, x):
-    """circuit-tracer's SingleLayerTranscoder as its config.yaml says, and how many gates are positive."""
+    """Compute circuit-tracer's SingleLayerTranscoder from its config.yaml; return its output and the number of positive gates."""
     config, t = yaml.safe_load((folder / "config.yaml").read_text()), load_torch(folder / f"layer_{index}.safetensors")
     assert {"W_enc", "b_enc", "W_dec", "b_dec"} <= set(t) <= {"W_enc", "b_enc", "W_dec", "b_dec", "W_skip"}
     pre = x @ t["W_enc"].T + t["b_enc"]
@@ -76,8 +50,8 @@ def circuit_forward(folder, index, x):
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
 @torch.no_grad()
-def test_a_transcoder_is_exported_as_it_is(kind, sparsity, models, text, tmp_path):
-    layers = {index: random_layer(kind, index, sparsity=sparsity) for index in range(3)}
+def test_a_transcoder_is_exported_exactly(kind, sparsity, models, text, tmp_path):
+    layers = {index: model_layer(kind, index, sparsity=sparsity) for index in range(3)}
     folder = checkpoint_of(tmp_path / "checkpoint", models["llama"], layers)
     x = torch.randn(200, 32)
     for layout in ("sparsify", "circuit-tracer"):
@@ -90,26 +64,21 @@ def test_a_transcoder_is_exported_as_it_is(kind, sparsity, models, text, tmp_pat
             assert figures["fvu_against_layer"] < 1e-10
             assert figures["fvu_surrogate"] == pytest.approx(figures["fvu_layer"], rel=1e-6)
             assert abs(figures["delta_ce"]) < 1e-5
-            assert figures["k"] == (K if sparsity == "topk" else None)
+            assert figures["k"] == (ACTIVE if sparsity == "topk" else None)
     for index, layer in layers.items():
         assert torch.allclose(sparsify_forward(tmp_path / "sparsify" / f"layers.{index}.mlp", x), layer(x), atol=1e-5)
         y, positive = circuit_forward(tmp_path / "circuit-tracer", index, x)
-        same = (positive >= K) | torch.tensor(sparsity == "l1")
+        same = (positive >= ACTIVE) | torch.tensor(sparsity == "l1")
         assert same.any()
         assert torch.allclose(y[same], layer(x)[same], atol=1e-5)
-        assert not torch.isclose(y[~same], layer(x)[~same], atol=1e-3).all(-1).any()  # the difference that the notes tell
+        assert not torch.isclose(y[~same], layer(x)[~same], atol=1e-3).all(-1).any()  # the difference that the notes describe
     for coder in load_file(tmp_path / "sparsify" / "layers.0.mlp" / "sae.safetensors").values():
         assert coder.dtype == np.float32
 
 
-def blocks_of(folder, text, tokens, tmp_path):
-    source = EvalText(path=str(text), text="text", tokens=tokens)
-    return prepare_eval(source, CONTEXT, load_tokenizer(str(folder)), tmp_path)
-
-
 @torch.no_grad()
 def activations_of(model, path, ids):
-    """Inputs and outputs of one module, (tokens, I) and (tokens, O), without the first positions of blocks and BOS, which is id 0."""
+    """Return inputs (tokens, I) and outputs (tokens, O) of a module, without first positions and BOS, which is id 0."""
     seen = []
     handle = model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     model(input_ids=ids)
@@ -136,31 +105,31 @@ PATHS = {"gpt2": "transformer.h.{i}.mlp", "llama": "model.layers.{i}.mlp"}
     ("family", "settings"), [("gpt2", {}), ("llama", {"skip": True, "glu": True}), ("llama", {"sparsity": "l1"})]
 )
 @torch.no_grad()
-def test_the_surrogate_of_an_mxd_is_its_formula_and_its_losses_are_numpys(family, settings, models, text, tmp_path):
-    layers = {0: random_layer("mxd", 0, **settings), 2: random_layer("random_gate", 2, **settings)}
+def test_the_surrogate_of_an_mxd_equals_its_formula_and_its_losses(family, settings, models, text, tmp_path):
+    layers = {0: model_layer("mxd", 0, **settings), 2: model_layer("random_gate", 2, **settings)}
     layers[2].gate.bias[5] = -1e3  # never fires
     folder = checkpoint_of(tmp_path / "checkpoint", models[family], layers)
     found = export_transcoder(folder, tmp_path / "out", "sparsify", text, tokens=1024, quiet=True)
     assert found == json.loads((tmp_path / "out" / "mxd_surrogate.json").read_text())
     assert (found["data"]["tokens_estimated"], found["data"]["tokens_measured"]) == (768, 256)
     assert found["activations"] == "base"
-    blocks = blocks_of(folder, text, 1024, tmp_path)
+    blocks = blocks_of(text, load_tokenizer(str(folder)), tmp_path, tokens=1024)
     first, last = blocks.take(slice(0, 24)), blocks.take(slice(24, 32))
     base, model = load_base(Base(model=str(models[family]))), load_checkpoint(folder)
     surrogates = {}
     for index, layer in layers.items():
         path = PATHS[family].format(i=index)
-        place = tmp_path / "out" / path.split(".", 1)[1]
+        exported = tmp_path / "out" / path.split(".", 1)[1]
         x, _ = activations_of(base, path, first)
         u = (layer.hidden(x) @ layer.decoder.weight.T).double()
         coefficients = layer.encode(x)
         dense = (
             coefficients
             if settings.get("sparsity") == "l1"
-            else torch.zeros(len(x), N).scatter(-1, coefficients[1], coefficients[0])
+            else torch.zeros(len(x), EXPERTS).scatter(-1, coefficients[1], coefficients[0])
         )
-        tensors, never = load_torch(place / "sae.safetensors"), 0
-        for n in range(N):
+        tensors, never = load_torch(exported / "sae.safetensors"), 0
+        for n in range(EXPERTS):
             fires = dense[:, n] > 0
             never += not fires.any()
             row = layer.experts[n].double() * (u[fires].mean(0) if fires.any() else u.mean(0))
@@ -172,7 +141,7 @@ def test_the_surrogate_of_an_mxd_is_its_formula_and_its_losses_are_numpys(family
         assert never > 0 or index == 0
         assert figures["exact"] is False
         x, y = activations_of(base, path, last)
-        ours, theirs = layer(x), sparsify_forward(place, x)
+        ours, theirs = layer(x), sparsify_forward(exported, x)
         assert figures["fvu_layer"] == pytest.approx(fvu(ours, y), rel=1e-5)
         assert figures["fvu_surrogate"] == pytest.approx(fvu(theirs, y), rel=1e-4)
         assert figures["fvu_against_layer"] == pytest.approx(fvu(theirs, ours), rel=1e-4)
@@ -182,12 +151,12 @@ def test_the_surrogate_of_an_mxd_is_its_formula_and_its_losses_are_numpys(family
             assert figures["l0"] == pytest.approx(positive.mean().item())
             assert figures["fewer_than_k"] is None
         else:
-            assert figures["l0"] == pytest.approx(positive.clamp_max(K).mean().item())
-            assert figures["fewer_than_k"] == pytest.approx((positive < K).double().mean().item())
-        surrogates[index] = place
+            assert figures["l0"] == pytest.approx(positive.clamp_max(ACTIVE).mean().item())
+            assert figures["fewer_than_k"] == pytest.approx((positive < ACTIVE).double().mean().item())
+        surrogates[index] = exported
 
-    def hook(place):
-        return lambda module, args, output: sparsify_forward(place, args[0])
+    def hook(exported):
+        return lambda module, args, output: sparsify_forward(exported, args[0])
 
     def in_place(indices):
         handles = [model.mxd_layers()[i].register_forward_hook(hook(surrogates[i])) for i in indices]
@@ -215,14 +184,14 @@ def same_tensors(one, other, **tolerance) -> bool:
     )
 
 
-def test_layers_in_groups_come_out_the_same(converted, text, tmp_path, monkeypatch):
+def test_layers_exported_in_groups_are_the_same(converted, text, tmp_path, monkeypatch):
     export_transcoder(converted["gpt2"], tmp_path / "one", "sparsify", text, tokens=512, quiet=True)
     monkeypatch.setattr(job_module, "_SUMS", 1)
     export_transcoder(converted["gpt2"], tmp_path / "two", "sparsify", text, tokens=512, quiet=True)
     assert same_tensors(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two"), atol=0, rtol=0)
 
 
-def test_without_the_base_activations_are_the_converted_models(copy, text, tmp_path, models, refused):
+def test_a_missing_base_is_replaced_by_the_converted_model(copy, text, tmp_path, models, refused):
     (copy / "mxd_local.json").unlink()
     found = export_transcoder(copy, tmp_path / "out", "sparsify", text, tokens=512, quiet=True)
     assert found["activations"] == "converted"
@@ -240,7 +209,7 @@ def test_without_the_base_activations_are_the_converted_models(copy, text, tmp_p
     assert not list(tmp_path.glob("*wrong*"))
 
 
-def test_a_preset_of_steering_is_left_out_and_told(copy, text, tmp_path):
+def test_a_steering_preset_is_left_out_and_reported(copy, text, tmp_path):
     plain = export_transcoder(copy, tmp_path / "plain", "sparsify", text, tokens=512, quiet=True)
     config = json.loads((copy / "config.json").read_text())
     config["mxd"]["steering"] = [{"layer": 0, "expert": 1, "add": 50.0}]
@@ -252,7 +221,7 @@ def test_a_preset_of_steering_is_left_out_and_told(copy, text, tmp_path):
 
 
 def test_a_dense_twin_is_left_out(models, text, tmp_path, refused):
-    layers = {0: random_layer("dense_twin"), 1: random_layer("transcoder")}
+    layers = {0: model_layer("dense_twin"), 1: model_layer("transcoder")}
     folder = checkpoint_of(tmp_path / "checkpoint", models["llama"], layers)
     found = export_transcoder(folder, tmp_path / "out", "sparsify", text, tokens=512, quiet=True)
     assert list(found["layers"]) == ["1"]
@@ -270,7 +239,7 @@ def test_the_command_prints_the_losses(mxd, converted, text, tmp_path, models):
     assert "FVU of surrogate" in " ".join(out.split())
     assert "over the converted model" in out
     assert out.strip().splitlines()[-1] == str(tmp_path / "out")
-    (tmp_path / "json").mkdir()  # an empty folder will do
+    (tmp_path / "json").mkdir()  # an empty folder is accepted
     status, out, _ = mxd("export", converted["llama"], tmp_path / "json", *arguments[3:], "--layers", "2", "--json")
     assert status == 0
     assert json.loads(out)["layers"].keys() == {"2"}
@@ -289,7 +258,7 @@ def test_the_command_prints_the_losses(mxd, converted, text, tmp_path, models):
     assert config["scan"] == config["scan_name"] == "local/tiny-gpt2-mxd"
 
 
-def test_what_can_not_be_exported(refused, mxd, converted, models, text, tmp_path):
+def test_impossible_exports_are_refused(refused, mxd, converted, models, text, tmp_path):
     folder, out = converted["llama"], tmp_path / "out"
     arguments = ("export", folder, out, "--data", text)
     to = ("--to", "sparsify")
@@ -305,12 +274,12 @@ def test_what_can_not_be_exported(refused, mxd, converted, models, text, tmp_pat
     refused(*arguments, *to, "--layers", "x", words=("--layers", "'x'"))
     refused(*arguments, "--to", "circuit-tracer", words=("layer 1 of 3 has no experts", "Convert all layers"))
     for other, words in (
-        (random_layer("mxd", n_experts=16), ("same experts", "24 in layer 0, 16 in layer 2")),
-        (random_layer("mxd", k=3), ("same active experts",)),
-        (random_layer("mxd", skip=True), ("same skip path",)),
-        (random_layer("mxd", sparsity="l1"), ("same sparsity",)),
+        (model_layer("mxd", n_experts=16), ("same experts", "24 in layer 0, 16 in layer 2")),
+        (model_layer("mxd", k=3), ("same active experts",)),
+        (model_layer("mxd", skip=True), ("same skip path",)),
+        (model_layer("mxd", sparsity="l1"), ("same sparsity",)),
     ):
-        layers = {0: random_layer("mxd"), 1: random_layer("transcoder"), 2: other}
+        layers = {0: model_layer("mxd"), 1: model_layer("transcoder"), 2: other}
         mixed = checkpoint_of(tmp_path / "-".join(words).replace(" ", "-"), models["llama"], layers)
         refused("export", mixed, out, "--data", text, "--to", "circuit-tracer", words=(*words, "--to sparsify"))
     assert not list(tmp_path.glob("*out*"))
@@ -322,7 +291,7 @@ def test_what_can_not_be_exported(refused, mxd, converted, models, text, tmp_pat
         export_transcoder(folder, tmp_path / "new", "saelens", text)
 
 
-def test_two_widths_are_refused(copy, text, tmp_path, refused):
+def test_layers_of_two_widths_are_refused(copy, text, tmp_path, refused):
     config = json.loads((copy / "config.json").read_text())
     config["mxd"]["layers"]["0"]["d_out"] = 16
     (copy / "config.json").write_text(json.dumps(config))
@@ -341,7 +310,7 @@ def test_weights_that_are_not_finite_are_named(command, copy, text, tmp_path, re
     assert nothing_left(tmp_path / "out")
 
 
-def test_nothing_is_left_where_an_export_breaks_off(converted, text, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_no_files(converted, text, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 

@@ -1,6 +1,6 @@
-"""`generate` of converted models, mode by mode: against a loop of whole forwards without a cache, and against transformers' own classes.
+"""`generate` of converted models equals, in every mode, a loop of whole forwards without a cache and transformers' own classes.
 
-What a checkpoint's folder has to do is in tests/support/conformance.py; transformers' own tests of its classes are run by tests/hf.
+Checks of a checkpoint's folder are in tests/support/conformance.py; transformers' own tests of its classes are run by tests/hf.
 """
 
 from functools import cache
@@ -37,7 +37,7 @@ def twin(family):
 
 
 def endless(model):
-    """No token ends the text, so that all texts have one length."""
+    """Disable the end token, so that all texts have one length."""
     model.generation_config.eos_token_id = None
     return model
 
@@ -55,12 +55,12 @@ def samples(model, _):
 
 
 def one_by_one(model, **options):
-    """For modes that take one text at a time."""
+    """Run a mode that takes one text at a time on each text."""
     return torch.cat([greedy(model, None, ids=ids[None], **options) for ids in IDS])
 
 
 def left_padding(model, _):
-    """The first text is three tokens shorter than the second."""
+    """Pad the first text, which is three tokens shorter than the second."""
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0
     return model.generate(IDS * mask, attention_mask=mask, **GREEDY)[:, PROMPT:]
@@ -71,7 +71,7 @@ def embeddings(model, _):
 
 
 def continued(model, _):
-    """More of a prompt, after a text whose cache was kept: all but the last written token is in it."""
+    """Continue with more of a prompt after a text whose cache was kept; it holds all but the last generated token."""
     first = model.generate(IDS, **GREEDY, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, MORE], dim=1)
     assert first.past_key_values.get_seq_length() == PROMPT + NEW - 1
@@ -79,7 +79,7 @@ def continued(model, _):
 
 
 class Stream:
-    """Replaces an accelerator's stream, so that caches can be offloaded to the CPU on the CPU."""
+    """Replace an accelerator's stream, so that a CPU can offload caches to itself."""
 
     def __enter__(self):
         return self
@@ -114,7 +114,7 @@ MODES = {
 }
 
 
-# --- what each has to give: whole forwards, one text at a time, no cache, nothing of transformers' generate ------------------------------
+# --- the reference: whole forwards, one text at a time, no cache, without transformers' generate ------------------------------------------
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def sampled(scores):
 
 @torch.no_grad()
 def beams(model, prompt):
-    """The most probable of the texts that a search with BEAMS beams ends with."""
+    """Return the most probable final text of a search with BEAMS beams."""
     texts, scores = prompt, torch.zeros(1)
     for _ in range(NEW):
         following = model(input_ids=texts, use_cache=False).logits[:, -1].float().log_softmax(-1)
@@ -156,22 +156,22 @@ def reference(mode, model):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixture_writes_what_whole_forwards_give(family, mode):
+def test_a_mixture_generates_the_text_of_whole_forwards(family, mode):
     model = mixture(family)
     assert MODES[mode](model, base_of(family)).equal(reference(mode, model))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_exact_twin_writes_what_its_base_writes(family, mode):
+def test_an_exact_twin_generates_the_text_of_its_base(family, mode):
     base, helper = base_of(family), mixture(family)
     assert type(base).__module__.startswith("transformers.")
     assert MODES[mode](twin(family), helper).equal(MODES[mode](base, helper))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_these_texts_tell_models_apart(family):
-    """Neither one token over and over, nor the base's text from the mixture."""
+def test_the_texts_differ_between_models(family):
+    """No text repeats a single token, and the mixture's text differs from the base's."""
     ours, theirs = reference("greedy", mixture(family)), reference("greedy", base_of(family))
     assert not ours.equal(theirs)
     assert not ours[0].equal(ours[1])

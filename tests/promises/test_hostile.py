@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: none of their code runs, none of their links is followed, and what is wrong with them is a line."""
+"""Code in checkpoints of strangers does not run, their links are not followed, and their faults are one-line errors."""
 
 import contextvars
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICKSTART
+from project import QUICKSTART
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -34,7 +34,7 @@ def edit(path: Path, change) -> None:
 
 @pytest.fixture
 def trap(copy, tmp_path):
-    """A checkpoint with code of its own in every place that transformers may look at; the file that it would leave."""
+    """Return a checkpoint with code in every file that transformers may import, and the file that this code would write."""
     mark = tmp_path / "owned"
     evil = f"open({str(mark)!r}, 'w')\n"
     for name in ("plots/evil.py", "custom_generate/generate.py", "tokenization_evil.py"):
@@ -47,7 +47,7 @@ def trap(copy, tmp_path):
     return copy, mark
 
 
-def test_verify_runs_no_code_of_the_checkpoint_and_hands_on_no_token(trap, monkeypatch):
+def test_verify_runs_no_code_of_the_checkpoint_and_passes_no_token(trap, monkeypatch):
     folder, mark = trap
     seen = []
     run = verification.subprocess.run
@@ -70,7 +70,7 @@ def test_verify_runs_no_code_of_the_checkpoint_and_hands_on_no_token(trap, monke
     assert not any("hf_secret" in value for env in seen for value in env.values())
 
 
-def test_no_other_command_runs_it_either(trap, mxd, text):
+def test_no_other_command_runs_code_of_the_checkpoint(trap, mxd):
     folder, mark = trap
     for arguments in (("generate", folder, "--prompt", "a"), ("inspect", folder, "--prompt", "a"), ("label", folder)):
         mxd(*arguments)
@@ -82,7 +82,7 @@ def test_no_other_command_runs_it_either(trap, mxd, text):
     assert not mark.exists()
 
 
-def test_a_config_may_name_no_kernel_from_elsewhere():
+def test_a_config_can_not_name_a_remote_kernel():
     check_config({"attn_implementation": "sdpa", "vocab_size": 8, "pad_token_id": -1}, "config.json")
     for content in ({"attn_implementation": "owner/kernel"}, {"text_config": {"_attn_implementation": "owner/kernel:fn"}}):
         with pytest.raises(InputError, match="code from elsewhere"):
@@ -94,7 +94,7 @@ def test_a_config_may_name_no_kernel_from_elsewhere():
 
 
 @pytest.mark.parametrize("where", ["notes.txt", "README.md", "plots/more.png", "mxd_labels.json"])
-def test_a_link_that_leaves_the_folder_is_refused_by_every_command(copy, refused, tmp_path, text, where):
+def test_links_out_of_the_folder_are_refused_by_every_command(copy, refused, tmp_path, text, where):
     (tmp_path / "id_rsa").write_text("PRIVATE")
     (copy / where).unlink(missing_ok=True)
     (copy / where).symlink_to(tmp_path / "id_rsa")
@@ -112,7 +112,7 @@ def test_a_link_that_leaves_the_folder_is_refused_by_every_command(copy, refused
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "id_rsa"]
 
 
-def test_links_in_a_delta_are_refused(copy, models, tmp_path, refused, mxd):
+def test_links_in_a_delta_are_refused(copy, tmp_path, refused, mxd):
     assert mxd("delta", copy, tmp_path / "delta")[0] == 0
     (tmp_path / "key").write_text("PRIVATE")
     (tmp_path / "delta" / "full" / "notes.txt").symlink_to(tmp_path / "key")
@@ -130,7 +130,7 @@ def test_adapters_are_refused_in_checkpoints_and_bases(copy, models, refused, re
     refused("plan", recipe(base={"model": str(base)}), words=("adapter_config.json", "merge"))
 
 
-def test_weights_are_those_that_transformers_reads_and_lie_in_the_folder(copy, refused, mxd, tmp_path):
+def test_weights_are_the_files_that_transformers_reads_inside_the_folder(copy, refused, mxd, tmp_path):
     whole = copy / "model.safetensors"
     names = list(load_file(whole))
     index = copy / "model.safetensors.index.json"
@@ -170,7 +170,7 @@ def test_weights_are_those_that_transformers_reads_and_lie_in_the_folder(copy, r
     ],
     ids=["width", "layers", "many layers", "labels", "heads", "k", "experts", "activation", "pad", "class", "kernel"],
 )
-def test_a_hostile_config_is_refused_soon(copy, refused, change, words):
+def test_a_hostile_config_is_refused_quickly(copy, refused, change, words):
     edit(copy / "config.json", change)
     start = time.monotonic()
     refused("generate", copy, "--prompt", "a", words=words)
@@ -201,7 +201,7 @@ ALIASES = "a: &a {k: 1}\n" + "\n".join(
         ("config.json", "[" * 100_000, "generate"),
     ],
 )
-def test_a_damaged_file_beside_the_weights_is_named(copy, converted, refused, text, tmp_path, name, content, command):
+def test_a_damaged_side_file_is_named(copy, converted, refused, text, tmp_path, name, content, command):
     (copy / name).write_text(content)
     rest = {
         "compare": (copy, converted["llama"]),
@@ -216,7 +216,7 @@ def test_a_damaged_file_beside_the_weights_is_named(copy, converted, refused, te
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_no_numbers(copy, refused, mxd, text):
+def test_weights_with_nan_never_reach_the_json(copy, refused, mxd, text):
     weights = load_file(copy / "model.safetensors")
     name = next(name for name in weights if name.endswith("experts"))
     weights[name][3] = float("nan")
@@ -228,7 +228,7 @@ def test_weights_that_are_no_numbers(copy, refused, mxd, text):
         json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_the_licence_of_a_norwegian_model(models, tmp_path):
+def test_the_card_of_a_base_is_read_as_text(models, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     for file in models["gpt2"].iterdir():
@@ -241,7 +241,7 @@ def test_the_licence_of_a_norwegian_model(models, tmp_path):
     assert card_of(Base(model=str(base))) == {}
 
 
-def test_a_folder_named_like_a_model_on_the_hub(monkeypatch, tmp_path):
+def test_a_folder_named_like_a_model_on_the_hub_is_local(monkeypatch, tmp_path):
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"org/tiny: names a model on the Hub, and something in the working directory"):
@@ -257,16 +257,16 @@ def test_a_folder_named_like_a_model_on_the_hub(monkeypatch, tmp_path):
 
 
 def made_run(gates, logits=None):
-    """A run over one row of tokens, (T, N) gates of one layer with two active experts."""
+    """Make a run over one row of tokens from the (T, N) gates of one layer with two active experts."""
     top = gates.topk(3)
     chosen = top.indices[:, :2].where(top.values[:, :2] > 0, -1)
     run = {"values": top.values, "indices": top.indices, "chosen": chosen}
     return {"logits": torch.zeros(1, len(gates), 4) if logits is None else logits, **{f"0.{key}": run[key][None] for key in run}}
 
 
-def test_a_tie_that_falls_the_other_way_is_no_difference_and_nothing_else_is_excused():
+def test_only_a_tie_that_falls_the_other_way_is_excused():
     gates = torch.tensor([[3.0, 2.0, 1.0, 0.5]] * 4)
-    gates[2, 2] = 2.0 - 1e-6  # expert 2 is as good as expert 1
+    gates[2, 2] = 2.0 - 1e-6  # expert 2 ties with expert 1
     other = gates.clone()
     other[2, 2] = 2.0 + 1e-6
     moved = torch.zeros(1, 4, 4)
@@ -296,7 +296,7 @@ def test_a_model_built_from_its_config_is_initialised(converted):
 # --- threads -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_each_thread_steers_for_itself_and_nothing_is_left(converted):
+def test_each_thread_steers_independently(converted):
     model = load_checkpoint(converted["gpt2"])
     ids = AutoTokenizer.from_pretrained(QUICKSTART)("The value is returned when", return_tensors="pt")["input_ids"]
 
@@ -317,7 +317,7 @@ def test_each_thread_steers_for_itself_and_nothing_is_left(converted):
     assert not any(layer.contexts for layer in model.mxd_layers().values())
 
 
-def test_a_thread_that_does_not_say_whether_it_steers_is_told_to(converted):
+def test_a_thread_without_steering_of_its_own_is_refused(converted):
     model = load_checkpoint(converted["gpt2"])
     ids, found = torch.tensor([[1, 2, 3]]), {}
 
@@ -349,7 +349,7 @@ def test_a_thread_that_inherits_a_context_keeps_it(converted):
     left = threading.Event()
 
     def late():
-        left.wait()  # until the context is left in the thread that opened it
+        left.wait()  # until the thread that opened the context leaves it
         found["inherited"] = model(input_ids=ids).logits
 
     with mxd_convert.steer(model, layer=0, expert=1, add=50.0):
@@ -377,7 +377,7 @@ def test_steering_reaches_the_copy_that_peft_trains(converted):
     assert moved(peft.get_peft_model(model, settings).eval()) == pytest.approx(before, abs=1e-4)
 
 
-def test_the_environment_of_a_fresh_process_keeps_what_is_no_secret(tmp_path, monkeypatch):
+def test_the_environment_of_a_fresh_process_drops_only_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("MXD_PLAIN", "kept")
     environment = verification.clean_environment(tmp_path)
     assert environment["MXD_PLAIN"] == "kept"

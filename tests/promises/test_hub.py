@@ -1,50 +1,23 @@
-"""Publishing and downloading, by the real client, to and from a real server on loopback."""
+"""Publishing and downloading work with the real client and a server on loopback."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import small_recipe
-from hub_server import Hub
+from folders import contents
+from hub_client import LOGITS, logits_of, on_hub, published
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from small_runs import small_recipe
 
 from mxd_convert import convert, delta, edit
 
-LOGITS = """
-import sys
-import torch
-{imports}
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
-name, out = sys.argv[1:]
-model = {load}
-ids = torch.arange(1, 13).reshape(1, -1)
-save_file({{"logits": model(input_ids=ids).logits.detach()}}, out)
-"""
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def published(folder: Path, repo_id: str) -> dict[str, bytes]:
-    """What of a folder should be on the Hub."""
-    files = {path: content for path, content in contents(folder).items() if path != "mxd_local.json"}
-    return {**files, "README.md": files["README.md"].replace(b"THIS_REPOSITORY", repo_id.encode())}
-
-
-def on_hub(hub: Hub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-    return {path: content for path, content in hub.files(repo_id, revision).items() if path != ".gitattributes"}
-
-
-def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, converted, tmp_path):
+def test_a_checkpoint_is_the_same_after_push_and_pull(hub, program, converted, tmp_path):
     folder = converted["llama"]
     before = contents(folder)
     done = program("push", folder, "there-and-back", "--message", "first")
@@ -72,36 +45,28 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(hub, program, clients, conv
     assert program("verify", tmp_path / "pulled", environment={"HF_HUB_OFFLINE": "1"}).status == 0
 
 
-def logits_of(clients, name, out, load, imports=""):
-    script = out.with_suffix(".py")
-    script.write_text(LOGITS.format(load=load, imports=imports))
-    done = clients.run("python", script, name, out, token=None)
-    assert done.status == 0, done.err
-    return load_file(out)["logits"]
-
-
-def test_from_pretrained_takes_a_repository(hub, program, clients, converted, tmp_path):
+def test_from_pretrained_loads_a_repository(program, programs, converted, tmp_path):
     folder = converted["gpt2"]
     assert program("push", folder, "alice/straight").status == 0
-    ours = logits_of(clients, folder, tmp_path / "a", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert")
+    ours = logits_of(programs, folder, tmp_path / "a", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert")
     theirs = logits_of(
-        clients, "alice/straight", tmp_path / "b", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert"
+        programs, "alice/straight", tmp_path / "b", "AutoModelForCausalLM.from_pretrained(name)", "import mxd_convert"
     )
     assert ours.equal(theirs)
-    loaded = logits_of(clients, "alice/straight", tmp_path / "c", "mxd_convert.load(name)", "import mxd_convert")
+    loaded = logits_of(programs, "alice/straight", tmp_path / "c", "mxd_convert.load(name)", "import mxd_convert")
     assert ours.equal(loaded)
     # without the package: a process that can't import it
     script = tmp_path / "without.py"
     blocked = "sys.modules['mxd_convert'] = None"
     script.write_text(LOGITS.format(load="AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)", imports=blocked))
-    environment = {**os.environ, **clients.environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment = {**os.environ, **programs.environment, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run(
         [sys.executable, "-I", script, "alice/straight", tmp_path / "d"], env=environment, check=True, capture_output=True
     )
     assert ours.equal(load_file(tmp_path / "d")["logits"])
 
 
-def test_list_shows_what_cards_say(hub, program, converted):
+def test_list_shows_the_figures_of_cards(hub, program, converted):
     for family in ("llama", "gpt2"):
         assert program("push", converted[family], f"alice/listed-{family}").status == 0
     hub.put("bob/other", {"README.md": b"---\ntags: [something]\n---\n", "config.json": b"{}"})
@@ -131,7 +96,7 @@ def test_a_dry_run_publishes_nothing(hub, program, converted):
     assert {request.path for request in hub.requests[asked:] if request.method != "GET"} == {"/api/validate-yaml"}
 
 
-def test_what_would_change_is_shown_and_what_is_there_besides_is_left(hub, program, converted, tmp_path):
+def test_a_push_shows_its_changes_and_keeps_other_files(hub, program, converted, tmp_path):
     folder, name = shutil.copytree(converted["llama"], tmp_path / "copy"), "alice/changes"
     assert program("push", folder, name, verified=False).status == 0
     theirs = {
@@ -148,13 +113,13 @@ def test_what_would_change_is_shown_and_what_is_there_besides_is_left(hub, progr
     done = json.loads(program("push", folder, name, "--json", verified=False).out)
     assert list(done["changed"]) == ["README.md"]
     assert list(done["added"]) == ["mxd_labels.json"]
-    assert list(done["removed"]) == list(stale)  # would be loaded in place of ours
+    assert list(done["removed"]) == list(stale)  # transformers would load it instead of ours
     assert done["left"].keys() == theirs.keys()
     assert done["commit"] == hub.repos[name].refs["main"][-1].oid
     assert on_hub(hub, name) == {**published(folder, name), **theirs}
 
 
-def test_branches_pull_requests_and_private_repositories(hub, program, converted, tmp_path):
+def test_branches_pull_requests_and_private_repositories_work(hub, program, converted, tmp_path):
     folder, name = converted["llama"], "alice/more"
     assert program("push", folder, name, "--private", "--revision", "v2", verified=False).status == 0
     assert hub.repos[name].private
@@ -169,7 +134,7 @@ def test_branches_pull_requests_and_private_repositories(hub, program, converted
     assert refused.status == 2
     assert "a pull request goes to main" in refused.err
     hub.put("bob/open", {**published(folder, "bob/open"), "recipe.yaml": b"older"})
-    assert program("push", folder, "bob/open", "--create-pr", verified=False).status == 0  # to what is another's
+    assert program("push", folder, "bob/open", "--create-pr", verified=False).status == 0  # to another user's repository
     assert on_hub(hub, "bob/open", "refs/pr/1") == published(folder, "bob/open")
 
 
@@ -183,7 +148,7 @@ def test_a_checkpoint_that_fails_verification_is_not_published(hub, program, con
     assert "alice/broken" not in hub.repos
 
 
-def test_a_recipe_may_publish_its_result(hub, program, models, text, tmp_path):
+def test_a_recipe_can_publish_its_result(hub, program, models, text, tmp_path):
     recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[0])
     recipe["output"]["push_to"] = "from-a-recipe"
     path = tmp_path / "recipe.yaml"
@@ -199,7 +164,7 @@ def test_a_recipe_may_publish_its_result(hub, program, models, text, tmp_path):
     assert done["already_finished"]
     assert done["url"] == f"{hub.url}/alice/from-a-recipe"
     assert on_hub(hub, "alice/from-a-recipe") == published(tmp_path / "out", "alice/from-a-recipe")
-    # who runs it again is somebody else
+    # other users may run it again
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["output"]["push_to"] is None
     assert "from-a-recipe" not in (tmp_path / "out" / "README.md").read_text()
 
@@ -249,7 +214,7 @@ def test_figures_of_another_checkpoint_are_not_published(hub, program, converted
     assert program("push", folder, "alice/trained-on", verified=False).status == 0
 
 
-def test_an_earlier_report_does_not_stay_beside_other_weights(hub, program, converted, tmp_path):
+def test_an_earlier_report_is_removed_with_its_weights(hub, program, converted, tmp_path):
     name = "alice/edited"
     assert program("push", converted["llama"], name, verified=False).status == 0
     edit(converted["llama"], tmp_path / "edited", [{"layer": 0, "expert": 3, "ablate": True}])
@@ -258,7 +223,7 @@ def test_an_earlier_report_does_not_stay_beside_other_weights(hub, program, conv
     assert "mxd_report.json" not in on_hub(hub, name)
 
 
-def test_other_shapes_are_something_else(hub, program, models, text, converted, tmp_path):
+def test_a_repository_with_other_shapes_is_refused(program, models, text, converted, tmp_path):
     assert program("push", converted["gpt2"], "alice/shapes", verified=False).status == 0
     convert(small_recipe(models["gpt2"], text, tmp_path / "out", layers=[0, 2], layer={"k": 2, "experts": 24}), quiet=True)
     done = program("push", tmp_path / "out", "alice/shapes", verified=False)
@@ -269,7 +234,7 @@ def test_other_shapes_are_something_else(hub, program, models, text, converted, 
     assert "a model of type mxd_gpt2" in done.err
 
 
-def test_cards_of_strangers_break_nothing(hub, program):
+def test_odd_cards_of_strangers_are_listed(hub, program):
     odd = [
         "{layers: 3}",
         "{delta_ce: x}",
@@ -287,7 +252,7 @@ def test_cards_of_strangers_break_nothing(hub, program):
     assert all(f"bob/odd-{number}" in done.out for number in range(len(odd)))
 
 
-def test_what_the_hub_says_of_a_card_is_told_before_anything_is_made(hub, program, converted, tmp_path):
+def test_a_card_refused_by_the_hub_is_reported_before_any_upload(hub, program, converted, tmp_path):
     folder = shutil.copytree(converted["llama"], tmp_path / "copy")
     card = folder / "README.md"
     card.write_text(card.read_text().replace("pipeline_tag:", "base_model: /home/me/model\npipeline_tag:"))
@@ -297,10 +262,10 @@ def test_what_the_hub_says_of_a_card_is_told_before_anything_is_made(hub, progra
     assert "alice/refused-card" not in hub.repos
 
 
-def test_what_is_cached_loads_without_the_network(hub, program, clients, converted, tmp_path):
+def test_a_cached_checkpoint_loads_without_the_network(program, programs, converted, tmp_path):
     assert program("push", converted["llama"], "alice/cached", verified=False).status == 0
     load_it = "mxd_convert.load(name)"
-    ours = logits_of(clients, "alice/cached", tmp_path / "a", load_it, "import mxd_convert")
-    done = clients.run_anew("python", tmp_path / "a.py", "alice/cached", tmp_path / "b", HF_HUB_OFFLINE="1")
+    ours = logits_of(programs, "alice/cached", tmp_path / "a", load_it, "import mxd_convert")
+    done = programs.run_anew("python", tmp_path / "a.py", "alice/cached", tmp_path / "b", HF_HUB_OFFLINE="1")
     assert done.status == 0, done.err
     assert ours.equal(load_file(tmp_path / "b")["logits"])

@@ -1,4 +1,4 @@
-"""Publishing and downloading when something goes wrong: a clear line or a successful retry, and never half a repository."""
+"""Faults during publishing and downloading give one clear line or a successful retry, and never half a repository."""
 
 import json
 import os
@@ -7,11 +7,10 @@ import signal
 import time
 
 import pytest
-from conftest import TOKEN
-from hub_client import Work
+from folders import contents
+from hub_client import TOKEN, on_hub, published
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from test_hub import contents, on_hub, published
 
 from mxd_convert import InputError, load_checkpoint
 from mxd_convert.hub.client import hub_errors, with_retries
@@ -35,7 +34,7 @@ def folder(converted):
 
 
 def kill_at(hub, process, number):
-    """The process is killed when it makes its request of that number."""
+    """Kill a process at its request of that number."""
     first, pid = len(hub.requests), process.pid
 
     def watch(request):
@@ -46,14 +45,14 @@ def kill_at(hub, process, number):
 
 
 def whole_or_nothing(hub, name, folder):
-    """Whether the repository holds everything; fails where it holds a part."""
+    """Return whether the repository holds everything; fail if it holds a part."""
     found = on_hub(hub, name) if name in hub.repos else {}
     assert not found or found == published(folder, name)
     return bool(found)
 
 
-def test_the_token_that_was_logged_in_with_is_taken(hub, clients, program, folder):
-    kept = clients.home / "hf" / "token"
+def test_the_stored_token_is_used(hub, programs, program, folder):
+    kept = programs.home / "hf" / "token"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(TOKEN)
     try:
@@ -63,7 +62,7 @@ def test_the_token_that_was_logged_in_with_is_taken(hub, clients, program, folde
     assert whole_or_nothing(hub, "alice/logged-in", folder)
 
 
-def test_the_hubs_own_rate_limits_are_kept(hub, program, folder):
+def test_rate_limits_of_the_hub_are_respected(hub, program, folder):
     hub.fail("GET", "/api/whoami", 429, RateLimit='"api";r=0;t=2')
     started = time.monotonic()
     assert program("push", folder, "alice/limits", "--dry-run", verified=False).status == 0
@@ -74,7 +73,7 @@ def test_the_hubs_own_rate_limits_are_kept(hub, program, folder):
 
 
 @pytest.mark.parametrize("fault", [429, 500, "drop"])
-def test_what_goes_wrong_once_is_tried_again(hub, program, folder, fault):
+def test_a_request_that_fails_once_is_retried(hub, program, folder, fault):
     name = f"alice/once-{fault}"
     for method, path in ONCE_AND_FINE:
         hub.fail(method, path, fault, **({"Retry_After": "1"} if fault == 429 else {}))
@@ -96,7 +95,9 @@ def test_what_goes_wrong_once_is_tried_again(hub, program, folder, fault):
         ("drop", "POST", "/api/validate-yaml", ("can't be reached", "same command again")),
     ],
 )
-def test_what_stays_wrong_is_a_line_and_the_next_push_goes_on(hub, program, program_refused, folder, status, method, path, words):
+def test_a_lasting_failure_is_a_one_line_error_and_the_next_push_resumes(
+    hub, program, program_refused, folder, status, method, path, words
+):
     name = f"alice/wrong-{status}-{path.strip('/').replace('/', '-')}"
     hub.fail(method, path, status, times=100, **({"Retry_After": "300"} if status == 429 else {}))
     program_refused("push", folder, name, words=(name, *words), verified=False)
@@ -105,23 +106,23 @@ def test_what_stays_wrong_is_a_line_and_the_next_push_goes_on(hub, program, prog
     asked = len(hub.requests)
     assert program("push", folder, name, verified=False).status == 0
     assert whole_or_nothing(hub, name, folder)
-    if path == "/commit/":  # everything had arrived but the commit
+    if path == "/commit/":  # only the commit was missing
         assert not [request for request in hub.requests[asked:] if request.method == "PUT"]
 
 
-def test_what_a_push_may_not_do(hub, clients, program_refused, folder):
+def test_a_push_without_permission_is_refused(hub, programs, program_refused, folder):
     program_refused("push", folder, "bob/his", words=("bob/his", "does not allow publishing"), verified=False)
     assert "bob/his" not in hub.repos
     program_refused("push", folder, "alice/x", words=("needs a token", "hf auth login"), token=None)
     program_refused("push", folder, "alice/x", words=("does not accept your token",), token="hf_wrong")
     program_refused("push", folder, "not a name", words=("not a valid repository name",))
-    offline = clients.run_anew("push", folder, "alice/x", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    offline = programs.run_anew("push", folder, "alice/x", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
     assert (offline.status, offline.err) == (2, "mxd-convert: HF_HUB_OFFLINE is set, so the Hub can't be reached. Unset it.\n")
     program_refused("push", folder / "nowhere", "alice/x", words=("no such folder",))
     assert "alice/x" not in hub.repos
 
 
-def test_a_repository_that_holds_something_else_is_left_alone(hub, program, program_refused, folder, converted):
+def test_a_repository_with_other_content_is_not_changed(hub, program, program_refused, folder, converted):
     hub.put("alice/mine", {"config.json": b'{"model_type": "llama"}', "notes.txt": b"mine"})
     hub.put("alice/notes", {"thesis.tex": b"mine"})
     assert program("push", converted["llama"], "alice/other-base", verified=False).status == 0
@@ -139,7 +140,7 @@ def test_a_repository_that_holds_something_else_is_left_alone(hub, program, prog
     program_refused("push", folder, "alice/open", "--private", words=("--private", "public"))
 
 
-def test_a_change_by_someone_else_in_between_is_not_overwritten(hub, program, program_refused, folder):
+def test_a_concurrent_change_is_not_overwritten(hub, program, program_refused, folder):
     assert program("push", folder, "alice/shared", verified=False).status == 0
     hub.put("alice/shared", {**hub.files("alice/shared"), "recipe.yaml": b"older"})
     theirs = {**hub.files("alice/shared"), "recipe.yaml": b"changed: by someone else"}
@@ -156,7 +157,7 @@ def test_a_change_by_someone_else_in_between_is_not_overwritten(hub, program, pr
     assert on_hub(hub, "alice/shared") == published(folder, "alice/shared")
 
 
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, program, folder):
+def test_a_commit_with_a_lost_answer_is_not_repeated(hub, program, folder):
     def lose(request):
         if request.method == "POST" and "/commit/" in request.path:
             hub.watch = lambda request: None
@@ -168,16 +169,16 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, program, folder):
     assert on_hub(hub, "alice/lost") == published(folder, "alice/lost")
 
 
-def test_a_push_killed_at_every_tenth_request_goes_on(hub, clients, program, folder, tmp_path):
+def test_a_push_killed_at_every_tenth_request_resumes(hub, programs, program, folder, tmp_path):
     sharded = tmp_path / "sharded"
     model = load_checkpoint(folder)
     model.save_pretrained(sharded, max_shard_size="15KB")
     assert len(list(sharded.glob("model-*.safetensors"))) >= 10
     runs, first = 0, len(hub.requests)
     for _ in range(40):
-        process, place = clients.start(Work(["push", str(sharded), "alice/killed"], verified=False), TOKEN)
+        process = programs.start("push", sharded, "alice/killed", token=TOKEN, verified=False)
         kill_at(hub, process, 10)
-        done = clients.wait(process, place)
+        done = process.wait()
         runs += 1
         if done.status == 0:
             break
@@ -187,15 +188,15 @@ def test_a_push_killed_at_every_tenth_request_goes_on(hub, clients, program, fol
     assert runs >= 3, "it was hardly ever cut off"
     assert on_hub(hub, "alice/killed") == contents(sharded)
     sent = [request.path for request in hub.requests[first:] if request.method == "PUT"]
-    assert len(sent) <= len(set(sent)) + 5 * runs  # what has arrived is not sent again; five are under way at a time
+    assert len(sent) <= len(set(sent)) + 5 * runs  # uploaded files are not sent again, except for up to five in flight per kill
 
 
-def test_downloads_that_are_cut_off_go_on(hub, clients, program, folder, tmp_path):
+def test_an_interrupted_download_resumes(hub, programs, program, folder, tmp_path):
     assert program("push", folder, "alice/downloads", verified=False).status == 0
     for at in (4, 12):
-        process, place = clients.start(Work(["pull", "alice/downloads", str(tmp_path / "pulled")]), TOKEN)
+        process = programs.start("pull", "alice/downloads", tmp_path / "pulled", token=TOKEN)
         kill_at(hub, process, at)
-        assert clients.wait(process, place).status is None
+        assert process.wait().status is None
         assert not (tmp_path / "pulled").exists()
     hub.watch = lambda request: None
     assert program("pull", "alice/downloads", tmp_path / "pulled").status == 0
@@ -204,7 +205,7 @@ def test_downloads_that_are_cut_off_go_on(hub, clients, program, folder, tmp_pat
 
 
 @pytest.mark.parametrize("fault", [429, 503, "drop"])
-def test_a_download_that_fails_once_is_tried_again(hub, program, folder, tmp_path, fault):
+def test_a_download_that_fails_once_is_retried(hub, program, folder, tmp_path, fault):
     name = f"alice/again-{fault}"
     assert program("push", folder, name, verified=False).status == 0
     for method, path in (("GET", f"/api/models/{name}"), ("GET", "/tree/"), ("HEAD", "/resolve/"), ("GET", "/[0-9a-f]{64}")):
@@ -214,8 +215,8 @@ def test_a_download_that_fails_once_is_tried_again(hub, program, folder, tmp_pat
     assert contents(tmp_path / "pulled") == on_hub(hub, name)
 
 
-def test_a_file_that_stops_half_way_goes_on_from_there(hub, program, tmp_path):
-    size = constants.DOWNLOAD_CHUNK_SIZE  # what the client has not whole it does not keep
+def test_a_file_that_stops_half_way_resumes_from_there(hub, program, tmp_path):
+    size = constants.DOWNLOAD_CHUNK_SIZE  # the client discards incomplete chunks
     made = hub.put("bob/large", {"config.json": b'{"model_type": "mxd_llama"}', "model.safetensors": os.urandom(3 * size)})
     weights = made.refs["main"][-1].files["model.safetensors"].sha256
     hub.fail("GET", weights, "cut")
@@ -226,7 +227,7 @@ def test_a_file_that_stops_half_way_goes_on_from_there(hub, program, tmp_path):
     assert contents(tmp_path / "pulled") == on_hub(hub, "bob/large")
 
 
-def test_what_a_pull_refuses(hub, program, program_refused, folder, tmp_path):
+def test_impossible_pulls_are_refused(hub, program, program_refused, folder, tmp_path):
     hub.put("bob/llama", {"config.json": b'{"model_type": "llama"}'})
     hub.put("bob/hidden", {"config.json": b"{}"}, private=True)
     program_refused("pull", "bob/llama", tmp_path / "a", words=("bob/llama: contains a llama model", "mxd-convert list"))
@@ -244,7 +245,7 @@ def test_what_a_pull_refuses(hub, program, program_refused, folder, tmp_path):
     assert load_file(tmp_path / "b" / "model.safetensors").keys()
 
 
-def test_a_pull_with_little_memory_ends(hub, program, folder, tmp_path):
+def test_a_pull_with_little_memory_is_complete_or_refused(program, folder, tmp_path):
     assert program("push", folder, "alice/small", verified=False).status == 0
     for number, mib in enumerate((0, 2, 9, 40)):
         done = program("pull", "alice/small", tmp_path / f"{number}", addresses=mib * 2**20)
@@ -252,7 +253,7 @@ def test_a_pull_with_little_memory_ends(hub, program, folder, tmp_path):
         assert (tmp_path / f"{number}").exists() == (done.status == 0)
 
 
-def test_a_file_with_another_hash_is_thrown_away(hub, program, program_refused, folder, tmp_path):
+def test_a_file_with_a_wrong_hash_is_discarded(hub, program, program_refused, folder, tmp_path):
     assert program("push", folder, "alice/hashes", verified=False).status == 0
     blob = hub.repos["alice/hashes"].refs["main"][-1].files["model.safetensors"]
     kept = hub.storage[blob.sha256]
@@ -268,18 +269,18 @@ def test_a_file_with_another_hash_is_thrown_away(hub, program, program_refused, 
     assert contents(tmp_path / "a") == on_hub(hub, "alice/hashes")
 
 
-def test_the_token_is_in_no_traceback(hub, program, clients, folder):
+def test_the_token_is_in_no_traceback(hub, program, programs, folder):
     hub.fail("POST", "/api/repos/create", 403)
     hub.fail("PUT", "/[0-9a-f]{64}", 400)
     for last in ("HfHubHTTPError", "RuntimeError"):
-        done = clients.run("--debug", "push", folder, "alice/traced", token=TOKEN, verified=False)
+        done = programs.run("--debug", "push", folder, "alice/traced", token=TOKEN, verified=False)
         assert "Traceback" in done.err
         assert last in done.err
         assert TOKEN not in done.err + done.out
         assert done.status == 2
 
 
-def test_a_pull_does_not_mix_revisions(hub, clients, program, folder, tmp_path):
+def test_a_pull_does_not_mix_revisions(hub, program, folder, tmp_path):
     assert program("push", folder, "alice/mixed", "--revision", "v1", verified=False).status == 0
     sharded = shutil.copytree(folder, tmp_path / "sharded")
     for name in ("model.safetensors", "mxd_report.json", "README.md"):
@@ -288,16 +289,16 @@ def test_a_pull_does_not_mix_revisions(hub, clients, program, folder, tmp_path):
     assert program("push", sharded, "alice/mixed", verified=False).status == 0
     whole = program("pull", "alice/mixed", tmp_path / "other", "--revision", "v1")
     assert whole.status == 0
-    (tmp_path / "other").rename(tmp_path / "pulled.partial")  # as if it had been cut off at the end
+    (tmp_path / "other").rename(tmp_path / "pulled.partial")  # as if the pull had been interrupted at its end
     (tmp_path / "pulled.partial" / ".pulling").write_text("alice/mixed")
     assert program("pull", "alice/mixed", tmp_path / "pulled").status == 0
     assert contents(tmp_path / "pulled") == on_hub(hub, "alice/mixed")
     assert "model.safetensors" not in contents(tmp_path / "pulled")
 
 
-def test_files_that_have_arrived_are_not_asked_for_again(hub, clients, program, folder, tmp_path):
+def test_downloaded_files_are_not_requested_again(hub, program, folder, tmp_path):
     assert program("push", folder, "alice/arrived", verified=False).status == 0
-    hub.fail("GET", "/[0-9a-f]{64}", 403, times=1, skip=3)  # not tried again
+    hub.fail("GET", "/[0-9a-f]{64}", 403, times=1, skip=3)  # not retried
     assert program("pull", "alice/arrived", tmp_path / "pulled").status == 2
     first = len(hub.requests)
     assert program("pull", "alice/arrived", tmp_path / "pulled").status == 0
@@ -315,7 +316,7 @@ def test_files_that_have_arrived_are_not_asked_for_again(hub, clients, program, 
         TypeError("got multiple values for argument 'self'"),
     ],
 )
-def test_whatever_the_client_raises_is_a_line(error, monkeypatch):
+def test_every_exception_of_the_client_is_a_one_line_error(error, monkeypatch):
     asked = []
 
     def ask():

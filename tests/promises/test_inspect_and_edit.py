@@ -1,12 +1,12 @@
-"""What fires on a prompt, labels that travel, experts changed for good, two reports side by side."""
+"""Commands list the experts that fire on a prompt, keep labels, change experts permanently and compare reports."""
 
 import json
 
 import pytest
 import torch
-from conftest import small_recipe
+from observations import ids_of
 from safetensors.torch import load_file
-from test_steering import ids_of
+from small_runs import small_recipe
 
 from mxd_convert import InputError, add_labels, convert, edit, inspect, load_checkpoint, read_labels, revert, steered
 from mxd_convert.base_model.load import load_tokenizer
@@ -15,8 +15,8 @@ PROMPT = "The value 7 is returned when index 3 is given."
 
 
 @torch.no_grad()
-def test_inspect_tells_the_experts_that_fire(converted):
-    """Against the layer's own encoding of inputs taken by a plain hook."""
+def test_inspect_lists_the_experts_that_fire(converted):
+    """The reference is the layer's encoding of inputs recorded by a plain hook."""
     folder = converted["llama"]
     model, tokenizer = load_checkpoint(folder), load_tokenizer(str(folder))
     seen = {}
@@ -40,7 +40,7 @@ def test_inspect_tells_the_experts_that_fire(converted):
     assert [len(view.layers[2]) for view in inspect(folder, PROMPT, layers=[2], most=1)] == [1] * len(views)
 
 
-def test_inspect_on_the_command_line(mxd, copy, refused):
+def test_inspect_shows_labels_on_the_command_line(mxd, copy, refused):
     expert = inspect(copy, PROMPT, most=1)[0].layers[0][0].expert
     mxd("label", copy, f"0:{expert}", "numbers [bold]", "--author", "mara")
     status, out, _ = mxd("inspect", copy, "--prompt", PROMPT, "--layers", "0")
@@ -55,7 +55,7 @@ def test_inspect_on_the_command_line(mxd, copy, refused):
     refused("inspect", copy, "--prompt", PROMPT * 100, words=("tokens are more than the model's 128. Shorten the prompt.",))
 
 
-def test_labels_travel(mxd, copy, tmp_path, refused):
+def test_labels_are_kept_by_edit_and_revert(mxd, copy, tmp_path, refused):
     _, out, _ = mxd("label", copy, "2:17", "negations", "--author", "mara", "--json")
     assert json.loads(out) == [{"layer": 2, "expert": 17, "text": "negations", "author": "mara"}]
     add_labels(
@@ -86,7 +86,7 @@ def test_labels_travel(mxd, copy, tmp_path, refused):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 @torch.no_grad()
-def test_an_edit_is_steering_for_good(converted, tmp_path, family):
+def test_an_edit_equals_permanent_steering(converted, tmp_path, family):
     orders = [{"layer": 0, "expert": 3, "ablate": True}, {"layer": 2, "expert": 5, "scale": -2.0}]
     folder = edit(converted[family], tmp_path / "edited", orders)
     ids = ids_of(4, 20)
@@ -104,7 +104,7 @@ def test_an_edit_is_steering_for_good(converted, tmp_path, family):
     assert config["mxd"]["edits"] == [*orders, {"layer": 0, "expert": 4, "ablate": True}]
 
 
-def test_an_edited_checkpoint_says_so(mxd, copy, tmp_path, text):
+def test_an_edited_checkpoint_names_its_edits(mxd, copy, tmp_path, text):
     arguments = ("--ablate", "0:3", "--scale", "2:5:0.5", "--steer", "2:7:+3")
     status, out, _ = mxd("edit", copy, *arguments, "--output", tmp_path / "edited")
     assert status == 0
@@ -128,7 +128,7 @@ def test_an_edited_checkpoint_says_so(mxd, copy, tmp_path, text):
     assert "Rise in cross-entropy" in (tmp_path / "measured" / "README.md").read_text()
 
 
-def test_edits_that_can_not_be_made(copy, tmp_path, refused):
+def test_impossible_edits_are_refused(copy, tmp_path, refused):
     out = tmp_path / "out"
     refused("edit", copy, "--output", out, words=("nothing to change", "--ablate L:E"))
     refused("edit", copy, "--ablate", "0:99", "--output", out, words=("experts 0 to 23", "99"))
@@ -142,7 +142,7 @@ def test_edits_that_can_not_be_made(copy, tmp_path, refused):
         edit(copy, out, [{"layer": 0, "expert": 1, "add": 3.0}])
 
 
-def test_compare(mxd, converted, models, text, tmp_path, refused):
+def test_compare_shows_settings_and_figures_side_by_side(mxd, converted, models, text, tmp_path, refused):
     other = tmp_path / "other"
     convert(small_recipe(models["llama"], text, other, layers=[0], layer={"kind": "transcoder"}), quiet=True)
     found = json.loads(mxd("compare", converted["llama"], other, "--json")[1])

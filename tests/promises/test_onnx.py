@@ -1,4 +1,4 @@
-"""The ONNX export: the graph against the checkpoint in PyTorch, its names, what clients are told of it, and what is refused."""
+"""The exported ONNX graph equals the checkpoint in PyTorch and has the names that clients expect."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TEXT, small_recipe
+from project import ROOT
+from small_runs import FAMILIES, TEXT, small_recipe
 from transformers import AutoTokenizer
 
 import mxd_convert
@@ -25,12 +26,12 @@ from mxd_convert.onnx.sparse_gain import CHUNK
 
 @pytest.fixture(params=FAMILIES)
 def pair(request, converted, exported):
-    """(the checkpoint in PyTorch, its graph)."""
+    """Return (the checkpoint in PyTorch, its graph)."""
     return load_checkpoint(converted[request.param], dtype="float32"), OnnxModel.from_pretrained(exported[request.param])
 
 
 def of_kind(models, text, folder, **layer):
-    """A conversion whose layers are of some kind."""
+    """Convert a tiny Llama to layers of a kind."""
     mxd_convert.convert(small_recipe(models["llama"], text, folder, layers=[0, 2], layer={"k": 4, **layer}), quiet=True)
     return folder
 
@@ -71,7 +72,13 @@ def test_names_and_dimensions_are_those_that_clients_expect(exported, converted)
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", export.OPSET)]
         operators = {node.op_type for node in model.graph.node}
         assert "Scan" in operators
-        assert not operators & {"Loop", "If", "ScatterElements", "ScatterND", "SequenceEmpty"}  # nothing dense, nothing clumsy
+        assert not operators & {
+            "Loop",
+            "If",
+            "ScatterElements",
+            "ScatterND",
+            "SequenceEmpty",
+        }  # no dense scatter and no control flow
         onnx.checker.check_model(model, full_check=True)
 
 
@@ -84,13 +91,13 @@ def no_word_of_the_machine(folder, checkpoint):
                 assert word.encode() not in content, (file.name, word)
 
 
-def test_nothing_in_the_folder_tells_of_the_machine(exported, converted):
+def test_an_exported_folder_names_no_machine(exported, converted):
     for family in FAMILIES:
         no_word_of_the_machine(exported[family], converted[family])
 
 
 @pytest.mark.parametrize(("rows", "length", "past"), [(1, 1, 0), (3, 9, 0), (1, 1, 17), (2, 30, 5), (3, 100, 20)])
-def test_logits_with_and_without_a_cache_and_padding(pair, rows, length, past):
+def test_logits_equal_those_of_pytorch_with_cache_and_padding(pair, rows, length, past):
     model, exported_model = pair
     ids = some_ids(model, rows, past + length)
     mask = np.ones_like(ids)
@@ -107,7 +114,7 @@ def test_logits_with_and_without_a_cache_and_padding(pair, rows, length, past):
     assert difference.max() <= 1e-5 * max(10.0, np.abs(theirs).max())
 
 
-def test_one_token_at_a_time_is_the_same_as_all_at_once(pair):
+def test_one_token_at_a_time_gives_the_same_logits(pair):
     model, exported_model = pair
     ids, cache = some_ids(model, 2, 24), exported_model.empty_cache(2)
     steps = [exported_model.step(ids[:, at : at + 1], cache).logits for at in range(24)]
@@ -115,7 +122,7 @@ def test_one_token_at_a_time_is_the_same_as_all_at_once(pair):
     assert np.abs(np.concatenate(steps, 1) - theirs).max() <= 1e-5 * max(10.0, np.abs(theirs).max())
 
 
-def test_the_experts_are_those_of_the_layers(pair):
+def test_the_exported_experts_equal_those_of_the_layers(pair):
     model, exported_model = pair
     ids = exported_model.tokens(TEXT)
     seen = {}
@@ -136,7 +143,7 @@ def test_the_experts_are_those_of_the_layers(pair):
         assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max().item())
 
 
-def test_steering_is_that_of_pytorch(pair):
+def test_steering_of_the_graph_equals_that_of_pytorch(pair):
     model, exported_model = pair
     ids = some_ids(model, 1, 12)
     orders = [
@@ -156,10 +163,12 @@ def test_steering_is_that_of_pytorch(pair):
     ):
         feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(12)[None], **nothing}
         empty = {name: value.numpy() for name, value in exported_model.empty_cache(1).tensors.items()}
-        assert np.array_equal(exported_model.session.run(["logits"], {**feed, **empty})[0], plain)  # optional, and may be empty
+        assert np.array_equal(
+            exported_model.session.run(["logits"], {**feed, **empty})[0], plain
+        )  # the inputs are optional and may be empty
 
 
-def test_steering_of_the_prompt_or_of_what_is_written(exported, converted):
+def test_steering_applies_to_the_prompt_or_the_generation(exported, converted):
     exported_model, model = OnnxModel.from_pretrained(exported["llama"]), load_checkpoint(converted["llama"])
     tokenizer = AutoTokenizer.from_pretrained(converted["llama"])
     for positions in ("all", "prompt", "generation"):
@@ -182,7 +191,7 @@ def test_steering_of_the_prompt_or_of_what_is_written(exported, converted):
     ],
     ids=["skip", "l1", "transcoder", "skip_transcoder", "dense_twin"],
 )
-def test_every_kind_of_layer(models, text, tmp_path, layer):
+def test_every_kind_of_layer_is_exported(models, text, tmp_path, layer):
     checkpoint = of_kind(models, text, tmp_path / "run", **layer)
     done = export_onnx(checkpoint, tmp_path / "out", expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
     assert done.failures == []
@@ -218,8 +227,8 @@ def test_a_preset_of_the_checkpoint_is_part_of_the_graph(converted, text, tmp_pa
     assert np.abs(ours - logits_of(load_checkpoint(converted["llama"]), ids)).max() > 0.01
 
 
-def test_long_prompts_go_through_the_gate_in_chunks(tmp_path):
-    """Gates and rows of the chunk, not of the prompt: the memory that one layer takes does not grow with the tokens."""
+def test_long_prompts_pass_through_the_gate_in_chunks(tmp_path):
+    """A layer needs memory for the gates and rows of a chunk, so it does not grow with the prompt."""
     script = """
 import sys, numpy as np, onnxruntime
 options = onnxruntime.SessionOptions()
@@ -243,8 +252,8 @@ for tokens in (CHUNK, CHUNK * 16):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
-def test_the_chunked_gain_against_float64(tokens, tmp_path):
-    """Against the explicit product in float64, with tokens that fill the last chunk and with those that don't."""
+def test_the_chunked_gain_equals_the_product_in_float64(tokens, tmp_path):
+    """This holds for tokens that fill the last chunk and for tokens that don't."""
     path = tmp_path / "layer.onnx"
     model = one_layer(12, 40, 10, 5)
     onnx.save(model, path)
@@ -260,7 +269,7 @@ def test_the_chunked_gain_against_float64(tokens, tmp_path):
 
 
 def one_layer(d_in, n_experts, d_out, k):
-    """A graph of nothing but the gain."""
+    """Return a graph that computes only the gain."""
     import onnx_ir as ir
 
     from mxd_convert.onnx.sparse_gain import DOMAIN, NAME, spell_out
@@ -283,8 +292,8 @@ def one_layer(d_in, n_experts, d_out, k):
 # --- precision, opset, large weights --------------------------------------------------------------------------------------------
 
 
-def test_half_precision_and_eight_bits(converted, text, tmp_path, monkeypatch):
-    for name in ("fp16", "int8"):  # a model of random weights has no margin: the bounds are for trained ones
+def test_half_precision_and_eight_bits_are_exported(converted, text, tmp_path, monkeypatch):
+    for name in ("fp16", "int8"):  # a random model has no margin between tokens; the bounds are for trained models
         monkeypatch.setitem(parity.TOLERANCES, name, {"delta_ce": 0.1, "argmax_agreement": 0.5})
     done = export_onnx(converted["gpt2"], tmp_path / "out", ["fp32", "fp16"], "int8", data=text, tokens=512, quiet=True)
     assert done.failures == []
@@ -310,18 +319,18 @@ def test_half_precision_and_eight_bits(converted, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("opset", [18, 22])
-def test_other_opsets(converted, text, tmp_path, opset):
+def test_other_opsets_are_exported(converted, text, tmp_path, opset):
     done = export_onnx(converted["gpt2"], tmp_path / "out", opset=opset, data=text, tokens=512, quiet=True)
     assert done.report["opset"] == opset
     model = onnx.load(tmp_path / "out" / "onnx" / "model.onnx")
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
 
 
-def test_large_weights_lie_in_a_file_of_their_own(converted, text, tmp_path, monkeypatch):
+def test_large_weights_are_in_a_separate_file(converted, text, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "INLINE", 1000)
     export_onnx(converted["llama"], tmp_path / "out", quantized="int8", data=text, tokens=512, quiet=True)
-    place = tmp_path / "out" / "onnx"
-    assert sorted(file.name for file in place.iterdir()) == sorted(
+    folder = tmp_path / "out" / "onnx"
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
         ["model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data"]
     )
     report = json.loads((tmp_path / "out" / "onnx_report.json").read_text())

@@ -1,6 +1,6 @@
-"""Exported models of real ones, in the programs that people run them with: each continues prompts as PyTorch does.
+"""Exports of real models continue prompts as PyTorch does, in the programs that people run them with.
 
-`make clients` installs these programs, each in a place of its own. Where one is not there its test is skipped.
+`make clients` installs each program in a folder of its own. The test of a missing program is skipped.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from unittest import mock
 
 import browser
 import pytest
-from conftest import PARITY, ROOT
+from onnx_exports import PARITY
+from project import ROOT
 from transformers import AutoTokenizer
 
 from mxd_convert.checkpoint.read import load_checkpoint
@@ -29,18 +30,18 @@ PROMPTS = {
     "quickstart": ["If the argument is", "The file", "Return a new"],
     "stories260k": ["Once upon a time", "The dog was", "Lily and Ben"],
 }
-WHOLE = ["stories260k"]  # what is compared with PyTorch on as much text as in use
+WHOLE = ["stories260k"]  # compared with PyTorch on the default amount of text
 
 
 @pytest.fixture(scope="session")
 def readied():
-    """What `ready` has made, since it is asked for again where tests are not run model by model."""
+    """Store the results of `ready`, since tests may not be run model by model."""
     return {}
 
 
 @pytest.fixture(params=PROMPTS)
 def ready(request, readied, tmp_path_factory):
-    """(exported folder, prompts, PyTorch's continuations of them, the export's report)."""
+    """Return (exported folder, prompts, their continuations by PyTorch, the report of the export)."""
     name = request.param
     if name not in readied:
         readied[name] = make_ready(name, request, tmp_path_factory)
@@ -65,14 +66,14 @@ def make_ready(name, request, tmp_path_factory):
 
 
 def client(name: str) -> Path:
-    place = CLIENTS / name
-    if not (place / "installed").is_file():
-        pytest.skip(f"`make clients` installs {name}; it is not there")
-    return place
+    folder = CLIENTS / name
+    if not (folder / "installed").is_file():
+        pytest.skip(f"`make clients` installs {name}, which is missing")
+    return folder
 
 
 def said(command, **environment) -> list[str]:
-    """What a program prints, a JSON string a line."""
+    """Return the lines that a program prints, each a JSON string."""
     done = subprocess.run(
         list(map(str, command)),
         capture_output=True,
@@ -85,20 +86,20 @@ def said(command, **environment) -> list[str]:
 
 
 @pytest.mark.parametrize("ready", WHOLE, indirect=True)
-def test_figures_of_a_real_model(ready):
-    """What is promised of them: greedy text, logits, experts."""
+def test_figures_of_a_real_model_meet_the_promise(ready):
+    """The promise covers greedy text, logits and experts."""
     _, _, _, report = ready
     found = report["graphs"]["fp32"]["parity"]
     assert found["greedy"]["equal"] == found["greedy"]["prompts"] == 20
     assert found["greedy"]["new_tokens"] == 64
     assert found["largest_difference"] <= 1e-4
-    assert found["expert_flips"] <= 0.001 * found["tokens"]  # a tie that falls the other way takes what follows it along
+    assert found["expert_flips"] <= 0.001 * found["tokens"]  # a tie that falls the other way changes the rest of the text
     assert found["expert_overlap"] >= 0.999
     assert found["lengths"][-1] == 200
     assert report["graphs"]["int8"]["parity"]["delta_ce"] <= 0.02
 
 
-def test_onnxruntime_in_an_environment_without_torch(ready):
+def test_onnxruntime_continues_prompts_without_torch(ready):
     folder, prompts, texts, _ = ready
     python = client("genai") / "bin" / "python"
     absent = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
@@ -106,33 +107,33 @@ def test_onnxruntime_in_an_environment_without_torch(ready):
     assert said([python, ROOT / "examples" / "onnx" / "without_torch.py", folder, *prompts]) == texts
 
 
-def test_onnxruntime_genai(ready):
+def test_onnxruntime_genai_continues_prompts(ready):
     folder, prompts, texts, _ = ready
     python = client("genai") / "bin" / "python"
     assert said([python, ROOT / "examples" / "onnx" / "genai.py", folder, *prompts]) == texts
 
 
-def test_optimum_onnx(ready):
+def test_optimum_onnx_continues_prompts(ready):
     folder, prompts, texts, _ = ready
     python = client("optimum") / "bin" / "python"
     assert said([python, ROOT / "examples" / "onnx" / "optimum_onnx.py", folder, *prompts]) == texts
 
 
-def test_transformers_js(ready, tmp_path):
+def test_transformers_js_continues_prompts(ready, tmp_path):
     folder, prompts, texts, _ = ready
     if shutil.which("node") is None:
         pytest.skip("there is no node")
     (tmp_path / "node_modules").symlink_to(client("node") / "node_modules")
     script = shutil.copy(ROOT / "examples" / "onnx" / "transformers_js.mjs", tmp_path)
     assert said(["node", script, folder, *prompts]) == texts
-    for dtype, theirs in (("fp16", "fp16"), ("int8", "q8")):  # another build of onnxruntime, which may round another way
+    for dtype, theirs in (("fp16", "fp16"), ("int8", "q8")):  # another build of onnxruntime, which may round differently
         model = OnnxModel.from_pretrained(folder, dtype=dtype)
         ours = [model.generate(prompt, 40) for prompt in prompts]
         assert sum(a == b for a, b in zip(said(["node", script, folder, *prompts], DTYPE=theirs), ours, strict=True)) >= 2
 
 
-def test_transformers_js_in_a_browser(ready, tmp_path):
-    """examples/onnx/browser.html in a real browser, everything from this machine: the same greedy text."""
+def test_transformers_js_continues_prompts_in_a_browser(ready, tmp_path):
+    """examples/onnx/browser.html gives the same greedy text in a real browser, with local files only."""
     folder, prompts, texts, _ = ready
     modules = client("node") / "node_modules"
     if browser.program() is None:

@@ -1,4 +1,4 @@
-"""`export-onnx` as a command: the folder that it writes, the text that it compares on, the recipe's key, and what runs without PyTorch."""
+"""`export-onnx` writes a complete folder, compares it on a text, follows the recipe, and its result runs without PyTorch."""
 
 import json
 import shutil
@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TEXT, other_rows, small_recipe, spoilt
+from onnx_exports import other_rows, spoilt
+from project import ROOT
+from small_runs import TEXT, small_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
@@ -18,7 +20,7 @@ from mxd_convert.onnx import OnnxModel
 
 @pytest.fixture
 def llama(exported):
-    """The llama's export, with experts and steering."""
+    """Return the Llama's export with experts and steering."""
     return exported["llama"]
 
 
@@ -36,7 +38,7 @@ def test_the_folder_is_ready_for_its_clients(llama, converted):
     assert config.model_type == "llama"
     assert config.architectures == ["LlamaForCausalLM"]
     assert "mxd" not in (llama / "config.json").read_text()
-    with pytest.raises(OSError, match="no file named"):  # there are no weights that plain transformers could take for the model's
+    with pytest.raises(OSError, match="no file named"):  # no weights that plain transformers could load as the model's
         AutoModelForCausalLM.from_pretrained(llama)
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (llama, converted["llama"]))
     assert ours(TEXT)["input_ids"] == theirs(TEXT)["input_ids"] == OnnxModel.from_pretrained(llama).tokens(TEXT)
@@ -49,7 +51,7 @@ def test_the_folder_is_ready_for_its_clients(llama, converted):
     )
 
 
-def test_the_chat_template_goes_with_it(converted, text, tmp_path):
+def test_the_chat_template_is_exported(converted, text, tmp_path):
     folder = shutil.copytree(converted["llama"], tmp_path / "copy")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
@@ -59,7 +61,7 @@ def test_the_chat_template_goes_with_it(converted, text, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(messages, tokenize=False) == "[hello]"
 
 
-def test_the_report_says_what_was_compared(llama, text):
+def test_the_report_names_the_compared_text(llama, text):
     report = json.loads((llama / "onnx_report.json").read_text())
     assert report["model_type"] == "llama"
     assert (report["opset"], report["steering"], report["expert_outputs"]) == (20, True, True)
@@ -77,7 +79,7 @@ def test_the_report_says_what_was_compared(llama, text):
     assert report["data"]["path"] == text.name
 
 
-def test_greedy_text_is_that_of_pytorch(converted, llama):
+def test_greedy_text_equals_that_of_pytorch(converted, llama):
     model, exported_model = load_checkpoint(converted["llama"]), OnnxModel.from_pretrained(llama)
     tokenizer = AutoTokenizer.from_pretrained(converted["llama"])
     inputs = tokenizer(TEXT, return_tensors="pt")
@@ -107,8 +109,8 @@ def test_generation_ends_at_the_end_token(llama, tmp_path):
     assert shorter[0] == written[: written.index(written[5]) + 1]
 
 
-def test_it_runs_where_there_is_no_torch(llama):
-    """In a process in which neither torch nor transformers can be imported; the result is this process's."""
+def test_an_export_runs_without_torch(llama):
+    """A process that can import neither torch nor transformers gives the same result."""
     script = f"""
 import sys
 for name in ("torch", "transformers", "accelerate", "datasets", "onnx", "onnxscript"):
@@ -126,7 +128,7 @@ print(model.generate({TEXT!r}, 16, steering=[{{"layer": 2, "expert": 3, "add": 2
 # --- text, recipe ---------------------------------------------------------------------------------------------------------------
 
 
-def test_without_data_it_is_compared_on_what_was_held_out(converted, tmp_path, text, monkeypatch):
+def test_an_export_without_data_is_compared_on_held_out_text(converted, tmp_path, text):
     done = export_onnx(converted["gpt_neox"], tmp_path / "out", tokens=256, quiet=True)
     assert done.report["data"]["path"] == text.name
     assert done.report["data"]["held_out"] is True
@@ -136,8 +138,8 @@ def test_without_data_it_is_compared_on_what_was_held_out(converted, tmp_path, t
     assert done.report["data"]["path"] == "python-docs.jsonl.gz"
 
 
-def test_a_text_of_too_few_documents_gives_way_to_the_one_that_ships(models, tmp_path):
-    """None of whose documents is held out by its content."""
+def test_a_text_of_too_few_documents_is_replaced_by_the_shipped_one(models, tmp_path):
+    """No document of the text is held out."""
     from mxd_convert.data.documents import is_held_out
 
     few = [text for text in (f"Text {i}: " + "some words of it. " * 60 for i in range(40)) if not is_held_out(text)][:6]
@@ -150,7 +152,7 @@ def test_a_text_of_too_few_documents_gives_way_to_the_one_that_ships(models, tmp
     assert done.report["data"]["held_out"] is None
 
 
-def test_a_recipe_exports(models, text, tmp_path, mxd, monkeypatch):
+def test_a_recipe_can_export(models, text, tmp_path, mxd, monkeypatch):
     import yaml
 
     path = tmp_path / "recipe.yaml"
@@ -164,8 +166,8 @@ def test_a_recipe_exports(models, text, tmp_path, mxd, monkeypatch):
         assert "ONNX export, out of tolerance" in err
         assert (tmp_path / "run" / "mxd_report.json").is_file()
         assert not (tmp_path / "run" / "onnx").exists()
-    status, _, err = mxd("run", path)  # the checkpoint is finished; the export is made up for
+    status, _, err = mxd("run", path)  # the checkpoint is finished; only the export is repeated
     assert status == 0, err
     assert OnnxModel.from_pretrained(tmp_path / "run" / "onnx").generate(TEXT, 4)
-    assert not any(name.startswith("onnx") for name in belonging(tmp_path / "run"))  # a model of its own
+    assert not any(name.startswith("onnx") for name in belonging(tmp_path / "run"))  # a separate model
     assert mxd_convert.verify_provenance(tmp_path / "run").ok

@@ -1,4 +1,4 @@
-"""`OnnxModel` on folders that are damaged, or meant to harm: an InputError of one line that names the file and the value."""
+"""`OnnxModel` refuses damaged and hostile folders with an InputError of one line that names the file and the value."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from conftest import QUICKSTART
 from onnx import TensorProto, helper, numpy_helper
+from project import QUICKSTART
 
 from mxd_convert.errors import InputError
 from mxd_convert.onnx import OnnxModel, validation
@@ -21,7 +21,7 @@ LAYERS = {"0": {"kind": "mxd", "n_experts": EXPERTS, "k": 2}}
 
 
 def graph_of(metadata=None, **changes):
-    """The least graph that has what an export has, but for a cache: logits and one layer's coefficients, from two tables."""
+    """Return the smallest graph with logits and one layer's coefficients, from two tables and without a cache."""
     ids, mask = (helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "T"]) for name in ("input_ids", "attention_mask"))
     random = np.random.default_rng(0)
     tables = [
@@ -53,7 +53,7 @@ def floats(name, width, kind=TensorProto.FLOAT):
 
 
 def outside(model, number=0, data=None, **entries):
-    """Says of one of a graph's tensors that its values are in another file."""
+    """Declare that the values of one tensor of a graph are in another file."""
     tensor = model.graph.initializer[number]
     if data is not None:
         data.write_bytes(tensor.raw_data)
@@ -65,19 +65,19 @@ def outside(model, number=0, data=None, **entries):
 
 
 def save(model, folder):
-    (folder / "onnx" / "model.onnx").write_bytes(model.SerializeToString())  # onnx.save would look after the data
+    (folder / "onnx" / "model.onnx").write_bytes(model.SerializeToString())  # onnx.save would write the data
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A healthy folder."""
-    place = tmp_path / "model"
-    (place / "onnx").mkdir(parents=True)
-    save(graph_of(), place)
-    (place / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY, "max_position_embeddings": 64, "eos_token_id": 0}))
-    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5000]}))
-    shutil.copyfile(QUICKSTART / "tokenizer.json", place / "tokenizer.json")
-    return place
+    """Write a healthy folder."""
+    model = tmp_path / "model"
+    (model / "onnx").mkdir(parents=True)
+    save(graph_of(), model)
+    (model / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY, "max_position_embeddings": 64, "eos_token_id": 0}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5000]}))
+    shutil.copyfile(QUICKSTART / "tokenizer.json", model / "tokenizer.json")
+    return model
 
 
 def used(folder):
@@ -96,7 +96,7 @@ def refused(folder, *words):
         assert word in message, message
 
 
-def test_the_healthy_folder_works(folder):
+def test_a_healthy_folder_works(folder):
     assert used(folder)
 
 
@@ -112,7 +112,7 @@ def test_the_healthy_folder_works(folder):
         ("{}", "experts.0.values"),
     ],
 )
-def test_metadata(folder, metadata, words):
+def test_bad_metadata_is_refused(folder, metadata, words):
     save(graph_of(metadata), folder)
     refused(folder, "model.onnx", words, "export the model again")
 
@@ -138,7 +138,7 @@ def test_metadata(folder, metadata, words):
         ("onnx/model.onnx", "hello world", "not a readable ONNX graph"),
     ],
 )
-def test_files(folder, name, content, words):
+def test_bad_files_are_refused(folder, name, content, words):
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     refused(folder, name, words)
 
@@ -150,7 +150,7 @@ def test_files(folder, name, content, words):
         ({"location": "sub/../../../secret"}, "outside of the folder"),
         ({"location": "..\\secret"}, "outside of the folder"),
         ({"location": "/etc/passwd"}, "'/etc/passwd'"),
-        ({"location": "*/_ORT_MEM_ADDR_/*", "offset": 4096}, "missing"),  # which onnxruntime takes for an address in memory
+        ({"location": "*/_ORT_MEM_ADDR_/*", "offset": 4096}, "missing"),  # onnxruntime reads this as an address in memory
         ({"location": "none"}, "none: missing"),
         ({"location": "."}, "missing"),
         ({"location": ""}, "outside of the folder"),
@@ -160,7 +160,7 @@ def test_files(folder, name, content, words):
         ({"location": "model.onnx_data", "length": 10**12}, "model.onnx_data"),
     ],
 )
-def test_values_in_another_file(folder, entries, words):
+def test_values_in_a_file_elsewhere_are_refused(folder, entries, words):
     (folder.parent / "secret").write_bytes(bytes(VOCABULARY * EXPERTS * 4))
     save(outside(graph_of(), 1, folder / "onnx" / "model.onnx_data", **entries), folder)
     refused(folder, words)
@@ -175,8 +175,8 @@ def test_values_in_another_file_of_the_folder_are_read(folder):
     refused(folder, "model.onnx_data: 32,767 bytes", "embedding")
 
 
-def test_values_of_a_constant_within_a_graph_within_a_graph(folder):
-    """The place of a tensor makes no difference."""
+def test_values_of_a_nested_constant_in_a_file_elsewhere_are_refused(folder):
+    """A tensor is refused at any depth of nested graphs."""
     model = outside(graph_of(), 1, location="../secret")
     hidden = helper.make_graph([helper.make_node("Constant", [], ["c"], value=model.graph.initializer[1])], "inner", [], [])
     for _ in range(2):
@@ -189,7 +189,7 @@ def test_values_of_a_constant_within_a_graph_within_a_graph(folder):
     refused(folder, "'../secret'", "outside of the folder")
 
 
-def test_links_out_of_the_folder(folder):
+def test_links_out_of_the_folder_are_refused(folder):
     for name in ("model.onnx", "model.onnx_data"):
         save(outside(graph_of(), 0, folder / "onnx" / "model.onnx_data", location="model.onnx_data"), folder)
         used(folder)
@@ -201,7 +201,7 @@ def test_links_out_of_the_folder(folder):
         shutil.move(target, path)
 
 
-def test_a_graph_that_is_none_of_ours(folder, capfd):
+def test_a_graph_of_another_format_is_refused(folder, capfd):
     logits, experts = floats("logits", LOGITS), floats("experts.0.values", EXPERTS)
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"])
     mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["B", "T"])
@@ -220,10 +220,10 @@ def test_a_graph_that_is_none_of_ours(folder, capfd):
     ):
         save(graph_of(**changes), folder)
         refused(folder, "model.onnx", word)
-    assert capfd.readouterr() == ("", "")  # onnxruntime's own words hold the graph's, and what these do to a terminal
+    assert capfd.readouterr() == ("", "")  # messages of onnxruntime quote the graph, control characters included
 
 
-def test_memory_that_runs_out_is_a_line(folder, monkeypatch):
+def test_running_out_of_memory_is_a_one_line_error(folder, monkeypatch):
     class Full:
         def run_with_ort_values(self, *_):
             raise Exception("[ONNXRuntimeError] : 1 : FAIL : std::bad_alloc")
@@ -234,8 +234,8 @@ def test_memory_that_runs_out_is_a_line(folder, monkeypatch):
         model.generate("a", 1)
 
 
-def test_the_fields_are_those_of_onnx():
-    """Numbers and kinds of the fields in which a tensor can be: no other message of ONNX leads to one."""
+def test_the_checked_fields_are_all_fields_of_onnx():
+    """The fields that can hold a tensor have these numbers and kinds; no other message of ONNX leads to one."""
     kinds = {
         "ModelProto": "model",
         "TrainingInfoProto": "training",
@@ -258,7 +258,7 @@ def test_the_fields_are_those_of_onnx():
     assert (fields["name"].number, fields["external_data"].number) == (validation._TENSOR_NAME, validation._TENSOR_EXTERNAL)
 
 
-def test_text_of_the_checkpoint_is_shown_in_the_card_as_it_is(tmp_path):
+def test_text_of_the_checkpoint_is_literal_in_the_card(tmp_path):
     evil = "x\n# Heading\n<script>`[a](javascript:b)`</script>\x1b[31m\n---\nlicense: mit"
     greedy = {"equal": 1, "prompts": 1}
     figures = dict.fromkeys(("largest_difference", "kl", "argmax_agreement", "expert_agreement", "expert_overlap"), 1.0)

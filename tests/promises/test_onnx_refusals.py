@@ -1,12 +1,13 @@
-"""`export-onnx` and `OnnxModel` on bad input: a line that names it, and nothing half-written."""
+"""`export-onnx` and `OnnxModel` refuse bad input in one line that names it, and leave no files."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import TEXT, nothing_left
+from folders import nothing_left
 from safetensors.numpy import load_file, save_file
+from small_runs import TEXT
 
 from mxd_convert.commands import export_onnx as export
 from mxd_convert.commands.export_onnx import export_onnx
@@ -16,11 +17,11 @@ from mxd_convert.onnx import OnnxModel
 
 @pytest.fixture
 def llama(exported):
-    """The llama's export, with experts and steering."""
+    """Return the Llama's export with experts and steering."""
     return exported["llama"]
 
 
-def test_bad_input_is_refused_in_a_line(refused, converted, models, text, tmp_path, monkeypatch):
+def test_bad_input_is_a_one_line_error(refused, converted, models, text, tmp_path, monkeypatch):
     checkpoint, out = converted["gpt2"], tmp_path / "out"
     refused("export-onnx", tmp_path / "none", out, words=("none", "no such folder"))
     refused("export-onnx", models["gpt2"], out, words=("'gpt2' model", "mxd-convert run"))
@@ -49,7 +50,7 @@ def test_bad_input_is_refused_in_a_line(refused, converted, models, text, tmp_pa
     assert nothing_left(out)
 
 
-def test_a_full_disk_leaves_nothing(refused, converted, text, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_files(refused, converted, text, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
@@ -82,7 +83,7 @@ def test_a_preset_that_a_graph_can_not_follow_is_refused(refused, copy, text, tm
 
 
 def test_a_model_that_the_exporter_can_not_trace_is_refused(refused, copy, text, tmp_path, monkeypatch):
-    """One whose positions depend on the length of the text: by name, and, were it not known, in a line of PyTorch's."""
+    """Its positions depend on the length of the text. The error names the cause if it is known, and quotes PyTorch otherwise."""
     config = json.loads((copy / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     (copy / "config.json").write_text(json.dumps(config))
@@ -94,7 +95,7 @@ def test_a_model_that_the_exporter_can_not_trace_is_refused(refused, copy, text,
     assert nothing_left(tmp_path / "out")
 
 
-def test_memory_that_runs_out_in_onnxruntime_is_a_line(refused, converted, text, tmp_path, monkeypatch):
+def test_running_out_of_memory_in_onnxruntime_is_a_one_line_error(refused, converted, text, tmp_path, monkeypatch):
     class Full:
         def __init__(self, session):
             self.session = session
@@ -117,7 +118,7 @@ def test_memory_that_runs_out_in_onnxruntime_is_a_line(refused, converted, text,
     assert nothing_left(tmp_path / "out")
 
 
-def test_the_runtime_says_what_is_wrong(llama, converted, tmp_path):
+def test_the_runtime_names_every_mistake(llama, converted, tmp_path):
     exported_model = OnnxModel.from_pretrained(llama)
 
     def steered(**changes):
@@ -147,7 +148,7 @@ def test_the_runtime_says_what_is_wrong(llama, converted, tmp_path):
         OnnxModel.from_pretrained(damaged)
 
 
-def test_numbers_may_be_numpys_and_a_refusal_changes_nothing(llama):
+def test_numpy_numbers_are_accepted_and_a_refusal_changes_nothing(llama):
     exported_model = OnnxModel.from_pretrained(llama)
     order = {"layer": 2, "expert": 3, "add": 2.0}
     numpys = {"layer": np.int64(2), "expert": np.int64(3), "add": np.float32(2.0)}
@@ -159,7 +160,7 @@ def test_numbers_may_be_numpys_and_a_refusal_changes_nothing(llama):
     assert np.array_equal(exported_model.step(ids, cache).logits, expected)
 
 
-def test_what_was_not_exported_is_refused(converted, text, tmp_path):
+def test_outputs_that_were_not_exported_are_refused(converted, text, tmp_path):
     done = export_onnx(converted["gpt2"], tmp_path / "out", data=text, tokens=512, quiet=True)
     assert not any(name.startswith(("experts.", "steering.")) for name in done.report["inputs"] + done.report["outputs"])
     with pytest.raises(InputError, match="--expert-outputs"):

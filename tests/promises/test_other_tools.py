@@ -1,6 +1,6 @@
-"""docs/other-tools.md is true: its blocks run in order, and with the peers that are installed give what it says.
+"""The blocks of docs/other-tools.md run in order and give the stated results with the installed peers.
 
-The peers are no part of the [test] extra; see "Installing the peers" there.
+The [test] extra does not include the peers; see "Installing the peers" there.
 """
 
 import importlib
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from project import ROOT
+from random_layers import ACTIVE, checkpoint_of, model_layer
 from safetensors.torch import load_file
-from test_export import K, checkpoint_of, random_layer
 
 import mxd_convert
 from mxd_convert import InputError, export_steering, load_checkpoint, parse_steering, steer
@@ -25,7 +25,7 @@ PAGE = (ROOT / "docs" / "other-tools.md").read_text()
 
 
 def peer(*modules: str):
-    """The first of the modules, all imported; skips the test, saying which is missing, where the peer is not installed."""
+    """Import the modules and return the first; skip the test and name the module if one is missing."""
     for name in modules:
         try:
             importlib.import_module(name)
@@ -36,16 +36,16 @@ def peer(*modules: str):
 
 @pytest.fixture(scope="module")
 def runs(models, tmp_path_factory):
-    """`runs/quickstart` of a tiny GPT-2 with an MxD in every layer."""
+    """Write `runs/quickstart` of a tiny GPT-2 with an MxD in every layer."""
     folder = tmp_path_factory.mktemp("page")
-    layers = {index: random_layer("mxd", index) for index in range(3)}
+    layers = {index: model_layer("mxd", index) for index in range(3)}
     (folder / "runs").mkdir()
     return checkpoint_of(folder / "runs" / "quickstart", models["gpt2"], layers).parent
 
 
 @pytest.fixture
 def page(runs, text, tmp_path, monkeypatch, mxd):
-    """Runs the blocks of a section in an empty folder, after those of "Hooks": page("nnsight") -> the names that they leave."""
+    """Run the blocks of a section in an empty folder, after those of "Hooks"; page("nnsight") returns the names they define."""
     shutil.copytree(runs, tmp_path / "runs")
     shutil.copy(text, tmp_path / "held-out.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -74,13 +74,13 @@ def dense(coefficients):
     return torch.zeros(*values.shape[:-1], 24).scatter(-1, indices, values)
 
 
-def test_hooks(page):
+def test_every_block_about_hooks_runs(page):
     names = page("Hooks")
     assert torch.equal(names["hooked"], names["steered"])
     assert not torch.allclose(names["hooked"], names["without"], atol=1e-3)
     layer, ids = names["layer"], names["inputs"]["input_ids"]
     shape = tuple(ids.shape)
-    assert names["values"].shape == names["experts"].shape == (*shape, K)
+    assert names["values"].shape == names["experts"].shape == (*shape, ACTIVE)
     with steer(names["model"], layer=2, expert=17, ablate=True):
         assert torch.allclose(names["model"](input_ids=ids).logits, names["without"], atol=1e-5)
     outputs = {}
@@ -108,7 +108,7 @@ def test_adding_to_the_gain_is_steering_in_every_family(converted, family):
     assert model.get_submodule(f"{path}.gain") is layer.gain
 
 
-def test_steering_entries(converted):
+def test_export_steering_writes_entries_for_lm_eval(converted):
     model = load_checkpoint(converted["gpt2"])
     orders = [parse_steering(text) for text in ("2:17:+10", "2:3:-4", "0:1:2")]
     entries = export_steering(model, orders)
@@ -125,14 +125,14 @@ def test_steering_entries(converted):
         export_steering(model, [parse_steering("2:99:+1")])
 
 
-def test_nnsight(page):
+def test_the_blocks_about_nnsight_run(page):
     peer("nnsight")
     names = page("nnsight")
     assert torch.equal(names["logits"], names["hooked"])
     assert torch.equal(dense(names["coefficients"]), dense((names["values"], names["experts"])))
 
 
-def test_lm_eval(page):
+def test_the_blocks_about_lm_eval_run(page):
     peer("lm_eval.models.huggingface", "lm_eval.models.hf_steered")
     from lm_eval.models.hf_steered import SteeredModel
     from lm_eval.models.huggingface import HFLM
@@ -151,7 +151,7 @@ def test_lm_eval(page):
 
 
 def layer_input(names):
-    """What the MLP of layer 2 sees of a longer text, (tokens, I)."""
+    """Return the inputs of the MLP of layer 2 for a longer text, (tokens, I)."""
     seen, ids = [], torch.randint(1, 2048, (4, 30), generator=torch.Generator().manual_seed(0))
     handle = names["layer"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     names["model"](input_ids=ids)
@@ -159,7 +159,7 @@ def layer_input(names):
     return seen[0].flatten(0, 1)
 
 
-def test_sparsify(page):
+def test_the_blocks_about_sparsify_run(page):
     peer("sparsify")
     names = page("Hooks")
     x = layer_input(names)
@@ -174,7 +174,7 @@ def test_sparsify(page):
 @pytest.mark.parametrize(("kind", "sparsity"), [("transcoder", "topk"), ("skip_transcoder", "topk"), ("skip_transcoder", "l1")])
 @torch.no_grad()
 def test_sparsify_and_circuit_tracer_compute_transcoders_exactly(kind, sparsity, models, text, tmp_path):
-    layers = {index: random_layer(kind, index, sparsity=sparsity) for index in range(3)}
+    layers = {index: model_layer(kind, index, sparsity=sparsity) for index in range(3)}
     folder, x = checkpoint_of(tmp_path / "checkpoint", models["llama"], layers), torch.randn(50, 32)
     found = 0
     for name, layout in (("sparsify", "sparsify"), ("circuit_tracer.transcoder.single_layer_transcoder", "circuit-tracer")):
@@ -191,15 +191,15 @@ def test_sparsify_and_circuit_tracer_compute_transcoders_exactly(kind, sparsity,
             if sparsity == "topk":
                 from circuit_tracer.transcoder.activation_functions import TopK
 
-                assert (coder(x) - layers[1](x)).abs().max() > 1  # the trap that the page tells of
-                coder.activation_function = torch.nn.Sequential(TopK(K), torch.nn.ReLU())
+                assert (coder(x) - layers[1](x)).abs().max() > 1  # the trap that the page describes
+                coder.activation_function = torch.nn.Sequential(TopK(ACTIVE), torch.nn.ReLU())
             output = coder(x)
         assert torch.allclose(output, layers[1](x), atol=1e-4), layout
     if not found:
         pytest.skip("neither sparsify nor circuit_tracer can be imported; docs/other-tools.md tells how to install the peers")
 
 
-def test_circuit_tracer(page):
+def test_the_blocks_about_circuit_tracer_run(page):
     peer("circuit_tracer.transcoder.single_layer_transcoder")
     names = page("circuit-tracer")
     coders, x = names["transcoders"], layer_input(names)
@@ -210,7 +210,7 @@ def test_circuit_tracer(page):
     assert torch.allclose(coders[2](x), coders[2].encode(x) @ tensors["W_dec"] + tensors["b_dec"], atol=1e-5)
 
 
-def test_delphi(page):
+def test_the_blocks_about_delphi_run(page):
     peer("delphi.latents", "delphi.config")
     names = page("delphi")
     records = {(record.latent.module_name, record.latent.latent_index): record for record in names["records"]}
@@ -219,29 +219,29 @@ def test_delphi(page):
     example = max(record.examples, key=lambda example: float(example.activations.max()))
     assert example.tokens.shape == (32,)
     # the strongest activation of the record is the strongest of that expert in the cache
-    from test_delphi_cache import read
+    from folders import cache_of
 
-    entries, _, _ = read(Path("exports/delphi/latents/h.2.mlp"))
+    entries, _, _ = cache_of(Path("exports/delphi/latents/h.2.mlp"))
     strongest = max(value for (_, _, expert), value in entries.items() if expert == record.latent.latent_index)
     assert float(example.activations.max()) == pytest.approx(float(strongest), rel=1e-3)
 
 
 def test_delphi_finds_the_same_with_the_exported_gate(page):
-    """Its own cache, of the gate as a sparsify coder hooked to the MLP, against ours."""
+    """delphi's cache of the gate, hooked to the MLP as a sparsify coder, equals ours."""
     peer("delphi.latents", "delphi.sparse_coders.load_sparsify", "sparsify")
     from delphi.latents import LatentCache
     from delphi.sparse_coders.load_sparsify import load_sparsify_hooks
-    from test_delphi_cache import read
+    from folders import cache_of
     from transformers import AutoModel
 
     names = page("sparsify", layer_input=torch.zeros(1, 32))
     model = AutoModel.from_pretrained("runs/quickstart", dtype=torch.float32)
     hooks, transcode = load_sparsify_hooks(model, "exports/sparsify", ["h.2.mlp"])
     mxd_convert.cache_activations("runs/quickstart", "ours", "held-out.jsonl", tokens=2048, mask_first=False, quiet=True)
-    entries, tokens, _ = read(Path("ours/latents/h.2.mlp"))
+    entries, tokens, _ = cache_of(Path("ours/latents/h.2.mlp"))
     cache = LatentCache(model, hooks, batch_size=8, transcode=transcode)
     cache.run(tokens.size, torch.from_numpy(tokens))
-    theirs = {tuple(place) for place in cache.cache.latent_locations["h.2.mlp"].tolist()}
+    theirs = {tuple(entry) for entry in cache.cache.latent_locations["h.2.mlp"].tolist()}
     assert entries.keys() == theirs
     assert names["model"].config.model_type == "mxd_gpt2"
     assert json.loads(Path("ours/latents/h.2.mlp/config.json").read_text())["cache_ctx_len"] == 32

@@ -39,8 +39,8 @@ def train(model, steps=3):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_on_the_experts(family, tmp_path):
-    """Trained, with gradients of the adapter alone; saved and loaded; merged: the same logits."""
+def test_lora_on_the_experts_trains_saves_and_merges(family, tmp_path):
+    """The adapter alone has gradients; after training, saving, loading and merging, the logits are the same."""
     adapted = adapt(family)
     before = logits(adapted)
     experts = [layer.experts.clone() for layer in adapted.get_base_model().mxd_layers().values()]
@@ -63,7 +63,7 @@ def test_lora_on_the_experts(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steering_goes_by_the_adapted_experts(family):
+def test_steering_uses_the_adapted_experts(family):
     """A steered coefficient adds the expert's adapted row, as it does after merging."""
     adapted = adapt(family)
     train(adapted)

@@ -1,4 +1,4 @@
-"""Probes see what is there, choose on the training part alone, and find nothing where there is nothing."""
+"""Probes find a planted expert, choose on the training part alone, and score at chance on random labels."""
 
 import csv
 import json
@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import QUICKSTART, small_recipe
+from project import QUICKSTART
+from small_runs import small_recipe
 
 import mxd_convert
 from mxd_convert.base_model import swap
@@ -35,7 +36,7 @@ COLUMNS = [
 
 
 def documents(count: int) -> tuple[list[str], list[str]]:
-    """Texts of random words, of which every second has a word that no other has; and the class that it makes."""
+    """Return texts of random words and their classes; every second text has a word that marks its class."""
     rng = np.random.default_rng(0)
     texts, labels = [], []
     for number in range(count):
@@ -61,7 +62,7 @@ def labelled(tmp_path_factory):
 
 @torch.no_grad()
 def plant(base, layers, tokenizer) -> None:
-    """Makes one expert of a layer fire on the class's word alone: its gate is the least-squares direction towards it."""
+    """Make one expert of a layer fire on the word of the class alone, by a least-squares gate."""
     sites = find_sites(base, base.config, [PLANTED[0]])
     inputs, hits = [], []
     [target] = tokenizer(" return", add_special_tokens=False)["input_ids"]
@@ -120,7 +121,7 @@ def test_a_planted_expert_is_found(found):
 
 
 def test_shuffled_labels_find_nothing(planted, found):
-    """The same features: scores are near chance, and an interval misses it no more often than intervals do."""
+    """With the same features, scores are near chance, and intervals contain chance as often as they promise."""
     model = load_checkpoint(planted, dtype="float32")
     texts, labels = documents(140)
     encoded, _ = encode_documents(texts, load_tokenizer(str(planted)), 128, 2048)
@@ -137,7 +138,7 @@ def test_shuffled_labels_find_nothing(planted, found):
     assert sum(row["balanced_accuracy_low"] <= 0.5 <= row["balanced_accuracy_high"] for row in figures) >= 7
 
 
-def test_the_folder_holds_all_of_it(found, planted, labelled):
+def test_the_folder_holds_all_results(found, planted, labelled):
     folder = planted.parent / "planted-probe-labelled"
     assert found["output"] == str(folder)
     assert {path.name for path in folder.iterdir()} == {"probe.json", "probe.csv", "top_experts.csv", "probe.png"}
@@ -163,7 +164,7 @@ def test_the_folder_holds_all_of_it(found, planted, labelled):
     assert content["versions"]["scikit-learn"]
 
 
-def test_it_comes_out_the_same_again_and_replaces_only_its_own(found, planted, labelled, mxd, refused, tmp_path):
+def test_a_second_probe_gives_the_same_and_replaces_only_its_own_folder(found, planted, labelled, mxd, refused, tmp_path):
     status, out, err = mxd("probe", planted, "--data", labelled, "--json")
     assert status == 0, err
     again = json.loads(out)
@@ -174,7 +175,7 @@ def test_it_comes_out_the_same_again_and_replaces_only_its_own(found, planted, l
     assert not list(planted.parent.glob(".*"))
 
 
-def test_dense_coefficients_work(models, labelled, tmp_path, mxd):
+def test_dense_coefficients_are_probed(models, labelled, tmp_path, mxd):
     folder = save_planted(models, tmp_path / "l1", sparsity="l1")
     model = load_checkpoint(folder, dtype="float32")
     layer = model.mxd_layers()[0]
@@ -198,7 +199,7 @@ def test_dense_coefficients_work(models, labelled, tmp_path, mxd):
     assert f"{PLANTED[0]}:{PLANTED[1]}" in out
 
 
-def test_checkpoints_to_compare_with(models, text, planted, labelled, tmp_path, mxd):
+def test_further_checkpoints_are_compared(models, text, planted, labelled, tmp_path, mxd):
     others = []
     for kind in ("transcoder", "random_gate"):
         settings = {"layer": {"kind": kind}, "layers": [2], "data": {"tokens": 512}}
@@ -213,7 +214,7 @@ def test_checkpoints_to_compare_with(models, text, planted, labelled, tmp_path, 
     assert "another base model" in err
 
 
-def test_labels_stay_data(planted, tmp_path, mxd):
+def test_labels_are_data_in_every_output(planted, tmp_path, mxd):
     texts, _ = documents(60)
     names = ["../../escape", "=1+1", "[red]$\\frac{$ \n[/red]"]
     data = write_labelled(tmp_path / "odd name;.jsonl", texts, [names[number % 3] for number in range(60)])
@@ -232,7 +233,7 @@ def test_labels_stay_data(planted, tmp_path, mxd):
 # --- documents and bad input ---------------------------------------------------------------------------------------------------
 
 
-def test_which_documents_are_taken_depends_on_content_and_seed(tmp_path):
+def test_the_sample_of_documents_depends_on_content_and_seed(tmp_path):
     texts, labels = documents(60)
     texts += ["twice", "twice", "both", "both", "  "]
     labels += ["other", "other", "other", "returns", "other"]
@@ -255,7 +256,7 @@ def test_which_documents_are_taken_depends_on_content_and_seed(tmp_path):
 
 
 def labelled_rows(path, rows):
-    """A file of labelled rows, .jsonl or .parquet."""
+    """Write labelled rows to a .jsonl or .parquet file; return its path."""
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
@@ -291,7 +292,7 @@ def test_whole_numbers_are_classes_and_empty_texts_are_left_out(tmp_path, name):
     ],
     ids=str,
 )
-def test_labels_and_texts_of_another_kind_are_refused_with_what_they_hold(tmp_path, name, row, words):
+def test_labels_and_texts_of_another_type_are_refused_with_their_content(tmp_path, name, row, words):
     first = {"text": row["text"], "label": "x"} if "text" in row else {"text": "", "label": None}  # a column has one type
     rows = [first, {"text": "b", "label": "x", **row}]
     with pytest.raises(InputError, match=re.escape(words.replace("row", "line" if name == "a.jsonl" else "row"))):
@@ -345,7 +346,7 @@ def test_a_checkpoint_without_experts_is_refused(refused, models, labelled, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["twin"]
 
 
-def test_ag_news_through_a_real_model(shared, tmp_path):
+def test_ag_news_is_probed_with_a_real_model(shared, tmp_path):
     base = load_base(Base(model=str(shared / "models" / "stories260K")))
     torch.manual_seed(0)
     sites = find_sites(base, base.config, [1, 3])

@@ -1,19 +1,18 @@
-"""Several real processes over gloo: batches shared out, or layers shared out; the same result as one."""
+"""Several real processes over gloo share batches or layers, with the result of one process."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from conftest import small_recipe
+from comparisons import assert_same_weights
+from processes import two_processes, wait_for_states
 from safetensors.torch import load_file
+from small_runs import small_recipe
 
 import mxd_convert
 from mxd_convert import convert
@@ -21,45 +20,16 @@ from mxd_convert.errors import InputError
 from mxd_convert.training.distributed import connection_guard
 
 
-def two_processes(recipe: Path) -> subprocess.Popen:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "-m",
-        "mxd_convert.cli",
-        "run",
-        str(recipe),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for_states(output: Path, count: int = 1) -> None:
-    """Until a run has saved that many states."""
-    deadline = time.monotonic() + 90
-    while len(list((output.parent / f"{output.name}.partial" / "state").glob("*/step-*.json"))) < count:
-        assert time.monotonic() < deadline, "no state was saved"
-        time.sleep(0.005)
-
-
-def assert_same_weights(ours: Path, theirs: Path) -> None:
-    tensors, others = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
-
-
 def finish_in_two(recipe: Path, folder: Path) -> None:
-    """Goes on with a run in two processes, to its end."""
+    """Resume a run in two processes and wait for its end."""
     done = two_processes(recipe)
     _, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
     assert json.loads((folder / "mxd_report.json").read_text())["cost"]["resumed_at_steps"]
 
 
-def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_path):
-    """Data-parallel over two real processes: each takes half of every batch, and the layers come out as from one process on all of it."""
+def test_two_processes_train_the_layers_of_one_even_if_interrupted(models, text, tmp_path):
+    """Each of two processes takes half of every batch; the layers equal those of one process."""
     settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3, "init": "tokens"}}
     one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
@@ -74,7 +44,7 @@ def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_p
     done = two_processes(recipe)
     output, errors = done.communicate(timeout=120)
     assert done.returncode == 0, errors
-    assert "over 2 processes" in errors  # the world size as accelerate has it
+    assert "over 2 processes" in errors  # the world size of accelerate
     assert "resumed at step" in errors
     assert output.count("verdict") == 1
     ours, theirs = load_file(tmp_path / "two" / "model.safetensors"), load_file(one.output / "model.safetensors")
@@ -88,7 +58,7 @@ def test_two_processes_train_what_one_does_also_when_cut_off(models, text, tmp_p
                 assert double["layers"][index][name] == pytest.approx(layer[name], rel=1e-4), (single["step"], index)
 
 
-def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp_path):
+def test_layers_distributed_over_two_processes_equal_those_of_one(models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 16_384}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
     settings["train"] = {"distribute": "layers", "tracker": "tensorboard"}
@@ -110,22 +80,22 @@ def test_layers_shared_out_over_two_processes_are_those_of_one(models, text, tmp
     assert all(f"layer_{index}/fvu" in logged for index in range(3))  # those of the other process too
 
 
-def test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers(models, text, tmp_path):
+def test_a_run_of_one_process_resumes_in_two_that_distribute_its_layers(programs, models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
-    alone = subprocess.Popen([sys.executable, "-m", "mxd_convert.cli", "run", str(recipe)], stderr=subprocess.DEVNULL)
+    alone = programs.start("run", recipe)
     wait_for_states(tmp_path / "two")
-    alone.kill()
-    alone.wait()
+    alone.send(signal.SIGKILL)
+    assert alone.wait().status is None, "the kill came too late to show anything"
     settings["train"] = {**settings["train"], "distribute": "layers"}
     recipe.write_text(yaml.safe_dump(small_recipe(models["llama"], text, tmp_path / "two", **settings)))
     finish_in_two(recipe, tmp_path / "two")
     assert_same_weights(tmp_path / "two", one.output)
 
 
-def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
+def test_distributed_layers_resume_after_a_kill(models, text, tmp_path):
     settings = {"layers": "all", "data": {"tokens": 65_536}, "train": {"distribute": "layers", "checkpoint_every": 3}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
@@ -141,7 +111,7 @@ def test_layers_shared_out_go_on_after_a_kill(models, text, tmp_path):
     assert_same_weights(tmp_path / "two", one.output)
 
 
-HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun ends with a traceback of its own; none of ours may be there
+HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun prints its own traceback, which must not name our files
 
 
 @pytest.mark.parametrize(
@@ -155,7 +125,7 @@ HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun ends with a traceback
         ({"base": {"model": "{damaged}"}}, "is truncated or damaged"),
     ],
 )
-def test_what_is_wrong_is_told_once_whatever_the_number_of_processes(models, text, tmp_path, change, words):
+def test_an_error_is_reported_once_by_any_number_of_processes(models, text, tmp_path, change, words):
     damaged = Path(shutil.copytree(models["gpt_neox"], tmp_path / "damaged"))
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -168,10 +138,10 @@ def test_what_is_wrong_is_told_once_whatever_the_number_of_processes(models, tex
     assert errors.count("mxd-convert: ") == errors.count(words) == 1, errors
     assert HOUSE not in errors, errors
     work = tmp_path / "out.partial"
-    assert not work.exists() or (work / "fingerprint").is_file()  # nothing is left that a later run would not know as its own
+    assert not work.exists() or (work / "fingerprint").is_file()  # a later run recognises the work folder as its own
 
 
-def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_path):
+def test_a_killed_process_ends_the_others_with_one_line(models, text, tmp_path):
     settings = {"data": {"tokens": 2_000_000}, "train": {"checkpoint_every": 3}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "out", **settings)))
@@ -181,12 +151,12 @@ def test_a_process_that_is_killed_ends_the_others_in_a_line(models, text, tmp_pa
     second.kill()
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0
-    # a line, unless the launcher, which tells of the killed one itself, was quicker
+    # one line, unless the launcher ended the other process first
     assert errors.count("mxd-convert: ") == errors.count("another process of this run exited early") <= 1, errors
     assert HOUSE not in errors, errors
 
 
-def test_the_errors_of_talking_to_nobody_are_a_line():
+def test_connection_errors_are_a_one_line_error():
     with (
         pytest.raises(InputError, match=r"another process of this run exited early \(.*closed by peer.*same command"),
         connection_guard(2),

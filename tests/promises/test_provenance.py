@@ -1,4 +1,4 @@
-"""`verify --provenance` finds every change to what a report says a checkpoint was made of."""
+"""`verify --provenance` finds every change to the sources of a checkpoint that its report names."""
 
 import json
 import shutil
@@ -25,11 +25,11 @@ def outcome(folder, **options):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
-def test_what_has_not_been_changed_is_found_to_be_so(converted, family):
+def test_an_unchanged_checkpoint_passes(converted, family):
     assert outcome(converted[family]) == dict.fromkeys(ALL, True)
 
 
-def test_the_program_says_it(mxd, copy):
+def test_the_program_prints_the_checks(mxd, copy):
     status, out, _ = mxd("verify", copy, "--provenance")
     assert status == 0
     for line in ALL:
@@ -48,7 +48,7 @@ def test_the_program_says_it(mxd, copy):
         ("recipe.yaml", lambda content: content.replace(b"seed: 0", b"seed: 1"), [ALL[0], ALL[2], ALL[3]]),
     ],
 )
-def test_a_change_is_found(copy, file, change, failing):
+def test_every_change_is_found(copy, file, change, failing):
     path = copy / file
     before = path.read_bytes()
     path.write_bytes(change(before))
@@ -64,7 +64,7 @@ def test_a_report_of_other_texts_or_of_another_base_is_found(copy):
     assert [name for name, ok in outcome(copy).items() if ok is False] == [ALL[4], ALL[5], ALL[6]]
 
 
-def test_what_is_not_at_hand_is_not_checked(copy, models):
+def test_missing_sources_are_not_checked(copy, models):
     (copy / "mxd_local.json").unlink()
     found = outcome(copy)
     assert [name for name, ok in found.items() if ok is None] == ALL[5:]
@@ -74,8 +74,8 @@ def test_what_is_not_at_hand_is_not_checked(copy, models):
     assert outcome(copy)[ALL[1]] is None
 
 
-def test_a_text_that_has_changed_is_found(models, text, tmp_path):
-    from conftest import small_recipe
+def test_a_changed_text_is_found(models, text, tmp_path):
+    from small_runs import small_recipe
 
     from mxd_convert import convert
 
@@ -100,7 +100,7 @@ def test_a_text_that_has_changed_is_found(models, text, tmp_path):
         ("recipe.yaml", "a: ["),
     ],
 )
-def test_damage_is_a_failure_and_no_traceback(mxd, copy, file, content):
+def test_damage_is_a_failure_without_a_traceback(mxd, copy, file, content):
     (copy / file).write_text(content)
     status, out, err = mxd("verify", copy, "--provenance")
     assert (status, err) == (1, "")

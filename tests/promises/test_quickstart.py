@@ -1,4 +1,4 @@
-"""The model that ships is what its README says, and the README's tour is true."""
+"""The shipped model matches its README, and the tour in the project's README works."""
 
 import contextlib
 import io
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICKSTART, ROOT
+from project import QUICKSTART, ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 
-def test_the_model_is_small_and_of_the_gpt2_family():
+def test_the_shipped_model_is_a_small_gpt2():
     assert sum(path.stat().st_size for path in QUICKSTART.iterdir()) < 4_000_000
     from transformers import GPT2LMHeadModel
 
@@ -25,7 +25,7 @@ def test_the_model_is_small_and_of_the_gpt2_family():
     assert model.dtype == torch.bfloat16
 
 
-def test_its_held_out_perplexity_is_the_readmes():
+def test_the_held_out_perplexity_is_that_of_its_readme():
     import quickstart_lm
     from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -41,8 +41,8 @@ def test_its_held_out_perplexity_is_the_readmes():
     assert torch.tensor(loss).exp().item() == pytest.approx(float(stated[2]), rel=2e-3)
 
 
-def test_the_text_comes_from_the_standard_library():
-    """True of the Python that made it; other versions word some documents differently."""
+def test_the_shipped_text_comes_from_the_standard_library():
+    """This holds for the Python version that made it; other versions word some documents differently."""
     import quickstart_lm
 
     train, held_out = quickstart_lm.read_text()
@@ -52,10 +52,10 @@ def test_the_text_comes_from_the_standard_library():
     assert shared > (0.99 if sys.version_info[:2] == (3, 11) else 0.05)
 
 
-def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch, clients):
-    """Runs every code block in order, in an empty folder with examples/ in it; the conversion itself on fewer tokens.
+def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch, programs):
+    """Run every code block in order, in an empty folder with examples/ in it; the conversion uses fewer tokens.
 
-    The first command is run as people do; of the others every process is one that has imported everything already.
+    The first command runs in a fresh process as a user's would; the others use the fork server.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -80,7 +80,7 @@ def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch, clients):
                 assert done.returncode == 0, (line, done.stderr)
                 first = False
             else:
-                run = clients.run(*shlex.split(command)[1:], cwd=tmp_path)
+                run = programs.run(*shlex.split(command)[1:], cwd=tmp_path)
                 assert run.status == 0, (line, run.err)
     assert said.getvalue().count("If the argument is") == 3
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {

@@ -1,4 +1,4 @@
-"""The real 260K story model: converted, it tells stories in a process that has never heard of this package."""
+"""The real 260K story model, once converted, generates stories in a process without this package."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ print(json.dumps({**answer, "experts": sorted(model.mxd_layers()), "refusal": re
 """
 
 
-def test_it_is_faithful_after_a_minute_and_its_experts_matter(stories):
+def test_the_story_model_is_faithful_after_a_minute_and_its_experts_matter(stories):
     fidelity, reliance = stories.report["fidelity"], stories.report["reliance"]
     assert fidelity["ce_base"] == pytest.approx(1.44, abs=0.1)
     assert fidelity["delta_ce"] < 0.7
@@ -50,7 +50,7 @@ def test_it_is_faithful_after_a_minute_and_its_experts_matter(stories):
     assert train["available_tokens"] > 2_000_000  # a short run draws on all of the text
 
 
-def test_it_tells_a_story_where_the_package_is_not_importable(stories, tmp_path):
+def test_the_story_model_generates_a_story_without_the_package(stories, tmp_path):
     command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE, str(stories.output)]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env={"HF_MODULES_CACHE": str(tmp_path / "m")}, check=False

@@ -1,4 +1,4 @@
-"""What a resumed run reads is what was written: damage and change are noticed, whatever file they are in, and nothing finished is lost."""
+"""A resumed run notices damage and changes in every file that it reads, and no finished result is lost."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import small_recipe
-from test_training import assert_the_same
+from comparisons import assert_the_same
+from interruptions import interrupted_run
+from small_runs import small_recipe
 
 from mxd_convert import Result, convert, load_recipe, make_plan, sweep
 from mxd_convert.base_model.load import load_tokenizer
@@ -17,23 +18,8 @@ from mxd_convert.checkpoint.workspace import Workspace
 from mxd_convert.data.blocks import prepare
 from mxd_convert.errors import InputError
 from mxd_convert.training.joint import JointStage
-from mxd_convert.training.stage import Stage
 
 SETTINGS = {"layers": [0, 2], "train": {"joint": 0.5, "checkpoint_every": 3}, "data": {"eval": {"tokens": 256}}}
-
-
-def cut_off(monkeypatch, recipe, kind=Stage, step: int = 4) -> None:
-    """Ctrl-C in a stage of this kind, once it has saved a state or two."""
-    take = Stage._step
-
-    def interrupted(self, number, interrupt):
-        interrupt.requested = type(self) is kind and number == step
-        take(self, number, interrupt)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stage, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            convert(recipe, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +28,18 @@ def whole(models, text, tmp_path_factory) -> Result:
 
 
 @pytest.fixture(scope="module")
-def unfinished(models, text, tmp_path_factory) -> tuple[dict, Path]:
-    """The recipe of a run that was cut off in its finish, and a copy of its work folder."""
+def interrupted(models, text, tmp_path_factory) -> tuple[dict, Path]:
+    """Return the recipe of a run that was interrupted in its joint stage, and a copy of its work folder."""
     folder = tmp_path_factory.mktemp("unfinished")
     recipe = small_recipe(models["gpt2"], text, folder / "out", **SETTINGS)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        cut_off(monkeypatch, recipe, JointStage)
+    interrupted_run(recipe, 4, JointStage)
     return recipe, (folder / "out.partial").rename(folder / "kept")
 
 
 def flip(content: bytes, seed: str) -> bytes:
-    place = random.Random(seed)
-    at = place.randrange(len(content))
-    return content[:at] + bytes([content[at] ^ 1 << place.randrange(8)]) + content[at + 1 :]
+    draw = random.Random(seed)
+    at = draw.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
 
 
 def garbage(content: bytes, seed: str) -> bytes:
@@ -62,12 +47,12 @@ def garbage(content: bytes, seed: str) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [flip, pytest.param(garbage, marks=pytest.mark.slow)])
-def test_a_damaged_file_changes_nothing_or_is_told_in_a_line(unfinished, whole, damage):
-    recipe, kept = unfinished
+def test_a_damaged_file_changes_nothing_or_is_a_one_line_error(interrupted, whole, damage):
+    recipe, kept = interrupted
     output, work = Path(recipe["output"]["dir"]), Path(recipe["output"]["dir"] + ".partial")
     names = [file.relative_to(kept) for file in sorted(kept.rglob("*")) if file.is_file() and file.stat().st_size]
-    assert len(names) == 14  # the mark, the text's three, and of each stage two states of two files and a log
-    resumed, told = 0, {}
+    assert len(names) == 14  # the mark, three of the text, and per stage two states of two files each and a log
+    resumed, errors = 0, {}
     for name in names:
         for folder in (output, work):
             shutil.rmtree(folder, ignore_errors=True)
@@ -76,20 +61,20 @@ def test_a_damaged_file_changes_nothing_or_is_told_in_a_line(unfinished, whole, 
         try:
             done = convert(recipe, quiet=True)
         except InputError as error:
-            told[name.name] = str(error)
+            errors[name.name] = str(error)
             continue
         assert_the_same(done, whole)
         assert done.report["fidelity"] == whole.report["fidelity"]
         resumed += bool(done.report["cost"]["resumed_at_steps"])
-    assert list(told) == ["fingerprint"]  # all else can be made again
-    assert "--fresh" in told["fingerprint"]
-    assert "\n" not in told["fingerprint"]
+    assert list(errors) == ["fingerprint"]  # every other file can be made again
+    assert "--fresh" in errors["fingerprint"]
+    assert "\n" not in errors["fingerprint"]
     assert resumed == len(names) - 1
 
 
 @pytest.mark.parametrize("damage", ["no mark", "a mark that is garbage", "a folder for a mark", "no notes", "nothing whole"])
-def test_fresh_starts_over_whatever_is_damaged(unfinished, whole, damage):
-    recipe, kept = unfinished
+def test_fresh_begins_again_after_any_damage(interrupted, whole, damage):
+    recipe, kept = interrupted
     output, work = Path(recipe["output"]["dir"]), Path(recipe["output"]["dir"] + ".partial")
     for folder in (output, work):
         shutil.rmtree(folder, ignore_errors=True)
@@ -103,7 +88,7 @@ def test_fresh_starts_over_whatever_is_damaged(unfinished, whole, damage):
     for file in work.rglob("*.json" if damage == "no notes" else "*" if damage == "nothing whole" else "?"):
         if file.is_file():
             file.write_bytes(b"{}")
-    if damage != "no notes":  # which can be made again
+    if damage != "no notes":  # notes can be made again
         with pytest.raises(
             InputError, match="unfinished run whose file 'fingerprint' is missing, damaged or of another version; --fresh"
         ):
@@ -113,8 +98,8 @@ def test_fresh_starts_over_whatever_is_damaged(unfinished, whole, damage):
 
 
 @pytest.fixture
-def mine(models, text, tmp_path) -> dict:
-    """A recipe on a base and texts of its own."""
+def own_recipe(models, text, tmp_path) -> dict:
+    """Return a recipe whose base and texts the test may change."""
     base = Path(shutil.copytree(models["gpt2"], tmp_path / "base"))
     for name in ("README.md", ".hidden", "picture.PNG"):
         (base / name).write_text("not loaded")
@@ -124,7 +109,7 @@ def mine(models, text, tmp_path) -> dict:
     return small_recipe(base, tmp_path / "texts", tmp_path / "out", layers=[1])
 
 
-def place_of(recipe: dict) -> Workspace:
+def workspace_of(recipe: dict) -> Workspace:
     return Workspace(make_plan(load_recipe(recipe)).recipe, Path(recipe["output"]["dir"]), fresh=False)
 
 
@@ -132,9 +117,9 @@ def place_of(recipe: dict) -> Workspace:
     "name",
     ["base/tokenizer.json", "base/config.json", "base/model.safetensors", "base/vocab.txt", "texts/1.jsonl", "texts/2.jsonl"],
 )
-def test_a_changed_input_is_named(mine, tmp_path, monkeypatch, name):
-    cut_off(monkeypatch, mine)
-    place, file = place_of(mine), tmp_path / name
+def test_a_changed_input_is_named(own_recipe, tmp_path, name):
+    interrupted_run(own_recipe, 4)
+    workspace, file = workspace_of(own_recipe), tmp_path / name
     before = file.read_bytes() if file.exists() else None
     for folder in ("base", "texts"):  # the same bytes, in another order of creation, are the same
         (tmp_path / folder).rename(tmp_path / "old")
@@ -144,22 +129,22 @@ def test_a_changed_input_is_named(mine, tmp_path, monkeypatch, name):
         shutil.rmtree(tmp_path / "old")
     for unread in ("README.md", ".hidden", "picture.PNG"):
         (tmp_path / "base" / unread).write_text("changed")
-    place.claim()
+    workspace.claim()
     file.write_bytes(b"{}" if before is None else flip(before, name))
     words = "was added" if before is None else "has changed"
     with pytest.raises(InputError, match=rf"{file} {words}; undo that change; --fresh to start over"):
-        place.claim()
+        workspace.claim()
     file.unlink()
     if before is not None:
         with pytest.raises(InputError, match=rf"{file} has gone"):
-            place.claim()
+            workspace.claim()
         file.write_bytes(before)
-    place.claim()
-    assert place.has_state()
+    workspace.claim()
+    assert workspace.has_state()
 
 
-def test_text_that_has_to_be_read_again_must_be_the_same(mine, tmp_path):
-    recipe, lines = load_recipe(mine), []
+def test_text_that_is_read_again_must_be_the_same(own_recipe, tmp_path):
+    recipe, lines = load_recipe(own_recipe), []
     tokenizer, folder = load_tokenizer(recipe.base.model), tmp_path / "data"
     train, _ = prepare(recipe.data, tokenizer, folder, lines.append)
     ids, info = train.ids.copy(), train.info
@@ -172,7 +157,7 @@ def test_text_that_has_to_be_read_again_must_be_the_same(mine, tmp_path):
         assert lines[0] == f"data/{name} is damaged. Reading the text again."
     whole = (tmp_path / "texts" / "0.jsonl").read_text()
     (tmp_path / "texts" / "0.jsonl").write_text(whole.upper().replace('"TEXT"', '"text"'))
-    prepare(recipe.data, tokenizer, folder)  # what is whole is not read again
+    prepare(recipe.data, tokenizer, folder)  # intact files are not read again
     (folder / "data.json").write_bytes(b"")
     for _ in range(2):
         with pytest.raises(InputError, match=r"data: texts: .* is damaged, and the text no longer gives the tokens"):
@@ -182,7 +167,7 @@ def test_text_that_has_to_be_read_again_must_be_the_same(mine, tmp_path):
 
 
 def in_a_child(work) -> int:
-    """Run something in a process that it may end. Returns the exit status."""
+    """Run a function in a child process that it may end; return the exit status."""
     if (child := os.fork()) == 0:
         try:
             work()
@@ -192,8 +177,8 @@ def in_a_child(work) -> int:
 
 
 @pytest.mark.parametrize("renames", [1, 2])
-def test_a_kill_while_a_result_is_replaced_loses_neither(mine, tmp_path, monkeypatch, renames):
-    old, kept = convert(mine, quiet=True), tmp_path / "kept"
+def test_a_kill_while_a_result_is_replaced_loses_neither(own_recipe, tmp_path, monkeypatch, renames):
+    old, kept = convert(own_recipe, quiet=True), tmp_path / "kept"
     shutil.copytree(old.output, kept)
     stamp, rename = (old.output / "model.safetensors").stat().st_mtime_ns, Path.rename
     seen = []
@@ -207,29 +192,29 @@ def test_a_kill_while_a_result_is_replaced_loses_neither(mine, tmp_path, monkeyp
 
     def work():
         monkeypatch.setattr(Path, "rename", killed)
-        convert(mine, fresh=True, quiet=True)
+        convert(own_recipe, fresh=True, quiet=True)
 
     assert in_a_child(work) == 9
     assert old.output.exists() == (renames == 2)
-    with place_of(mine).locked():
-        place_of(mine).claim()
+    with workspace_of(own_recipe).locked():
+        workspace_of(own_recipe).claim()
     assert ((old.output / "model.safetensors").stat().st_mtime_ns == stamp) == (renames == 1)
-    done = convert(mine, quiet=True)
+    done = convert(own_recipe, quiet=True)
     assert_the_same(done, replace(old, output=kept))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "kept", "out", "texts"]
 
 
-def test_an_older_result_is_put_back_by_the_next_call(mine, tmp_path):
-    place = place_of(mine)
-    (place.folder / "aside" / "old").mkdir(parents=True)
-    (place.folder / "aside" / "old" / "config.json").write_text("older")
-    place.remove_if_untrained()
-    assert (place.output / "config.json").read_text() == "older"
-    assert not place.folder.exists()
+def test_the_next_call_restores_an_older_result(own_recipe, tmp_path):
+    workspace = workspace_of(own_recipe)
+    (workspace.folder / "aside" / "old").mkdir(parents=True)
+    (workspace.folder / "aside" / "old" / "config.json").write_text("older")
+    workspace.remove_if_untrained()
+    assert (workspace.output / "config.json").read_text() == "older"
+    assert not workspace.folder.exists()
 
 
-def test_leftovers_of_a_kill_go_when_the_run_is_resumed(unfinished):
-    recipe, kept = unfinished
+def test_a_resumed_run_removes_leftovers_of_a_kill(interrupted):
+    recipe, kept = interrupted
     work = Path(recipe["output"]["dir"] + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(kept, work)
@@ -237,39 +222,39 @@ def test_leftovers_of_a_kill_go_when_the_run_is_resumed(unfinished):
     for file in left:
         file.parent.mkdir(exist_ok=True)
         file.touch()
-    place_of(recipe).claim()
+    workspace_of(recipe).claim()
     assert sorted(work.rglob("*")) == sorted(work / path.relative_to(kept) for path in kept.rglob("*"))
     shutil.rmtree(work)
 
 
 @pytest.mark.parametrize(("output", "words"), [("mounted", "mount point"), ("file", "is a file"), ("/", "no name of its own")])
-def test_an_output_that_nothing_can_be_renamed_to_is_refused_before_the_work(mine, tmp_path, monkeypatch, output, words):
+def test_an_output_that_refuses_a_rename_is_refused_before_any_work(own_recipe, tmp_path, monkeypatch, output, words):
     (tmp_path / "mounted").mkdir()
     (tmp_path / "file").touch()
     ismount = os.path.ismount
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted" or ismount(path))
     monkeypatch.setattr("mxd_convert.commands.run.prepare", None)
     with pytest.raises(InputError, match=f"output.dir: .*{words}"):
-        convert(mine, tmp_path / output, quiet=True)
+        convert(own_recipe, tmp_path / output, quiet=True)
     assert not (tmp_path / f"{output}.partial").exists()
 
 
-def test_a_sweep_reads_no_other_text_and_no_damaged_mark(mine, tmp_path, monkeypatch):
+def test_a_sweep_refuses_another_text_and_a_damaged_mark(own_recipe, tmp_path, monkeypatch):
     grid, folder = {"layer.k": [2, 4]}, tmp_path / "sweep"
     with monkeypatch.context() as patched:
         patched.setattr("mxd_convert.commands.sweep.train_together", lambda jobs, quiet: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # once the text is tokenised
-            sweep(mine, grid, folder, quiet=True)
+            sweep(own_recipe, grid, folder, quiet=True)
     (tmp_path / "texts" / "0.jsonl").unlink()
-    done = sweep(mine, grid, folder, quiet=True)
+    done = sweep(own_recipe, grid, folder, quiet=True)
     report = folder / "runs" / "k-2" / "mxd_report.json"
     content = json.loads(report.read_text())
-    assert content["data"]["train"] == convert(mine, tmp_path / "alone", quiet=True).report["data"]["train"]
+    assert content["data"]["train"] == convert(own_recipe, tmp_path / "alone", quiet=True).report["data"]["train"]
     content["fidelity"]["delta_ce"] += 1.0
     report.write_text(json.dumps(content))
-    assert sweep(mine, grid, folder, quiet=True).rows == done.rows
+    assert sweep(own_recipe, grid, folder, quiet=True).rows == done.rows
     mark = folder / "sweep.mark"
     mark.write_bytes(flip(mark.read_bytes(), "mark"))
     with pytest.raises(InputError, match=r"sweep.mark: .*--fresh"):
-        sweep(mine, grid, folder, quiet=True)
-    assert len(sweep(mine, grid, folder, fresh=True, quiet=True).rows) == 2
+        sweep(own_recipe, grid, folder, quiet=True)
+    assert len(sweep(own_recipe, grid, folder, fresh=True, quiet=True).rows) == 2

@@ -1,4 +1,4 @@
-"""Steering changes coefficients and nothing else: in plain forwards, in generate with cache, batches and beams, and as a preset on disk."""
+"""Steering changes coefficients and nothing else: in forwards, in generate with cache, batches and beams, and as a saved preset."""
 
 import json
 import subprocess
@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
-from test_kinds import random_layer
+from observations import LAYER, active_expert, ids_of, seen
+from random_layers import small_layer
 from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import InputError, load_checkpoint, steer
 from mxd_convert.modeling.layers_mxd import build_layer, coefficient
-
-LAYER = 2
 
 
 @pytest.fixture
@@ -21,40 +20,9 @@ def model(converted):
     return load_checkpoint(converted["llama"])
 
 
-def active_expert(model, ids) -> int:
-    """The expert of the layer that fires on most of these tokens, though not on all."""
-    with torch.no_grad(), seen(model) as coefficients:
-        model(input_ids=ids)
-    values, indices = coefficients[-1]
-    counts = torch.bincount(indices[values > 0], minlength=24)
-    return int(counts.where(counts < ids.numel(), 0).argmax())
-
-
-class seen:
-    """The coefficients of the layer at every forward, by a plain hook on `expert_acts`; and what its gain returned."""
-
-    def __init__(self, model):
-        self.layer, self.coefficients, self.gains = model.mxd_layers()[LAYER], [], []
-
-    def __enter__(self):
-        self.handles = [
-            self.layer.expert_acts.register_forward_hook(lambda module, args, output: self.coefficients.append(output)),
-            self.layer.gain.register_forward_hook(lambda module, args, output: self.gains.append(output)),
-        ]
-        return self.coefficients
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
-
-
-def ids_of(count=2, length=9):
-    return torch.randint(1, 2048, (count, length), generator=torch.Generator().manual_seed(3))
-
-
 @torch.no_grad()
 def test_each_way_of_steering_sets_the_coefficient(model):
-    """Against the explicit gain: sum_n a_n c_n with the coefficient replaced."""
+    """The reference is the explicit gain, sum_n a_n c_n with the coefficient replaced."""
     ids = ids_of()
     n = active_expert(model, ids)
     layer = model.mxd_layers()[LAYER]
@@ -79,9 +47,9 @@ def test_each_way_of_steering_sets_the_coefficient(model):
 
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "random_gate"])
 @torch.no_grad()
-def test_every_kind_with_experts_is_steered_also_with_dense_coefficients(kind):
-    layer, x = build_layer(random_layer(kind, sparsity="l1").entry()).double(), torch.randn(2, 5, 7, dtype=torch.float64)
-    layer.load_state_dict(random_layer(kind, sparsity="l1").state_dict())
+def test_every_kind_with_experts_is_steered_with_dense_coefficients(kind):
+    layer, x = build_layer(small_layer(kind, sparsity="l1").entry()).double(), torch.randn(2, 5, 7, dtype=torch.float64)
+    layer.load_state_dict(small_layer(kind, sparsity="l1").state_dict())
     before = layer(x)
     for how, change in {"add": lambda a: 2.0, "set": lambda a: 2.0 - a, "scale": lambda a: a, "ablate": lambda a: -a}.items():
         a = layer.encode(x)[..., 3:4]
@@ -92,7 +60,7 @@ def test_every_kind_with_experts_is_steered_also_with_dense_coefficients(kind):
 
 
 @torch.no_grad()
-def test_several_experts_and_nested_contexts(model):
+def test_several_experts_and_nested_contexts_combine(model):
     ids = ids_of()
     plain = model(input_ids=ids).logits
     with steer(model, LAYER, [3, 5], add=2.0):
@@ -117,8 +85,8 @@ def written(model, ids, **settings):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("positions", ["all", "prompt", "generation"])
-def test_generate_steers_the_positions_it_should(converted, family, settings, positions):
-    """With cache, beams and a batch: the coefficient added at each position, seen in the gains, is the amount or nothing."""
+def test_generate_steers_exactly_the_chosen_positions(converted, family, settings, positions):
+    """With cache, beams and a batch, the gains show the added amount at each chosen position and nothing elsewhere."""
     model = load_checkpoint(converted[family])
     layer, ids = model.mxd_layers()[LAYER], ids_of()
     watched, prompt = seen(model), ids.shape[1]
@@ -140,7 +108,7 @@ def test_generate_steers_the_positions_it_should(converted, family, settings, po
     assert steered_at == expected
 
 
-def test_what_cache_and_batch_write_is_the_same(model):
+def test_steered_text_is_the_same_with_cache_and_batch(model):
     ids = ids_of()
     for positions in ("all", "prompt", "generation"):
         with steer(model, LAYER, 3, add=5.0, positions=positions):
@@ -150,8 +118,8 @@ def test_what_cache_and_batch_write_is_the_same(model):
         assert torch.equal(cached, alone), positions
 
 
-def test_a_preset_travels_in_the_checkpoint(model, tmp_path, converted):
-    """Saved, loaded by this package and, in a process that has not got it, by the checkpoint's own code."""
+def test_a_preset_is_stored_in_the_checkpoint(model, tmp_path):
+    """The preset works in this package and, in a process without it, in the checkpoint's own code."""
     ids = ids_of()
     orders = [{"layer": LAYER, "expert": 3, "add": 50.0}, {"layer": 0, "expert": 1, "ablate": True, "positions": "generation"}]
     with steer(model, LAYER, 3, add=50.0), steer(model, 0, 1, ablate=True, positions="generation"):
@@ -190,21 +158,21 @@ def test_a_preset_travels_in_the_checkpoint(model, tmp_path, converted):
         ({"layer": 0, "expert": 0, "add": 1.0, "positions": "some"}, "expected one of all, prompt, generation"),
     ],
 )
-def test_orders_that_can_not_be_followed(model, orders, words):
+def test_impossible_steering_is_refused(model, orders, words):
     with pytest.raises(ValueError, match=words):
         model.set_steering([orders])
     with pytest.raises(InputError, match=words), mxd_convert.evaluation.steering.steered(model, [orders]):
         pass
 
 
-def test_a_preset_that_does_not_fit_is_told(copy, refused):
+def test_a_preset_that_does_not_fit_is_reported(copy, refused):
     config = json.loads((copy / "config.json").read_text())
     config["mxd"]["steering"] = [{"layer": 0, "expert": 99, "add": 1.0}]
     (copy / "config.json").write_text(json.dumps(config))
     refused("generate", copy, "--prompt", "a", words=("experts 0 to 23", "99"))
 
 
-def test_the_command_line_steers_in_all_ways(mxd, converted):
+def test_the_command_line_steers_in_every_way(mxd, converted):
     for text, order in {
         "0:3:+5": {"add": 5.0},
         "0:3:-5": {"add": -5.0},

@@ -1,4 +1,4 @@
-"""What steering is measured to do equals its definition, and the folder says how it was found."""
+"""Measured effects of steering equal their definition, and the folder records the settings."""
 
 import csv
 import json
@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import QUICKSTART
 from PIL import Image
+from project import QUICKSTART
 
 from mxd_convert import InputError, load_checkpoint, steer
 from mxd_convert.base_model.load import load_base, load_tokenizer
@@ -51,7 +51,7 @@ def test_the_unit_is_the_99th_percentile_of_active_coefficients(loaded):
 
 
 @torch.no_grad()
-def test_the_figures_are_what_they_say(loaded):
+def test_the_figures_equal_their_definitions(loaded):
     model, base, blocks = loaded
     ids, prompt = blocks.take(slice(0, 20)), torch.tensor([5, 9])
     effect = SteeringEffect(model, base, ids, prompt, samples=4, new_tokens=8, seed=0)
@@ -70,20 +70,20 @@ def test_the_figures_are_what_they_say(loaded):
     assert found.perplexity == pytest.approx(math.exp(base(input_ids=whole, labels=labels).loss.item()), rel=1e-4)
     assert found.ngrams == ngram_overlap(found.samples)
     assert effect.of(expert, 4.0) == found  # seeded
-    same = effect.of(expert, 1e-9)  # next to nothing: the samples are the unsteered ones
+    same = effect.of(expert, 1e-9)  # almost zero: the samples equal the unsteered ones
     plain_figures = effect.none()
     assert same.samples == plain_figures.samples
     assert (same.kl, same.embedding) == pytest.approx((0.0, plain_figures.embedding), abs=1e-6)
 
 
-def test_overlap_of_ngrams():
+def test_the_overlap_of_ngrams_is_exact():
     assert ngram_overlap([[1, 2, 3], [1, 2, 3]]) == 1.0
     assert ngram_overlap([[1, 2, 3], [3, 2, 1]]) == 0.0
     assert ngram_overlap([[1, 2, 3], [1, 2, 4], [5, 6, 7]]) == pytest.approx((1 / 3 + 0 + 0) / 3)
     assert math.isnan(ngram_overlap([[1, 2]]))
 
 
-def test_what_it_writes(mxd, converted, text, tmp_path):
+def test_the_folder_holds_figures_and_samples(mxd, converted, text, tmp_path):
     folder = tmp_path / "steering"
     arguments = ("--data", text, "--tokens", 512, "--count", 2, "--strengths", "1,4", "--samples", 3, "--new-tokens", 6)
     status, out, err = mxd("measure-steering", converted["gpt2"], *arguments, "--output", folder)
@@ -101,7 +101,7 @@ def test_what_it_writes(mxd, converted, text, tmp_path):
         assert min(picture.size) > 400
 
 
-def test_bad_input(refused, converted, text, tmp_path):
+def test_bad_steering_measurements_are_refused(refused, converted, text, tmp_path):
     folder, out = converted["gpt2"], tmp_path / "out"
     with_data = ("measure-steering", folder, "--data", text, "--tokens", 512, "--output", out)
     refused(*with_data, "--expert", "1:0", words=("--expert 1:0", "layer 1 has no experts", "0, 2"))

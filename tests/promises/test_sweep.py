@@ -1,4 +1,4 @@
-"""A sweep is its runs, trained from one harvest: to the same bits as alone; cut off, it goes on; what is wrong is told before any work."""
+"""A sweep trains its runs from one harvest, bit for bit as alone; it resumes, and reports mistakes before any work."""
 
 import csv
 import json
@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import small_recipe
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import small_recipe
 
 from mxd_convert import InputError, convert, load_recipe, make_plan, parse_grid, sweep
 from mxd_convert.base_model import capture as harvest
@@ -31,7 +31,7 @@ def assert_same(ours, theirs):
     assert all(torch.equal(weights(ours)[name], tensor) for name, tensor in weights(theirs).items())
 
 
-def test_every_run_of_a_sweep_is_what_it_is_alone(base_recipe, tmp_path, monkeypatch):
+def test_every_run_of_a_sweep_equals_the_run_alone(base_recipe, tmp_path, monkeypatch):
     forwards = []
     whole = harvest.harvest
 
@@ -40,11 +40,11 @@ def test_every_run_of_a_sweep_is_what_it_is_alone(base_recipe, tmp_path, monkeyp
         return whole(*arguments)
 
     monkeypatch.setattr("mxd_convert.training.stream.harvest", counting)
-    base_recipe["train"]["joint"] = 0.25  # which every run has for itself
+    base_recipe["train"]["joint"] = 0.25  # every run has its own joint stage
     beside = {
         "train": {**base_recipe["train"], "twin": True},
         "output": {"push_to": "nobody/nothing"},
-    }  # neither is done in a sweep
+    }  # a sweep does neither
     done = sweep({**base_recipe, **beside}, GRID, tmp_path / "sweep", quiet=True)
     together = len(forwards)
     names = [row["name"] for row in done.rows]
@@ -69,7 +69,7 @@ def test_every_run_of_a_sweep_is_what_it_is_alone(base_recipe, tmp_path, monkeyp
         assert logs[0] == logs[1]
 
 
-def test_what_a_sweep_writes(base_recipe, tmp_path, mxd):
+def test_a_sweep_writes_its_table_and_plots(base_recipe, tmp_path, mxd):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(base_recipe))
     arguments = ("sweep", path, "--set", "layer.kind=mxd,dense_twin", "--set", "train.seed=0,1", "--output", tmp_path / "sweep")
@@ -90,21 +90,21 @@ def test_what_a_sweep_writes(base_recipe, tmp_path, mxd):
             assert min(picture.size) > 500
     assert not (tmp_path / "sweep" / "data").exists()
     before = (tmp_path / "sweep" / "sweep.csv").read_bytes()
-    status, out, err = mxd(*arguments, "--json")  # nothing is done again
+    status, out, err = mxd(*arguments, "--json")  # nothing is repeated
     assert status == 0
     assert "4 already finished" in err
     assert json.loads(out)["runs"] == table["runs"]
     assert (tmp_path / "sweep" / "sweep.csv").read_bytes() == before
 
 
-def test_a_sweep_that_is_cut_off_goes_on(base_recipe, tmp_path, monkeypatch):
+def test_a_sweep_that_was_interrupted_resumes(base_recipe, tmp_path, monkeypatch):
     whole = sweep(base_recipe, GRID, tmp_path / "whole", quiet=True)
     step = stage.Stage._step
 
     def interrupted(self, number, interrupt):
         step(self, number, interrupt)
         if number == 9 and self.recipe.layer.kind == "transcoder" and self.recipe.layer.k == 2:
-            raise KeyboardInterrupt  # in the middle of a round: the runs before it are a step ahead
+            raise KeyboardInterrupt  # in the middle of a round: earlier runs are a step ahead
 
     with monkeypatch.context() as patched:
         patched.setattr(stage.Stage, "_step", interrupted)
@@ -117,7 +117,7 @@ def test_a_sweep_that_is_cut_off_goes_on(base_recipe, tmp_path, monkeypatch):
         assert ours["delta_ce"] == theirs["delta_ce"]
 
 
-def test_a_run_that_diverges_is_noted_and_the_others_go_on(base_recipe, tmp_path):
+def test_a_diverging_run_is_noted_and_the_others_continue(base_recipe, tmp_path):
     done = sweep(base_recipe, {"train.lr": [1e-3, 1e30]}, tmp_path / "sweep", quiet=True)
     good, bad = done.rows
     assert isinstance(good["delta_ce"], float)
@@ -136,14 +136,14 @@ def test_runs_that_do_not_fit_together_are_trained_in_turn(base_recipe, tmp_path
         assert_same(apart.output / "runs" / name, whole.output / "runs" / name)
 
 
-def test_grids():
+def test_grids_are_parsed():
     assert parse_grid(["layer.k=8,16", "train.lr=1e-3"]) == {"layer.k": [8, 16], "train.lr": [0.001]}
     assert parse_grid(["layers=[0],[0, 2]", "layer.kind=mxd"]) == {"layers": [[0], [0, 2]], "layer.kind": ["mxd"]}
     with pytest.raises(InputError, match="at least one value"):
         parse_grid(["layer.k="])
 
 
-def test_what_is_wrong_is_told_before_any_work(recipe, refused, tmp_path):
+def test_mistakes_are_reported_before_any_work(recipe, refused, tmp_path):
     path, out = recipe(), tmp_path / "sweep"
     refused("sweep", path, "--output", out, words=("--set", "layer.k=8,16,32"))
     refused("sweep", path, "--set", "layer.q=1,2", "--output", out, words=("layer.q", "unknown key"))
@@ -156,9 +156,9 @@ def test_what_is_wrong_is_told_before_any_work(recipe, refused, tmp_path):
     assert (out / "precious.txt").read_text() == "mine"
 
 
-def test_another_recipes_sweep_is_not_mixed_in(base_recipe, tmp_path):
+def test_sweeps_of_different_recipes_are_not_mixed(base_recipe, tmp_path):
     sweep(base_recipe, {"layer.k": [2]}, tmp_path / "sweep", quiet=True)
-    sweep(base_recipe, {"layer.k": [2, 4]}, tmp_path / "sweep", quiet=True)  # a grid may grow, under other names
+    sweep(base_recipe, {"layer.k": [2, 4]}, tmp_path / "sweep", quiet=True)  # a grid may grow; new runs have new names
     with pytest.raises(InputError, match=r"contains a sweep of another recipe. Use --fresh"):
         sweep(base_recipe, {"layer.k": [2, 4], "data.tokens": [2048]}, tmp_path / "sweep", quiet=True)
     rows = sweep(base_recipe, {"layer.k": [2, 4], "data.tokens": [2048]}, tmp_path / "sweep", fresh=True, quiet=True).rows

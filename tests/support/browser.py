@@ -1,4 +1,4 @@
-"""A real browser without a window, driven over the DevTools protocol on a pipe: no driver, no package, no network."""
+"""A real headless browser, driven over the DevTools protocol on a pipe, without driver, package or network."""
 
 import base64
 import fcntl
@@ -29,12 +29,12 @@ _FLAGS = (
 
 
 def program() -> str | None:
-    """The browser of this machine, or None."""
+    """Return the path of an installed browser, or None."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Browser:
-    """One page. `errors`: what the console said in anger; `requests`: addresses that were asked for."""
+    """One page. `errors`: messages of the console; `requests`: requested addresses."""
 
     def __init__(self, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.errors: list[str] = []
@@ -80,7 +80,7 @@ class Browser:
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the protocol and its answer."""
+        """Send a command of the protocol; return its answer."""
         self._number += 1
         number = self._number
         message = {"id": number, "method": method, "params": parameters}
@@ -123,7 +123,7 @@ class Browser:
             self.requests.append(details["request"]["url"])
 
     def open(self, address: str | Path, ready: str = "document.documentElement.dataset.ready === 'yes'") -> float:
-        """Loads a page (a path: from disk) and waits until `ready`; milliseconds from the navigation to where the page called itself ready."""
+        """Load an address or a file and wait until `ready`; return the milliseconds from the navigation until the page was ready."""
         address = address if isinstance(address, str) else address.as_uri()
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
@@ -131,14 +131,14 @@ class Browser:
         return float(self.evaluate("window.MXD?.readyAt ?? performance.now()"))
 
     def evaluate(self, script: str) -> Any:
-        """The value of a script, which may be a promise."""
+        """Return the value of a script, which may be a promise."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"].get("exception", {}).get("description", script))
         return found["result"].get("value")
 
     def until(self, script: str, seconds: float = 30) -> None:
-        """Waits until a script is true."""
+        """Wait until a script is true."""
         end = time.monotonic() + seconds
         while True:
             try:
@@ -151,7 +151,7 @@ class Browser:
             time.sleep(0.02)
 
     def click(self, selector: str) -> None:
-        """A click of the mouse in the middle of what a selector finds."""
+        """Click the middle of the element that a selector finds."""
         element = f"document.querySelector({json.dumps(selector)})"
         self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
         x, y = self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({element}.getBoundingClientRect())")
@@ -159,11 +159,11 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def type(self, text: str) -> None:
-        """Types into what has the focus."""
+        """Type into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
-        """One key, by its name: Tab, Enter."""
+        """Press a key, by its name: Tab or Enter."""
         code = {"Tab": 9, "Enter": 13}[key]
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
@@ -177,7 +177,7 @@ class Browser:
             )
 
     def texts(self, selector: str) -> list[str]:
-        """The texts of all elements that a selector finds."""
+        """Return the texts of all elements that a selector finds."""
         return list(self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(node => node.textContent)"))
 
     def screenshot(self, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What every converted model has to do as its base does, check by check, for every family of the table.
+"""Checks that every converted model passes if its base does, for every family of the table.
 
-Each check takes a folder, of the base or of the converted model, and returns what is wrong, or None. What the base passes, the converted
-model has to pass. `tests/families/test_families.py` runs them; `python tests/support/conformance.py` writes docs/families.md.
+Each check takes the folder of the base or of the converted model, and returns the problem, or None.
+`tests/families/test_families.py` runs them; `python tests/support/conformance.py` writes docs/families.md.
 """
 
 import inspect
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from project import QUICKSTART, ROOT
 from safetensors.torch import load_file
+from small_runs import documents, small_recipe
 from tiny_models import VOCABULARY, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +29,6 @@ from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.layers import MxD
 from mxd_convert.recipe.schema import Base
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 IDS = torch.randint(1, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
 NEW = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 Check = Callable[[Path], str | None]
@@ -43,7 +44,7 @@ def logits(model: Any, ids: torch.Tensor = IDS, **more: Any) -> torch.Tensor:
 
 
 def differs(ours: torch.Tensor, theirs: torch.Tensor, limit: float = 1e-5, relative: bool = True) -> str | None:
-    """The bound is on the logits; with `relative` on the share of the largest of them where that is above one."""
+    """Return how far logits differ beyond the limit, or None. relative: divide by the largest logit if it exceeds one."""
     if ours.shape != theirs.shape:
         return f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
     most = theirs.float().abs().max().clamp_min(1) if relative else 1.0
@@ -55,7 +56,7 @@ def differs(ours: torch.Tensor, theirs: torch.Tensor, limit: float = 1e-5, relat
 
 
 def saves(folder: Path) -> str | None:
-    """Saved, loaded and saved again: the same bytes."""
+    """Save, load and save again: the same bytes."""
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         load(folder).save_pretrained(first)
         load(Path(first)).save_pretrained(second)
@@ -70,11 +71,11 @@ def saves(folder: Path) -> str | None:
 
 def shards(folder: Path) -> str | None:
     model = load(folder)
-    with tempfile.TemporaryDirectory() as place:
-        model.save_pretrained(place, max_shard_size=30_000)
-        if len(list(Path(place).glob("model-*.safetensors"))) < 3:
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch, max_shard_size=30_000)
+        if len(list(Path(scratch).glob("model-*.safetensors"))) < 3:
             return "not sharded"
-        return differs(logits(load(Path(place))), logits(model), 0.0)
+        return differs(logits(load(Path(scratch))), logits(model), 0.0)
 
 
 def caches(kind: str) -> Check:
@@ -95,7 +96,7 @@ def caches(kind: str) -> Check:
 
 
 def pads(folder: Path) -> str | None:
-    """On the left: what comes after is as without."""
+    """Left padding changes neither text nor logits."""
     model, ids = load(folder), IDS[:2, :20].clone()
     mask = torch.ones_like(ids)
     ids[0, :7], mask[0, :7] = 0, 0
@@ -128,7 +129,7 @@ def bfloat16(folder: Path) -> str | None:
 
 
 def checkpoints(folder: Path) -> str | None:
-    """Gradients with gradient checkpointing are those without, for every parameter."""
+    """Gradient checkpointing keeps the gradient of every parameter."""
 
     def gradients(use: bool) -> dict[str, torch.Tensor]:
         model = load(folder).requires_grad_(True)
@@ -152,21 +153,21 @@ def checkpoints(folder: Path) -> str | None:
 
 
 def compiles(folder: Path) -> str | None:
-    """torch.compile(fullgraph=True): one graph, without a break."""
+    """torch.compile(fullgraph=True) gives one graph and the same logits."""
     torch._dynamo.reset()
     model = load(folder)
     return differs(logits(torch.compile(model, fullgraph=True, backend="eager")), logits(model))
 
 
 def offloads(folder: Path) -> str | None:
-    """Layers on the CPU and on the disk."""
+    """Layers on the CPU and on the disk give the same logits."""
     plain = load(folder)
     layer = next(path for path, module in plain.named_modules() if path.endswith(".1")).rpartition(".")[0]
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         whole = {name: "cpu" for name, _ in plain.named_modules() if name and not list(plain.get_submodule(name).children())}
         within = {name: device for name, device in whole.items() if not name.startswith(f"{layer}.")}
         devices = {**within, f"{layer}.0": "cpu", f"{layer}.1": "disk"}
-        spread = load(folder, device_map=devices, offload_folder=place)
+        spread = load(folder, device_map=devices, offload_folder=scratch)
         if not any(parameter.device.type == "meta" for parameter in spread.parameters()):
             return "nothing is on the disk"
         return differs(logits(spread), logits(plain), 1e-6)
@@ -198,7 +199,7 @@ CHECKS: dict[str, Check] = {
 """What base and converted model are both asked."""
 
 
-# --- what only a converted model is asked: (family, folder of the base, folder of the converted model) -> what is wrong ----------------
+# --- checks of converted models only: (folder of the base, folder of the converted model) -> the problem, or None ------------------------
 
 
 def linear_weights(projection: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,7 +210,7 @@ def linear_weights(projection: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def constant_gain_layer(base: Any, site: Any, k: int = 4, n_experts: int = 12) -> MxD:
-    """An MxD whose gain is one whatever fires, with the MLP's own weights in encoder and decoder."""
+    """Return an MxD with the MLP's weights in encoder and decoder, whose gain is one for any active experts."""
     row = architecture_of(base.config)
     mlp = base.get_submodule(row.mlp.format(i=site.index))
     layer = MxD(site.d_in, site.d_hidden, site.d_out, n_experts, k, activation=site.activation, glu=site.glu)
@@ -232,12 +233,12 @@ def constant_gain_layer(base: Any, site: Any, k: int = 4, n_experts: int = 12) -
 
 
 def identity(base_folder: Path, _: Path) -> str | None:
-    """The original weights under a constant gain: the base's logits, after saving and loading. And MLPs matter to them."""
+    """The original weights with a constant gain give the base's logits, after saving and loading; zeroed MLPs do not."""
     base = load_base(Base(model=str(base_folder)))
     sites = find_sites(base, base.config, range(base.config.num_hidden_layers))
-    with tempfile.TemporaryDirectory() as place:
-        swap.insert_layers(base, {site.index: constant_gain_layer(base, site) for site in sites}).save_pretrained(place)
-        problem = differs(logits(load_checkpoint(place)), logits(base), relative=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        swap.insert_layers(base, {site.index: constant_gain_layer(base, site) for site in sites}).save_pretrained(scratch)
+        problem = differs(logits(load_checkpoint(scratch)), logits(base), relative=False)
     with swap.replaced_mlps(base, sites, {site.index: swap.Constant(torch.zeros(site.d_out)) for site in sites}):
         if differs(logits(base), logits(load(base_folder)), 1e-3) is None:
             return "the MLPs do not matter"
@@ -245,7 +246,7 @@ def identity(base_folder: Path, _: Path) -> str | None:
 
 
 def reverts(base_folder: Path, folder: Path) -> str | None:
-    """With its MLPs back it is the base, to the bit, class included."""
+    """Reverting all layers restores the base bit for bit, including its class."""
     base = load_base(Base(model=str(base_folder)), dtype="auto")
     converted = load_checkpoint(folder)
     reverted = swap.remove_layers(converted, base, list(converted.mxd_layers()))
@@ -255,7 +256,7 @@ def reverts(base_folder: Path, folder: Path) -> str | None:
 
 
 def alone(_: Path, folder: Path) -> str | None:
-    """In a fresh process without this package, by trust_remote_code: the same logits."""
+    """A fresh process without this package gives the same logits with trust_remote_code."""
     with tempfile.TemporaryDirectory() as scratch:
         request, answer, output = (Path(scratch) / name for name in ("request.json", "answer.json", "logits.pt"))
         content = {"checkpoint": str(folder), "input_ids": IDS.tolist(), "answer": str(answer), "logits": str(output)}
@@ -267,9 +268,9 @@ def alone(_: Path, folder: Path) -> str | None:
             "OMP_NUM_THREADS": "1",
             "PATH": "",
         }
-        probe = ROOT / "mxd_convert" / "checkpoint" / "fresh_process.py"
+        script = ROOT / "mxd_convert" / "checkpoint" / "fresh_process.py"
         done = subprocess.run(
-            [sys.executable, "-I", str(probe), str(request)],
+            [sys.executable, "-I", str(script), str(request)],
             capture_output=True,
             text=True,
             env=environment,
@@ -285,10 +286,10 @@ def alone(_: Path, folder: Path) -> str | None:
 
 
 def exports(_: Path, folder: Path) -> str | None:
-    """onnxruntime does what PyTorch does: the gate of export-onnx, steering included."""
-    with tempfile.TemporaryDirectory() as place:
+    """The gate of export-onnx passes, including steering."""
+    with tempfile.TemporaryDirectory() as scratch:
         text = ROOT / "examples" / "python-docs.jsonl.gz"
-        done = export_onnx(folder, Path(place) / "out", expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
+        done = export_onnx(folder, Path(scratch) / "out", expert_outputs=True, steering=True, data=text, tokens=512, quiet=True)
         return done.failures[0] if done.failures else None
 
 
@@ -325,29 +326,27 @@ NAMES = {
 PASSED, BASE_FAILS = "yes", "the base can't"
 
 
-def make(family: str, place: Path) -> tuple[Path, Path]:
-    """(a tiny base, its conversion by the whole pipeline): the second of two layers."""
-    from conftest import documents, small_recipe
-
+def make(family: str, scratch: Path) -> tuple[Path, Path]:
+    """Return (a tiny base, its conversion by the whole pipeline); the second of two layers is converted."""
     from mxd_convert import convert
 
-    base = save_tiny(family, place / "base", load_tokenizer(str(ROOT / "examples" / "quickstart-lm")))
-    text = place / "text.jsonl"
+    base = save_tiny(family, scratch / "base", load_tokenizer(str(QUICKSTART)))
+    text = scratch / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
-    convert(small_recipe(base, text, place / "converted", layers=[1]), quiet=True)
-    return base, place / "converted"
+    convert(small_recipe(base, text, scratch / "converted", layers=[1]), quiet=True)
+    return base, scratch / "converted"
 
 
 def tried(run: Callable[[], str | None]) -> str | None:
     try:
         return run()
-    except Exception as error:  # whatever goes wrong is what is wrong
+    except Exception as error:  # any exception is a problem of the model
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def outcome(check: str, base: Path, converted: Path) -> str:
-    """The table's cell: PASSED, BASE_FAILS, or what is wrong with the converted model."""
+    """Return the cell of the table: PASSED, BASE_FAILS, or the problem of the converted model."""
     if check in OWN:
         return tried(lambda: OWN[check](base, converted)) or PASSED
     if tried(lambda: CHECKS[check](base)) is not None:
@@ -356,7 +355,7 @@ def outcome(check: str, base: Path, converted: Path) -> str:
 
 
 def page(cells: dict[tuple[str, str], str]) -> str:
-    """docs/families.md. cells: by family and check."""
+    """Return docs/families.md. cells: by family and check."""
     lines = [
         "# Families",
         "",
@@ -385,8 +384,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     cells = {}
     for family in ARCHITECTURES:
-        with tempfile.TemporaryDirectory() as place:
-            base, converted = make(family, Path(place))
+        with tempfile.TemporaryDirectory() as scratch:
+            base, converted = make(family, Path(scratch))
             for check in NAMES:
                 with quiet():
                     cells[family, check] = outcome(check, base, converted)

@@ -1,4 +1,4 @@
-"""What the Hub on loopback answers: the parts of the Hub's protocol that huggingface_hub speaks to publish, list and download models."""
+"""Answers of the Hub on loopback: the parts of the protocol that huggingface_hub uses to publish, list and download models."""
 
 import base64
 import hashlib
@@ -25,7 +25,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Routes:
-    """Answers one request. A route is a method named in `routes`, by HTTP method and path."""
+    """Answer one request. A route is a method named in `routes`, by HTTP method and path."""
 
     routes: tuple[tuple[str, str, str], ...] = ()
 
@@ -123,7 +123,7 @@ class HubRoutes(Routes):
         return self.reply({"url": url, "name": name, "id": name})
 
     def validate(self) -> Answer:
-        """The checks that the Hub makes of a card's metadata, as far as ours can fall foul of them."""
+        """Check a card's metadata as the Hub does, for the rules that our cards could break."""
         match = re.match(r"---\n(.*?)\n---\n", self.json["content"], re.DOTALL)
         if match is None:
             return self.reply({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})

@@ -1,7 +1,7 @@
 """A Hub on loopback, for the real client: point it there with `HF_ENDPOINT` and `HF_HUB_DISABLE_XET=1`.
 
-Two servers, as there: the Hub itself, and the storage that large files go to and come from, on a port of its own. What it was asked stands in
-`requests`; what is to go wrong is told to `fail`. What it answers is in hub_routes.py.
+There are two servers: the Hub itself, and the storage of large files on a port of its own. `requests` lists the requests, `fail` adds
+faults, and hub_routes.py has the answers.
 """
 
 import json
@@ -28,7 +28,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of which `where` is true, once `skip` of them have gone well."""
+    """A fault of the next `times` requests that match `where`, after `skip` of them have succeeded."""
 
     where: Callable[[Request], bool]
     status: int | str  # "drop": the connection is closed without an answer; "cut": after half of it
@@ -42,11 +42,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that are killed leave broken connections; that is what they are killed for."""
+        """Ignore the broken connections of killed clients."""
 
 
 class Hub:
-    """users: token -> name. Every user may write to what begins with the name and a slash, and to nothing else."""
+    """The server. users: token -> name. A user may write only to repositories below the user's name."""
 
     def __init__(self, users: dict[str, str]) -> None:
         self.users = users
@@ -73,7 +73,7 @@ class Hub:
                 server.server_close()
 
     def fail(self, method: str, path: str, status: int | str, times: int = 1, skip: int = 0, **headers: str) -> None:
-        """The next `times` requests of that method whose path holds the regular expression `path` end with `status`."""
+        """Let the next `times` requests of a method end with `status` if their path contains the regular expression `path`."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(
             Fault(
@@ -86,13 +86,13 @@ class Hub:
         )
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """What a revision of a repository holds."""
+        """Return the files of a revision of a repository."""
         commit = self.repos[repo].find(revision)
         assert commit is not None
         return {path: blob.content for path, blob in commit.files.items()}
 
     def put(self, repo: str, files: dict[str, bytes], private: bool = False) -> Repo:
-        """Makes a repository with these files, as someone else would have."""
+        """Make a repository with these files, as another user would."""
         made = self.repos.setdefault(repo, Repo(repo, private))
         made.commit("main", {path: Blob(content, is_large(path, len(content))) for path, content in files.items()}, "put there")
         return made

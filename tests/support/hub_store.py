@@ -1,10 +1,10 @@
-"""What the Hub on loopback keeps: repositories of files, a commit a change, as git names them."""
+"""Storage of the Hub on loopback: repositories with one commit per change, with git's names."""
 
 import hashlib
 import json
 from dataclasses import dataclass, field
 
-LARGE = 2048  # bytes from which a file is a large one, whatever it is called: many requests for a small checkpoint
+LARGE = 2048  # bytes from which any file is stored as a large one, so that a small checkpoint causes many requests
 LARGE_NAMES = (".safetensors", ".png", ".gz")
 
 
@@ -27,7 +27,7 @@ class Blob:
 
     @property
     def oid(self) -> str:
-        """Git's name of it: of a large file, its pointer's."""
+        """Return git's object name; for a large file, that of its pointer."""
         content = self.pointer if self.large else self.content
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Converted models made in memory, by surgery alone: mixtures that matter to the logits, and exact stand-ins for MLPs."""
+"""Converted models made in memory by surgery: mixtures that change the logits, and exact replacements of MLPs."""
 
 import torch
 from conformance import constant_gain_layer
@@ -13,7 +13,7 @@ def sites_of(base):
 
 
 def mixture_of(base, n_experts=24):
-    """Every MLP an MxD: the MLP's own hidden units, their output scaled by random experts. Another function than the base's."""
+    """Replace every MLP by an MxD with the MLP's hidden units and random experts, which changes the logits."""
     torch.manual_seed(1)
     layers = {site.index: constant_gain_layer(base, site, n_experts=n_experts) for site in sites_of(base)}
     for layer in layers.values():
@@ -24,7 +24,7 @@ def mixture_of(base, n_experts=24):
 
 
 def twin_of(base):
-    """Every MLP a dense twin with the MLP's own weights. The same function as the base's."""
+    """Replace every MLP by a dense twin with the MLP's weights, which keeps the logits."""
     return swap.insert_layers(base, {site.index: exact_twin(base, site) for site in sites_of(base)})
 
 

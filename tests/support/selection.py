@@ -1,92 +1,92 @@
-"""Which tests `make test` leaves to `make test-all`, and which tests go to one worker together."""
+"""Which tests only `make test-all` runs, and which tests run in one worker together."""
 
 import re
 from pathlib import Path
 
-# Every promise keeps a test that `make test` runs. What is here is the same promise for further families, kinds, formats and settings, or
-# the same in a fresh installation, with a real model or in many processes. A pattern is matched from the test's name on.
+# `make test` runs a test of every promise. These tests check the same promise for further families, kinds, formats and settings, or in a
+# fresh installation, with a real model or in many processes. A pattern matches from the beginning of a test's name.
 FULL = (
     # further families
-    r"test_what_the_base_does_the_converted_model_does\[(?!llama-)",
-    r"test_verify_proves_a_checkpoint_in_fresh_processes",
-    r"test_empty_weights_and_loading",
-    r"test_a_family_without_a_row\[exaone4",
-    r"test_(an_exact_twin_writes_what_its_base_writes|a_mixture_writes_what_whole_forwards_give)\[(?!.*(gpt2|llama))",
+    r"test_every_check_passed_by_the_base_is_passed_by_the_converted_model\[(?!llama-)",
+    r"test_verify_checks_a_checkpoint_in_fresh_processes",
+    r"test_empty_weights_load_from_a_checkpoint",
+    r"test_a_family_without_a_row_is_converted\[exaone4",
+    r"test_(an_exact_twin_generates_the_text_of_its_base|a_mixture_generates_the_text_of_whole_forwards)\[(?!.*(gpt2|llama))",
     # further kinds of layers
-    r"test_every_kind_goes_through_the_same_engine",
-    r"test_every_kind_of_layer",
+    r"test_every_kind_passes_through_the_same_engine",
+    r"test_every_kind_of_layer_is_exported",
     # real models, fresh installations, clients of their own
     r"test_the_tour_in_the_readme_is_true",
     r"test_every_block_of_a_published_card_runs",
     r"test_the_wheel_converts_the_quickstart_in_an_empty_environment",
-    r"test_steering_promotes_what_the_pages_say",
-    r"test_its_logits_in_a_process_without_the_package",
-    r"test_nothing_of_it_runs_unless_it_is_trusted",
-    r"test_a_base_that_is_converted_already_is_said_so_in_a_fresh_process",
-    r"test_a_recipe_may_publish_its_result",
-    r"test_list_shows_what_cards_say",
-    r"test_from_pretrained_takes_a_repository",
+    r"test_steering_promotes_the_tokens_of_the_pages",
+    r"test_the_logits_are_the_same_without_the_package",
+    r"test_code_runs_only_if_it_is_trusted",
+    r"test_a_converted_base_is_refused_in_a_fresh_process",
+    r"test_a_recipe_can_publish_its_result",
+    r"test_list_shows_the_figures_of_cards",
+    r"test_from_pretrained_loads_a_repository",
     r"test_a_base_on_the_hub_is_named_by_id_commit_and_licence",
     r"test_a_model_of_the_hub_is_pinned_to_its_commit",
-    r"test_its_held_out_perplexity_is_the_readmes",
+    r"test_the_held_out_perplexity_is_that_of_its_readme",
     r"test_transformers_serve_answers",
-    r"test_a_base_with_code_of_its_own",
+    r"test_a_base_with_code_of_its_own_is_converted",
     r"test_a_dry_run_publishes_nothing",
-    r"test_what_is_cached_loads_without_the_network",
-    r"test_a_delta_goes_to_the_hub_and_is_loaded_from_there",
-    r"test_(peft_lora|trainer_fine_tunes)\[(?!gpt2)",
+    r"test_a_cached_checkpoint_loads_without_the_network",
+    r"test_a_delta_is_pushed_to_the_hub_and_loaded_from_it",
+    r"test_(peft_lora_trains_saves_and_merges|trainer_fine_tunes_a_converted_model)\[(?!gpt2)",
     # several processes
-    r"test_processes_that_nobody_launched\[(?!LOCAL_RANK)",
-    r"test_a_process_that_is_killed_ends_the_others_in_a_line",
-    r"test_layers_shared_out_go_on_after_a_kill",
-    r"test_a_run_of_one_process_goes_on_in_two_that_share_out_its_layers",
-    r"test_two_processes_train_what_one_does_also_when_cut_off",
-    r"test_two_processes_share_the_finish",
-    r"test_what_is_wrong_is_told_once_whatever_the_number_of_processes",
+    r"test_variables_of_a_launcher_without_its_processes_are_refused\[(?!LOCAL_RANK)",
+    r"test_a_killed_process_ends_the_others_with_one_line",
+    r"test_distributed_layers_resume_after_a_kill",
+    r"test_a_run_of_one_process_resumes_in_two_that_distribute_its_layers",
+    r"test_two_processes_train_the_layers_of_one_even_if_interrupted",
+    r"test_two_processes_share_the_joint_stage",
+    r"test_an_error_is_reported_once_by_any_number_of_processes",
     # further formats, settings and damages
-    r"test_other_opsets",
-    r"test_large_weights_lie_in_a_file_of_their_own",
+    r"test_other_opsets_are_exported",
+    r"test_large_weights_are_in_a_separate_file",
     r"test_a_preset_of_the_checkpoint_is_part_of_the_graph",
-    r"test_steering_that_does_something_else_is_found",
-    r"test_a_graph_that_does_something_else_is_not_written\[(?!other_rows)",
-    r"test_without_data_it_is_compared_on_what_was_held_out",
-    r"test_the_chat_template_goes_with_it",
-    r"test_a_text_of_too_few_documents_gives_way_to_the_one_that_ships",
-    r"test_what_was_not_exported_is_refused",
-    r"test_damaged_side_files",
-    r"test_some_inputs_of_every_kind",
-    r"test_verify_finds_what_is_wrong",
-    r"test_the_dashboards_benchmark",
+    r"test_wrong_steering_is_found",
+    r"test_a_wrong_graph_is_not_written\[(?!other_rows)",
+    r"test_an_export_without_data_is_compared_on_held_out_text",
+    r"test_the_chat_template_is_exported",
+    r"test_a_text_of_too_few_documents_is_replaced_by_the_shipped_one",
+    r"test_outputs_that_were_not_exported_are_refused",
+    r"test_damaged_side_files_are_refused",
+    r"test_the_fuzzer_runs_every_kind_of_input",
+    r"test_verify_finds_changed_tensors_and_broken_code",
+    r"test_the_dashboard_benchmark_measures_files_and_memory",
     r"test_kernels_equal_the_reference",
-    r"test_a_signal_leaves_nothing_beside_the_output\[SIG(KILL|INT|HUP)",
-    r"test_a_run_that_is_cut_off_ends_as_one_that_was_not\[2",
-    r"test_a_full_disk_is_no_fault_of_the_checkpoint_that_is_verified",
-    r"test_verify_without_a_base_says_what_it_did_not_check",
+    r"test_a_signal_leaves_no_temporary_files\[SIG(KILL|INT|HUP)",
+    r"test_a_run_that_was_interrupted_resumes_and_ends_the_same\[2",
+    r"test_a_full_disk_is_not_blamed_on_the_verified_checkpoint",
+    r"test_verify_without_a_base_names_the_skipped_checks",
     r"test_an_output_in_use_is_refused",
-    r"test_an_edited_checkpoint_says_so",
-    r"test_what_goes_wrong_once_is_tried_again\[(429|500)",
-    r"test_a_download_that_fails_once_is_tried_again\[(429|503)",
-    r"test_fresh_starts_over_whatever_is_damaged\[(?!no mark)",
-    r"test_a_split_that_is_cut_off_is_done_again\[(?!split_log)",
-    r"test_sequential_training_learns_what_the_layers_below_produce\[teacher",
+    r"test_an_edited_checkpoint_names_its_edits",
+    r"test_a_request_that_fails_once_is_retried\[(429|500)",
+    r"test_a_download_that_fails_once_is_retried\[(429|503)",
+    r"test_fresh_begins_again_after_any_damage\[(?!no mark)",
+    r"test_a_split_that_was_interrupted_is_repeated\[(?!split_log)",
+    r"test_sequential_training_learns_the_outputs_of_the_layers_below\[teacher",
     r"test_a_kill_while_a_result_is_replaced_loses_neither\[2",
-    r"test_half_precision_and_eight_bits",
-    r"test_other_generation_settings_are_no_difference",
-    r"test_figures_of_a_refused_graph_are_in_the_json",
-    r"test_memory_that_runs_out_in_onnxruntime_is_a_line",
+    r"test_half_precision_and_eight_bits_are_exported",
+    r"test_generation_settings_do_not_affect_the_gate",
+    r"test_the_json_holds_the_figures_of_a_refused_graph",
+    r"test_running_out_of_memory_in_onnxruntime_is_a_one_line_error",
     r"test_shuffled_labels_find_nothing",
-    r"test_a_recipe_exports",
-    r"test_every_run_of_a_sweep_is_what_it_is_alone",
-    r"test_a_sweep_reads_no_other_text_and_no_damaged_mark",
-    r"test_a_full_disk_is_a_line_and_the_run_goes_on_afterwards",
-    r"test_a_finish_that_was_cut_off_goes_on_and_ends_the_same\[6",
-    r"test_checkpoints_to_compare_with",
-    r"test_labels_at_random_score_at_chance_however_many_experts_there_are",
+    r"test_a_recipe_can_export",
+    r"test_every_run_of_a_sweep_equals_the_run_alone",
+    r"test_a_sweep_refuses_another_text_and_a_damaged_mark",
+    r"test_a_full_disk_is_a_one_line_error_and_the_run_resumes",
+    r"test_a_joint_stage_that_was_interrupted_resumes_and_ends_the_same\[6",
+    r"test_further_checkpoints_are_compared",
+    r"test_random_labels_score_at_chance_with_any_number_of_experts",
 )
 FULL_FILES = ("test_onnx_clients", "test_real_model")
 
-# Tests that share what takes long to make go to one worker. pytest-xdist's own mark for that, xdist_group, has no effect under pytest 9.2
-# (xdist 3.8 sets an attribute that is no longer read).
+# Tests that share slow fixtures run in one worker. pytest-xdist's mark xdist_group has no effect under pytest 9.2 (xdist 3.8 sets an
+# attribute that is no longer read).
 _TOGETHER = {
     **dict.fromkeys(("test_onnx_clients", "test_real_model", "test_deltas", "test_dashboard_pages"), "real models"),
 }
@@ -109,8 +109,8 @@ def unmatched(nodeids: list[str]) -> list[str]:
 
 
 def group_of(nodeid: str) -> str:
-    """Return the group that a test is sent to a worker with: itself, unless it shares what takes long to make."""
+    """Return the group that runs in one worker: the test itself, unless it shares slow fixtures."""
     file = Path(nodeid.split("::", maxsplit=1)[0]).stem
-    if file == "test_families" and (of := re.search(r"converted_model_does\[(\w+)-", nodeid)):
+    if file == "test_families" and (of := re.search(r"by_the_converted_model\[(\w+)-", nodeid)):
         return f"family {of[1]}"
     return _TOGETHER.get(file, file if file in _BY_FILE else nodeid)

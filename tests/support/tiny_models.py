@@ -1,4 +1,4 @@
-"""A tiny random model of every family in the table, made from nothing but its config class: a new row needs no line here."""
+"""A tiny random model of every family in the table, made from its config class alone, so a new row needs no change here."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 LAYERS, WIDTH, HIDDEN, VOCABULARY, POSITIONS, WINDOW = 2, 32, 48, 2048, 128, 24
 
-# what configs call their sizes; each is set where the family has a key of that name
+# names of sizes in configs; each is set if the family has a key of that name
 SIZES: dict[str, Any] = {
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
@@ -19,14 +19,14 @@ SIZES: dict[str, Any] = {
     "intermediate_size": HIDDEN,
     "max_position_embeddings": POSITIONS,
     "vocab_size": VOCABULARY,
-    # by names of their own
+    # names used by few families
     "ffn_dim": HIDDEN,
     "word_embed_proj_dim": WIDTH,
     "ffn_hidden_size": HIDDEN,
     "num_kv_heads": 2,
     "rotary_dim": 4,
     "query_pre_attn_scalar": 8,
-    # so that a window is shorter than the texts of these tests
+    # the window is shorter than the texts of these tests
     "sliding_window": WINDOW,
     "window_size": WINDOW,
     "attention_types": [[["global", "local"], 1]],
@@ -41,22 +41,22 @@ SIZES: dict[str, Any] = {
 
 
 def tiny(model_type: str, **changes: Any) -> Any:
-    """The config of a tiny model of a family."""
+    """Return the config of a tiny model of a family."""
     made: Any = CONFIG_MAPPING[model_type]
     known = {*vars(made()), *made.attribute_map}
     sizes = {key: value for key, value in SIZES.items() if key in known}
-    if getattr(made(), "layer_types", None) is None:  # of families whose layers may all be alike
+    if getattr(made(), "layer_types", None) is None:  # in families whose layers may all be alike
         sizes.pop("layer_types", None)
     return made(**{**sizes, **changes})
 
 
 def tiny_model(model_type: str, **changes: Any) -> Any:
-    """Of a family, in evaluation mode."""
+    """Return a tiny model of a family in evaluation mode."""
     return random_model(tiny(model_type, **changes)).eval()
 
 
 def random_model(config: Any) -> Any:
-    """Random weights, large enough that MLPs and their biases matter."""
+    """Return a model with random weights, large enough that MLPs and their biases matter."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

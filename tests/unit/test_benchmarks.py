@@ -1,9 +1,9 @@
-"""The benchmarks run, at sizes of seconds; what they compare is right. Their figures are for benchmarks/RESULTS.md, not for tests."""
+"""The benchmarks run at sizes of seconds, and their comparisons are right. Their figures belong in benchmarks/RESULTS.md."""
 
 import sys
 
 import pytest
-from conftest import ROOT
+from project import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -23,7 +23,7 @@ SMALL = steps.Shape(24, 40, 24, 200, 4, 64, "gelu_new")
 
 @pytest.mark.parametrize("kind", steps.KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_kind_of_step_does_its_products(kind, precision):
+def test_every_kind_of_step_computes_all_its_products(kind, precision):
     make = {"dense": steps.dense, "ours": steps.ours, "floor": steps.floor}[kind]
     step = make(SMALL, torch.device("cpu"), precision)
     step()
@@ -34,8 +34,8 @@ def test_every_kind_of_step_does_its_products(kind, precision):
     assert work.get_total_flops() >= gate + (linear if precision == "fp32" else 0)
 
 
-def test_the_dense_step_is_the_same_training(monkeypatch):
-    """What we are faster than does what we do: from the same start, the loss falls alike."""
+def test_the_dense_step_trains_the_same_layer(monkeypatch):
+    """From the same initialisation, the dense step of the comparison trains the same weights."""
     made = []
     new = steps.new_layer
     monkeypatch.setattr(steps, "new_layer", lambda shape, device: made.append(new(shape, device)) or made[-1])
@@ -49,14 +49,14 @@ def test_the_dense_step_is_the_same_training(monkeypatch):
     assert not torch.allclose(new(SMALL, torch.device("cpu")).gate.weight, ours.gate.weight, atol=2e-4)
 
 
-def test_ratios_are_of_the_medians():
+def test_a_ratio_is_that_of_the_medians():
     text = train_step.ratio([4.0, 4.0, 8.0], [2.0, 2.0, 1.0])
     assert text.startswith("2.00 (")
 
 
 @pytest.mark.parametrize("arm", study.ARMS)
 @pytest.mark.parametrize("model", study.MODELS)
-def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
+def test_every_arm_of_the_study_is_a_valid_recipe(monkeypatch, arm, model):
     monkeypatch.setenv("MXD_SHARED", "/nowhere")
     recipe = load_recipe(model, study.Case(model, arm, 8, 5e-3, 2, 300_000).settings())
     train = resolve_train(recipe, 64, 1780).train
@@ -69,7 +69,7 @@ def test_every_arm_of_the_study_is_a_recipe(monkeypatch, arm, model):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The cases of a study that measures nothing."""
+    """Replace the study's training by made-up figures; return the cases it ran."""
     measured = []
 
     def measure(case):
@@ -78,7 +78,7 @@ def measured(monkeypatch):
         directions = {"gain_dimensions": [20.0, 15.0], "output_dimensions": [20.0, 30.0]}
         # the rate that is best on held-out text is not the one that is best on the training text
         left = {"train_fvu": case.lr, "train_kl": abs(case.lr - 1e-2)}
-        if "published" in case.arm:  # without a finish there is no KL
+        if "published" in case.arm:  # without a joint stage there is no KL
             left = {"train_fvu": left["train_kl"], "train_kl": None}
         return {"rise": case.seed + case.lr, **left, "dead": [0.1, 0.3], **layers, **directions}
 
@@ -86,7 +86,7 @@ def measured(monkeypatch):
     return measured
 
 
-def test_a_budget_curve_takes_its_rates_from_the_first_budget(measured, monkeypatch, tmp_path, capsys):
+def test_a_budget_curve_uses_the_rates_of_the_first_budget(measured, monkeypatch, tmp_path, capsys):
     arguments = "--models stories260k --arms MxD,_fast dense_twin --k 8 4 --tokens 600 300 --seeds 0 1 --rates 5e-3 1e-2 --jobs 1"
     picture = tmp_path / "images" / "curve.png"
     given = [word.replace("_", " ") for word in arguments.split()]
@@ -97,15 +97,15 @@ def test_a_budget_curve_takes_its_rates_from_the_first_budget(measured, monkeypa
     assert searched == [("MxD, fast", 5e-3), ("MxD, fast", 1e-2), ("dense twin", 5e-3), ("dense twin", 1e-2)]
     assert all((case.k, case.seed, case.tokens) == (8, 0, 600) for case in measured[:4])
     assert {case.lr for case in measured[4:]} == {1e-2}
-    assert len(measured) == 4 + 2 * (4 + 2) - 2  # two of those searched are in the tables as well
+    assert len(measured) == 4 + 2 * (4 + 2) - 2  # two of the searched rates are in the tables too
     assert capsys.readouterr().out.count("| MxD, fast | 2 | 4 | 0.01 |") == 2
     assert picture.stat().st_size > 10_000
 
 
-def test_a_study_of_what_is_known_runs_nothing(measured, monkeypatch, tmp_path, capsys):
+def test_a_study_with_known_results_runs_nothing(measured, monkeypatch, tmp_path, capsys):
     path = tmp_path / "study.jsonl"
     results = study.Results(path)
-    for arm, k in (("MxD, fast", 8), ("MxD, fast", 4), ("MxD, paper", 4)):  # of the last, no rate is known
+    for arm, k in (("MxD, fast", 8), ("MxD, fast", 4), ("MxD, paper", 4)):  # no rate is known for the last case
         results.of(study.Case("stories260k", arm, k, 1e-2, 0, 600))
     measured.clear()
     arguments = f"--models stories260k --tokens 600 300 --jobs 1 --known --results {path} --plot {tmp_path / 'known.png'}"
@@ -121,7 +121,7 @@ def test_a_study_of_what_is_known_runs_nothing(measured, monkeypatch, tmp_path, 
     assert (tmp_path / "known.png").stat().st_size > 10_000
 
 
-def test_the_study_chooses_rates_by_the_training_text_and_goes_on(measured, tmp_path):
+def test_the_study_chooses_rates_by_the_training_text_and_continues(measured, tmp_path):
     path = tmp_path / "study.jsonl"
     for _ in range(2):
         results = study.Results(path)
@@ -133,10 +133,10 @@ def test_the_study_chooses_rates_by_the_training_text_and_goes_on(measured, tmp_
         seeds = [study.Case("prose-neox", "MxD, fast", 8, 1e-2, seed, 1000) for seed in (0, 2)]
         row = study.table(results, [seeds]).splitlines()[-1]
     assert row == "| MxD, fast | 2 | 8 | 0.01 | 1.010 (0.010 to 2.010) | 0.80 | 0.60 | 1.50 | 0.50 | 0.70; 0.80 |"
-    assert len(measured) == 7  # the second time everything is in the file
+    assert len(measured) == 7  # the second time, the file holds every result
 
 
-def test_a_study_goes_on_where_its_file_was_cut_off(measured, tmp_path):
+def test_an_interrupted_study_resumes_from_its_file(measured, tmp_path):
     path = tmp_path / "study.jsonl"
     cases = [study.Case("prose-neox", "MxD, fast", 8, 1e-2, seed, 1000) for seed in (0, 1, 2)]
     for case in cases[:2]:
@@ -151,14 +151,14 @@ def test_a_study_goes_on_where_its_file_was_cut_off(measured, tmp_path):
         assert set(study.Results(path).figures) == set(cases)
 
 
-def test_a_rate_at_the_end_of_what_was_searched_is_said():
+def test_a_best_rate_at_the_edge_of_the_grid_is_reported():
     assert study.of_rates(1e-2, [2e-2, 5e-3, 1e-2]) == "0.01, of 0.005 0.01 0.02"
     assert study.of_rates(2e-2, [2e-2, 5e-3, 1e-2]) == "0.02, of 0.005 0.01 0.02, the highest"
     assert study.of_rates(5e-3, [2e-2, 5e-3]) == "0.005, of 0.005 0.02, the lowest"
 
 
-def test_the_dashboards_benchmark(tmp_path):
-    """A small layer: written in a process of its own, whose memory is told."""
+def test_the_dashboard_benchmark_measures_files_and_memory(tmp_path):
+    """A process writes the dashboard of a small layer and reports its memory."""
     folder = dashboard.checkpoint(tmp_path / "model", width=48, experts=200, k=4, vocabulary=2048)
     written = dashboard.write(folder, tmp_path / "board", 1024)
     assert written.files == 6 + 4 + 4  # pages and assets; summary, tokens, text and index; experts by 64
@@ -167,8 +167,8 @@ def test_the_dashboards_benchmark(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_inference(tmp_path, capsys):
-    """A tiny model: every variant runs in its process; what a token reads is counted by hand."""
+def test_the_inference_benchmark_runs_every_variant(tmp_path, capsys):
+    """Every variant of a tiny model runs in its process; the bytes read per token are counted by hand."""
     found = inference.measure("tiny", tmp_path, rounds=1, threads=1)
     inference.show("tiny", found)
     table = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Text becomes blocks: every format, separators, fingerprints, held-out documents, repetition in a new order."""
+"""Text becomes blocks: formats, separators, fingerprints, held-out documents, repetition."""
 
 import gzip
 import hashlib
@@ -11,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import QUICKSTART, documents
+from project import QUICKSTART
+from small_runs import documents
 
 from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.data import blocks as data
@@ -41,7 +42,7 @@ def test_every_local_format_gives_the_same_documents(tmp_path, name):
     assert list(read_documents(Text(path=str(path)))) == ["one\nline two", "two", "three"]
 
 
-def test_folders_and_globs(tmp_path):
+def test_folders_and_globs_are_read(tmp_path):
     for name in ("b.txt", "a.jsonl"):
         write(tmp_path / name, [f"from {name}"])
     (tmp_path / "notes.md").write_text("not text of ours")
@@ -61,7 +62,7 @@ def test_folders_and_globs(tmp_path):
         ("a.txt.gz", "not gzip", "can't be read"),
     ],
 )
-def test_unreadable_text_is_refused_in_a_line(tmp_path, name, content, message):
+def test_unreadable_text_is_a_one_line_error(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
@@ -71,8 +72,8 @@ def test_unreadable_text_is_refused_in_a_line(tmp_path, name, content, message):
     assert str(path) in str(error.value)
 
 
-def test_hub_datasets_are_streamed(tmp_path, tokenizer, monkeypatch):
-    """The stream itself is datasets' own; only where it comes from is ours to stand in for, offline."""
+def test_datasets_of_the_hub_are_streamed(tmp_path, tokenizer, monkeypatch):
+    """The stream is that of `datasets`; only its source is replaced, because tests run offline."""
     import datasets
 
     taken = []
@@ -96,20 +97,22 @@ def test_hub_datasets_are_streamed(tmp_path, tokenizer, monkeypatch):
     assert len(taken) < 500, "more was read than was needed"
 
 
-def test_a_dataset_that_is_not_there_is_one_line(monkeypatch):
+def test_a_missing_dataset_is_a_one_line_error(monkeypatch):
     module = types.SimpleNamespace(load_dataset=lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no route\nto host")))
     monkeypatch.setitem(sys.modules, "datasets", module)
     with pytest.raises(InputError, match=r"someone/texts \(split train\): neither a local path nor a dataset .*no route$"):
         list(read_documents(Text(path="someone/texts")))
 
 
-def test_no_held_out_document_is_trained_on(tmp_path, tokenizer):
+def test_held_out_documents_are_never_trained_on(tmp_path, tokenizer):
     texts = documents(80) + documents(10)  # duplicates too
     path = write(tmp_path / "a.jsonl", texts)
     train, held_out = prepare(Data(train=Text(path=str(path)), context=16, tokens=100_000), tokenizer, tmp_path / "w")
 
     def contents(blocks):
-        return tokenizer.decode(blocks.take(slice(None)).flatten()).split("<|endoftext|>")[1:-1]  # the last may be cut off
+        return tokenizer.decode(blocks.take(slice(None)).flatten()).split("<|endoftext|>")[
+            1:-1
+        ]  # the last block may be truncated
 
     ours, theirs = contents(train), contents(held_out)
     assert len(ours) > 50
@@ -135,19 +138,19 @@ def test_training_documents_that_are_in_the_evaluation_text_are_dropped(tmp_path
     ("texts", "message"),
     [(["\n \n"], "empty"), (["a single document " * 50], "a single document"), (["a", "b"], "less than one block of 16")],
 )
-def test_text_that_can_not_be_used(tmp_path, tokenizer, texts, message):
+def test_unusable_text_is_refused(tmp_path, tokenizer, texts, message):
     path = write(tmp_path / "a.txt", texts)
     with pytest.raises(InputError, match=message):
         prepare(Data(train=Text(path=str(path)), context=16), tokenizer, tmp_path / "w")
 
 
-def test_two_documents_are_one_for_training_and_one_held_out(tmp_path, tokenizer):
+def test_two_documents_split_into_one_for_training_and_one_held_out(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ["a first document " * 20_000, "and a second one " * 20])
     train, held_out = prepare(Data(train=Text(path=str(path)), context=16), tokenizer, tmp_path / "w")
     assert train.info.documents == held_out.info.documents == 1
 
 
-def test_fingerprints_are_of_the_documents(tmp_path, tokenizer):
+def test_a_fingerprint_depends_on_the_documents_alone(tmp_path, tokenizer):
     texts = documents(30)
     prints = set()
     for name in ("a.jsonl", "a.jsonl.gz", "b.parquet"):
@@ -161,13 +164,13 @@ def test_fingerprints_are_of_the_documents(tmp_path, tokenizer):
     assert prints == {expected.hexdigest()}
 
 
-def test_documents_are_joined_as_the_tokenizer_wants(tokenizer, shared):
+def test_documents_are_joined_as_the_tokenizer_requires(tokenizer, shared):
     assert separators(tokenizer).before == [tokenizer.bos_token_id]  # adds nothing by itself, but has a BOS
     stories = load_tokenizer(str(shared / "models" / "stories260K"))  # adds BOS by itself
     assert (separators(stories).before, separators(stories).after, separators(stories).bos) == ([1], [], 1)
 
 
-def test_blocks_are_the_joined_documents_cut(tmp_path, tokenizer):
+def test_blocks_are_slices_of_the_joined_documents(tmp_path, tokenizer):
     texts = documents(30)
     path = write(tmp_path / "a.jsonl", texts)
     train, _ = prepare(Data(train=Text(path=str(path)), context=16, tokens=10**6), tokenizer, tmp_path / "w")
@@ -176,7 +179,7 @@ def test_blocks_are_the_joined_documents_cut(tmp_path, tokenizer):
     assert train.take(slice(None)).equal(expected)
 
 
-def test_text_is_repeated_in_a_new_order():
+def test_repeated_text_is_shuffled_again():
     whole = block_order(10, 0, 35, seed=1)
     epochs = [whole[:10], whole[10:20], whole[20:30]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -186,7 +189,7 @@ def test_text_is_repeated_in_a_new_order():
     assert not (block_order(10, 0, 10, seed=2) == epochs[0]).all()
 
 
-def test_bos_and_the_first_position_are_left_out(tmp_path, tokenizer):
+def test_bos_and_the_first_position_are_excluded(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", documents(30))
     train, _ = prepare(Data(train=Text(path=str(path)), context=16, tokens=10**6), tokenizer, tmp_path / "w")
     ids = train.take(slice(None))
@@ -197,15 +200,15 @@ def test_bos_and_the_first_position_are_left_out(tmp_path, tokenizer):
     assert train.counted(ids, mask_bos=False).all()
 
 
-def test_a_short_run_takes_its_blocks_from_all_of_the_text(tmp_path, tokenizer, monkeypatch):
-    """Lest it knows but the first few documents."""
+def test_a_short_run_draws_its_blocks_from_the_whole_text(tmp_path, tokenizer, monkeypatch):
+    """Otherwise it would see only the first few documents."""
     texts = documents(200)
     settings = Data(train=Text(path=str(write(tmp_path / "a.jsonl", texts))), context=16, tokens=320)
     train, _ = prepare(settings, tokenizer, tmp_path / "w")
     assert train.info.documents == sum(not is_held_out(text) for text in texts)
     taken = block_order(len(train), 0, 320 // 16, seed=0)
     assert max(taken) > len(train) / 2
-    monkeypatch.setattr(data, "MIN_TOKENS", 1000)  # no more is read than that, or than the run takes
+    monkeypatch.setattr(data, "MIN_TOKENS", 1000)  # no more text is read than that, or than the run needs
     for tokens, read in ((320, 1000), (2000, 2000)):
         train, _ = prepare(settings.model_copy(update={"tokens": tokens}), tokenizer, tmp_path / f"w-{tokens}")
         assert len(train) == -(-read // 16)

@@ -1,4 +1,4 @@
-"""Every format gets the same answers, hidden files are no text, and hostile text is refused in one line."""
+"""Every format is read alike, hidden files are skipped, and hostile text is a one-line error."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "
 
 @pytest.fixture(params=FORMATS)
 def source(request, tmp_path, monkeypatch):
-    """A function that makes a text of rows, in each format."""
+    """Return a function that writes rows as a text, in each format."""
 
     def make(rows):
         if request.param == "hub":
@@ -61,7 +61,7 @@ def test_a_row_without_text_is_refused(source, row, first):
         read(source(rows))
 
 
-def test_rows_without_text_are_left_out_and_counted_if_asked(source):
+def test_rows_without_text_are_skipped_and_counted_on_request(source):
     rows = [{"text": "one", "id": 1}, {"text": None, "id": 2}, {"id": 3}, {"text": "two", "id": 4}, {"text": "three", "id": 5}]
     notes = []
     assert list(read_documents(skipping(source(rows)), notes.append)) == ["one", "two", "three"]
@@ -73,10 +73,10 @@ def test_rows_without_text_are_left_out_and_counted_if_asked(source):
     assert "2 of 4 rows" in notes[0]
 
 
-def test_a_field_that_no_row_has_is_named(source, monkeypatch):
+def test_a_missing_field_is_named(source, monkeypatch):
     monkeypatch.setattr(fields, "MAX_MISSING", 20)
     rows = [{"body": "a", "id": 1}] * 15
-    for length in (1, 3):  # a long text is not read to its end for it
+    for length in (1, 3):  # a long text is not read to its end
         with pytest.raises(InputError, match=r"no field 'text'; its fields are body, id. Name the field with data.train.text"):
             read(source(rows * length))
     with pytest.raises(InputError, match=r"no text in the field 'text': it is null in all rows, 15"):
@@ -97,7 +97,7 @@ def test_a_field_that_no_row_has_is_named(source, monkeypatch):
     ],
     ids=str,
 )
-def test_a_field_of_another_kind_is_refused_with_what_it_holds(source, request, content, words):
+def test_a_field_of_another_type_is_refused_with_its_content(source, request, content, words):
     if isinstance(content, bytes) and ".jsonl" in request.node.name:
         pytest.skip("JSON has none")
     with pytest.raises(InputError, match=rf", (line|row) 1: no text in the field 'text': it holds {words}") as error:
@@ -106,7 +106,7 @@ def test_a_field_of_another_kind_is_refused_with_what_it_holds(source, request, 
     assert "\n" not in str(error.value)
 
 
-def test_names_from_data_stay_in_a_line(source):
+def test_names_from_data_fit_on_one_line(source):
     with pytest.raises(InputError) as error:
         read(source([{f"a\n\x1b[31m{number}" + "x" * 500: "" for number in range(1000)}]))
     assert str(error.value).isprintable()
@@ -126,7 +126,7 @@ def test_long_documents_are_read_in_parts(source, tmp_path, monkeypatch):
 # --- files ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_hidden_files_are_no_text(tmp_path):
+def test_hidden_files_are_skipped(tmp_path):
     folder = tmp_path / ".hidden" / "text"
     for name in ("a.txt", "deep/b.txt", "._a.txt", ".git/c.txt", "deep/.ipynb_checkpoints/b.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -149,14 +149,14 @@ def test_links_are_followed_and_every_file_is_read_once(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_can_not_be_read_is_named(tmp_path):
+def test_an_unreadable_folder_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "closed").mkdir(mode=0)
     with pytest.raises(InputError, match=r"closed: can't be read \(Permission denied\)"):
         read(Text(path=str(tmp_path)))
 
 
-def test_a_path_that_can_not_be_looked_at_is_refused(tmp_path):
+def test_an_invalid_path_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"can't be read \(File name too long\)"):
         read(Text(path=str(tmp_path / ("x" * 300 + ".txt"))))
 
@@ -180,7 +180,7 @@ def damaged_parquet():
         ("a.parquet", damaged_parquet(), "not a readable parquet file"),
     ],
 )
-def test_hostile_text_is_refused_in_a_line(tmp_path, monkeypatch, name, content, words):
+def test_hostile_text_is_a_one_line_error(tmp_path, monkeypatch, name, content, words):
     if words.endswith("characters"):
         monkeypatch.setattr(reading, "MAX_LINE", 1000)
     (tmp_path / name).write_bytes(content)
@@ -190,13 +190,13 @@ def test_hostile_text_is_refused_in_a_line(tmp_path, monkeypatch, name, content,
     assert str(error.value).isprintable()
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_text(source, monkeypatch):
+def test_running_out_of_memory_is_not_blamed_on_the_text(source, monkeypatch):
     def fail(*_, **__):
         raise pyarrow.ArrowMemoryError("malloc of size 9 failed")
 
     text = source([{"text": "a"}])
-    for place, name in ((json, "loads"), (pyarrow.parquet, "ParquetFile"), (datasets, "load_dataset")):
-        monkeypatch.setattr(place, name, fail)
+    for module, name in ((json, "loads"), (pyarrow.parquet, "ParquetFile"), (datasets, "load_dataset")):
+        monkeypatch.setattr(module, name, fail)
     with pytest.raises(MemoryError):
         read(text)
 
@@ -206,7 +206,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_text(source, monkeypatch):
 
 @pytest.fixture
 def configured(tmp_path, monkeypatch):
-    """A dataset with two configurations, none of them the default, under a name that is no local path of ours."""
+    """Write a dataset with two configurations and no default; return its name."""
     monkeypatch.chdir(tmp_path)
     for part in ("first", "second"):
         (tmp_path / "sets" / part).mkdir(parents=True)
@@ -216,7 +216,7 @@ def configured(tmp_path, monkeypatch):
     return "sets"
 
 
-def test_a_configuration_is_chosen_by_its_key(configured):
+def test_a_dataset_configuration_is_chosen_by_its_key(configured):
     assert read(Text(path=configured, config="second-one")) == ["second"]
     with pytest.raises(
         InputError, match=r"^data: sets has several conf.*\. Set data.train.config to one of first-one, second-one\.$"
@@ -229,7 +229,7 @@ def test_a_configuration_is_chosen_by_its_key(configured):
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])
-def test_local_text_has_no_configurations(tmp_path, part):
+def test_local_text_refuses_a_configuration(tmp_path, part):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(InputError, match=rf"data.{part}.config: 'x' is given, but .*a.txt is local"):
         load_recipe({"base": {"model": "gpt2"}, "data": {part: {"path": str(tmp_path / "a.txt"), "config": "x"}}})
@@ -238,7 +238,7 @@ def test_local_text_has_no_configurations(tmp_path, part):
 
 
 def test_recipes_without_a_configuration_keep_their_fingerprint():
-    """As before there was the key: the fingerprints stand in checkpoints."""
+    """Checkpoints hold fingerprints that are older than the key."""
     data = {"eval": {"path": "someone/texts", "split": "test"}}
     recipe = Recipe.model_validate({"base": {"model": "gpt2"}, "data": data})
     assert recipe.fingerprint() == recipe.published_sha256() == "b6b65028eeb23bc65cf924d90381ea7bc16affb84278201968f958432ccd6dad"
@@ -246,7 +246,7 @@ def test_recipes_without_a_configuration_keep_their_fingerprint():
     assert Recipe.model_validate({"base": {"model": "gpt2"}, "data": data}).fingerprint() != recipe.fingerprint()
 
 
-def test_errors_of_the_hub_keep_secrets(monkeypatch):
+def test_errors_of_the_hub_show_no_secrets(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "not-hf-like-7f3a")
     secrets = ("hf_abcDEF123", "me:pass", "deadbeef", "not-hf-like-7f3a", "opaque99")
     line = (

@@ -1,9 +1,9 @@
-"""The parts of a layer's output add up to it, and an expert's direct effect on the logits is what taking its part away would change."""
+"""The parts of a layer's output sum to it, and the direct effect of an expert equals the change of the logits without its part."""
 
 import pytest
 import torch
-from test_kinds import KINDS, random_layer
-from test_steering import active_expert, ids_of
+from observations import active_expert, ids_of
+from random_layers import KINDS, small_layer
 from tiny_models import LAYERS, tiny_model
 
 from mxd_convert import InputError, decompose, expert_rank, load_checkpoint, logit_effect, steer
@@ -17,8 +17,8 @@ from mxd_convert.layers import MxD
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense_twin"])
 @pytest.mark.parametrize("settings", [{}, {"sparsity": "l1"}])
 @torch.no_grad()
-def test_the_parts_of_every_kind_add_up(kind, settings):
-    layer, x = random_layer(kind, **settings), torch.randn(2, 5, 7, dtype=torch.float64)
+def test_the_parts_of_every_kind_sum_to_the_output(kind, settings):
+    layer, x = small_layer(kind, **settings), torch.randn(2, 5, 7, dtype=torch.float64)
     parts = decompose_layer(layer, x)
     assert (parts.output - layer(x)).abs().max() < 1e-12
     n = int(parts.experts[0, 0, 0])  # one part by its definition: a_n times the expert's own linear map
@@ -29,7 +29,7 @@ def test_the_parts_of_every_kind_add_up(kind, settings):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 @torch.no_grad()
-def test_a_models_layers_come_apart_also_while_steered(converted, family):
+def test_the_layers_of_a_steered_model_decompose(converted, family):
     model, ids = load_checkpoint(converted[family]).double(), ids_of()
     outputs = {}
     for index, layer in model.mxd_layers().items():
@@ -39,13 +39,13 @@ def test_a_models_layers_come_apart_also_while_steered(converted, family):
     assert set(parts) == {0, 2}
     for index in parts:
         assert (parts[index].output - outputs[index]).abs().max() < 1e-10
-    assert parts[2].values.shape == (2, 9, 6)  # the steered ones are parts of their own
+    assert parts[2].values.shape == (2, 9, 6)  # steered experts are separate parts
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 @torch.no_grad()
-def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, family):
-    """The last hidden state without the expert's part, the norm's scale held, through the model's own norm and head."""
+def test_the_direct_effect_equals_the_change_without_the_part(converted, family):
+    """The reference removes the part from the last hidden state, with the norm's scale fixed, and applies norm and head."""
     model, ids = load_checkpoint(converted[family], dtype="float32"), ids_of(6, 11)
     norm, head = Unembedding.of(model).norm.module, model.get_output_embeddings()
     n = active_expert(model, ids)
@@ -72,8 +72,8 @@ def test_the_direct_effect_is_what_taking_the_part_away_changes(converted, famil
 
 
 @torch.no_grad()
-def test_with_every_part_taken_apart_the_logits_are_the_models_own(converted):
-    """All that is written to the residual stream, through the unembedding: the logits, but for a constant and the norm's bias."""
+def test_all_parts_together_give_the_logits_of_the_model(converted):
+    """Everything written to the residual stream gives the logits, except for a constant and the norm's bias."""
     model, ids = load_checkpoint(converted["llama"], dtype="float32"), ids_of()
     unembedding = Unembedding.of(model)
     residual = []
@@ -84,8 +84,8 @@ def test_with_every_part_taken_apart_the_logits_are_the_models_own(converted):
     assert torch.allclose(ours, logits - logits.mean(-1, keepdim=True), atol=1e-4)
 
 
-def test_the_rank_of_an_expert_is_that_of_the_decoder():
-    layer = random_layer("mxd")
+def test_the_rank_of_an_expert_counts_its_nonzero_outputs():
+    layer = small_layer("mxd")
     assert expert_rank(layer, 3) == 5
     with torch.no_grad():
         layer.experts[3, :2] = 0
@@ -94,14 +94,14 @@ def test_the_rank_of_an_expert_is_that_of_the_decoder():
         expert_rank(layer, 13)
 
 
-def test_what_is_not_there_is_refused(converted):
+def test_missing_layers_and_experts_are_refused(converted):
     model, ids = load_checkpoint(converted["llama"]), ids_of()
     with pytest.raises(InputError, match=r"layer 1 is not converted\. Converted layers: 0, 2"):
         logit_effect(model, 1, 0, ids)
     with pytest.raises(InputError, match="experts 0 to 23; there is no expert 24"):
         logit_effect(model, 0, 24, ids)
     with pytest.raises(InputError, match="dense_twin has no experts"):
-        decompose_layer(random_layer("dense_twin"), torch.randn(1, 7))
+        decompose_layer(small_layer("dense_twin"), torch.randn(1, 7))
     model.mxd_layers()[0].gate.weight.zero_()
     model.mxd_layers()[0].gate.bias.fill_(-1)
     silent = logit_effect(model, 0, 3, ids)
@@ -109,7 +109,7 @@ def test_what_is_not_there_is_refused(converted):
 
 
 def random_conversion(family: str):
-    """A tiny model of a family, all layers with experts of random weights that matter."""
+    """Return a tiny model of a family whose layers all have random experts."""
     torch.manual_seed(1)
     base = tiny_model(family)
     layers = {}
@@ -121,7 +121,7 @@ def random_conversion(family: str):
 
 
 def held(norm, x, part):
-    """What a norm makes of a part of its input, its scale held: by what its class is known to compute."""
+    """Return the norm of a part of its input with the scale fixed, from the definition of its class."""
     kind = type(norm).__name__
     weight = (norm.weight.double() + 1) if kind.startswith("Gemma") else norm.weight.double()
     centred, x = "LayerNorm" in kind, x.double()
@@ -132,8 +132,8 @@ def held(norm, x, part):
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 @torch.no_grad()
-def test_the_direct_effect_in_every_family(family):
-    """Through whatever the family has between its MLP and the logits: a norm of the output, a multiplier, its own kind of norm, scaled logits."""
+def test_the_direct_effect_is_exact_in_every_family(family):
+    """Families differ between MLP and logits: a norm of the output, a multiplier, another norm, scaled logits."""
     model, ids, row = random_conversion(family), ids_of(6, 11), ARCHITECTURES[family]
     seen = {}
 
@@ -164,7 +164,7 @@ def test_the_direct_effect_in_every_family(family):
 
 
 @torch.no_grad()
-def test_a_model_without_a_way_to_the_logits_is_refused():
+def test_a_model_without_a_path_to_the_logits_is_refused():
     base = tiny_model("opt", do_layer_norm_before=False, word_embed_proj_dim=16)
     [site] = find_sites(base, base.config, [1])
     model = swap.insert_layers(base, {1: MxD(site.d_in, site.d_hidden, site.d_out, 24, 4, site.activation, site.glu)})

@@ -1,4 +1,4 @@
-"""Text from checkpoints, data and the Hub is text wherever it is shown: on the terminal, in a card, in a spreadsheet."""
+"""Text from checkpoints, data and the Hub stays text on the terminal, in a card and in a spreadsheet."""
 
 import ast
 import copy
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, write_card
+from folders import write_card
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from project import ROOT
 
 from mxd_convert import InputError
 from mxd_convert.cli import app as frame
@@ -26,7 +27,7 @@ MARKUP = "[red]a[/red] [/] :smile: [link=http://x]b[/link]"
 
 
 def calls_in(folder: str):
-    """(file, name that is called, its keywords) of every call in a room."""
+    """Yield (file, called name, keywords) of every call in a room of the package."""
     for path in sorted((ROOT / "mxd_convert" / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -34,7 +35,7 @@ def calls_in(folder: str):
                 yield path.name, name, {keyword.arg for keyword in node.keywords}, isinstance(node.func, ast.Name)
 
 
-def test_commands_print_through_the_frame_only():
+def test_commands_print_only_through_the_frame():
     for file, name, keywords, plain in calls_in("cli"):
         if file in ("app.py", "__init__.py"):  # the frame, and the line that says what went wrong
             continue
@@ -42,7 +43,7 @@ def test_commands_print_through_the_frame_only():
         assert not keywords & {"markup", "highlight", "emoji"}, file
 
 
-def test_reports_are_written_through_one_module_only():
+def test_reports_are_written_by_one_module_only():
     for file, name, keywords, plain in calls_in("report"):
         assert name not in ("writer", "DictWriter", "dump", "mkdtemp"), f"{file}: {name}"
         assert name != "write_text" or plain or file == "pages.py", file
@@ -50,7 +51,7 @@ def test_reports_are_written_through_one_module_only():
         assert name != "TemporaryDirectory" or "dir" not in keywords, file
 
 
-def test_a_terminal_gets_text_and_no_orders(capsys):
+def test_a_terminal_receives_no_control_sequences(capsys):
     frame.show(f"{ORDERS}{MARKUP}\nok  forged")
     frame.show("one\n\ttwo\x1b", lines=True)
     frame.human.print(f"{ORDERS}{MARKUP}\nok  forged", soft_wrap=True)
@@ -67,7 +68,7 @@ def test_a_terminal_gets_text_and_no_orders(capsys):
     assert len([line for line in out.splitlines() if "first" in line or "second" in line]) == 2
 
 
-def test_a_terminal_of_ascii_only_gets_what_it_can_show():
+def test_an_ascii_terminal_receives_ascii():
     code = (
         "from mxd_convert.cli.app import *\nprepare_streams()\nshow('caf\\u00e9')\ntable = table_of('\\u00e9')\n"
         "table.add_row('\\u4e2d')\nconsole().print(table)\nhuman.print('\\u00e9')\nprint_json('\\u00e9')"
@@ -80,7 +81,7 @@ def test_a_terminal_of_ascii_only_gets_what_it_can_show():
     assert done.stderr.isascii()
 
 
-def test_a_closed_pipe_is_left_to_the_program(monkeypatch):
+def test_a_closed_pipe_raises_for_the_program_to_handle(monkeypatch):
     class Closed:
         encoding = "utf-8"
 
@@ -99,14 +100,14 @@ def test_a_closed_pipe_is_left_to_the_program(monkeypatch):
         frame.show("text")
 
 
-def test_json_is_strict(capsys):
+def test_printed_json_is_strict(capsys):
     frame.print_json({"a": float("nan"), "b": [float("inf")], "c": "\x9b\u202e"})
     out = capsys.readouterr().out
     assert out.isascii()
     assert json.loads(out, parse_constant=pytest.fail) == {"a": None, "b": [None], "c": "\x9b\u202e"}
 
 
-def test_figures_that_are_none(capsys):
+def test_missing_figures_are_shown_as_such():
     values = [None, True, "x", [1], float("nan"), float("inf"), 10**400]
     assert {frame.figure(value, ".2f") for value in values} == {"-"}
     assert [frame.figure(value, "+.1f") for value in (1, -0.25)] == ["+1.0", "-0.2"]
@@ -122,13 +123,13 @@ HOSTILE = (
 
 @pytest.fixture
 def kept(tmp_path):
-    """A copy of a card's folder, its report and its recipe."""
+    """Return a copy of a card's folder, with its report and its recipe."""
     folder = shutil.copytree(CARD, tmp_path / "card")
     return folder, json.loads((folder / "mxd_report.json").read_text()), (folder / "recipe.yaml").read_text()
 
 
 def shape_of(card: str) -> list[tuple]:
-    """What a reader's Markdown makes of a card: its blocks, and what within them is more than text."""
+    """Return how Markdown parses a card: its blocks, and the markup inside them."""
     body = ModelCard(card).text
     found = []
     for token in MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body):
@@ -138,7 +139,7 @@ def shape_of(card: str) -> list[tuple]:
 
 
 def hostile(content, *keys):
-    """The same with hostile text in place of every text, but for keys that choose the template's words."""
+    """Replace every text by hostile text, except for keys that select wording of the template."""
     if isinstance(content, dict):
         return {key: hostile(value, *keys) if key not in keys else value for key, value in content.items()}
     if isinstance(content, list):
@@ -146,7 +147,7 @@ def hostile(content, *keys):
     return HOSTILE if isinstance(content, str) else content
 
 
-def test_a_report_goes_into_the_card_as_text(kept):
+def test_a_report_is_text_in_the_card(kept):
     folder, report, recipe = kept
     report["base"]["license_link"] = None
     write_card(folder, report, recipe, base_on_hub=False)
@@ -169,7 +170,7 @@ def test_a_report_goes_into_the_card_as_text(kept):
         assert data.base_model is None  # hostile text is no repository
 
 
-def test_a_recipe_stays_in_its_fence(kept):
+def test_a_recipe_stays_inside_its_code_block(kept):
     folder, report, recipe = kept
     clean = shape_of((folder / "README.md").read_text())
     recipe += "note: |\n  ```\n  # Install first\n  ````\n"
@@ -192,16 +193,16 @@ def test_a_recipe_stays_in_its_fence(kept):
         (("cost", "peak_rss_bytes"), 10**400, "mxd_report.json"),
     ],
 )
-def test_a_report_that_lacks_something_is_named(kept, path, value, word):
+def test_an_incomplete_report_is_named(kept, path, value, word):
     folder, report, recipe = kept
     report = copy.deepcopy(report)
-    place = report
+    parent = report
     for key in path[:-1]:
-        place = place[key]
+        parent = parent[key]
     if value is ...:
-        del place[path[-1]]
+        del parent[path[-1]]
     else:
-        place[path[-1]] = value
+        parent[path[-1]] = value
     before = (folder / "README.md").read_text()
     with pytest.raises(InputError, match=r"mxd_report\.json: .*[Cc]onvert or evaluate again") as caught:
         write_card(folder, report, recipe, base_on_hub=False)
@@ -211,7 +212,7 @@ def test_a_report_that_lacks_something_is_named(kept, path, value, word):
 
 
 @pytest.mark.parametrize("value", [False, ["mit", "x"], {"a": 1}, 3, ""])
-def test_metadata_of_the_wrong_kind_is_left_out(kept, value):
+def test_metadata_of_the_wrong_type_is_left_out(kept, value):
     folder, report, recipe = kept
     report["base"] |= dict.fromkeys(("license", "license_name", "license_link", "language"), value)
     report["fidelity"]["delta_ce"] = None
@@ -230,7 +231,7 @@ def test_metadata_of_the_wrong_kind_is_left_out(kept, value):
         ("config.json", '{"mxd": {"layers": {}}}'),
     ],
 )
-def test_a_config_that_is_none_is_named(kept, name, content):
+def test_an_unusable_config_is_named(kept, name, content):
     folder, report, recipe = kept
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=name):
@@ -239,7 +240,7 @@ def test_a_config_that_is_none_is_named(kept, name, content):
         write_card(shutil.copytree(CARD, folder / "other"), report, "a: [", base_on_hub=False)
 
 
-def test_a_spreadsheet_runs_nothing(tmp_path):
+def test_formulas_in_the_table_of_a_sweep_are_text(tmp_path):
     write_table(tmp_path, {"runs": [{"name": "=1+1", "verdict": "@x", "rise": -0.5, "fvu": float("nan")}, {"=more": 1}]})
     with (tmp_path / "sweep.csv").open(newline="") as file:
         header, first, _ = csv.reader(file)

@@ -1,9 +1,9 @@
-"""Figures equal what an independent calculation gives, and reliance sees through layers whose experts do nothing."""
+"""Figures equal an independent calculation, and reliance detects layers whose experts do nothing."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART
+from project import QUICKSTART
 
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.families import find_sites
@@ -43,7 +43,7 @@ def least_squares_residual(features: list[np.ndarray], target: np.ndarray) -> fl
 
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
 @torch.no_grad()
-def test_shares_equal_least_squares(sparsity):
+def test_shares_equal_least_squares_fits(sparsity):
     layer, x, y = random_layer(sparsity=sparsity), torch.randn(400, 6), torch.randn(400, 5)
     coefficients = layer.encode(x)
     s = (coefficients if sparsity == "l1" else coefficients[0]).sum(-1).double().numpy()
@@ -59,7 +59,7 @@ def test_shares_equal_least_squares(sparsity):
 
 
 @torch.no_grad()
-def test_shares_do_not_depend_on_how_c_and_d_split_the_scale():
+def test_shares_are_invariant_to_the_scale_of_c_and_d():
     layer, x, y = random_layer(), torch.randn(300, 6), torch.randn(300, 5)
     before = figures_of(layer, x, y).shares()
     layer.experts.mul_(1000)
@@ -69,7 +69,7 @@ def test_shares_do_not_depend_on_how_c_and_d_split_the_scale():
 
 
 @torch.no_grad()
-def test_a_constant_gain_is_seen_through():
+def test_a_constant_gain_has_no_gate_share():
     layer, x, y = random_layer(), torch.randn(300, 6), torch.randn(300, 5)
     layer.gate.weight.zero_()
     layer.gate.bias.fill_(1.0)
@@ -80,7 +80,7 @@ def test_a_constant_gain_is_seen_through():
 
 
 @torch.no_grad()
-def test_volume_knobs_are_seen_through():
+def test_experts_that_only_scale_the_output_have_no_identity_share():
     layer, x, y = random_layer(), torch.randn(300, 6), torch.randn(300, 5)
     layer.experts[:] = layer.experts[0]  # which experts fire does not matter, only how strongly
     shares = figures_of(layer, x, y).shares()
@@ -89,7 +89,7 @@ def test_volume_knobs_are_seen_through():
 
 
 @torch.no_grad()
-def test_dimensions_are_the_participation_ratio():
+def test_the_dimension_is_the_participation_ratio():
     layer, x, y = random_layer(), torch.randn(20_000, 6), torch.randn(20_000, 5) * torch.tensor([3.0, 1.0, 1.0, 0.0, 0.0]) + 7
     figures = LayerFigures(layer)
     for piece in torch.arange(20_000).split(1000):
@@ -102,8 +102,8 @@ def test_dimensions_are_the_participation_ratio():
 
 
 @torch.no_grad()
-def test_a_sign_that_the_linear_factor_turns_back_has_one_dimension():
-    """Experts that say in which half-space x is, and a linear factor that carries the output times that sign: shares say 1, dimensions tell."""
+def test_a_sign_cancelled_by_the_linear_factor_has_one_dimension():
+    """The experts give the sign of x in a direction, and the linear factor the output times that sign: only the dimension shows it."""
     layer, x = random_layer(), torch.randn(4000, 6)
     layer.gate.weight.zero_()
     layer.gate.weight[:2, 0] = torch.tensor([1.0, -1.0])
@@ -117,7 +117,7 @@ def test_a_sign_that_the_linear_factor_turns_back_has_one_dimension():
 
 
 @torch.no_grad()
-def test_fvu_l0_and_dead_experts_count_the_tokens_that_count(monkeypatch):
+def test_fvu_l0_and_dead_experts_use_counted_tokens_only(monkeypatch):
     layer, x = random_layer(), torch.randn(300, 6)
     y = layer(x) + 0.3 * torch.randn(300, 5)
     counted = torch.rand(300) < 0.7
@@ -141,7 +141,7 @@ def test_fvu_l0_and_dead_experts_count_the_tokens_that_count(monkeypatch):
 
 @pytest.fixture(scope="module")
 def measured(models, text, tmp_path_factory):
-    """A Llama with a constant-gain layer 0 and a random layer 2, and its figures."""
+    """Return a Llama with a constant-gain layer 0 and a random layer 2, and its figures."""
     base = load_base(Base(model=str(models["llama"])))
     sites = find_sites(base, base.config, [0, 2])
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites}
@@ -154,7 +154,7 @@ def measured(models, text, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_cross_entropies_are_transformers_own_loss(measured):
+def test_cross_entropies_equal_the_loss_of_transformers(measured):
     base, converted, _, blocks, figures = measured
     ids = blocks.take(slice(None))
     fidelity = figures["fidelity"]
@@ -169,7 +169,7 @@ def test_cross_entropies_are_transformers_own_loss(measured):
 
 
 @torch.no_grad()
-def test_ablations_and_single_layers_are_what_they_say(measured):
+def test_ablations_and_single_layers_equal_explicit_forwards(measured):
     base, converted, sites, blocks, figures = measured
     ids = blocks.take(slice(None))
     fidelity = figures["fidelity"]
@@ -194,11 +194,11 @@ def test_ablations_and_single_layers_are_what_they_say(measured):
         rises[site.index] = alone - fidelity["ce_base"]
         assert entry["delta_ce"] == pytest.approx(rises[site.index], abs=1e-5)
         assert entry["recovered_zero"] == pytest.approx(1 - rises[site.index] / (zero - fidelity["ce_base"]), rel=1e-2)
-    if fidelity["compounding"] is not None:
-        assert fidelity["compounding"] == pytest.approx(fidelity["delta_ce"] / sum(rises.values()), rel=1e-2)
+    total = sum(rises.values())
+    assert fidelity["compounding"] == (pytest.approx(fidelity["delta_ce"] / total, rel=1e-2) if total > 0 else None)
 
 
-def test_the_contracts_fields_are_there(measured):
+def test_the_report_has_the_fields_of_the_contract(measured):
     fidelity, reliance = measured[-1]["fidelity"], measured[-1]["reliance"]
     assert {
         "tokens",
@@ -219,13 +219,13 @@ def test_the_contracts_fields_are_there(measured):
     assert set(fidelity["layers"]) == set(reliance["layers"]) == {"0", "2"}
 
 
-def test_measuring_leaves_the_models_as_they_were(measured):
+def test_an_evaluation_leaves_the_models_unchanged(measured):
     base, converted, sites, blocks, figures = measured
     again = evaluate_models(base, converted, sites, blocks, quiet=True)
     assert again == figures
 
 
-def test_verdicts():
+def test_the_verdict_follows_the_figures():
     good = {"gate_share": 0.9, "identity_share": 0.8, "routing_necessity": 1.4}
     assert verdict({"0": good, "1": good}) == CARRY == "experts carry the layer"
     for name in good:
@@ -233,7 +233,7 @@ def test_verdicts():
     assert verdict({"0": dict.fromkeys(good)}) == NOT_APPLICABLE == "not applicable"
 
 
-def test_a_gain_of_few_directions_is_told():
+def test_a_gain_of_few_directions_is_reported():
     good = {
         "gate_share": 0.9,
         "identity_share": 0.8,
@@ -247,7 +247,7 @@ def test_a_gain_of_few_directions_is_told():
     assert ", but the gain of layer 4 varies in only 1.2 directions, the MLP's output in 30.0; " in said
 
 
-def test_the_sentence_gives_the_grounds():
+def test_the_sentence_states_the_reasons_of_the_verdict():
     good = {"gate_share": 0.9, "identity_share": 0.8, "routing_necessity": 1.4}
     weak = {**good, "identity_share": 0.31}
     said = sentence({"0": good, "3": {**good, "gate_share": 0.7}}, 0.3, 0.5)

@@ -1,20 +1,19 @@
-"""What every expert does on a text, from one pass in bounded memory, against explicit loops."""
+"""Statistics of every expert on a text, from one pass in bounded memory, equal explicit loops."""
 
 import errno
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_kinds import KINDS
+from observations import firings_by_loop
+from random_layers import KINDS, gpt2_with_layers
+from small_runs import blocks_of
 
 import mxd_convert
 from mxd_convert import load_checkpoint, logit_effect
 from mxd_convert.base_model.capture import watching
-from mxd_convert.base_model.load import load_base, load_tokenizer
-from mxd_convert.base_model.swap import insert_layers
-from mxd_convert.data.blocks import prepare_eval
+from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.evaluation.experts import examples as expert_examples
 from mxd_convert.evaluation.experts import firings
 from mxd_convert.evaluation.experts import statistics as expert_statistics
@@ -22,51 +21,6 @@ from mxd_convert.evaluation.experts.decomposition import Unembedding, decompose_
 from mxd_convert.evaluation.experts.effects import EffectsOfLayer, weights
 from mxd_convert.evaluation.experts.examples import AFTER, BANDS, BEFORE, BINS, EACH, TOP, examples, figures
 from mxd_convert.evaluation.experts.statistics import SAMPLES, collect
-from mxd_convert.layers import LayerSpec, new_layer
-from mxd_convert.recipe.schema import Base, EvalText
-
-
-def blocks_of(text: Path, tokenizer, folder: Path, tokens: int = 1600, context: int = 32):
-    folder.mkdir(exist_ok=True)
-    return prepare_eval(EvalText(path=str(text), tokens=tokens), context, tokenizer, folder)
-
-
-def with_layers(models, entries: dict[int, tuple[str, dict]]):
-    """The tiny GPT-2 with untrained layers of given kinds, whose rows are random."""
-    base = load_base(Base(model=str(models["gpt2"])))
-    layers = {}
-    for index, (kind, settings) in entries.items():
-        torch.manual_seed(index)
-        hidden = 0 if "coder" in kind else 48
-        experts = (0, 0) if kind == "dense_twin" else (40, 4)
-        shape = LayerSpec(
-            kind, 32, hidden, 32, *experts, activation="gelu_new", **{"skip": kind == "skip_transcoder", **settings}
-        )
-        layers[index] = new_layer(shape)
-        with torch.no_grad():
-            for parameter in layers[index].parameters():
-                parameter.normal_().mul_(0.3)
-            if kind != "dense_twin":
-                layers[index].gate.bias[16:32] = -1e3  # a whole range that never fires
-    return insert_layers(base, layers)
-
-
-@torch.no_grad()
-def loop(model, index: int, blocks, mask_bos: bool) -> dict[int, list[tuple[int, float]]]:
-    """Of every expert that fires, (position, coefficient), token by token."""
-    layer, found = model.mxd_layers()[index], {}
-    for block in range(len(blocks)):
-        ids = blocks.take(slice(block, block + 1))
-        with watching({index: layer}) as seen:
-            model(input_ids=ids)
-        parts, counted = decompose_layer(layer, seen[index].inputs), blocks.counted(ids, mask_bos)
-        for place in range(blocks.context):
-            if counted[0, place]:
-                for n, value in zip(parts.experts[0, place].tolist(), parts.values[0, place].tolist(), strict=True):
-                    if value > 0:
-                        found.setdefault(n, []).append((block * blocks.context + place, value))
-    return found
-
 
 ALL_KINDS = [(kind, {}) for kind in KINDS if kind != "dense_twin"] + [
     ("mxd", {"sparsity": "l1"}),
@@ -77,13 +31,13 @@ ALL_KINDS = [(kind, {}) for kind in KINDS if kind != "dense_twin"] + [
 @pytest.mark.parametrize(("kind", "settings"), ALL_KINDS, ids=str)
 @pytest.mark.parametrize("mask_bos", [True, False])
 def test_figures_and_contexts_equal_an_explicit_loop(models, text, tmp_path, monkeypatch, kind, settings, mask_bos):
-    """Over several batches, pieces and ranges of experts."""
+    """The pass uses several batches, pieces and ranges of experts."""
     monkeypatch.setattr(expert_statistics, "_GATES", 40 * 32 * 7)
     monkeypatch.setattr(firings, "_PIECE", 1000)
-    model, tokenizer = with_layers(models, {1: (kind, settings)}), load_tokenizer(str(models["gpt2"]))
+    model, tokenizer = gpt2_with_layers(models, {1: (kind, settings)}), load_tokenizer(str(models["gpt2"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
     record = collect(model, blocks, tmp_path / "records", mask_bos=mask_bos, quiet=True)[1]
-    expected = loop(model, 1, blocks, mask_bos)
+    expected = firings_by_loop(model, 1, blocks, mask_bos)
     assert record.tokens == blocks.counted(blocks.take(slice(None)), mask_bos).sum()
     assert 0 < len(expected) <= 24
     ranges = list(record.firings.ranges(16, 3000))
@@ -98,20 +52,20 @@ def test_figures_and_contexts_equal_an_explicit_loop(models, text, tmp_path, mon
             check_contexts(shown, n - first, expected.get(n, []), blocks)
 
 
-def check_figures(of, place: int, fired: list[tuple[int, float]]) -> None:
+def check_figures(of, n: int, fired: list[tuple[int, float]]) -> None:
     values = np.array([value for _, value in fired])
-    assert of.count[place] == len(values) == of.histogram[place].sum()
+    assert of.count[n] == len(values) == of.histogram[n].sum()
     if len(values) == 0:
-        assert of.mean[place] == of.largest[place] == of.p99[place] == 0
+        assert of.mean[n] == of.largest[n] == of.p99[n] == 0
         return
-    assert of.mean[place] == pytest.approx(values.mean(), rel=1e-4)
-    assert of.largest[place] == pytest.approx(values.max(), rel=1e-4)
-    assert of.p99[place] == pytest.approx(np.quantile(values, 0.99), rel=1e-4)
+    assert of.mean[n] == pytest.approx(values.mean(), rel=1e-4)
+    assert of.largest[n] == pytest.approx(values.max(), rel=1e-4)
+    assert of.p99[n] == pytest.approx(np.quantile(values, 0.99), rel=1e-4)
     expected = np.histogram(values, bins=BINS, range=(0, values.max()))[0]
-    assert np.abs(of.histogram[place] - expected).sum() <= 2  # a value at a bin's very edge
+    assert np.abs(of.histogram[n] - expected).sum() <= 2  # a value at a bin's very edge
 
 
-def check_contexts(shown, place: int, fired: list[tuple[int, float]], blocks) -> None:
+def check_contexts(shown, n: int, fired: list[tuple[int, float]], blocks) -> None:
     value_at, context = dict(fired), blocks.context
     ids = blocks.ids.reshape(-1)
     top, seen_blocks, seen_texts = [], set(), set()
@@ -124,18 +78,18 @@ def check_contexts(shown, place: int, fired: list[tuple[int, float]], blocks) ->
         if recent not in seen_texts:
             top.append(position)
         seen_texts.add(recent)
-    found = [position for position in shown.top[place].tolist() if position >= 0]
+    found = [position for position in shown.top[n].tolist() if position >= 0]
     assert [value_at[position] for position in found] == pytest.approx([value_at[position] for position in top[:TOP]], rel=1e-4)
     ranked = sorted(value_at.values())
     for band in range(BANDS):
-        rows = [position for position in shown.bands[place, band].tolist() if position >= 0]
+        rows = [position for position in shown.bands[n, band].tolist() if position >= 0]
         low, high = -(-band * len(ranked) // BANDS), -(-(band + 1) * len(ranked) // BANDS)
         assert len(rows) == len(set(rows)) == min(EACH, high - low)
         if rows:
-            assert shown.bounds[place, band].tolist() == pytest.approx([ranked[low], ranked[high - 1]], rel=1e-4)
+            assert shown.bounds[n, band].tolist() == pytest.approx([ranked[low], ranked[high - 1]], rel=1e-4)
         for position in rows:
             assert ranked[low] * 0.9999 <= value_at[position] <= ranked[high - 1] * 1.0001
-    for positions, heat in ((shown.top[place], shown.top_heat[place]), (shown.bands[place], shown.bands_heat[place])):
+    for positions, heat in ((shown.top[n], shown.top_heat[n]), (shown.bands[n], shown.bands_heat[n])):
         for position, row in zip(positions.ravel().tolist(), heat.reshape(-1, BEFORE + 1 + AFTER).tolist(), strict=True):
             for offset, value in enumerate(row, -BEFORE):
                 at = position + offset
@@ -144,8 +98,8 @@ def check_contexts(shown, place: int, fired: list[tuple[int, float]], blocks) ->
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
-def test_what_it_promotes_is_logit_effect(converted, text, tmp_path, family):
-    """Mean and spread of every expert; the spread of those that fire often is of a sample."""
+def test_promoted_tokens_follow_logit_effect(converted, text, tmp_path, family):
+    """Mean and spread agree for every expert; frequent experts have the spread of a sample."""
     model, tokenizer = load_checkpoint(converted[family], dtype="float32"), load_tokenizer(str(converted[family]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text", tokens=320)
     records = collect(model, blocks, tmp_path / "records", mask_bos=False, quiet=True)
@@ -173,9 +127,9 @@ def test_what_it_promotes_is_logit_effect(converted, text, tmp_path, family):
 
 
 @torch.no_grad()
-def test_samples_are_firings_drawn_whatever_the_batches(models, text, tmp_path, monkeypatch):
-    """Each kept vector is a_n u s of a token where the expert fires; larger batches keep the same ones."""
-    model, tokenizer = with_layers(models, {1: ("mxd", {})}), load_tokenizer(str(models["gpt2"]))
+def test_samples_are_the_same_firings_for_any_batch_size(models, text, tmp_path, monkeypatch):
+    """Each stored vector is a_n u s of a token where the expert fires; other batch sizes store the same ones."""
+    model, tokenizer = gpt2_with_layers(models, {1: ("mxd", {})}), load_tokenizer(str(models["gpt2"]))
     layer, blocks = model.mxd_layers()[1], blocks_of(text, tokenizer, tmp_path / "text")
     other = collect(model, blocks, tmp_path / "other", quiet=True)[1]
     monkeypatch.setattr(expert_statistics, "_GATES", 40 * 32 * 3)
@@ -201,8 +155,8 @@ def test_samples_are_firings_drawn_whatever_the_batches(models, text, tmp_path, 
         assert torch.allclose(one.written_NO[n], expected.sum(0), atol=1e-3 * expected.abs().sum(0).max().item())
 
 
-def test_ranks_and_norms_of_the_weights(models):
-    model = with_layers(models, {1: ("mxd", {}), 2: ("transcoder", {})})
+def test_ranks_and_norms_equal_those_of_the_weights(models):
+    model = gpt2_with_layers(models, {1: ("mxd", {}), 2: ("transcoder", {})})
     layer = model.mxd_layers()[1]
     with torch.no_grad():
         layer.experts[3, :5] = 0
@@ -217,16 +171,16 @@ def test_ranks_and_norms_of_the_weights(models):
     assert weights(model.mxd_layers()[2]) is None
 
 
-def test_hashes_are_even():
-    """The draw of examples rests on it: bits of neighbouring numbers are fair."""
+def test_hashes_are_uniform():
+    """The draw of examples depends on it: bits of neighbouring numbers are fair."""
     bits = np.unpackbits(firings.mixed(np.arange(4096), seed=3).view(np.uint8)).reshape(4096, 64).mean(0)
     assert np.abs(bits - 0.5).max() < 0.05
     assert expert_examples.rank_within(np.array([2, 2, 5, 5, 5, 0])).tolist() == [0, 1, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP])
-def test_the_disk_is_asked_before_it_is_written_to_as_memory(code, tmp_path, monkeypatch):
-    """A full disk is an OSError then; in a file of holes it would be a signal that ends the process."""
+def test_disk_space_is_reserved_before_a_file_is_mapped(code, tmp_path, monkeypatch):
+    """A full disk is then an OSError; in a sparse file it would be a signal that ends the process."""
 
     def failing(*_):
         raise OSError(code, os.strerror(code))

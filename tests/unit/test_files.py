@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, and nothing is left over; what comes from anyone is read with one-line errors."""
+"""Files and folders are written completely or not at all, nothing is left over, and files of strangers give one-line errors."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from mxd_convert import files
 from mxd_convert.errors import InputError
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"figure": float("nan"), "list": [1.5, float("inf")]})
     assert json.loads(path.read_text()) == {"figure": None, "list": [1.5, None]}
@@ -29,7 +29,7 @@ def _umask() -> int:
     return mask
 
 
-def test_a_link_is_replaced_and_its_target_left_alone(tmp_path):
+def test_a_link_is_replaced_and_its_target_is_kept(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "precious")
     files.write_text(tmp_path / "link", "new")
@@ -38,7 +38,7 @@ def test_a_link_is_replaced_and_its_target_left_alone(tmp_path):
     assert not (tmp_path / "link").is_symlink()
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_call(tmp_path):
+def test_files_of_a_killed_process_are_removed_by_the_next_call(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from mxd_convert import files\n"
         "with files.temporary_sibling(Path(sys.argv[1]) / 'out') as scratch, files.replacing(Path(sys.argv[1]) / 'file') as temporary:\n"
@@ -48,13 +48,13 @@ def test_what_a_killed_process_left_is_removed_by_the_next_call(tmp_path):
     assert len(os.listdir(tmp_path)) == 2
     with files.temporary_sibling(tmp_path / "out") as scratch:
         files.write_text(tmp_path / "file", "whole")
-        with files.temporary_sibling(tmp_path / "out"):  # one in use is left alone
+        with files.temporary_sibling(tmp_path / "out"):  # a folder in use is kept
             assert scratch.is_dir()
         assert scratch.is_dir()
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_folder_takes_its_place_and_the_older_one_comes_back_where_it_can_not(tmp_path, monkeypatch):
+def test_a_folder_replaces_the_old_one_or_restores_it(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with files.temporary_sibling(tmp_path / "out") as scratch:
@@ -79,7 +79,7 @@ def test_a_folder_takes_its_place_and_the_older_one_comes_back_where_it_can_not(
     ],
     ids=["cut", "encoding", "deep", "list", "digits", "pointer"],
 )
-def test_json_from_anyone_is_read_or_refused_in_a_line(tmp_path, content, words):
+def test_json_from_strangers_is_read_or_refused_in_one_line(tmp_path, content, words):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=words) as refused:
         files.read_mapping(tmp_path / "x.json")
@@ -87,7 +87,7 @@ def test_json_from_anyone_is_read_or_refused_in_a_line(tmp_path, content, words)
     assert "x.json" in str(refused.value)
 
 
-def test_links_that_stay_inside_and_those_of_the_hubs_cache_are_fine(tmp_path):
+def test_links_inside_a_folder_and_into_the_hub_cache_are_accepted(tmp_path):
     cache = tmp_path / "models--a--b"
     (cache / "blobs").mkdir(parents=True)
     (cache / "blobs" / "1").write_text("x")
@@ -101,7 +101,7 @@ def test_links_that_stay_inside_and_those_of_the_hubs_cache_are_fine(tmp_path):
         files.check_links(snapshot)
 
 
-def test_a_lock_is_held_by_one_at_a_time_and_leaves_no_file(tmp_path):
+def test_a_lock_is_exclusive_and_leaves_no_file(tmp_path):
     inside, most = 0, 0
 
     def work():

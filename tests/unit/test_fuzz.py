@@ -1,4 +1,4 @@
-"""The fuzzer and the faults run, at sizes of seconds; what they call BAD is bad. Large counts are for benchmarks/fuzz.py and faults.py."""
+"""The fuzzer and the faults run at sizes of seconds, and their verdicts are right. benchmarks/fuzz.py and faults.py run large counts."""
 
 import os
 import random
@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from project import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -25,13 +25,13 @@ def outcome(status=0, out=b"", err=b"", peak=0):
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_a_command_that_ends_is_ok(status):
+def test_a_command_that_ends_normally_is_ok(status):
     assert judge(outcome(status, b"anything", b"words")).word == OK
 
 
-def test_a_line_and_status_2_is_a_refusal():
+def test_one_line_and_status_2_are_a_refusal():
     assert judge(outcome(2, err=LINE)).word == REFUSED
-    assert judge(outcome(2, err=b"reading the text\n" + LINE)).word == REFUSED  # what it did may be said before
+    assert judge(outcome(2, err=b"reading the text\n" + LINE)).word == REFUSED  # progress may be printed before
 
 
 @pytest.mark.parametrize(
@@ -49,18 +49,18 @@ def test_a_line_and_status_2_is_a_refusal():
         (outcome(2, err=b"mxd-convert: \x1b[31mx: not there\n"), "escape characters"),
     ],
 )
-def test_all_else_is_bad(ended, reason):
+def test_every_other_outcome_is_bad(ended, reason):
     verdict = judge(ended)
     assert verdict.word == BAD
     assert reason in verdict.reason
 
 
 @pytest.mark.parametrize(("out", "word"), [(b'{"a": 1}', OK), (b'{"a": NaN}', BAD), (b"", BAD)])
-def test_json_output_is_strict(out, word):
+def test_json_output_must_be_strict(out, word):
     assert judge(outcome(0, out), wants_json=True).word == word
 
 
-def test_equal_seeds_make_equal_inputs(converted, models, text, tmp_path):
+def test_equal_seeds_give_equal_inputs(converted, models, text, tmp_path):
     made = Fixtures(tmp_path)
     for name, source in (("converted", converted["gpt2"]), ("tiny", models["gpt2"]), ("text.jsonl", text)):
         (tmp_path / name).symlink_to(source)
@@ -74,14 +74,14 @@ def test_equal_seeds_make_equal_inputs(converted, models, text, tmp_path):
         assert twice[0] == twice[1], kind
 
 
-def test_mutations_change_something():
+def test_mutations_change_their_input():
     content = b'{"a": {"b": [1, 2, "three"]}, "c": null}'
     draw = random.Random(0)
     made = {mutations.json_file(content, draw) for _ in range(200)}
     assert len(made) > 150
 
 
-def test_what_is_left_is_found(tmp_path):
+def test_leftover_files_are_found(tmp_path):
     for name in ("out/a", "out/.b", "x.tmp/c", "out.partial/lock.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -96,8 +96,8 @@ def _script(name, *arguments):
     return done
 
 
-def test_some_inputs_of_every_kind():
-    """Two of each; benchmarks/fuzz.py tries thousands."""
+def test_the_fuzzer_runs_every_kind_of_input():
+    """Two inputs of each kind; benchmarks/fuzz.py runs thousands."""
     done = _script("fuzz.py", "--count", "2", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in KINDS:
@@ -105,8 +105,8 @@ def test_some_inputs_of_every_kind():
 
 
 @pytest.mark.slow
-def test_some_faults():
-    """A signal and a full disk; benchmarks/faults.py tries every fault on every command."""
+def test_the_fault_benchmark_runs_a_signal_and_a_full_disk():
+    """One signal and one full disk; benchmarks/faults.py runs every fault on every command."""
     done = _script("faults.py", "--command", "delta", "--only", "SIGTERM", "--only", "file size", "--count", "2", "--cold", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| SIGTERM | delta | 2 | 2 | 0 | 0 |" in done.stdout

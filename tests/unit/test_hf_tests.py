@@ -1,4 +1,4 @@
-"""What `make hf-tests` makes of outcomes and archives; the tests themselves are other libraries' and are not run here."""
+"""How `make hf-tests` compares outcomes and reads archives. The tests of the other libraries are not run here."""
 
 import io
 import sys
@@ -18,7 +18,7 @@ def comparison(**given):
     return outcomes.Comparison.of(["llama", "gpt2"], collector)
 
 
-def test_only_what_is_worse_on_ours_needs_a_reason(tmp_path):
+def test_only_results_worse_than_the_control_need_a_reason(tmp_path):
     compared = comparison(
         llama_control__test_a="passed", llama_ours__test_a="failed",
         llama_control__test_b="passed", llama_ours__test_b="skipped",
@@ -41,7 +41,7 @@ def test_only_what_is_worse_on_ours_needs_a_reason(tmp_path):
     assert compared.table().splitlines()[-1].split() == ["all", "3", "1", "1", "1", "2", "1", "2", "1"]
 
 
-def test_names_of_unittest_and_of_parameters():
+def test_names_of_unittest_and_of_parameters_are_parsed():
     assert outcomes.parse("gpt_neox_ours::test_x_0_a") == ("gpt_neox", "ours", "test_x_0_a")
     assert outcomes.parse("Tests::test_x[gemma3_text_control-1]") == ("gemma3_text", "control", "test_x[1]")
 
@@ -53,7 +53,7 @@ def test_names_of_unittest_and_of_parameters():
         ({"lib-1.0/PKG-INFO": "Version: 1.0\n", "lib-1.0/tests/../../../out.py": ""}, "outside"),
     ],
 )
-def test_archives_that_are_refused(tmp_path, members, problem):
+def test_wrong_versions_and_outside_paths_in_archives_are_refused(tmp_path, members, problem):
     archive = tmp_path / "lib-1.0.tar.gz"
     with tarfile.open(archive, "w:gz") as opened:
         for name, text in members.items():

@@ -1,4 +1,4 @@
-"""The layout of the package: imports run downwards and never in a circle, files stay short, and the architecture page names every room."""
+"""The layout of the package: imports point downwards without cycles, files stay short, the architecture page names every room."""
 
 import ast
 import re
@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from project import ROOT
 
 PACKAGE = ROOT / "mxd_convert"
 PAGE = ROOT / "docs" / "architecture.md"
-# From the ground up. A file imports from its own floor and from those below. `report.schema` is a file that stands on a floor of its own:
-# it is the form of mxd_report.json, a contract as the recipe is.
+# From the lowest floor up. A file imports from its own floor and from those below. `report.schema` has a floor of its own: like the
+# recipe, the form of mxd_report.json is a contract.
 FLOORS = [
     {"errors", "escaping", "files"},
     {"modeling", "recipe", "report.schema"},
@@ -24,7 +24,7 @@ FLOORS = [
 ]
 MOST_FLOORS, MOST_ENTRIES = 8, 24
 LONGEST = 450  # lines of a file of the package
-LONGEST_TEST = 450
+LONGEST_TEST = 400
 STANDARD = {"collections", "contextlib", "contextvars", "numbers", "pathlib", "re", "threading", "types", "typing"}
 
 
@@ -35,7 +35,7 @@ def module_of(path: Path, package: Path = PACKAGE) -> str:
 
 
 def imported(source: str, module: str, modules: set[str]) -> Iterator[str]:
-    """Yield the modules of ours that a file imports, in whatever form and wherever in it."""
+    """Yield the package's modules that a file imports, in any form and anywhere in it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -55,7 +55,7 @@ def imported(source: str, module: str, modules: set[str]) -> Iterator[str]:
 
 @cache
 def graph() -> Mapping[str, frozenset[str]]:
-    """Return what every module imports, by module; the public face, which imports by name when used, is left out."""
+    """Return the imports of every module, except those of the public API, which imports lazily by name."""
     paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}
     return {
         module: frozenset(imported(path.read_text(), module, set(paths))) - {"", module}
@@ -70,7 +70,7 @@ def floor_of(module: str) -> int:
 
 
 def circle(edges: Mapping[str, frozenset[str]]) -> list[str]:
-    """Return the modules of a circle of imports; none where there is no circle."""
+    """Return the modules of a cycle of imports, or an empty list."""
     done: set[str] = set()
 
     def walk(module: str, path: tuple[str, ...]) -> list[str]:
@@ -88,12 +88,12 @@ def circle(edges: Mapping[str, frozenset[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("module", sorted(graph()))
-def test_imports_run_downwards(module):
+def test_imports_point_downwards(module):
     for other in graph()[module]:
         assert floor_of(other) <= floor_of(module), f"{module} imports {other}, which is above it"
 
 
-def test_imports_make_no_circle():
+def test_imports_form_no_cycle():
     assert circle(graph()) == []
 
 
@@ -113,7 +113,7 @@ def test_every_form_of_import_is_seen():
     assert circle({"a": frozenset({"b.c"}), "b.c": frozenset({"a"}), "b": frozenset()}) == ["a", "b.c", "a"]
 
 
-def test_the_house_is_low_and_has_few_rooms():
+def test_the_package_has_few_floors_and_few_rooms():
     entries = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("**/*.py"))}
     assert len(FLOORS) <= MOST_FLOORS
     assert len(entries) <= MOST_ENTRIES, entries
@@ -121,20 +121,20 @@ def test_the_house_is_low_and_has_few_rooms():
     assert rooms == {room for floor in FLOORS for room in floor if "." not in room}
 
 
-def test_a_command_has_the_same_name_below_and_above():
+def test_a_command_has_the_same_name_in_cli_and_commands():
     commands = {path.stem for path in (PACKAGE / "commands").glob("*.py")} - {"__init__"}
     shown = {path.stem for path in (PACKAGE / "cli").glob("*.py")} - {"__init__", "__main__", "app", "figures", "signals"}
     assert commands == shown
 
 
-def test_the_command_line_calls_the_public_face_only():
+def test_the_command_line_calls_only_the_public_api():
     allowed = {"cli", "errors", "escaping", "files", "checkpoint.registration", "training.distributed"}
     for module, others in graph().items():
         if module.split(".")[0] == "cli":
             assert {other for other in others if other.split(".")[0] != "cli"} <= allowed, module
 
 
-def test_what_ships_in_a_checkpoint_imports_nothing_of_ours():
+def test_code_shipped_in_a_checkpoint_imports_nothing_of_the_package():
     for path in (PACKAGE / "modeling").glob("*.py"):
         assert {other.split(".")[0] for other in graph()[module_of(path)]} <= {"modeling"}
         absolute = {
@@ -143,7 +143,7 @@ def test_what_ships_in_a_checkpoint_imports_nothing_of_ours():
         assert {name.split(".")[0] for name in absolute} <= {"torch", "transformers", *STANDARD}
 
 
-def test_layers_know_neither_files_nor_models():
+def test_layers_import_neither_files_nor_models():
     for module, others in graph().items():
         if module.split(".")[0] == "layers":
             assert {other.split(".")[0] for other in others - {"recipe.kinds"}} <= {"layers", "modeling"}
@@ -159,8 +159,19 @@ def test_test_files_stay_short():
         assert len(path.read_text().splitlines()) <= LONGEST_TEST, path.name
 
 
+def test_test_modules_import_neither_each_other_nor_conftest():
+    paths = [path for folder in ("unit", "promises", "families") for path in (ROOT / "tests" / folder).glob("*.py")]
+    forbidden = {"conftest", *(path.stem for path in paths)}
+    assert len(forbidden) > 40
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {part for name in names for part in name.split(".")} & forbidden, f"{path.name} imports {names}"
+
+
 def rows_of(page: str) -> dict[str, str]:
-    """Return the rows of the page's table of rooms: what it says, by room."""
+    """Return the text of every row in the page's table of rooms, by room."""
     rows = [line.strip("| ").split(" | ", 1) for line in page.splitlines() if line.startswith("| `")]
     return {name.strip("`/").removesuffix(".py"): text for name, text in rows}
 
@@ -178,7 +189,7 @@ def test_every_room_has_a_row_in_the_architecture_page():
             assert f"`{name}" in rows[room], f"docs/architecture.md does not say what {room}/{name} is"
 
 
-def test_the_pages_table_is_read():
+def test_the_table_of_the_page_is_parsed():
     assert rows_of("# Rooms\n\n| room | what is there |\n|---|---|\n| `data/` | `blocks.py`: tokens |\n") == {
         "data": "`blocks.py`: tokens"
     }

@@ -1,4 +1,4 @@
-"""The end of a training, all layers together in the model: what it learns, that it goes on after a cut, and that processes share it."""
+"""The joint stage trains all layers together in the model, resumes after an interruption, and is shared by processes."""
 
 import json
 import subprocess
@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import small_recipe
+from comparisons import assert_the_same
+from interruptions import interrupted_run
+from processes import two_processes
 from safetensors.torch import load_file
-from test_processes import two_processes
-from test_training import assert_the_same
+from small_runs import small_recipe
 from transformers import AutoModelForCausalLM
 
 import mxd_convert
@@ -23,7 +24,6 @@ from mxd_convert.plan import memory
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.joint import JointStage, LayerInModel, piece_tokens
 from mxd_convert.training.loop import JOINT, Training, memory_advice
-from mxd_convert.training.stage import Stage
 
 SHARE = {"joint": 0.4}
 
@@ -43,8 +43,8 @@ def layers_for(source, kind="mxd"):
 
 
 @pytest.fixture
-def finishing(source, models, text, tmp_path):
-    """A finish of two layers of a tiny Llama."""
+def joint_stage(source, models, text, tmp_path):
+    """Return a function that makes a joint stage of two layers of a tiny Llama."""
 
     def make(kind="mxd", steps=30, **changes):
         plain = small_recipe(models["llama"], text, tmp_path / "out", train={"lr": 3e-2, "k_init": 4, "init": "tokens"})
@@ -57,9 +57,9 @@ def finishing(source, models, text, tmp_path):
 
 
 @torch.no_grad()
-def test_its_losses_are_those_of_the_checkpoint(finishing):
-    """KL against the logits of a converted model as surgery makes it; the layers' own loss from its hidden states."""
-    stage = finishing()
+def test_the_losses_equal_those_of_the_checkpoint(joint_stage):
+    """The KL is that of a model converted by surgery; the losses of the layers come from its hidden states."""
+    stage = joint_stage()
     source = stage.source
     rows = stage._rows(0)[:3]
     kl, own, counted = stage._forward(rows)
@@ -79,19 +79,19 @@ def test_its_losses_are_those_of_the_checkpoint(finishing):
         assert own[index].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_what_a_family_does_to_an_mlps_output_in_place_is_not_seen(finishing):
-    """Falcon adds the attention's output to it."""
-    layer = finishing().layers[0]
-    place = LayerInModel(layer, "fp32")
-    output = place(torch.randn(2, 3, layer.d_in))
-    kept = place.output.detach().clone()
+def test_an_in_place_change_of_the_output_is_not_seen(joint_stage):
+    """Falcon adds the output of attention in layer_in_model."""
+    layer = joint_stage().layers[0]
+    layer_in_model = LayerInModel(layer, "fp32")
+    output = layer_in_model(torch.randn(2, 3, layer.d_in))
+    kept = layer_in_model.output.detach().clone()
     output += 1.0
-    assert place.output.equal(kept)
+    assert layer_in_model.output.equal(kept)
 
 
-def test_its_gradients_are_those_of_the_whole_step(finishing):
-    """Pieces add up: gradients of a step in pieces of one block are those of the mean over the step, by autograd in one go."""
-    stage = finishing()
+def test_the_gradients_equal_those_of_the_whole_step(joint_stage):
+    """Gradients summed over pieces of one block equal those of the whole step by autograd."""
+    stage = joint_stage()
     stage.prepare()
     parameters = [parameter for layer in stage.layers.values() for parameter in layer.parameters()]
     sinks = {index: layer.sinks for index, layer in stage.layers.items()}
@@ -112,8 +112,8 @@ def test_its_gradients_are_those_of_the_whole_step(finishing):
 
 
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate"])
-def test_it_brings_the_model_closer(finishing, kind):
-    stage = finishing(kind)
+def test_the_joint_stage_reduces_the_kl_to_the_base(joint_stage, kind):
+    stage = joint_stage(kind)
     before, _, _ = stage._forward(stage._rows(0))
     still = stage.layers[0].gate.weight.clone() if kind == "random_gate" else None
     stage.train(Interrupt())
@@ -126,15 +126,15 @@ def test_it_brings_the_model_closer(finishing, kind):
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in stage.source.base.parameters())
 
 
-def test_the_two_losses_weigh_the_same_at_first(finishing):
-    stage = finishing()
+def test_both_losses_have_the_same_weight_at_first(joint_stage):
+    stage = joint_stage()
     stage.prepare()
     kl, own, _ = stage._forward(stage._rows(0)[: stage._blocks_a_piece()])
     assert stage.weight * sum(loss.item() for loss in own.values()) == pytest.approx(kl.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
-def test_a_run_with_a_finish(models, text, tmp_path, family):
+def test_a_run_with_a_joint_stage_logs_both_stages(models, text, tmp_path, family):
     result = convert(small_recipe(models[family], text, tmp_path / "out", train=SHARE), quiet=True)
     lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
@@ -143,36 +143,27 @@ def test_a_run_with_a_finish(models, text, tmp_path, family):
     assert lines[-1]["tokens"] == 4096
     assert set(lines[-1]["layers"]) == {"0", "1", "2"}
     assert 0 < lines[-1]["lr"] < lines[0]["lr"]
-    assert ["kl" in line for line in lines] == [line["step"] > 10 for line in lines]  # of 16, 6 are the finish's
+    assert ["kl" in line for line in lines] == [line["step"] > 10 for line in lines]  # the last 6 of 16 are the joint stage's
     assert lines[-1]["kl"] > 0
     ours, theirs = load_file(result.output / "model.safetensors"), load_file(models[family] / "model.safetensors")
-    shared = ours.keys() & theirs.keys()  # the model that was trained in is left as it was, but for the layers
+    shared = ours.keys() & theirs.keys()  # training changes nothing in the model but the layers
     assert len(shared) > 10
     assert all(torch.equal(ours[name], theirs[name]) for name in shared)
 
 
 @pytest.mark.parametrize("step", [1, 6])
-def test_a_finish_that_was_cut_off_goes_on_and_ends_the_same(models, text, tmp_path, monkeypatch, step):
+def test_a_joint_stage_that_was_interrupted_resumes_and_ends_the_same(models, text, tmp_path, step):
     settings = {"train": SHARE, "data": {"tokens": 8192}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
-    take = Stage._step
-
-    def interrupted(self, number, interrupt):
-        interrupt.requested = isinstance(self, JointStage) and number == step
-        take(self, number, interrupt)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stage, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            convert(recipe, quiet=True)
+    interrupted_run(recipe, step, JointStage)
     assert (tmp_path / "cut.partial" / "state" / JOINT).is_dir()
     done = convert(recipe, quiet=True)
-    assert done.report["cost"]["resumed_at_steps"] == [19 + step + 1]  # of 32 steps 13 are the finish's
+    assert done.report["cost"]["resumed_at_steps"] == [19 + step + 1]  # the last 13 of 32 steps are the joint stage's
     assert_the_same(done, whole)
 
 
-def test_groups_and_order_change_nothing_in_it(models, text, tmp_path, monkeypatch):
+def test_the_joint_stage_is_independent_of_groups_and_order(models, text, tmp_path, monkeypatch):
     settings = {"data": {"tokens": 8192}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings, train=SHARE), quiet=True)
     plan = mxd_convert.make_plan(mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "split", **settings)))
@@ -200,7 +191,7 @@ def test_groups_and_order_change_nothing_in_it(models, text, tmp_path, monkeypat
     ("device", "vocabulary", "tokens"),
     [("cpu", 512, 1024), ("cuda", 512, 4096), ("cuda", 50_257, 2670), ("cuda", 128_256, 1046), ("cuda", 262_144, 1024)],
 )
-def test_a_gpu_takes_larger_pieces_while_their_logits_allow(device, vocabulary, tokens):
+def test_a_gpu_uses_larger_pieces_if_their_logits_fit(device, vocabulary, tokens):
     assert piece_tokens(device, vocabulary) == tokens
 
 
@@ -224,21 +215,21 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
-def test_on_a_gpu_it_learns_what_it_learns_on_a_cpu(models, text, tmp_path, family):
-    """In processes of their own, since accelerate settles on a device once; on the GPU cut off in the finish, and gone on with."""
+def test_the_joint_stage_learns_the_same_on_a_gpu_as_on_a_cpu(models, text, tmp_path, family):
+    """Each device has its process, since accelerate chooses a device once. The joint stage is interrupted and resumed."""
     lines = {}
     for device in ("cpu", "cuda"):
         train = {**SHARE, "device": device, "init": "tokens", "k_init": 8}
         recipe = small_recipe(models[family], text, tmp_path / device, data={"tokens": 8192}, train=train)
         done = subprocess.run([sys.executable, "-c", IN_PIECES, json.dumps(recipe)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == "[25]"  # of 32 steps 13 are the finish's
+        assert done.stdout.strip() == "[25]"  # the last 13 of 32 steps are the joint stage's
         lines[device] = [json.loads(line) for line in (tmp_path / device / "training_log.jsonl").read_text().splitlines()]
-    finish = [[line["kl"] for line in lines[device] if "kl" in line] for device in ("cpu", "cuda")]
-    assert finish[0][-1] < finish[0][0]
-    assert finish[1] == pytest.approx(finish[0], rel=1e-2)
-    # not weight by weight: which of two experts a top-k takes is the device's choice where they are equal. When layers could start with
-    # equal experts, those weights were a tenth apart on an H100, and as far on a CPU whose ties fell the other way, with 3e-3 of the KL
+    joint = [[line["kl"] for line in lines[device] if "kl" in line] for device in ("cpu", "cuda")]
+    assert joint[0][-1] < joint[0][0]
+    assert joint[1] == pytest.approx(joint[0], rel=1e-2)
+    # Weights are not compared: devices may choose different experts where two are equal. With equal experts at initialisation, weights
+    # differed by a tenth between an H100 and a CPU, and between two orders of ties on a CPU, while the KL differed by 3e-3 of it.
     ids = torch.randint(5, 300, (8, 32), generator=torch.Generator().manual_seed(0))
     base, *learnt = (log_probabilities(path, ids) for path in (models[family], tmp_path / "cpu", tmp_path / "cuda"))
     assert divergence(*learnt) <= 0.02 * divergence(base, learnt[0])
@@ -254,7 +245,7 @@ def divergence(one, other):
 
 
 @pytest.mark.parametrize("distribute", ["data", "layers"])
-def test_two_processes_share_the_finish(models, text, tmp_path, distribute):
+def test_two_processes_share_the_joint_stage(models, text, tmp_path, distribute):
     settings = {"data": {"tokens": 16_384}}
     one = convert(small_recipe(models["llama"], text, tmp_path / "one", **settings, train=SHARE), quiet=True)
     recipe = tmp_path / "recipe.yaml"
@@ -268,7 +259,7 @@ def test_two_processes_share_the_finish(models, text, tmp_path, distribute):
         assert torch.allclose(ours[name], tensor, atol=1e-3), name
 
 
-def test_what_a_finish_can_not_do_is_refused(refused, recipe, monkeypatch):
+def test_impossible_joint_stages_are_refused(refused, recipe, monkeypatch):
     refused("run", recipe(train={"joint": 1.0}), words=("train.joint", "1.0"))
     refused("run", recipe(train={"joint": 0.3}, layer={"sparsity": "l1"}), words=("train.joint", "l1", "0"))
     refused("run", recipe(train={"joint": 0.3}, base={"dtype": "float16"}), words=("train.joint", "0.3", "base.dtype: float32"))
@@ -279,12 +270,12 @@ def test_what_a_finish_can_not_do_is_refused(refused, recipe, monkeypatch):
     refused("run", recipe(train={"joint": 0.3}), words=("train.joint", "GiB", "Set train.joint: 0", "layer.experts"))
 
 
-def test_out_of_memory_does_not_send_to_where_it_is_refused(models, text, tmp_path):
-    """Less memory a pass does not help a finish, which takes all layers at once."""
-    plain, finishing = (
+def test_advice_on_memory_names_no_setting_that_is_refused(models, text, tmp_path):
+    """A smaller pass does not help a joint stage, which needs all layers at once."""
+    plain, joint_stage = (
         mxd_convert.load_recipe(small_recipe(models["llama"], text, tmp_path / "out", train={"joint": share}))
         for share in (0.0, 0.3)
     )
     assert "train.memory_gib" in memory_advice(plain)
-    assert "train.memory_gib" not in memory_advice(finishing)
-    assert "train.joint: 0 (0.3)" in memory_advice(finishing)
+    assert "train.memory_gib" not in memory_advice(joint_stage)
+    assert "train.joint: 0 (0.3)" in memory_advice(joint_stage)

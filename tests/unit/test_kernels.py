@@ -1,7 +1,7 @@
-"""The Triton kernels against the reference in float64: under Triton's interpreter on any machine, and on the GPU where there is one.
+"""The Triton kernels equal the reference in float64: in Triton's interpreter on any machine, and on a GPU if there is one.
 
-How triton runs is settled when it is imported, so each mode has a process of its own: this file, run as a script. It does all cases
-of the mode and prints {case: outcome}; an outcome is the error as a share of what is allowed, or the traceback of a case that failed.
+Triton chooses its mode on import, so each mode has its process: this file, run as a script. It runs all cases of the mode and
+prints {case: outcome}. An outcome is the error as a share of the allowed error, or the traceback of a failed case.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ POPULAR = (600, 2, 13, 3)  # with expert 0 active for every token
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str, popular: bool = False) -> tuple[torch.Tensor, ...]:
-    """Weights of which about half are zero, indices, rows, left."""
+    """Draw weights, about half of them zero, with indices, rows and left factors."""
     tokens, k, n_experts, width = shape
     generator = torch.Generator().manual_seed(tokens + width)
 
@@ -54,9 +54,9 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, device: str, popular: bool 
 
 
 def error(found: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> float:
-    """As a share of what rounding the result, and the sum of terms whose absolute values add up to `magnitude`, excuses.
+    """Return the error as a share of the rounding error of a sum of terms whose absolute values add up to `magnitude`.
 
-    The result may be off by a whole unit in its last place: the interpreter cuts bfloat16 off where a GPU rounds it.
+    The result may differ by a unit in its last place: the interpreter truncates bfloat16, a GPU rounds it.
     """
     assert found.shape == exact.shape
     summed = torch.finfo(torch.promote_types(found.dtype, torch.float32))
@@ -65,7 +65,7 @@ def error(found: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> 
 
 
 def exactly(operation: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the reference in float64, and with all terms positive."""
+    """Compute a reference in float64, and the same with all terms positive."""
     wide = [argument.cpu().double() if argument.is_floating_point() else argument.cpu() for argument in arguments]
     positive = [argument.abs() if argument.is_floating_point() else argument for argument in wide]
     return operation(*wide), operation(*positive)
@@ -89,7 +89,7 @@ def shape_case(name: str, dtype: torch.dtype, operation: str) -> Callable[[str],
             mine, theirs = getattr(kernels, operation), getattr(reference, operation)
         found = mine(*arguments)
         assert found.dtype == dtype
-        if device == "cuda":  # where programs run in any order
+        if device == "cuda":  # programs run in any order there
             assert torch.equal(found, mine(*arguments))
         return error(found, *exactly(theirs, *arguments))
 
@@ -213,7 +213,7 @@ LAYERS = {
 
 
 def layer_case(name: str, with_sinks: bool) -> Callable[[str], float]:
-    """Values and gradients of a layer of `autograd.py` on the kernels."""
+    """Compare values and gradients of a layer of `autograd.py` on the kernels."""
 
     def run(device: str) -> float:
         from mxd_convert.layers.sparse_ops import RowGradient, autograd, kernels
@@ -251,7 +251,7 @@ for name, with_sinks in itertools.product(LAYERS, (False, True)):
 
 
 def compile_case(dtype: torch.dtype, capability: int) -> Callable[[str], float]:
-    """The interpreter takes much that the compiler refuses, and the compiler needs no GPU. What is compiled is what is launched."""
+    """Compile the launched kernels. The compiler refuses code that the interpreter accepts, and needs no GPU."""
     names = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "int16": "i16", "int32": "i32", "int64": "i64"}
     compiled = set()
 
@@ -266,10 +266,12 @@ def compile_case(dtype: torch.dtype, capability: int) -> Callable[[str], float]:
         for name, argument in given.items():
             if isinstance(argument, torch.Tensor):
                 signature[name] = "*" + names[str(argument.dtype).removeprefix("torch.")]
-                argument.zero_()  # what was not computed is looked up next
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+                argument.zero_()  # the next launch must not reuse it
+        values_by_index = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         made = build(
-            ASTSource(kernel, signature, places), target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
+            ASTSource(kernel, signature, values_by_index),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": num_warps},
         )
         assert made.asm["cubin"]
         compiled.add(kernel.__name__)
@@ -298,7 +300,7 @@ MODES = {"interpreter": CASES, "compiler": COMPILED, "cuda": CASES}
 
 
 def run_all(mode: str) -> dict[str, float | str]:
-    """In the process of the mode."""
+    """Run all cases of a mode in its process."""
     from mxd_convert.layers.sparse_ops import autograd, kernels
 
     if mode == "interpreter":
@@ -336,7 +338,7 @@ def outcomes(request, tmp_path_factory) -> dict[str, float | str]:
         pytest.skip(why)
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which the workers share, so that one of them does the work
+        folder = folder.parent  # workers share this folder, so that only one runs the mode
     path = folder / f"kernels-{mode}.json"
     with FileLock(f"{path}.lock"):
         if not path.exists():
@@ -355,7 +357,7 @@ def test_kernels_equal_the_reference(outcomes, name):
     assert outcomes[name] <= 1
 
 
-def test_without_triton_there_are_no_kernels_and_no_error(monkeypatch):
+def test_a_missing_triton_disables_the_kernels_without_an_error(monkeypatch):
     from mxd_convert.layers.sparse_ops import kernels
 
     assert kernels.AVAILABLE is (importlib.util.find_spec("triton") is not None)

@@ -1,4 +1,4 @@
-"""The layers that an MxD is compared with: what they compute, that they train in the same engine, and what a report says of them."""
+"""The layers compared with an MxD: their formulas, their training in the same engine, and their reports."""
 
 import json
 from dataclasses import replace
@@ -6,41 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import small_recipe
+from random_layers import KINDS, I, K, N, O, shape_of, small_layer
 from safetensors.torch import load_file
+from small_runs import small_recipe
 from transformers import AutoModelForCausalLM
 
 import mxd_convert
 from mxd_convert import convert
 from mxd_convert.checkpoint.read import load_checkpoint
-from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
+from mxd_convert.layers import new_layer, normalised_mse
 from mxd_convert.modeling import configuration_mxd, layers_mxd
 from mxd_convert.modeling.layers_mxd import build_layer
 from mxd_convert.recipe import kinds
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.stage import Stage
 
-I, H, O, N, K = 7, 11, 5, 13, 4
-KINDS = ("mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate")
-
-
-def shape_of(kind: str, **settings) -> LayerSpec:
-    hidden = 0 if "coder" in kind else H
-    experts = (0, 0) if kind == "dense_twin" else (N, K)
-    return LayerSpec(kind, I, hidden, O, *experts, **{"skip": kind == "skip_transcoder", **settings})
-
-
-def random_layer(kind: str, **settings):
-    torch.manual_seed(0)
-    layer = new_layer(shape_of(kind, **settings)).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-    return layer
-
 
 def definition(layer, x):
-    """What each kind computes, from the formulas alone."""
+    """Return the output of a kind from its formula."""
     y = torch.ones(len(x), O, dtype=x.dtype)
     if layer.kind != "dense_twin":
         a = torch.relu(x @ layer.gate.weight.T + layer.gate.bias)
@@ -56,8 +39,8 @@ def definition(layer, x):
 @pytest.mark.parametrize(
     ("kind", "settings"), [(kind, {}) for kind in KINDS] + [(kind, {"sparsity": "l1"}) for kind in KINDS if kind != "dense_twin"]
 )
-def test_every_kind_is_its_formula_in_training_and_in_the_checkpoint(kind, settings):
-    layer, x = random_layer(kind, **settings), torch.randn(6, I, dtype=torch.float64, requires_grad=True)
+def test_every_kind_equals_its_formula_in_training_and_in_the_checkpoint(kind, settings):
+    layer, x = small_layer(kind, **settings), torch.randn(6, I, dtype=torch.float64, requires_grad=True)
     assert (layer(x) - definition(layer, x)).abs().max() < 1e-10
     shipped = build_layer(layer.entry()).double()
     shipped.load_state_dict(layer.state_dict())
@@ -72,7 +55,7 @@ def test_every_kind_is_its_formula_in_training_and_in_the_checkpoint(kind, setti
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_training_changes(kind):
+def test_training_changes_exactly_the_trainable_tensors(kind):
     torch.manual_seed(0)
     layer = new_layer(shape_of(kind))
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -90,7 +73,7 @@ def test_what_training_changes(kind):
 
 @pytest.fixture(scope="module")
 def finished(models, text, tmp_path_factory):
-    """A conversion of each kind, each from the same recipe but for the kind."""
+    """Convert one recipe with each kind of layer."""
     folder = tmp_path_factory.mktemp("kinds")
     made = {}
     for kind in KINDS:
@@ -100,8 +83,8 @@ def finished(models, text, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_goes_through_the_same_engine(finished, mxd, kind):
-    """Plan, training, surgery, a checkpoint that verifies with and without the package, report and card."""
+def test_every_kind_passes_through_the_same_engine(finished, mxd, kind):
+    """The stages are plan, training, surgery, a checkpoint that verifies with and without the package, report and card."""
     result = finished[kind]
     entry = json.loads((result.output / "config.json").read_text())["mxd"]["layers"]["2"]
     assert entry["kind"] == kind
@@ -119,7 +102,7 @@ def test_every_kind_goes_through_the_same_engine(finished, mxd, kind):
         assert 0 < layer["l0"] <= 4
         assert reliance["routing_necessity"] is not None
     if kind == "transcoder":
-        assert reliance["gate_share"] == pytest.approx(1.0, abs=1e-9)  # all of y is the sparse code's
+        assert reliance["gate_share"] == pytest.approx(1.0, abs=1e-9)  # y consists of expert outputs only
     if kind == "skip_transcoder":
         assert 0 < reliance["gate_share"] < 1
     model = AutoModelForCausalLM.from_pretrained(result.output)
@@ -127,7 +110,7 @@ def test_every_kind_goes_through_the_same_engine(finished, mxd, kind):
 
 
 class Sum(layers_mxd.MxD):
-    """Gain and linear factor added, where an MxD multiplies them."""
+    """Add gain and linear factor instead of multiplying them."""
 
     kind = "sum"
 
@@ -135,7 +118,7 @@ class Sum(layers_mxd.MxD):
         return self.gain_of(coefficients) + self.linear(x) + self.output_bias
 
 
-def test_a_new_kind_is_a_class_a_row_and_the_form_of_its_entry(models, text, tmp_path, monkeypatch):
+def test_a_new_kind_needs_a_class_a_row_and_a_config_entry(models, text, tmp_path, monkeypatch):
     monkeypatch.setitem(layers_mxd.LAYERS, "sum", Sum)
     monkeypatch.setitem(kinds.KINDS, "sum", replace(kinds.KINDS["mxd"], name="sum", title="sum of both"))
     monkeypatch.setitem(configuration_mxd.KINDS, "sum", configuration_mxd.KINDS["mxd"])
@@ -149,15 +132,15 @@ def test_a_new_kind_is_a_class_a_row_and_the_form_of_its_entry(models, text, tmp
     torch.testing.assert_close(layer(x) - layer.output_bias, layer.gain_of(layer.encode(x)) + layer.linear(x))
 
 
-def test_the_three_places_that_know_a_kind_agree():
+def test_the_three_tables_of_kinds_agree():
     assert kinds.KINDS.keys() == layers_mxd.LAYERS.keys() == configuration_mxd.KINDS.keys()
     for name, (sizes, _) in configuration_mxd.KINDS.items():
         assert kinds.KINDS[name].has_experts == ("n_experts" in sizes)
         assert kinds.KINDS[name].has_linear == ("d_hidden" in sizes)
 
 
-def test_k_is_one_value():
-    layer = random_layer("mxd")
+def test_k_is_stored_once():
+    layer = small_layer("mxd")
     assert (layer.k, layer.expert_acts.k) == (K, K)
     layer.k = 2
     assert layer.expert_acts.k == 2
@@ -168,7 +151,7 @@ def test_k_is_one_value():
         layer.k = 0
 
 
-def test_k_of_a_model_is_saved_as_it_was_set(converted, tmp_path):
+def test_a_changed_k_is_saved_with_the_model(converted, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(converted["gpt2"])
     for layer in model.mxd_layers().values():
         layer.k = 1
@@ -178,8 +161,8 @@ def test_k_of_a_model_is_saved_as_it_was_set(converted, tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_kinds_start_from_the_same_draw_and_see_the_same_text(finished, models, text, tmp_path):
-    """A random gate is the very gate that the MxD starts with; the dense twin's text and tokens are the MxD's."""
+def test_all_kinds_share_their_initialisation_and_their_text(finished, models, text, tmp_path):
+    """A random gate is the initial gate of the MxD; the dense twin sees the same text and tokens."""
     plan = mxd_convert.make_plan(
         mxd_convert.load_recipe(
             yaml.safe_load((finished["mxd"].output / "recipe.yaml").read_text())
@@ -213,8 +196,8 @@ def test_plan_shows_the_kind(mxd, recipe):
             assert part in out
 
 
-def test_the_dense_twin_of_a_run_is_the_one_that_is_trained_alone(finished, models, text, tmp_path, monkeypatch):
-    """Also where the run is cut off while the twin is being trained."""
+def test_the_dense_twin_of_a_run_equals_one_trained_alone(finished, models, text, tmp_path, monkeypatch):
+    """The run is interrupted while it trains the twin."""
     settings = {
         "layers": [0, 2],
         "layer": {"k": 4, "experts": "auto", "expansion": 8},
@@ -244,11 +227,11 @@ def test_the_dense_twin_of_a_run_is_the_one_that_is_trained_alone(finished, mode
     assert finished["mxd"].report["reliance"]["dense_twin"] is None
 
 
-def test_a_transcoder_has_no_twin(recipe, refused):
+def test_a_transcoder_refuses_a_dense_twin(recipe, refused):
     refused("plan", recipe(layer={"kind": "transcoder"}, train={"twin": True}), words=("train.twin", "layer.kind: mxd"))
 
 
-def test_plan_counts_the_twin_in(planned_with):
+def test_plan_includes_the_dense_twin(planned_with):
     plain, twin = planned_with({}), planned_with({"twin": True})
     assert twin["flops_per_token"] > plain["flops_per_token"]
     assert twin["disk_bytes"] > plain["disk_bytes"]

@@ -1,4 +1,4 @@
-"""The layer equals the explicit sum over its experts, starts as in the paper, and learns by the paper's loss."""
+"""The layer equals the explicit sum over its experts, and has the paper's initialisation and loss."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def random_layer(**settings) -> MxD:
 
 
 def explicit_sum(layer: MxD, x: torch.Tensor) -> torch.Tensor:
-    """sum_n a_n W_n^T z + b with every W_n materialised, from the definitions alone (paper, equations 2 to 4)."""
+    """Return sum_n a_n W_n^T z + b with every W_n materialised (paper, equations 2 to 4)."""
     gate = torch.relu(x @ layer.gate.weight.T + layer.gate.bias)
     if layer.sparsity == "topk":
         kept = torch.zeros_like(gate)
@@ -33,7 +33,7 @@ def explicit_sum(layer: MxD, x: torch.Tensor) -> torch.Tensor:
                 kept[row, n] = values[n]
         gate = kept
     act = ACT2FN[layer.activation].double()
-    act.load_state_dict(layer.act.state_dict())  # of an activation that is learnt
+    act.load_state_dict(layer.act.state_dict())  # an activation with a learnt parameter
     hidden = x @ layer.encoder.weight.T + layer.encoder.bias
     z = act(x @ layer.encoder_gate.weight.T + layer.encoder_gate.bias) * hidden if layer.glu else act(hidden)
     y = torch.zeros(len(x), layer.d_out, dtype=x.dtype)
@@ -48,14 +48,14 @@ def explicit_sum(layer: MxD, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
 @pytest.mark.parametrize("skip", [False, True])
 @torch.no_grad()
-def test_equals_the_explicit_sum_over_experts(glu, sparsity, skip):
+def test_the_layer_equals_the_explicit_sum_over_experts(glu, sparsity, skip):
     layer, x = random_layer(glu=glu, sparsity=sparsity, skip=skip), torch.randn(6, I, dtype=torch.float64)
     assert (layer(x) - explicit_sum(layer, x)).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("activation", sorted(set(ACT2FN.keys())))
 @torch.no_grad()
-def test_every_activation_that_transformers_names(activation):
+def test_every_activation_of_transformers_works(activation):
     try:
         ACT2FN[activation]
     except ImportError as error:  # an activation whose own library is not installed
@@ -68,14 +68,14 @@ def test_every_activation_that_transformers_names(activation):
 
 @pytest.mark.parametrize(("n_experts", "k"), [(1, 1), (13, 1), (13, 13)])
 @torch.no_grad()
-def test_any_number_of_experts(n_experts, k):
+def test_any_number_of_experts_works(n_experts, k):
     layer, x = random_layer(n_experts=n_experts, k=k), torch.randn(2, 3, I, dtype=torch.float64)
     assert (layer(x) - explicit_sum(layer, x.flatten(0, 1)).view(2, 3, O)).abs().max() < 1e-10
     assert layer(x[:0]).shape == (0, 3, O)
 
 
 @torch.no_grad()
-def test_expert_weight_is_the_map_of_that_expert_alone():
+def test_expert_weight_is_the_linear_map_of_one_expert():
     layer, x = random_layer(), torch.randn(1, I, dtype=torch.float64)
     values, indices = layer.encode(x)
     z = layer.hidden(x)
@@ -87,7 +87,7 @@ def test_expert_weight_is_the_map_of_that_expert_alone():
 
 
 @torch.no_grad()
-def test_encode_gives_zero_where_a_gate_is_not_positive():
+def test_encode_returns_zero_for_gates_that_are_not_positive():
     layer = random_layer()
     layer.gate.bias.fill_(-1e3)
     layer.gate.bias[3] = 1e3
@@ -110,7 +110,7 @@ def test_gradients_equal_those_of_the_dense_formulation():
         assert (mine - dense).abs().max() <= 1e-10 * dense.abs().max().clamp_min(1)
 
 
-def test_the_start_is_the_papers():
+def test_the_initialisation_is_that_of_the_paper():
     torch.manual_seed(0)
     layer = MxD(64, 96, 48, 200, 8, glu=True, skip=True)
     assert not layer.decoder.weight.any()
@@ -123,7 +123,7 @@ def test_the_start_is_the_papers():
     assert not layer(torch.randn(3, 64)).any()
 
 
-def test_the_constraint_on_the_experts():
+def test_gradients_of_experts_are_projected_off_their_unit_rows():
     layer = random_layer()
     with torch.no_grad():
         normalise(layer.experts)
@@ -134,7 +134,7 @@ def test_the_constraint_on_the_experts():
     assert torch.allclose(before - gradient, (before * rows).sum(-1, keepdim=True) * rows)
 
 
-def test_the_loss_is_the_papers():
+def test_the_loss_is_that_of_the_paper():
     y_hat, y = torch.randn(9, 5), torch.randn(9, 5)
     expected = sum(((a - b) ** 2 / b.norm()).mean() for a, b in zip(y_hat, y, strict=True)) / 9
     assert normalised_mse(y_hat, y).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -143,11 +143,11 @@ def test_the_loss_is_the_papers():
     assert normalised_mse(y_hat, y, weight).item() == pytest.approx(kept.item(), rel=1e-5)
     assert torch.isfinite(normalised_mse(y_hat, torch.zeros(9, 5)))
     sink = y.clone()
-    sink[1] *= 1e6  # its weight is 0: not even the least norm that others are taken to have hangs on it
+    sink[1] *= 1e6  # its weight is 0, so it does not affect the minimum norm of the others
     assert normalised_mse(torch.where(y == sink, y_hat, sink), sink, weight).item() == pytest.approx(kept.item(), rel=1e-5)
 
 
-def test_the_losses_gradient_is_autograds():
+def test_the_gradient_of_the_loss_equals_autograd():
     y_hat, y = torch.randn(9, 5, dtype=torch.float64, requires_grad=True), torch.randn(9, 5, dtype=torch.float64)
     weight = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 0, 1], dtype=torch.float64)
     for kept in (None, weight):
@@ -161,7 +161,7 @@ def test_the_losses_gradient_is_autograds():
     ("d_in", "d_hidden", "glu", "expected"),
     [(768, 3072, False, 21_504), (1024, 4096, False, 28_672), (2048, 8192, False, 57_344), (3072, 8192, True, 86_015)],
 )
-def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
+def test_matched_expert_counts_equal_those_of_the_paper(d_in, d_hidden, glu, expected):
     shape = LayerSpec("mxd", d_in, d_hidden, d_in, 0, 32, glu=glu).match_parameters(32)
     assert shape.n_experts == expected
     width = 32 * d_in
@@ -171,7 +171,7 @@ def test_matched_counts_of_the_papers_models(d_in, d_hidden, glu, expected):
 
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "transcoder", "skip_transcoder"])
 @pytest.mark.parametrize("skip", [False, True])
-def test_all_kinds_are_matched_to_the_same_transcoder(kind, skip):
+def test_all_kinds_match_the_parameters_of_one_transcoder(kind, skip):
     room = LayerSpec("transcoder", 64, 0, 64, 32 * 64, 8).parameters
     shape = LayerSpec(kind, 64, 0 if "coder" in kind else 172, 64, 0, 8, skip=skip).match_parameters(32)
     assert room - (64 + 64 + 1) < shape.parameters <= room
@@ -180,13 +180,13 @@ def test_all_kinds_are_matched_to_the_same_transcoder(kind, skip):
 
 @pytest.mark.parametrize("settings", [{"glu": True}, {"skip": True}, {"sparsity": "l1"}, {}])
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin"])
-def test_counted_parameters_are_those_of_the_layer(kind, settings):
+def test_counted_parameters_equal_those_of_the_layer(kind, settings):
     shape = LayerSpec(kind, I, H, O, *((0, 0) if kind == "dense_twin" else (N, K)), **settings)
     assert shape.parameters == sum(parameter.numel() for parameter in new_layer(shape).parameters())
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
-def test_counted_parameters_of_transcoders(kind):
+def test_counted_parameters_of_transcoders_equal_their_formula(kind):
     shape = LayerSpec(kind, I, 0, O, N, K, skip=kind == "skip_transcoder")
     assert shape.parameters == sum(parameter.numel() for parameter in new_layer(shape).parameters())
 
@@ -201,7 +201,7 @@ def test_impossible_layers_are_refused(settings, message):
 
 
 @torch.no_grad()
-def test_half_precision_runs_and_stays_close():
+def test_half_precision_stays_close_to_float32():
     layer, x = random_layer(), torch.randn(50, I, dtype=torch.float64)
     exact = layer(x)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.3)):
@@ -210,7 +210,7 @@ def test_half_precision_runs_and_stays_close():
         assert ((rough.double() - exact).norm() / exact.norm()) < tolerance
 
 
-def test_a_token_for_which_the_mlp_returns_nothing_does_not_outweigh_the_others():
+def test_a_token_with_zero_output_does_not_dominate_the_loss():
     y = torch.randn(8, 5)
     y[3] = 0
     error = torch.full_like(y, 0.01)
@@ -219,7 +219,7 @@ def test_a_token_for_which_the_mlp_returns_nothing_does_not_outweigh_the_others(
 
 
 class ByExperts(TorchDispatchMode):
-    """Notes every operation that makes a tensor as wide as there are experts."""
+    """Record every operation whose result is as wide as the number of experts."""
 
     def __init__(self, n_experts):
         super().__init__()
@@ -234,8 +234,8 @@ class ByExperts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_a_forward_makes_nothing_of_tokens_by_experts_but_the_gates_own_product(tokens):
-    """In what ships with a checkpoint: neither a scatter to all experts nor another pass over them, for one token as for many."""
+def test_a_forward_materialises_only_the_gates_per_token_and_expert(tokens):
+    """The code in a checkpoint neither scatters to all experts nor passes over them again, for any number of tokens."""
     layer = layers_mxd.MxD(12, 20, 12, 977, 5).eval()
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -1,4 +1,4 @@
-"""The gate of `export-onnx`: what it measures, and that a graph which does something else is not written."""
+"""The gate of `export-onnx` measures the right figures, and a wrong graph is not written."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import nothing_left, other_rows, spoilt
+from folders import nothing_left
+from onnx_exports import other_rows, spoilt
 
 from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.onnx import OnnxModel, graph, parity
@@ -15,7 +16,7 @@ from mxd_convert.onnx import OnnxModel, graph, parity
 
 @pytest.mark.parametrize("spoil", ["ignored", "negated", "another expert"])
 @pytest.mark.parametrize("family", ["llama"])
-def test_steering_that_does_something_else_is_found(converted, text, tmp_path, monkeypatch, family, spoil):
+def test_wrong_steering_is_found(converted, text, tmp_path, monkeypatch, family, spoil):
     right = graph._Wrapper.forward
 
     def wrong(self, input_ids, attention_mask, position_ids=None, past=(), steering=None):
@@ -31,18 +32,18 @@ def test_steering_that_does_something_else_is_found(converted, text, tmp_path, m
     done = export_onnx(converted[family], tmp_path / "out", steering=True, data=text, tokens=512, quiet=True)
     assert done.output is None
     assert any("steer" in line for line in done.failures), done.failures
-    assert not any("steer" not in line for line in done.failures)  # all else is well
+    assert not any("steer" not in line for line in done.failures)  # every other check passes
     assert nothing_left(tmp_path / "out")
 
 
 def other_experts(built: ir.Model) -> None:
-    """Gates that prefer others."""
+    """Change the gates, so that other experts fire."""
     value = next(value for name, value in built.graph.initializers.items() if name.endswith("gate.bias"))
     value.const_value = ir.tensor(value.const_value.numpy()[::-1].copy(), name=value.name)
 
 
 def endless_rows(built: ir.Model) -> None:
-    """Experts that write what no float holds."""
+    """Change the experts, so that their rows overflow."""
     value = next(value for name, value in built.graph.initializers.items() if name.endswith("mlp.experts"))
     value.const_value = ir.tensor(np.full_like(value.const_value.numpy(), 3e38), name=value.name)
 
@@ -51,18 +52,18 @@ def endless_rows(built: ir.Model) -> None:
     ("change", "words"),
     [(other_rows, "largest difference"), (other_experts, "expert overlap"), (endless_rows, "logits that are not finite")],
 )
-def test_a_graph_that_does_something_else_is_not_written(converted, text, tmp_path, mxd, monkeypatch, change, words):
+def test_a_wrong_graph_is_not_written(converted, text, tmp_path, mxd, monkeypatch, change, words):
     spoilt(monkeypatch, change)
     status, out, err = mxd("export-onnx", converted["gpt2"], tmp_path / "out", "--data", text, "--tokens", 512)
     assert status == 1
     assert "out of tolerance: fp32" in err
     assert words in err
     assert "was not written" in err
-    assert "largest difference" in out  # the figures are shown all the same
+    assert "largest difference" in out  # the figures are printed too
     assert nothing_left(tmp_path / "out")
 
 
-def test_figures_of_a_refused_graph_are_in_the_json(converted, text, tmp_path, mxd, monkeypatch):
+def test_the_json_holds_the_figures_of_a_refused_graph(converted, text, tmp_path, mxd, monkeypatch):
     spoilt(monkeypatch, other_rows)
     status, out, _ = mxd("export-onnx", converted["gpt2"], tmp_path / "out", "--data", text, "--tokens", 512, "--json")
     found = json.loads(out)
@@ -72,8 +73,8 @@ def test_figures_of_a_refused_graph_are_in_the_json(converted, text, tmp_path, m
     assert not found["graphs"]["fp32"]["passed"]
 
 
-def test_what_the_gate_measures():
-    """Against figures worked out by hand: padding does not count, and a token with other experts takes those after it along."""
+def test_the_gate_measures_figures_worked_out_by_hand():
+    """Padding does not count, and a token with other experts excuses the tokens after it."""
     sums = parity.Comparison()
     ours, theirs = np.zeros((1, 4, 3), dtype=np.float32), np.zeros((1, 4, 3), dtype=np.float32)
     theirs[0, 1, 0], ours[0, 1, 0] = 1.0, 1.5  # agrees
@@ -94,7 +95,7 @@ def test_what_the_gate_measures():
     assert found["kl"] == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-6)
 
 
-def test_what_is_no_number_does_not_pass():
+def test_nan_and_infinity_do_not_pass():
     sums = parity.Comparison()
     theirs = np.random.default_rng(0).standard_normal((1, 1000, 5)).astype(np.float32)
     ours = theirs.copy()
@@ -109,8 +110,8 @@ def test_what_is_no_number_does_not_pass():
     assert parity.failures("fp32", {**sums.figures(), "delta_ce": float("nan")}) != []
 
 
-def test_other_generation_settings_are_no_difference(converted, text, tmp_path):
-    """The graph is compared by its most likely tokens, not by what a checkpoint's settings make of them; nor do they need an end token."""
+def test_generation_settings_do_not_affect_the_gate(converted, text, tmp_path):
+    """The gate compares the most likely tokens without the checkpoint's settings; an end token is not needed."""
     folder = shutil.copytree(converted["llama"], tmp_path / "copy")
     settings = {"repetition_penalty": 1.5, "num_beams": 2, "min_new_tokens": 5, "eos_token_id": None, "bos_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -120,14 +121,14 @@ def test_other_generation_settings_are_no_difference(converted, text, tmp_path):
     assert done.failures == []
     assert done.report["graphs"]["fp32"]["parity"]["greedy"]["equal"] == parity.PROMPTS
     genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
-    assert genai["eos_token_id"] == [2048]  # none that the model could write
+    assert genai["eos_token_id"] == [2048]  # an id that the model can not generate
     assert OnnxModel.from_pretrained(tmp_path / "out").eos == set()
 
 
-def test_overlap_of_experts():
+def test_the_overlap_of_experts_ignores_order_and_inactive_experts():
     ours = (np.array([[2.0, 1.0, 0.0]]), np.array([[4, 7, 1]]))
     for values, indices, share in (
-        ([1.0, 2.0, 0.0], [7, 4, 9], 1.0),  # in any order; what is not positive is not active
+        ([1.0, 2.0, 0.0], [7, 4, 9], 1.0),  # order is irrelevant; experts without a positive coefficient are inactive
         ([2.0, 1.0, 0.5], [4, 7, 1], 2 / 3),
         ([1.0, 1.0, 1.0], [1, 2, 3], 0.0),
     ):

@@ -1,8 +1,8 @@
-"""What `plan` says before work: products counted against torch's own counter, passes, shares, refusals."""
+"""`plan` counts products as torch's counter does, and passes and shares; it refuses impossible runs."""
 
 import pytest
 import torch
-from conftest import small_recipe
+from small_runs import small_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 import mxd_convert
@@ -31,7 +31,7 @@ def planned(models, text, tmp_path):
 
 
 def counted(work) -> float:
-    """Products with weights that torch counts, for one token."""
+    """Return the products with weights that torch counts, per token."""
     with FlopCounterMode(display=False) as counter:
         work()
     operations = counter.get_flop_counts()["Global"]
@@ -40,7 +40,7 @@ def counted(work) -> float:
 
 def forward_of(plan, last: int) -> float:
     base = load_base(plan.recipe.base)
-    base.config._attn_implementation = "sdpa"  # whose scores are then an operation of their own, not counted here
+    base.config._attn_implementation = "sdpa"  # its scores are a separate operation, which is not counted here
     sites = [site for site in plan.sites if site.index <= last]
     ids_BT = torch.randint(0, plan.vocabulary, (2, TOKENS // 2))
     return counted(lambda: harvest(base, sites, ids_BT))
@@ -57,7 +57,7 @@ def forward_of(plan, last: int) -> float:
         {"kind": "transcoder", "sparsity": "l1"},
     ],
 )
-def test_the_products_are_those_that_torch_counts(planned, family, layer):
+def test_planned_products_equal_the_count_of_torch(planned, family, layer):
     plan = planned(family, layers=[0, 1], layer=layer)
     [first, second] = plan.layers
     shape = first.shape
@@ -68,7 +68,7 @@ def test_the_products_are_those_that_torch_counts(planned, family, layer):
         coefficients = module.encode(x_BI)
         normalised_mse(module.combine(x_BI, coefficients), torch.randn(TOKENS, shape.d_out), torch.ones(TOKENS).bool()).backward()
 
-    # what torch's counter does not know: sums over rows, of active experts only
+    # torch's counter omits sums over the rows of active experts
     rows = {"random_gate": 4 * shape.d_out}.get(shape.kind, 2 * shape.d_in + 6 * shape.d_out)
     sparse = 0 if shape.sparsity == "l1" else shape.k * rows
     expected = 2 * (counted(step) + sparse) + forward_of(plan, 1)
@@ -80,29 +80,29 @@ def test_the_products_are_those_that_torch_counts(planned, family, layer):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 @pytest.mark.parametrize("kind", ["mxd", "skip_transcoder", "dense_twin", "random_gate"])
-def test_the_products_of_a_finish_too(planned, family, kind):
+def test_planned_products_of_a_joint_stage_equal_the_count_of_torch(planned, family, kind):
     settings = {"layers": [1, 2], "layer": {"kind": kind}}
     plan, without = (planned(family, **settings, train={"joint": share}) for share in (0.5, 0.0))
     assert (plan.steps, plan.joint_steps) == (16, 8)
     base = load_base(plan.recipe.base).requires_grad_(False)
     base.config._attn_implementation = "sdpa"
     shapes = plan.shapes
-    places = {index: LayerInModel(make_layer(shape, 0, index, "data"), "fp32") for index, shape in shapes.items()}
+    layers = {index: LayerInModel(make_layer(shape, 0, index, "data"), "fp32") for index, shape in shapes.items()}
     ids_BT = torch.randint(0, plan.vocabulary, (2, TOKENS // 2))
 
     def work() -> None:
         with torch.no_grad():
             meant = base(input_ids=ids_BT).logits.softmax(-1)
-        with replaced_mlps(base, plan.sites, places):
+        with replaced_mlps(base, plan.sites, layers):
             (meant * base(input_ids=ids_BT).logits.log_softmax(-1)).sum().backward()
 
-    # what torch's counter does not know, once more; of the upper layer also the gate's rows in the gradient of its input
+    # torch's counter omits these too; in the upper layer also the rows of the gate in the gradient of its input
     lower, upper = shapes.values()
     more = 2 * (upper.d_in + upper.d_out) if kind == "random_gate" else 2 * upper.d_in
     rows = 4 * lower.d_out if kind == "random_gate" else 2 * lower.d_in + 6 * lower.d_out
-    finish = counted(work) + lower.active * rows + upper.active * (rows + more)
+    joint = counted(work) + lower.active * rows + upper.active * (rows + more)
     passes = [[1, 2]]
-    assert flops_per_token(plan, passes) == (finish + flops_per_token(without, passes)) // 2
+    assert flops_per_token(plan, passes) == (joint + flops_per_token(without, passes)) // 2
 
 
 def test_sequential_order_reads_the_text_again_for_every_layer(planned):
@@ -120,7 +120,7 @@ def test_sequential_order_reads_the_text_again_for_every_layer(planned):
     assert teacher - flops_per_token(local, passes) == 2 * sum(sum(local.depth_weights[: last + 1]) for last in (1, 2))
 
 
-def test_layers_are_shared_out_in_neighbours(planned):
+def test_distributed_layers_are_neighbours(planned):
     plan = planned(layers="all", train={"distribute": "layers"})
     assert shares(plan, 1) == [[0, 1, 2]]
     assert shares(plan, 2) in ([[0], [1, 2]], [[0, 1], [2]])
@@ -134,23 +134,23 @@ def test_more_processes_than_blocks_in_a_batch_are_refused(planned):
     with pytest.raises(InputError, match=r"train.batch_tokens: 256 tokens are 8 blocks of 32, fewer than the 9 processes"):
         check_processes(plan, 9)
     check_processes(planned(train={"distribute": "layers"}), 9)
-    # which share out the finish's batches
+    # processes share the batches of the joint stage
     with pytest.raises(InputError, match=r"fewer than the 9 processes.* or set train\.joint: 0"):
         check_processes(planned(train={"distribute": "layers", "joint": 0.25}), 9)
 
 
-def test_a_step_takes_whole_blocks(planned):
+def test_a_step_uses_whole_blocks(planned):
     plan = planned(train={"batch_tokens": None}, data={"context": 48})
-    assert plan.recipe.train.batch_tokens == 240  # of the 256 that `fast` takes
+    assert plan.recipe.train.batch_tokens == 240  # the preset `fast` has 256
     assert plan.tokens == plan.steps * 240
 
 
-def test_l1_has_no_use_for_k(planned):
+def test_l1_sparsity_ignores_k(planned):
     plan = planned(layer={"sparsity": "l1", "k": 32, "experts": 16})
     assert [(layer.shape.k, layer.shape.active) for layer in plan.layers] == [(16, 16)] * len(plan.layers)
 
 
-def test_a_run_that_was_begun_is_told_what_it_can_go_on_with(planned):
+def test_the_memory_error_of_a_resumed_run_says_how_to_resume(planned):
     plan = planned(train={"memory_gib": 0.1})
     with pytest.raises(InputError, match=r"raise train.memory_gib\.$"):
         check_memory(plan)
@@ -158,8 +158,8 @@ def test_a_run_that_was_begun_is_told_what_it_can_go_on_with(planned):
         check_memory(plan, 2, begun=True)
 
 
-def test_a_context_beyond_what_a_forward_takes_is_counted(planned):
-    """A forward takes whole blocks, and a start reads one forward at least, however small the steps."""
+def test_a_context_longer_than_a_forward_is_counted(planned):
+    """A forward takes whole blocks, and the initialisation reads at least one forward."""
     short, long = (planned(data={"context": context}, train={"init": "tokens"}) for context in (32, 128))
     whole = [memory._training(plan, plan.layers, 1, None) for plan in (short, long)]
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +169,7 @@ def test_a_context_beyond_what_a_forward_takes_is_counted(planned):
 
 
 @pytest.mark.parametrize(("layer", "words"), [({}, r"layer.experts \(24\)"), ({"experts": "auto"}, r"layer.expansion \(32\)")])
-def test_refusals_name_the_key_that_decides_the_number_of_experts(models, text, tmp_path, layer, words):
+def test_refusals_name_the_key_that_sets_the_number_of_experts(models, text, tmp_path, layer, words):
     settings = {"layer": layer, "train": {"memory_gib": 0.1}}
     with pytest.raises(InputError, match=rf"train.memory_gib: 0.1 GiB.* Lower {words}"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)

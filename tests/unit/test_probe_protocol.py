@@ -1,16 +1,17 @@
-"""What a probe is made of: features that are means over a document's own tokens, and a choice made on the training part alone."""
+"""A probe uses means over the tokens of a document as features, and chooses experts on the training part alone."""
 
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from conftest import FAMILIES, QUICKSTART
-from conftest import documents as long_documents
+from project import QUICKSTART
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from small_runs import FAMILIES
+from small_runs import documents as long_documents
 
 from mxd_convert.base_model.capture import recording
 from mxd_convert.base_model.families import find_sites
@@ -22,7 +23,7 @@ from mxd_convert.recipe.schema import Base
 
 
 def documents(count: int) -> list[str]:
-    """Texts of very different lengths."""
+    """Return texts of very different lengths."""
     return [text[: 10 + 37 * number % 170] for number, text in enumerate(long_documents(count))]
 
 
@@ -30,7 +31,7 @@ def documents(count: int) -> list[str]:
 
 
 def pooled_by_loop(model, sites, encoded, codes_of):
-    """One document at a time, one token at a time, without padding."""
+    """Pool one document and one token at a time, without padding."""
     rows = {site.index: [] for site in sites}
     for ids, counted in zip(encoded.ids, encoded.counted, strict=True):
         with recording(model, sites) as seen, torch.no_grad():
@@ -64,7 +65,7 @@ def mlp_hidden(mlp, x):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_features_are_means_over_the_documents_own_tokens(family, converted, models):
+def test_features_are_means_over_the_tokens_of_a_document(family, converted, models):
     tokenizer = load_tokenizer(str(converted[family]))
     encoded, kept = encode_documents(documents(24), tokenizer, 30, 2048)
     assert kept == list(range(24))
@@ -97,7 +98,7 @@ def test_features_are_means_over_the_documents_own_tokens(family, converted, mod
         assert expected[index].any()
 
 
-def test_marks_do_not_count():
+def test_special_tokens_do_not_count():
     tokenizer = load_tokenizer(str(QUICKSTART))
     mark = tokenizer.bos_token
     encoded, kept = encode_documents([f"{mark}a list{mark} of", mark, "a"], tokenizer, 50, 2048)
@@ -107,7 +108,7 @@ def test_marks_do_not_count():
     assert encoded.tokens == len(tokenizer("a list of")["input_ids"]) + 1
 
 
-def test_batches_hold_every_document_once_and_pad_with_weight_nought():
+def test_batches_hold_every_document_once_and_padding_weighs_zero():
     encoded, _ = encode_documents(documents(50), load_tokenizer(str(QUICKSTART)), 12, 2048)
     seen = []
     for rows, ids_BT, weight_BT in encoded.batches(60):
@@ -127,7 +128,7 @@ def noise(documents: int, units: int, seed: int) -> scipy.sparse.csr_array:
     return scipy.sparse.random_array((documents, units), density=0.3, rng=np.random.default_rng(seed)).astype(np.float32).tocsr()
 
 
-def test_labels_at_random_score_at_chance_however_many_experts_there_are():
+def test_random_labels_score_at_chance_with_any_number_of_experts():
     ours, leaking = [], []
     for seed in range(6):
         labels = np.random.default_rng(100 + seed).permutation(np.repeat([0, 1], 120))
@@ -143,7 +144,7 @@ def test_labels_at_random_score_at_chance_however_many_experts_there_are():
     assert np.mean(leaking) > 0.65, "so this test would see a choice made on the test part"
 
 
-def test_the_test_part_has_no_say_in_the_choice():
+def test_the_choice_ignores_the_test_part():
     labels = np.repeat([0, 1, 2], 40)
     layers = {3: noise(120, 300, 0)}
     split = probing.split_documents(labels, 0)
@@ -161,7 +162,7 @@ def test_the_test_part_has_no_say_in_the_choice():
     assert cv == cv_after
 
 
-def test_a_unit_probe_is_sklearns_in_every_fold():
+def test_a_probe_of_one_expert_equals_sklearn_in_every_fold():
     rng = np.random.default_rng(0)
     positive = rng.random(90) < 0.3
     values = (1e-3 * (rng.exponential(size=90) + positive)).astype(np.float32)  # small coefficients are no worse
@@ -174,8 +175,8 @@ def test_a_unit_probe_is_sklearns_in_every_fold():
     assert ranked.cv_f1 == pytest.approx(f1_score(positive, theirs))
 
 
-def test_the_cheap_score_keeps_what_cross_validation_would_choose():
-    """Also a unit that fires on few documents, as strongly as it likes, of a rare class; and where less of a unit marks the class."""
+def test_the_cheap_score_keeps_the_choice_of_cross_validation():
+    """Hard cases: an expert that fires strongly on few documents of a rare class, and one that marks a class by firing less."""
     labels = np.repeat([0, 1, 2], [150, 15, 75])
     values = noise(240, 60, 0).toarray()
     values[:, 50] = np.where(labels == 1, np.random.default_rng(1).exponential(size=240) ** 3, 0)
@@ -188,8 +189,8 @@ def test_the_cheap_score_keeps_what_cross_validation_would_choose():
 
 
 @pytest.mark.parametrize("units", [60, 200])
-def test_the_whole_vector_is_sklearns_on_all_standardised_units(units):
-    """With fewer units than documents as well as with more."""
+def test_a_probe_of_all_experts_equals_sklearn_on_standardised_features(units):
+    """Both with fewer features than documents and with more."""
     labels = np.repeat([0, 1], 60)
     values = noise(120, units, 0).toarray()
     values[:, 10:20] += labels[:, None] * 0.5
@@ -210,7 +211,7 @@ def test_the_whole_vector_is_sklearns_on_all_standardised_units(units):
     assert 0.8 < cv_f1 <= 1
 
 
-def test_intervals_are_those_of_resampled_documents():
+def test_intervals_equal_those_of_resampled_documents():
     rng = np.random.default_rng(0)
     positive = np.arange(200) < 40
     predicted = np.where(rng.random(200) < 0.8, positive, ~positive)

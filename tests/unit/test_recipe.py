@@ -1,10 +1,10 @@
-"""Recipes are strict, say what is wrong in a line, and resolve as the contract has it."""
+"""Recipes are strict, give one-line errors, and resolve as documented."""
 
 import json
 
 import pytest
 import yaml
-from conftest import ROOT
+from project import ROOT
 
 from mxd_convert.errors import InputError
 from mxd_convert.recipe.load import load_recipe, parse_overrides, shipped_recipes
@@ -23,7 +23,7 @@ def refused(content: dict, *words: str) -> None:
         assert word in message, message
 
 
-def test_every_key_has_a_default_but_the_base():
+def test_every_key_except_the_base_has_a_default():
     recipe = load_recipe(MINIMAL)
     assert recipe.data.context == 128
     assert recipe.data.tokens == 480_000_000
@@ -54,7 +54,7 @@ def test_a_kind_has_one_name():
     refused({"layer": {"kind": "transcoder", "skip": True}}, "layer.skip", "skip_transcoder")
 
 
-def test_numbers_are_those_of_yaml_1_2(tmp_path):
+def test_numbers_follow_yaml_1_2(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("base: {model: a/b, revision: no}\ntrain: {lr: 2e-3}\ndata: {tokens: 1_000_000}\n")
     recipe = load_recipe(path)
@@ -63,7 +63,7 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path):
     assert recipe.base.revision == "no"
 
 
-def test_damaged_files_are_refused_in_a_line(tmp_path):
+def test_damaged_recipes_are_one_line_errors(tmp_path):
     for content, words in (
         ("base: {model: a", "line"),
         ("- a\n- b\n", "mapping"),
@@ -77,7 +77,7 @@ def test_damaged_files_are_refused_in_a_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_overrides_outrank_the_file_and_a_given_preset_outranks_its_keys(tmp_path):
+def test_overrides_take_precedence_over_the_file_and_a_preset_over_its_keys(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("base: {model: a/b}\ntrain: {preset: fast, lr: 3e-3, seed: 5}\n")
     assert load_recipe(path, {"train.lr": 1e-3}).train.lr == 1e-3
@@ -113,7 +113,7 @@ def test_paths_are_relative_to_the_recipe_and_variables_are_expanded(tmp_path, m
         load_recipe(path)
 
 
-def test_published_recipes_hold_no_path_of_this_machine(tmp_path):
+def test_published_recipes_hold_no_local_path(tmp_path):
     (tmp_path / "model").mkdir()
     recipe = load_recipe(
         {
@@ -128,7 +128,7 @@ def test_published_recipes_hold_no_path_of_this_machine(tmp_path):
     Recipe.model_validate(yaml.safe_load(text))  # written back in full, so it reads again
 
 
-def test_layers():
+def test_layer_ranges_are_parsed():
     assert layer_indices("all", 3) == [0, 1, 2]
     assert layer_indices("0-1,3", 4) == [0, 1, 3]
     assert layer_indices([2, 0], 4) == [0, 2]
@@ -137,7 +137,7 @@ def test_layers():
         layer_indices([4], 4)
 
 
-def test_the_presets_fill_in_what_is_open():
+def test_presets_fill_in_open_keys():
     open_recipe = load_recipe({**MINIMAL, "layer": {"k": 32}})
     paper = resolve_train(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 768, 21_490).train
     expected = {"lr": 1e-4, "batch_tokens": 4096, "warmup_steps": 5000, "schedule": "constant", "init": "paper"}
@@ -152,20 +152,20 @@ def test_the_presets_fill_in_what_is_open():
 
 
 @pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin", "transcoder", "skip_transcoder"])
-def test_the_preset_makes_the_hidden_width_a_quarter(kind):
+def test_the_preset_sets_the_hidden_width_to_a_quarter(kind):
     recipe = load_recipe({**MINIMAL, "layer": {"k": 4, "kind": kind}})
     assert resolve_hidden(recipe, 172).layer.hidden == (None if "transcoder" in kind else 43)
     assert resolve_hidden(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 172).layer.hidden is None
     assert resolve_hidden(load_recipe({**MINIMAL, "layer": {"kind": kind, "hidden": 99}}), 172).layer.hidden == 99
 
 
-def test_a_preset_on_the_command_line_outranks_the_files_hidden_width():
+def test_a_preset_on_the_command_line_takes_precedence_over_the_hidden_width_of_the_file():
     plain = load_recipe({**MINIMAL, "layer": {"hidden": 40}}, {"train.preset": "paper"})
     assert plain.layer.hidden is None
     assert load_recipe({**MINIMAL}, {"train.preset": "paper", "layer.hidden": 40}).layer.hidden == 40
 
 
-def test_the_papers_recipes_have_the_papers_settings():
+def test_the_recipes_of_the_paper_have_its_settings():
     expected = {
         "gpt2-paper": (8, 21_490),
         "pythia-410m-paper": (15, 28_658),
@@ -186,5 +186,5 @@ def test_recipes_found_by_name_write_into_the_working_directory(tmp_path, monkey
         load_recipe("quikstart")
 
 
-def test_the_schema_in_docs_is_the_recipes():
+def test_the_schema_in_docs_is_current():
     assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == json_schema()

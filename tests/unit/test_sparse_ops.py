@@ -1,4 +1,4 @@
-"""The sparse operations against dense autograd in float64, what they keep and make, and the optimiser's single pass."""
+"""The sparse operations equal dense autograd in float64 in less memory; the optimiser's single pass equals its separate steps."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ B, D, O, N, K = 23, 7, 5, 19, 4
 
 
 def problem(tokens=B, n_experts=N, bias=0.0, seed=0):
-    """x, gate weight, gate bias, experts' rows in float64."""
+    """Return x, gate weight, gate bias and expert rows in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -26,7 +26,7 @@ def problem(tokens=B, n_experts=N, bias=0.0, seed=0):
 
 
 def dense(x, weight, bias, rows, k):
-    """The same through a dense (B, N) matrix of coefficients."""
+    """Compute the same with a dense (B, N) matrix of coefficients."""
     gate = F.relu(F.linear(x, weight, bias))
     values, indices = gate.topk(k, dim=-1)
     return torch.zeros_like(gate).scatter(-1, indices, values) @ rows
@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_dense_autograd(case, path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_kept_by_row_are_the_same_in_any_piece(case):
+def test_gradients_stored_by_row_are_the_same_in_any_piece(case):
     inputs, k = CASES[case]
     plain = torch.autograd.grad(sparse(*inputs, k).square().sum(), inputs[1:])
     sinks = RowGradient(), RowGradient()
@@ -89,14 +89,14 @@ def test_gradients_kept_by_row_are_the_same_in_any_piece(case):
         middle = len(whole) // 2
         assert torch.equal(torch.cat([sink.rows(0, middle), sink.rows(middle, len(whole))]), whole)
     sparse(*inputs, k, sinks).square().sum().backward(inputs=inputs)
-    assert torch.allclose(sinks[1].rows(), 2 * plain[2])  # a second pass adds up
+    assert torch.allclose(sinks[1].rows(), 2 * plain[2])  # a second backward pass accumulates
     for parameter in inputs:
         parameter.grad = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 33])
-def test_gate_values_are_those_of_linear(tokens, dtype):
+def test_gate_values_equal_those_of_linear(tokens, dtype):
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((tokens, 48), (301, 48), (301,)))
     exact = x.double() @ weight.double().T + bias.double()
     made = reference.gate_values(x, weight, bias)
@@ -109,7 +109,7 @@ def test_gate_values_are_those_of_linear(tokens, dtype):
 def test_top_k_is_exact(width, dtype):
     torch.manual_seed(width)
     gate = torch.randn(9, width).to(dtype)
-    gate[0] = 1.0  # nothing but ties
+    gate[0] = 1.0  # all gates tie
     for k in {1, min(32, width), min(300, width), width if width < 5000 else 7}:
         values, indices = top_k(gate, k)
         assert torch.equal(values.sort(-1).values, gate.topk(k, dim=-1).values.sort(-1).values)
@@ -118,7 +118,7 @@ def test_top_k_is_exact(width, dtype):
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the largest tensor that any operation made."""
+    """Record the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -130,7 +130,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_nothing_of_tokens_by_experts_is_kept_and_nothing_of_tokens_by_k_by_width_made(monkeypatch):
+def test_no_large_intermediate_is_kept_or_created(monkeypatch):
     monkeypatch.setattr(autograd, "MIN_ROWS", 16)
     monkeypatch.setattr(autograd, "CHUNK_BYTES", {"cpu": 0})
     tokens, width, n_experts, k = 256, 48, 500, 32
@@ -155,7 +155,7 @@ def test_nothing_of_tokens_by_experts_is_kept_and_nothing_of_tokens_by_k_by_widt
 
 @pytest.mark.parametrize("defer", [True, False])
 @pytest.mark.parametrize("chunk", [1, 64, 10**6])
-def test_the_optimiser_equals_projection_adamw_and_normalisation_one_after_the_other(monkeypatch, defer, chunk):
+def test_the_optimiser_equals_projection_then_adamw_then_normalisation(monkeypatch, defer, chunk):
     monkeypatch.setattr("mxd_convert.training.optimiser.CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
     ours, plain = (MxD(D, 11, O, N, K, glu=True, skip=True).double() for _ in range(2))
@@ -180,11 +180,11 @@ def test_the_optimiser_equals_projection_adamw_and_normalisation_one_after_the_o
             normalise(plain.experts)
     for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-9), name
-    assert torch.equal(ours.experts[3], start[3])  # never active: not touched, not even by a division by 1
+    assert torch.equal(ours.experts[3], start[3])  # never active: unchanged, bit for bit
     assert not torch.equal(ours.experts[2], start[2])
 
 
-def test_moments_in_bfloat16_learn_nearly_as_well_and_take_half_the_room():
+def test_moments_in_bfloat16_learn_nearly_as_well_in_half_the_memory():
     reached = {}
     for moments in ("fp32", "bf16"):
         torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_moments_in_bfloat16_learn_nearly_as_well_and_take_half_the_room():
 
 
 def test_the_second_moment_in_bfloat16_does_not_stall():
-    """Its steps are a thousandth of it, a quarter of bfloat16's precision: rounded to nearest it would stay where it is."""
+    """Its steps are a thousandth, a quarter of bfloat16's precision: rounding to nearest would stall it."""
     layer = MxD(D, 4, O, N, K)
     optimiser = Optimiser({0: layer}, 1e-9, steps=1, warmup=0, schedule="constant", moments="bf16")
     for step in range(3000):
@@ -230,7 +230,7 @@ def test_mixed_precision_keeps_weights_and_gradients_in_float32():
         assert (parameter.grad - gradients[name]).norm() / gradients[name].norm() < 0.1, name
 
 
-def test_a_gradient_from_elsewhere_adds_to_the_one_kept_by_row():
+def test_a_gradient_of_autograd_adds_to_the_one_stored_by_row():
     torch.manual_seed(0)
     layers = [MxD(D, 11, O, N, K).double() for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())

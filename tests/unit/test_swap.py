@@ -1,11 +1,11 @@
-"""The surgery itself costs nothing: what is not replaced is the base's, and a layer that holds the original weights is the original."""
+"""Surgery changes nothing else: a layer with the original weights gives the original logits."""
 
 import json
 
 import pytest
 import torch
 from conformance import constant_gain_layer
-from conftest import FAMILIES, make_model
+from small_runs import FAMILIES, make_model
 
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.capture import harvest
@@ -24,7 +24,7 @@ def sites_of(base, indices=None):
 
 
 @torch.no_grad()
-def test_identity_surgery_gives_the_base_logits(base, tmp_path):
+def test_identity_surgery_gives_the_logits_of_the_base(base, tmp_path):
     layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
     swap.insert_layers(base, layers).save_pretrained(tmp_path)
     converted = load_checkpoint(tmp_path)
@@ -34,7 +34,7 @@ def test_identity_surgery_gives_the_base_logits(base, tmp_path):
 
 
 @torch.no_grad()
-def test_identity_surgery_on_the_real_models(shared):
+def test_identity_surgery_preserves_the_real_models(shared):
     for name in ("stories260K", "prose-neox"):
         base = load_base(Base(model=str(shared / "models" / name)))
         ids = IDS % base.config.vocab_size
@@ -43,12 +43,12 @@ def test_identity_surgery_on_the_real_models(shared):
             layers = {site.index: constant_gain_layer(base, site) for site in sites_of(base)}
             expected = base(input_ids=ids).logits
             difference = swap.insert_layers(base, layers)(input_ids=ids).logits - expected
-            # their logits reach 30, where float32 has steps of 2e-6, so there the bound is on the share of the largest
+            # their logits reach 30, where float32 has steps of 2e-6, so the bound is relative to the largest
             assert difference.abs().max() / expected.abs().max().clamp_min(1) < tolerance, (name, dtype)
 
 
 @pytest.mark.parametrize("indices", [[1], [0, 2], [0, 1, 2]])
-def test_any_subset_and_everything_else_is_the_bases(base, indices):
+def test_surgery_on_any_subset_changes_nothing_else(base, indices):
     layers = {
         site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu)
         for site in sites_of(base, indices)
@@ -64,7 +64,7 @@ def test_any_subset_and_everything_else_is_the_bases(base, indices):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_bases_stay_as_they_are(family, tmp_path):
+def test_half_precision_bases_keep_their_dtype(family, tmp_path):
     folder = make_model(family, tmp_path / "base", dtype=torch.bfloat16)
     base = load_base(Base(model=str(folder)), dtype="auto")
     layers = {
@@ -94,7 +94,7 @@ def test_fine_tuning_keeps_the_dropout_of_the_mlp(models):
 
 
 @torch.no_grad()
-def test_reverting_gives_the_base_back(base):
+def test_reverting_restores_the_base(base):
     layers = {site.index: MxD(site.d_in, site.d_hidden, site.d_out, 12, 3, site.activation, site.glu) for site in sites_of(base)}
     converted = swap.insert_layers(base, layers)
     partly = swap.remove_layers(converted, base, [0, 2])
@@ -110,7 +110,7 @@ def test_reverting_gives_the_base_back(base):
 
 
 @torch.no_grad()
-def test_harvest_sees_what_the_mlp_sees(base):
+def test_harvest_records_the_inputs_and_outputs_of_the_mlp(base):
     sites = sites_of(base, [0, 2])
     seen = harvest(base, sites, IDS)
     for site in sites:
@@ -130,7 +130,7 @@ def test_harvest_stops_after_the_last_layer_needed(base):
 
 
 @torch.no_grad()
-def test_replaced_modules_come_back(base):
+def test_replaced_modules_are_restored(base):
     before = base(input_ids=IDS).logits
     site = sites_of(base, [1])[0]
     with swap.replaced(base, {site.path: swap.Constant(torch.zeros(site.d_out))}):
@@ -146,8 +146,8 @@ def test_unsupported_families_are_named_with_the_supported_ones():
         assert word in str(error.value)
 
 
-def test_a_head_of_its_own_survives_a_config_that_says_tied(tmp_path):
-    """transformers leaves two different matrices untied whatever the config says; so must we."""
+def test_a_separate_head_survives_a_config_that_ties_it(tmp_path):
+    """transformers keeps two different matrices untied even if the config ties them."""
     folder = make_model("llama", tmp_path / "base", tie_word_embeddings=False)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))

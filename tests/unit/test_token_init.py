@@ -1,10 +1,10 @@
-"""How layers start: on tokens of the text, with more experts active at first."""
+"""Layers are initialised on tokens of the text, and more experts are active at first."""
 
 import json
 
 import pytest
 import torch
-from conftest import small_recipe
+from small_runs import small_recipe
 
 from mxd_convert import convert
 from mxd_convert.base_model.capture import harvest
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def tokens_of(source, index):
-    """Inputs and outputs of an MLP over all of the text but what does not count, from the base alone."""
+    """Return inputs and outputs of an MLP of the base for all counted tokens of the text."""
     blocks = source.blocks
     ids = blocks.take(block_order(len(blocks), 0, len(blocks), source.seed))
     seen = harvest(source.base, [site for site in source.sites if site.index == index], ids)[index]
@@ -44,7 +44,7 @@ def started(source, *settings):
 
 
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder"])
-def test_every_expert_starts_as_a_token_of_the_text(source, kind):
+def test_every_expert_is_initialised_from_a_token_of_the_text(source, kind):
     layer = started(source(), kind)
     x, y = tokens_of(source(), 0)
     weight, rows = layer.gate.weight.double(), layer.experts.double()
@@ -59,17 +59,17 @@ def test_every_expert_starts_as_a_token_of_the_text(source, kind):
         scales.append(1 / fit[token])
         found.add(token)
         gate = layer.gate.bias[n].double() + weight[n] @ x[token].double()
-        assert gate > 0  # the token's own is open
+        assert gate > 0  # the expert of the token itself is active
         centres.append(x[token].double() - gate / GATE_NORM**2 * weight[n])
     assert len(found) == 24
-    # every gate looks from one and the same point along its token's input
+    # every gate points from one common point to the input of its token
     assert (torch.stack(centres) - centres[0]).abs().max() < 1e-4 * x.abs().mean()
     assert torch.stack(scales).std() < 1e-4 * torch.stack(scales).mean()  # one scale for all
 
 
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
-def test_a_layer_started_on_text_is_a_regression_on_its_neighbours(source, sparsity):
-    """The scale is the best there is on tokens that did not become experts, so that the start explains part of the output."""
+def test_a_layer_initialised_on_text_is_a_regression_on_neighbours(source, sparsity):
+    """The scale is optimal on tokens that are no experts, so the initialisation explains part of the output."""
     layer = started(source(), "mxd", 200, sparsity)
     x, y = tokens_of(source(), 0)
     with torch.no_grad():
@@ -78,14 +78,14 @@ def test_a_layer_started_on_text_is_a_regression_on_its_neighbours(source, spars
     assert 0.02 < error < 0.9
 
 
-def test_a_start_depends_on_the_seed_and_the_text_alone(source):
+def test_the_initialisation_depends_on_the_seed_and_the_text_alone(source):
     first, again, other = started(source()), started(source(sites=source().sites[:1])), started(source(seed=6))
     assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
     assert not torch.equal(first.experts, other.experts)
 
 
-def test_layers_of_other_sizes_change_nothing_for_each_other(source, monkeypatch):
-    """Trained together or in groups: the same start. A layer of few experts is done after a forward where another takes several."""
+def test_the_initialisation_of_a_layer_is_independent_of_the_others(source, monkeypatch):
+    """Layers trained together or in groups have the same initialisation; a layer of few experts needs fewer forwards."""
     monkeypatch.setattr(start, "FORWARD_TOKENS", 64)
     few, many = source().sites
     together = {few.index: fresh(few), many.index: fresh(many, experts=400)}
@@ -96,7 +96,7 @@ def test_layers_of_other_sizes_change_nothing_for_each_other(source, monkeypatch
         assert all(torch.equal(together[site.index].state_dict()[name], tensor) for name, tensor in alone.state_dict().items())
 
 
-def test_experts_beyond_what_the_text_has_keep_a_random_gate(source):
+def test_experts_without_a_token_keep_a_random_gate(source):
     count = len(tokens_of(source(), 0)[0])
     layer = started(source(), "mxd", count)
     used = layer.experts.abs().amax(-1) > 0
@@ -107,8 +107,8 @@ def test_experts_beyond_what_the_text_has_keep_a_random_gate(source):
 
 
 @pytest.mark.parametrize("experts", [24, 400])
-def test_no_two_experts_start_as_the_same_token(source, models, experts):
-    """In the first layer of a GPT-NeoX, whose attention and MLPs are parallel, an MLP's input is that of the token alone."""
+def test_no_two_experts_are_initialised_from_the_same_token(source, models, experts):
+    """In the first layer of a GPT-NeoX, attention and MLP are parallel, so equal tokens give equal inputs."""
     base = load_base(Base(model=str(models["gpt_neox"])))
     from_neox = source(base=base, sites=find_sites(base, base.config, [0]))
     distinct = len(tokens_of(from_neox, 0)[0].unique(dim=0))
@@ -117,10 +117,12 @@ def test_no_two_experts_start_as_the_same_token(source, models, experts):
     used = layer.experts.abs().amax(-1) > 0
     assert used.sum() == 24 if experts == 24 else distinct / 2 < used.sum() <= distinct
     ways = torch.nn.functional.normalize(layer.gate.weight[used].double())
-    assert (ways @ ways.T).fill_diagonal_(0).max() < 0.95  # .9 from the mean of the first tokens, which is not that of all
+    assert (ways @ ways.T).fill_diagonal_(
+        0
+    ).max() < 0.95  # 0.9 from the mean of the first tokens, which differs from the mean of all
 
 
-def test_a_layer_that_sees_few_inputs_does_not_read_all_of_the_text(source, monkeypatch):
+def test_a_layer_with_few_distinct_inputs_does_not_read_the_whole_text(source, monkeypatch):
     monkeypatch.setattr(start, "FORWARD_TOKENS", 64)
     monkeypatch.setattr(start, "MAX_TOKENS_PER_EXPERT", 0.5)
     activations = Activations(source(), CPU)
@@ -132,8 +134,8 @@ def test_a_layer_that_sees_few_inputs_does_not_read_all_of_the_text(source, monk
     assert 200 <= sum(read) * source().blocks.context < 200 * 8 / 7 + 2 * 64
 
 
-def test_a_text_that_ends_with_a_block_of_few_tokens_starts_as_well(source, monkeypatch):
-    """The common scale is fitted where there are enough tokens for it: after the last block alone, all rows would be 0."""
+def test_a_text_that_ends_with_a_short_block_is_initialised(source, monkeypatch):
+    """The common scale needs enough tokens: fitted on the last block alone, all rows would be 0."""
     short = source()
     layer = started(short, "mxd", 2000)
     ends_short = Activations(short, CPU)
@@ -156,7 +158,7 @@ def test_a_text_that_ends_with_a_block_of_few_tokens_starts_as_well(source, monk
     assert short_layer.experts[used].norm() / used.sum() > 0.5 * layer.experts[all_used].norm() / all_used.sum()
 
 
-def test_a_text_of_which_no_token_is_left_for_the_scale_keeps_its_rows(source):
+def test_a_text_without_tokens_for_the_scale_keeps_its_rows(source):
     few = source()
     short = Activations(few, CPU)
     read = short.read
@@ -172,7 +174,7 @@ def test_a_text_of_which_no_token_is_left_for_the_scale_keeps_its_rows(source):
     assert (layer.experts.abs().amax(-1) > 0).sum() > 1
 
 
-def test_what_looks_no_way_is_like_nothing(source):
+def test_a_zero_vector_resembles_no_other(source):
     layer = fresh(source().sites[0])
     one = start._TokenInit(layer)
     tokens = torch.randn(31, 32)
@@ -186,7 +188,7 @@ def test_what_looks_no_way_is_like_nothing(source):
     assert alone.taken == 24
 
 
-def test_a_gate_that_is_not_trained_is_not_started_on_text(source):
+def test_an_untrained_gate_is_not_initialised_on_text(source):
     layer = started(source(), "random_gate")
     drawn = fresh(source().sites[0], "random_gate")
     assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in drawn.state_dict().items())
@@ -198,10 +200,10 @@ def test_more_experts_are_active_at_first():
     assert counts == sorted(counts, reverse=True)
     assert counts[25] == 20
     assert set(counts[50:]) == {8}
-    assert active_experts(0, 1, 32, 8) == 8  # and not 32, with which it would end
+    assert active_experts(0, 1, 32, 8) == 8  # not the 32 of a longer schedule
 
 
-def test_a_run_has_more_active_at_first_and_k_in_the_end(models, text, tmp_path):
+def test_a_run_has_more_active_experts_at_first_and_k_at_the_end(models, text, tmp_path):
     result = convert(small_recipe(models["gpt2"], text, tmp_path / "out", train={"k_init": 16}), quiet=True)
     lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
     assert lines[0]["layers"]["0"]["l0"] > 8

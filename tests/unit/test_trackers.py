@@ -1,8 +1,8 @@
-"""Trackers get every layer's figures, at the steps of its own training."""
+"""Trackers receive the figures of every layer at the steps of its training."""
 
 import json
 
-from conftest import small_recipe
+from small_runs import small_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mxd_convert
@@ -46,7 +46,7 @@ class Accelerator:
         self.trackers = trackers
 
 
-def test_wandb_whose_steps_only_rise_gets_them_as_a_figure():
+def test_wandb_receives_steps_as_a_metric():
     others = [Tracker("trackio"), Tracker("wandb")]
     track(Accelerator(*others), LINE)
     track(Accelerator(*others), {**LINE, "step": 4}, "layers 3-4")

@@ -1,12 +1,14 @@
-"""Passes and groups, the shuffled buffer, sequential order, memory guards."""
+"""Passes and groups, the shuffled buffer, sequential order and memory limits."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_recipe
+from comparisons import assert_the_same
+from interruptions import interrupted_run
 from safetensors.torch import load_file
+from small_runs import small_recipe
 from torch import nn
 
 import mxd_convert
@@ -27,12 +29,12 @@ CPU = torch.device("cpu")
 
 
 def rows(*tensors):
-    """The rows of tensors side by side, sorted: the same however they were shuffled."""
+    """Return the sorted rows of tensors side by side, which do not depend on their order."""
     joined = torch.cat([tensor.flatten(1).double() for tensor in tensors], dim=1).numpy()
     return joined[np.lexsort(joined.T[::-1])]
 
 
-def test_a_buffer_deals_out_every_token_once_and_mixes_blocks(source):
+def test_a_buffer_returns_every_token_once_and_mixes_blocks(source):
     made = source()
     stream = Activations(made, CPU)
     ids = made.blocks.take(block_order(len(made.blocks), 0, 12, 5))
@@ -51,7 +53,7 @@ def test_a_buffer_deals_out_every_token_once_and_mixes_blocks(source):
     assert len(blocks) > 8
 
 
-def test_a_stream_that_starts_in_the_middle_gives_the_same_batches(source):
+def test_a_stream_that_begins_in_the_middle_gives_the_same_batches(source):
     through = Activations(source(), CPU)
     expected = [through.batch(step).activations[2][0].clone() for step in range(8)]
     for start in (1, 4, 7):
@@ -60,7 +62,7 @@ def test_a_stream_that_starts_in_the_middle_gives_the_same_batches(source):
             assert torch.equal(resumed.batch(step).activations[2][0], expected[step])
 
 
-def test_two_processes_see_together_what_one_sees(source):
+def test_two_processes_together_see_the_tokens_of_one(source):
     whole = Activations(source(), CPU)
     parts = [Activations(source(process=(index, 2)), CPU) for index in range(2)]
     for step in range(8):
@@ -77,8 +79,8 @@ def test_the_buffer_is_bounded(source):
     assert buffer_steps(2**28 // (4 * sum(site.d_in + site.d_out for site in sites)) // 7, sites) == 7
 
 
-def test_sequential_inputs_and_both_targets(source):
-    """Inputs are what the layers below produce; targets the MLP's own on that input, or the base's on its own."""
+def test_sequential_inputs_and_both_targets_are_exact(source):
+    """Inputs come from the layers below; targets are the MLP's output for that input, or the base's output for its own."""
 
     class Doubled(nn.Module):
         def __init__(self, mlp):
@@ -105,7 +107,7 @@ def test_sequential_inputs_and_both_targets(source):
         assert np.abs(dealt - rows(moved, target)).max() < 1e-5
 
 
-def test_the_logs_figures_are_those_of_float64():
+def test_logged_figures_equal_those_in_float64():
     layer = MxD(6, 8, 5, n_experts=7, k=2)
     window = Window.empty(layer, CPU)
     generator = torch.Generator().manual_seed(0)
@@ -139,66 +141,39 @@ def test_groups_that_fit_the_budget_end_as_one_pass(models, text, tmp_path):
     settings["train"] |= {"memory_gib": room / 2**30}
     split = convert(small_recipe(models["llama"], text, tmp_path / "split", **settings), quiet=True)
     assert_the_same(split, whole)
-    assert split.report["recipe_sha256"] == whole.report["recipe_sha256"]  # how the work is done does not make another recipe
+    assert split.report["recipe_sha256"] == whole.report["recipe_sha256"]  # memory settings do not change the hash of the recipe
 
 
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Ctrl-C while the given step is taken."""
-    from mxd_convert.training import stage
-
-    take = stage.Stage._step
-
-    def interrupted(self, number, interrupt):
-        interrupt.requested = number == step
-        take(self, number, interrupt)
-
-    monkeypatch.setattr(stage.Stage, "_step", interrupted)
-
-
-def assert_the_same(ours: mxd_convert.Result, theirs: mxd_convert.Result) -> None:
-    """Weights to the bit; the log too, but for tokens a second."""
-    tensors, others = (load_file(result.output / "model.safetensors") for result in (ours, theirs))
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
-    logs = []
-    for result in (ours, theirs):
-        lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
-        logs.append([{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines])
-    assert logs[0] == logs[1]
-
-
-def begin(monkeypatch, recipe: dict) -> tuple[float, float]:
-    """Cuts a run off at step 14 of the pass over its first two layers; gives the budgets, GiB, that hold two layers, and one."""
+def begin(recipe: dict) -> tuple[float, float]:
+    """Interrupt a run at step 14 of the pass over its first two layers; return the budgets (GiB) for two layers and for one."""
     plan = mxd_convert.make_plan(mxd_convert.load_recipe(recipe))
     two, one = (estimate(plan, plan.layers[:count]).training / 2**30 for count in (2, 1))
-    with monkeypatch.context() as patched:
-        interrupt_at(patched, 13)
-        with pytest.raises(KeyboardInterrupt):
-            convert(recipe, overrides={"train.memory_gib": two}, quiet=True)
+    interrupted_run(recipe, 13, overrides={"train.memory_gib": two})
     return two, one
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
-def test_groups_that_change_in_between_go_on_and_end_the_same(models, text, tmp_path, monkeypatch, capsys, moments):
+def test_groups_that_change_in_between_resume_and_end_the_same(models, text, tmp_path, capsys, moments):
     settings = {"layers": "all", "data": {"tokens": 8192}, "train": {"moments": moments, "init": "tokens"}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
-    _, one = begin(monkeypatch, recipe)
+    _, one = begin(recipe)
     assert [folder.name for folder in (tmp_path / "cut.partial" / "state").iterdir()] == ["layers-0-1"]
     done = convert(recipe, overrides={"train.memory_gib": one})
     assert done.report["cost"]["resumed_at_steps"] == [14]
     errors = capsys.readouterr().err
-    for layer in (0, 1):  # the group no longer fitted: its layers go on one by one
+    for layer in (0, 1):  # the group no longer fitted, so its layers resume one by one
         assert f"resumed at step 14 of 32 of layer {layer} (pass {layer + 1} of 3)" in errors
     assert_the_same(done, whole)
 
 
 @pytest.mark.parametrize("cut", ["save_state", "split_log", "remove_state"])
-def test_a_split_that_is_cut_off_is_done_again(models, text, tmp_path, monkeypatch, cut):
-    """While the second part's state or log is written, or before the group's is removed; then the first budget holds again."""
+def test_a_split_that_was_interrupted_is_repeated(models, text, tmp_path, monkeypatch, cut):
+    """The interruption comes while the second part is saved, or before the group's state is removed."""
     settings = {"layers": "all", "data": {"tokens": 8192}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
     recipe = small_recipe(models["llama"], text, tmp_path / "cut", **settings)
-    two, one = begin(monkeypatch, recipe)
+    two, one = begin(recipe)
     make, calls = getattr(state, cut), []
 
     def killed(*given):
@@ -216,7 +191,7 @@ def test_a_split_that_is_cut_off_is_done_again(models, text, tmp_path, monkeypat
     assert_the_same(done, whole)
 
 
-def test_a_part_of_a_group_has_its_own_rate(tmp_path):
+def test_a_part_of_a_group_has_its_own_learning_rate(tmp_path):
     (tmp_path / "whole").write_text(
         json.dumps({"step": 4, "tokens_per_second": 100.0, "layers": {"0": {}, "1": {}, "2": {}}}) + "\n"
     )
@@ -228,7 +203,7 @@ def test_a_part_of_a_group_has_its_own_rate(tmp_path):
     assert rates == [300.0, 150.0, 100.0, 150.0]
 
 
-def test_the_time_of_a_group_that_is_split_counts_once(tmp_path):
+def test_the_time_of_a_split_group_counts_once(tmp_path):
     tensors = {f"{index}/weight": torch.full((2,), float(index)) for index in (1, 2, 11)}
     state.save_state(tmp_path / "whole", 7, tensors, {"layers": [1, 2, 11], "seconds": 6.0}, "print")
     state.split_state(tmp_path / "whole", {tmp_path / "a": [1], tmp_path / "b": [2, 11]}, "print")
@@ -239,7 +214,7 @@ def test_the_time_of_a_group_that_is_split_counts_once(tmp_path):
         assert {name: tensor.tolist() for name, tensor in own.items()} == {f"{i}/weight": [i, i] for i in indices}
 
 
-def test_a_budget_below_one_layer_is_refused(models, text, tmp_path, refused, recipe):
+def test_a_budget_below_one_layer_is_refused(tmp_path, refused, recipe):
     message = refused(
         "run", recipe(train={"memory_gib": 0.1}), words=("train.memory_gib: 0.1", "layer.experts (24)", "train.batch_tokens")
     )
@@ -249,13 +224,13 @@ def test_a_budget_below_one_layer_is_refused(models, text, tmp_path, refused, re
 
 
 @pytest.mark.parametrize("target", ["local", "teacher"])
-def test_sequential_training_learns_what_the_layers_below_produce(models, text, tmp_path, target):
+def test_sequential_training_learns_the_outputs_of_the_layers_below(models, text, tmp_path, target):
     settings = {"layers": [0, 2], "data": {"tokens": 32_768}, "layer": {"k": 1, "hidden": 6}}
     sequential = {**settings, "train": {"order": "sequential", "target": target}}
     result = convert(small_recipe(models["gpt2"], text, tmp_path / "sequential", **sequential), quiet=True)
     parallel = convert(small_recipe(models["gpt2"], text, tmp_path / "parallel", **settings), quiet=True)
     ours, theirs = (load_file(made.output / "model.safetensors") for made in (result, parallel))
-    for name, tensor in ours.items():  # the first layer sees the same either way, the later one does not
+    for name, tensor in ours.items():  # only the later layer has other inputs
         assert torch.equal(tensor, theirs[name]) == (".h.2.mlp." not in name), name
     layers, others = (made.report["fidelity"]["layers"]["2"] for made in (result, parallel))
     assert layers[f"fvu_in_place_{target}"] < others[f"fvu_in_place_{target}"]
@@ -278,7 +253,7 @@ def test_sequential_training_learns_what_the_layers_below_produce(models, text, 
         ({"k_init": 25}, ("train.k_init", "25", "24")),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(refused, recipe, train, words):
+def test_inconsistent_settings_are_refused(refused, recipe, train, words):
     refused("run", recipe(train=train), words=words)
 
 
@@ -286,20 +261,20 @@ def test_settings_that_make_no_sense_are_refused(refused, recipe, train, words):
     "error",
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
-@pytest.mark.parametrize("place", ["mxd_convert.training.stage.forward_backward", "mxd_convert.training.stage.Optimiser"])
-def test_running_out_of_memory_says_what_to_lower(models, text, tmp_path, monkeypatch, error, place):
+@pytest.mark.parametrize("failing", ["mxd_convert.training.stage.forward_backward", "mxd_convert.training.stage.Optimiser"])
+def test_the_out_of_memory_error_names_the_setting_to_lower(models, text, tmp_path, monkeypatch, error, failing):
     def fail(*arguments, **named):
         raise error
 
     assert is_out_of_memory(error)
-    monkeypatch.setattr(place, fail)
+    monkeypatch.setattr(failing, fail)
     with pytest.raises(
         InputError, match=r"out of memory while training. Lower train.batch_tokens \(256\) or .* train.memory_gib"
     ):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out"), quiet=True)
 
 
-def test_the_last_good_state_is_named_where_a_loss_is_not_finite(models, text, tmp_path, monkeypatch):
+def test_the_error_of_a_loss_that_is_not_finite_names_the_last_state(models, text, tmp_path, monkeypatch):
     from mxd_convert.training import stage
 
     forward_backward, calls = stage.forward_backward, []
@@ -314,7 +289,7 @@ def test_the_last_good_state_is_named_where_a_loss_is_not_finite(models, text, t
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)
 
 
-def test_moments_in_bf16_resume_and_train(models, text, tmp_path):
+def test_moments_in_bf16_train_and_resume(models, text, tmp_path):
     settings = {"layers": [1], "train": {"moments": "bf16"}, "data": {"tokens": 16_384}}
     rough = convert(small_recipe(models["gpt2"], text, tmp_path / "rough", **settings), quiet=True)
     settings["train"] = {}
@@ -325,17 +300,17 @@ def test_moments_in_bf16_resume_and_train(models, text, tmp_path):
 
 
 @pytest.mark.parametrize("order", ["parallel", "sequential"])
-def test_a_base_too_large_for_the_memory_is_spread_and_gives_the_same(models, text, tmp_path, monkeypatch, capsys, order):
+def test_a_base_larger_than_memory_is_spread_and_gives_the_same(models, text, tmp_path, monkeypatch, capsys, order):
     settings = {"layers": [0, 2], "train": {"order": order}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings), quiet=True)
-    monkeypatch.setattr("mxd_convert.plan.memory.BASE_SHARE", 1e-5)  # some 200 KB: the embedding and a layer or two, not all
+    monkeypatch.setattr("mxd_convert.plan.memory.BASE_SHARE", 1e-5)  # about 200 KB: the embedding and a layer or two
     loaded = []
     load = mxd_convert.commands.run.load_base
     monkeypatch.setattr(
         "mxd_convert.commands.run.load_base", lambda *given, **named: loaded.append(load(*given, **named)) or loaded[-1]
     )
     spread = convert(small_recipe(models["llama"], text, tmp_path / "spread", **settings))
-    assert "disk" in {str(place) for place in loaded[0].hf_device_map.values()}
+    assert "disk" in {str(device) for device in loaded[0].hf_device_map.values()}
     assert "accelerate spreads it" in capsys.readouterr().err
     ours, theirs = (load_file(result.output / "model.safetensors") for result in (spread, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
