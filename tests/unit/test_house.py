@@ -1,4 +1,4 @@
-"""The layout of the package: imports point downwards without cycles, files stay short, the architecture page names every room."""
+"""The layout of the package: imports point downwards without cycles, files stay short, the architecture page names every package."""
 
 import ast
 import re
@@ -11,9 +11,9 @@ from project import ROOT
 
 PACKAGE = ROOT / "mxd_convert"
 PAGE = ROOT / "docs" / "architecture.md"
-# From the lowest floor up. A file imports from its own floor and from those below. `report.schema` has a floor of its own: like the
-# recipe, the form of mxd_report.json is a contract.
-FLOORS = [
+# From the lowest level up. A file imports from its own level and from those below. `report.schema` is on a lower level than its package:
+# like the recipe, the form of mxd_report.json is a contract.
+LEVELS = [
     {"errors", "escaping", "files"},
     {"modeling", "recipe", "report.schema"},
     {"layers", "base_model", "data"},
@@ -22,9 +22,9 @@ FLOORS = [
     {"commands"},
     {"cli"},
 ]
-MOST_FLOORS, MOST_ENTRIES = 8, 24
-LONGEST = 450  # lines of a file of the package
-LONGEST_TEST = 400
+MAX_LEVELS, MAX_ENTRIES = 8, 24  # levels; files and folders of the package
+MAX_LINES = 450  # of a file of the package
+MAX_TEST_LINES = 400
 STANDARD = {"collections", "contextlib", "contextvars", "numbers", "pathlib", "re", "threading", "types", "typing"}
 
 
@@ -64,12 +64,12 @@ def graph() -> Mapping[str, frozenset[str]]:
     }
 
 
-def floor_of(module: str) -> int:
-    rooms = (module, module.split(".", maxsplit=1)[0])
-    return next(number for room in rooms for number, floor in enumerate(FLOORS) if room in floor)
+def level_of(module: str) -> int:
+    names = (module, module.split(".", maxsplit=1)[0])
+    return next(number for name in names for number, level in enumerate(LEVELS) if name in level)
 
 
-def circle(edges: Mapping[str, frozenset[str]]) -> list[str]:
+def cycle(edges: Mapping[str, frozenset[str]]) -> list[str]:
     """Return the modules of a cycle of imports, or an empty list."""
     done: set[str] = set()
 
@@ -90,11 +90,11 @@ def circle(edges: Mapping[str, frozenset[str]]) -> list[str]:
 @pytest.mark.parametrize("module", sorted(graph()))
 def test_imports_point_downwards(module):
     for other in graph()[module]:
-        assert floor_of(other) <= floor_of(module), f"{module} imports {other}, which is above it"
+        assert level_of(other) <= level_of(module), f"{module} imports {other}, which is above it"
 
 
 def test_imports_form_no_cycle():
-    assert circle(graph()) == []
+    assert cycle(graph()) == []
 
 
 def test_every_form_of_import_is_seen():
@@ -110,15 +110,15 @@ def test_every_form_of_import_is_seen():
     }
     for source, module in forms.items():
         assert set(imported(source, "b.c", modules)) == {module}, source
-    assert circle({"a": frozenset({"b.c"}), "b.c": frozenset({"a"}), "b": frozenset()}) == ["a", "b.c", "a"]
+    assert cycle({"a": frozenset({"b.c"}), "b.c": frozenset({"a"}), "b": frozenset()}) == ["a", "b.c", "a"]
 
 
-def test_the_package_has_few_floors_and_few_rooms():
+def test_the_package_has_few_levels_and_few_entries():
     entries = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.glob("**/*.py"))}
-    assert len(FLOORS) <= MOST_FLOORS
-    assert len(entries) <= MOST_ENTRIES, entries
-    rooms = {name.removesuffix(".py") for name in entries} - {"__init__"}
-    assert rooms == {room for floor in FLOORS for room in floor if "." not in room}
+    assert len(LEVELS) <= MAX_LEVELS
+    assert len(entries) <= MAX_ENTRIES, entries
+    packages = {name.removesuffix(".py") for name in entries} - {"__init__"}
+    assert packages == {package for level in LEVELS for package in level if "." not in package}
 
 
 def test_a_command_has_the_same_name_in_cli_and_commands():
@@ -151,12 +151,12 @@ def test_layers_import_neither_files_nor_models():
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_of)
 def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= LONGEST
+    assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
 def test_test_files_stay_short():
     for path in (ROOT / "tests").rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= LONGEST_TEST, path.name
+        assert len(path.read_text().splitlines()) <= MAX_TEST_LINES, path.name
 
 
 def test_test_modules_import_neither_each_other_nor_conftest():
@@ -171,29 +171,29 @@ def test_test_modules_import_neither_each_other_nor_conftest():
 
 
 def rows_of(page: str) -> dict[str, str]:
-    """Return the text of every row in the page's table of rooms, by room."""
+    """Return the text of every row in the page's table of packages, by package."""
     rows = [line.strip("| ").split(" | ", 1) for line in page.splitlines() if line.startswith("| `")]
     return {name.strip("`/").removesuffix(".py"): text for name, text in rows}
 
 
-def test_every_room_has_a_row_in_the_architecture_page():
+def test_every_package_has_a_row_in_the_architecture_page():
     rows = rows_of(PAGE.read_text())
-    for floor in FLOORS:
-        for room in floor:
-            if "." not in room:
-                assert rows.get(room), f"docs/architecture.md has no row of {room}"
+    for level in LEVELS:
+        for package in level:
+            if "." not in package:
+                assert rows.get(package), f"docs/architecture.md has no row of {package}"
     for module in graph():
-        room, _, file = module.partition(".")
-        if file and file != "__main__" and room not in ("cli", "commands"):  # whose files have the commands' names
+        package, _, file = module.partition(".")
+        if file and file != "__main__" and package not in ("cli", "commands"):  # whose files have the commands' names
             name = file.split(".")[0]
-            assert f"`{name}" in rows[room], f"docs/architecture.md does not say what {room}/{name} is"
+            assert f"`{name}" in rows[package], f"docs/architecture.md does not say what {package}/{name} is"
 
 
 def test_the_table_of_the_page_is_parsed():
-    assert rows_of("# Rooms\n\n| room | what is there |\n|---|---|\n| `data/` | `blocks.py`: tokens |\n") == {
+    assert rows_of("# Packages\n\n| package | content |\n|---|---|\n| `data/` | `blocks.py`: tokens |\n") == {
         "data": "`blocks.py`: tokens"
     }
-    assert rows_of("the rooms are data, plan and training") == {}
+    assert rows_of("the packages are data, plan and training") == {}
 
 
 def work_in(constructor: ast.FunctionDef) -> set[str]:
