@@ -17,7 +17,7 @@ def widths_of(projection: nn.Module, path: str) -> tuple[int, int]:
     """
     weight = getattr(projection, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise InputError(f"{path} is a {type(projection).__name__}, no linear projection")
+        raise InputError(f"{path} is a {type(projection).__name__}; expected a linear projection. Name one in base.mlp.")
     rows, columns = weight.shape
     return (rows, columns) if type(projection).__name__ == "Conv1D" else (columns, rows)
 

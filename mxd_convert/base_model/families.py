@@ -209,10 +209,10 @@ def architecture_of(config: Any, own: Mlp | None = None) -> Architecture:
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     if model_type.startswith("mxd_"):
-        raise InputError(f"model_type {model_type!r}: this model is already converted; give its base model")
+        raise InputError(f"model_type {model_type!r}: this model is already converted. Give its base model.")
     close = difflib.get_close_matches(model_type, ARCHITECTURES, n=1, cutoff=0.7)
     raise InputError(
-        f"model_type {model_type!r}{_why_not(config)} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
+        f"model_type {model_type!r}{_why_not(config)} is not supported. Supported: {', '.join(sorted(ARCHITECTURES))}"
         + (f" (nearest: {close[0]})" if close else "")
         + ".\nDescribe the MLP of another family in the recipe's base.mlp, or add a row to mxd_convert/base_model/families.py"
         " (docs/add-a-family.md)."
@@ -256,7 +256,7 @@ def find_sites(model: nn.Module, config: Any, indices: Sequence[int], own: Mlp |
     activation = str(getattr(config, row.activation, row.activation))
     if activation not in ACT2FN:
         raise InputError(
-            f"the MLPs' activation {activation!r} is not one of transformers' activations, such as gelu, relu or silu"
+            f"the MLPs' activation {activation!r} is unknown to transformers. Set base.mlp.activation to, for example, gelu, relu or silu."
         )
     return [_site(model, config, row, index, activation) for index in indices]
 
@@ -270,7 +270,8 @@ def _site(model: nn.Module, config: Any, row: Architecture, index: int, activati
         except AttributeError:
             what = path if _missing(model, path) else f"{path}.{name}"
             raise InputError(
-                f"layer {index} of this {config.model_type!r} model has no {what}, where its MLP should be.{suggestion(guess(model, config))}"
+                f"layer {index} of this {config.model_type!r} model has no {what}, where its MLP should be. Describe its MLP in base.mlp."
+                + suggestion(guess(model, config))
             ) from None
     d_in, d_hidden = widths_of(found[row.up], f"{path}.{row.up}")
     wide, d_out = widths_of(found[row.down], f"{path}.{row.down}")
@@ -278,8 +279,12 @@ def _site(model: nn.Module, config: Any, row: Architecture, index: int, activati
         d_hidden //= 2
     if wide != d_hidden:
         raise InputError(
-            f"layer {index}: {path}.{row.up} makes {d_hidden} hidden units and {path}.{row.down} takes {wide};"
-            + (" a fused projection is named as both gate and up" if d_hidden == 2 * wide else " they do not belong to one MLP")
+            f"layer {index}: {path}.{row.up} makes {d_hidden} hidden units and {path}.{row.down} takes {wide}."
+            + (
+                " Name a fused projection as both gate and up."
+                if d_hidden == 2 * wide
+                else " Name two projections of one MLP in base.mlp."
+            )
         )
     return Site(
         index,

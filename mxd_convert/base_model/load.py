@@ -26,7 +26,7 @@ from mxd_convert.files import check_pointer, read_mapping
 from mxd_convert.recipe.load import parse_yaml
 from mxd_convert.recipe.schema import MAX_LAYERS, Base, Mlp, is_local
 
-WEIGHTS_HELP = "the file is truncated or damaged: download it or convert again"
+WEIGHTS_HELP = "The file is truncated or damaged. Download it or convert again."
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def load_errors(what: str, name: str, done: str = "loaded") -> Iterator[None]:
     except InputError:
         raise
     except SafetensorError as error:
-        raise InputError(f"{name}: {what} can't be {done}, {WEIGHTS_HELP} ({first_line(error)})") from None
+        raise InputError(f"{name}: {what} can't be {done} ({first_line(error)}). {WEIGHTS_HELP}") from None
     except Exception as error:
         if is_disk_full(error) or is_out_of_memory(error):
             raise
@@ -79,17 +79,19 @@ def load_config(base: Base) -> Any:
     if is_local(base.model):
         folder = Path(base.model)
         if not folder.is_dir():
-            raise InputError(f"base.model: {base.model}: no such folder")
+            raise InputError(f"base.model: {base.model}: no such folder. Give a model's folder or its Hub id.")
         check_adapters(folder)
         if not (folder / "config.json").is_file():
-            raise InputError(f"base.model: {base.model}: the folder has no config.json, so it is not a model")
+            raise InputError(
+                f"base.model: {base.model}: the folder has no config.json, so it is not a model. Give a model's folder or its Hub id."
+            )
         read_mapping(folder / "config.json", "Download the model again.")
         for file in folder.glob("*.safetensors"):
             check_pointer(file)
     with load_errors("its config", base.model), quiet():
         content, _ = PreTrainedConfig.get_config_dict(base.model, revision=base.revision)
         if str(content.get("model_type")).startswith("mxd_"):
-            raise InputError(f"base.model: {base.model} is already converted; give its base model")
+            raise InputError(f"base.model: {base.model} is already converted. Give its base model.")
         check_config(content, f"base.model: {base.model}: config.json", _trusted(base))
         if not is_local(base.model) and find_adapter_config_file(
             base.model, revision=base.revision, local_files_only=HF_HUB_OFFLINE
@@ -98,13 +100,13 @@ def load_config(base: Base) -> Any:
         with _named_trust(base.model):
             config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=_trusted(base))
     if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"base.model: {base.model} is quantised; give the unquantised model, whose activations are exact")
+        raise InputError(f"base.model: {base.model} is quantised. Give the unquantised model, whose activations are exact.")
     return config
 
 
 _ADAPTER = (
-    "has adapter_config.json, a PEFT adapter that transformers would silently add to the weights; merge it into them"
-    " (merge_and_unload, then save_pretrained), or move it elsewhere"
+    "has adapter_config.json, a PEFT adapter that transformers would silently add to the weights. Merge it into them"
+    " (merge_and_unload, then save_pretrained), or move it elsewhere."
 )
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -120,8 +122,8 @@ def check_unambiguous(name: str) -> None:
     """Raise InputError if a Hub id is also a path in the working directory, which transformers would load instead."""
     if not is_local(name) and Path(name).exists():
         raise InputError(
-            f"{name}: names a model on the Hub, and something in the working directory too; write ./{name} for the local one, or run from"
-            " another directory for the Hub's"
+            f"{name}: names both a model on the Hub and a path in the working directory. Write ./{name} for the path, or run from"
+            " another directory for the model on the Hub."
         )
 
 
@@ -133,16 +135,16 @@ def check_config(content: Mapping[str, Any], where: str, trusted: bool = False) 
     vocabulary, pad = content.get("vocab_size"), content.get("pad_token_id")
     if isinstance(vocabulary, int) and isinstance(pad, int) and pad >= vocabulary > 0:
         raise InputError(
-            f"{where}: pad_token_id {pad} exceeds the largest id, {vocabulary - 1} with vocab_size {vocabulary}; set pad_token_id to"
-            " an id of the vocabulary, or to null"
+            f"{where}: pad_token_id {pad} exceeds the largest id, {vocabulary - 1} with vocab_size {vocabulary}. Set pad_token_id to"
+            " an id of the vocabulary, or to null."
         )
     for key, value in content.items():
         if key in _COUNTS and isinstance(value, int | float) and value > MAX_LAYERS:
-            raise InputError(f"{where}: {key} is {value:.6g}, more than any model has; download it again")
+            raise InputError(f"{where}: {key} is {value:.6g}, more than the limit of {MAX_LAYERS:,}. Download it again.")
         if key.removesuffix("_internal").strip("_") in _IMPLEMENTATIONS and not trusted:
             values = value.values() if isinstance(value, dict) else [value]
             if not all(found is None or (isinstance(found, str) and found.isidentifier()) for found in values):
-                raise InputError(f"{where}: {key} is {value!r:.80}, code from elsewhere; expected a name such as sdpa or eager")
+                raise InputError(f"{where}: {key} is {value!r:.80}, code from elsewhere. Set it to a name such as sdpa or eager.")
         if isinstance(value, dict):
             check_config(value, f"{where}: {key}", trusted)
 
@@ -156,8 +158,8 @@ def _named_trust(name: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise InputError(
-            f"base.model: {name} comes with code of its own, which is not run by default: read its .py files, and set"
-            " base.trust_remote_code: true (for a converted checkpoint: put --trust-remote-code before the command)"
+            f"base.model: {name} has custom code, which is not run by default. Read its .py files, then set"
+            " base.trust_remote_code: true (for a converted checkpoint, put --trust-remote-code before the command)."
         ) from None
 
 
@@ -207,7 +209,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     trusted = trust_remote_code or is_trusted()
     folder = Path(name)
     if folder.is_dir() and not any(file.name.startswith(_TOKENIZER) or file.suffix == ".model" for file in folder.iterdir()):
-        raise InputError(f"{name}: has no tokenizer (tokenizer.json, or its family's files); save the tokenizer there")
+        raise InputError(f"{name}: has no tokenizer (tokenizer.json, or its family's files). Save the tokenizer there.")
     with load_errors("its tokenizer", name), quiet(), _named_trust(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         tokenizer("a", add_special_tokens=True)["input_ids"]  # some broken tokenizers fail only when used
@@ -254,15 +256,15 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
         name, theirs, ours = mismatched[0]
         raise InputError(
             f"{base.model}: the weights don't fit config.json: {name} has shape {list(theirs)}, but the sizes in config.json give"
-            f" {list(ours)}; correct config.json, or give the complete model"
+            f" {list(ours)}. Correct config.json, or give the complete model."
         )
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{base.model}: the weights lack {missing[0]}{more}, which would be random; give the complete model")
+        raise InputError(f"{base.model}: the weights lack {missing[0]}{more}, which would be random. Give the complete model.")
     layers = model.config.num_hidden_layers
     beyond = architecture_of(model.config, base.mlp).layer.format(i=layers).removeprefix(f"{model.base_model_prefix}.")
     if any(f"{beyond}." in key for key in info["unexpected_keys"]):
-        raise InputError(f"{base.model}: its config.json says {layers} layers and the weights hold more; correct config.json")
+        raise InputError(f"{base.model}: its config.json says {layers} layers, but the weights have more. Correct config.json.")
     return model.eval().requires_grad_(False)
 
 

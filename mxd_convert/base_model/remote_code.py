@@ -93,7 +93,7 @@ def class_in(folder: Path, auto_map: Any, auto_class: str) -> Any | None:
         return None
     if not is_trusted():
         raise NotTrusted(
-            f"{folder}: made from a base model with code of its own, which is not run by default: read its .py files, and put"
-            " --trust-remote-code before the command (in Python: with mxd_convert.trusting(): ...)"
+            f"{folder}: its base model has custom code, which is not run by default. Read its .py files, then put"
+            " --trust-remote-code before the command (in Python: with mxd_convert.trusting(): ...)."
         )
     return get_class_from_dynamic_module(reference, str(folder))

@@ -79,7 +79,7 @@ def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
     checks = [
         Check("the checkpoint's files have the recorded hashes", not wrong, f"{wrong[0]} differs or is missing" if wrong else "")
     ]
-    name = "the checkpoint's weights come out with the recorded hashes"
+    name = "the rebuilt weights have the recorded hashes"
     try:
         original = base_of_delta(folder, content, base)
     except InputError as error:
@@ -92,7 +92,7 @@ def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
         for piece in weight_file(header, tensors):
             digest.update(piece)
         same = digest.hexdigest() == content["files"][path]
-        checks.append(Check(name, same, "" if same else f"{path} does not"))
+        checks.append(Check(name, same, "" if same else f"{path} differs"))
     return Verification(folder, checks)
 
 
@@ -113,18 +113,18 @@ def read_delta(folder: Path) -> dict[str, Any]:
     """Return the content of a delta's `mxd_delta.json`. Raises InputError if the folder is not a delta or the file is invalid."""
     check_folder(folder)
     if not is_delta(folder):
-        raise InputError(f"{folder}: no {DELTA}, so not a delta; `mxd-convert delta` creates one")
+        raise InputError(f"{folder}: no {DELTA}, so not a delta. Create one with `mxd-convert delta`.")
     content = read_mapping(folder / DELTA, "Download it again.")
     version = content.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise InputError(
-            f"{folder}: a delta of format {version}, but this mxd-convert reads format {FORMAT_VERSION}; upgrade mxd-convert"
+            f"{folder}: a delta of format {version}; this mxd-convert reads format {FORMAT_VERSION}. Upgrade mxd-convert."
         )
     try:
         assert version == FORMAT_VERSION
         _check_form(content)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError):
-        raise InputError(f"{folder}: its {DELTA} can't be read; download it again") from None
+        raise InputError(f"{folder}: its {DELTA} can't be read. Download it again.") from None
     return content
 
 
@@ -156,7 +156,7 @@ def base_of_delta(folder: Path, content: Mapping[str, Any], base: str | None) ->
     original = load_base(settings, dtype="auto")
     if model_sha256(original) != recorded.get("sha256"):
         raise InputError(
-            f"{settings.model}: not the model that this delta belongs to (the hash of its tensors differs); give {recorded.get('model')} with --base"
+            f"{settings.model}: not the base model of this delta (the hash of its tensors differs). Give {recorded.get('model')} with --base."
         )
     return original
 
@@ -164,15 +164,15 @@ def base_of_delta(folder: Path, content: Mapping[str, Any], base: str | None) ->
 def merged_tensors(folder: Path, content: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the checkpoint's tensors by name: those of the delta, and the base's (`theirs`) for the others."""
     if not has_hash(folder / LAYERS, content["layers_sha256"]):
-        raise InputError(f"{folder / LAYERS}: missing, or {WEIGHTS_HELP}")
+        raise InputError(f"{folder / LAYERS}: missing or not the recorded file. {WEIGHTS_HELP}")
     try:
         with safe_open(folder / LAYERS, framework="pt") as stored:
             own = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / LAYERS}: {WEIGHTS_HELP} ({error})") from None
+        raise InputError(f"{folder / LAYERS}: can't be read ({error}). {WEIGHTS_HELP}") from None
     names = {name for entry in content["weights"] for name in json.loads(entry["header"]) if name != "__metadata__"}
     for name in sorted(names - own.keys() - theirs.keys()):
-        raise InputError(f"{folder}: damaged: neither {LAYERS} nor the base has {name}; download it again")
+        raise InputError(f"{folder}: damaged: neither {LAYERS} nor the base has {name}. Download it again.")
     return {name: own[name] if name in own else theirs[name] for name in names}
 
 

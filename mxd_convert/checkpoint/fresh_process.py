@@ -174,7 +174,7 @@ def main(request):  # noqa: PLR0915 (one nested function per check)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=request["tokenizer_trusted"])
         text = "Once upon a time"
         back = tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
-        return None if tokenizer(text)["input_ids"] and "time" in back else f"its tokenizer makes {back!r} of {text!r}"
+        return None if tokenizer(text)["input_ids"] and "time" in back else f"its tokenizer turns {text!r} into {back!r}"
 
     def generates():
         """Compare cached generation, token by token, with one forward over the whole text."""

@@ -78,7 +78,7 @@ def _files(folder: Path, report: Report) -> Iterator[Check]:
         )
     other = foreign_code(folder)
     version = (report.versions or {}).get("mxd-convert", "unknown")
-    why = f"{other[0]} is not this package's own; the checkpoint was made by version {version}" if other else ""
+    why = f"{other[0]} is not this package's own. The checkpoint was made by version {version}." if other else ""
     yield Check("its code is this package's own", None if other else True, why)
 
 
@@ -96,7 +96,7 @@ def _recipe(folder: Path, report: Report) -> Iterator[Check]:
         yield Check(name, None if old else False, why)
         return
     same = recipe.published_sha256() == report.recipe_sha256
-    yield Check(name, same, "" if same else "it differs")
+    yield Check(name, same, "" if same else "the hash of recipe.yaml differs")
     seed = (report.seeds or {}).get("train")
     yield Check(
         "the seed is the recipe's",
@@ -148,7 +148,7 @@ def _texts(folder: Path, report: Report) -> Iterator[Check]:
             Check(
                 name,
                 None,
-                "the paths of the texts are not recorded on this machine; `mxd-convert run` with the texts recomputes them",
+                "the paths of the texts are not recorded on this machine. Run the recipe with the texts to recompute the fingerprints.",
             )
             for name in names
         )

@@ -43,14 +43,19 @@ def read_config(folder: str | Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / DELTA).is_file():
-            raise InputError(f"{folder}: a delta; `mxd-convert apply {folder} DIR` makes the full checkpoint from it")
+            raise InputError(f"{folder}: a delta, not a full checkpoint. Rebuild it with `mxd-convert apply {folder} DIR`.")
         target = folder.resolve()
         unfinished = target.name.endswith(".partial") or target.parent.joinpath(f"{target.name}.partial").is_dir()
-        raise InputError(f"{folder}: no config.json, so not a checkpoint" + ("; its run has not finished" if unfinished else ""))
+        fix = (
+            "Its run has not finished. Resume it with `mxd-convert run`."
+            if unfinished
+            else "Give the folder of a converted model."
+        )
+        raise InputError(f"{folder}: no config.json, so not a checkpoint. {fix}")
     content = read_mapping(path)
     if not str(content.get("model_type")).startswith("mxd_"):
         kind = f"a {str(content.get('model_type'))[:60]!r} model"
-        raise InputError(f"{folder}: config.json is of {kind}, not of one with MxD layers; `mxd-convert run` creates one")
+        raise InputError(f"{folder}: config.json is of {kind}, not of one with MxD layers. Create one with `mxd-convert run`.")
     if not isinstance(content.get("mxd"), dict):
         raise InputError(f"{folder}: config.json: mxd is {content.get('mxd')!r:.60}; expected format_version, mlp and layers")
     check_config(content, str(path))
@@ -63,7 +68,7 @@ def read_config(folder: str | Path) -> Any:
 def check_folder(folder: Path) -> None:
     """Raise InputError if `folder` is not a folder, or contains an adapter or a symbolic link that points out of it."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: no such folder. Give the folder of a converted model.")
     check_links(folder)
     check_adapters(folder)
 
@@ -78,7 +83,7 @@ def _config_type(folder: Path, content: dict[str, Any]) -> Any:
         return class_in(folder, content.get("auto_map"), "AutoConfig") or configuration_mxd.config_class(stem)
     except AttributeError:
         raise InputError(
-            f"{folder}: this transformers has no {stem}Config, which the checkpoint needs; upgrade transformers"
+            f"{folder}: this transformers has no {stem}Config, which the checkpoint needs. Upgrade transformers."
         ) from None
 
 
@@ -100,8 +105,8 @@ def load_checkpoint(folder: str | Path, dtype: str = "auto", finite: bool = Fals
     # every layer has several tensors; a model with a false count of millions of layers takes hours to build
     if not isinstance(layers, int) or not 0 < layers <= len(found):
         raise InputError(
-            f"{folder}: the weights don't fit config.json: it says {layers!r:.40} layers and the weights hold {len(found)} tensors;"
-            " download it or convert again"
+            f"{folder}: the weights don't fit config.json: it says {layers!r:.40} layers, but the weights have {len(found)} tensors."
+            " Download it or convert again."
         )
     with load_errors("the model that config.json describes", str(folder), "built"), quiet():
         model_class = class_of(folder, config)
@@ -123,7 +128,7 @@ def not_finite(model: Any) -> str | None:
 def check_finite(folder: str | Path, model: Any) -> None:
     """Raise InputError if the weights of a loaded checkpoint contain NaN or infinities."""
     if (name := not_finite(model)) is not None:
-        raise InputError(f"{folder}: the tensor {name} has numbers that are not finite; download it or convert again")
+        raise InputError(f"{folder}: the tensor {name} has numbers that are not finite. Download it or convert again.")
 
 
 def read_report(folder: Path) -> Report | None:
@@ -156,18 +161,18 @@ def weight_files(folder: Path) -> list[Path]:
         weights = read_mapping(index).get("weight_map")
         names = set(weights.values()) if isinstance(weights, dict) and all(map(_is_text, weights.values())) else set()
         if not names:
-            raise InputError(f"{index}: not a readable index of weight files; download it or convert again")
+            raise InputError(f"{index}: not a readable index of weight files. Download it or convert again.")
         for name in names:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise InputError(
-                    f"{index}: weight_map names {name!r:.80}, outside of the checkpoint; download it or convert again"
+                    f"{index}: weight_map names {name!r:.80}, outside of the checkpoint. Download it or convert again."
                 )
         files = [folder / name for name in sorted(names)]
     else:
         files = [folder / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file}: missing; download it or convert again")
+            raise InputError(f"{file}: missing. Download it or convert again.")
         check_pointer(file)
     return files
 
@@ -187,7 +192,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
             with safe_open(file, framework="pt") as tensors:
                 found |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: {WEIGHTS_HELP} ({first_line(error)})") from None
+            raise InputError(f"{file}: can't be read ({first_line(error)}). {WEIGHTS_HELP}") from None
     return found
 
 
@@ -195,14 +200,15 @@ def check_tensors(folder: Path, expected: dict[str, list[int]], found: dict[str,
     """Raise InputError if the shapes of the tensors on disk (`found`) differ from those of the config's model (`expected`)."""
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            raise InputError(f"{folder}: the weights don't fit config.json: missing tensor {name}; download it or convert again")
+            raise InputError(f"{folder}: the weights don't fit config.json: missing tensor {name}. Download it or convert again.")
         if name not in expected:
             raise InputError(
-                f"{folder}: the weights don't fit config.json: unexpected tensor {name:.200}; download it or convert again"
+                f"{folder}: the weights don't fit config.json: unexpected tensor {name:.200}. Download it or convert again."
             )
         if found[name] != expected[name]:
             raise InputError(
-                f"{folder}: the weights don't fit config.json: {name} has shape {found[name]}, expected {expected[name]}"
+                f"{folder}: the weights don't fit config.json: {name} has shape {found[name]}, expected {expected[name]}."
+                " Download it or convert again."
             )
 
 
@@ -225,7 +231,7 @@ def chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None)
         problem = error.errors(include_url=False)[0]
         raise InputError(
             f"{folder}: its record of the base model is invalid: {problem['loc'][-1] if problem['loc'] else 'mlp'} is"
-            f" {problem['input']!r:.60}; download it again, or give the base with --base PATH"
+            f" {problem['input']!r:.60}. Download it again, or give the base with --base PATH."
         ) from None
 
 
@@ -241,7 +247,7 @@ def _chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None
         return Base(model=local, **more)
     if recorded.get("local", False) or not recorded.get("model"):
         raise InputError(
-            f"{folder}: its base model {recorded.get('model') or ''} was a local folder, which is not on this machine; give it with --base PATH"
+            f"{folder}: its base model {recorded.get('model') or ''} was a local folder, which is not on this machine. Give it with --base PATH."
         )
     return Base(model=recorded["model"], revision=recorded.get("revision"), **more)
 
@@ -280,7 +286,7 @@ def check_base(converted: Any, original: Any, name: str) -> None:
     recorded = recorded_base(converted.config).get("sha256")
     if recorded is not None and model_sha256(original) != recorded:
         raise InputError(
-            f"{name}: not the model that this checkpoint came from (the hash of its tensors differs); give the right one with --base"
+            f"{name}: not the base model of this checkpoint (the hash of its tensors differs). Give the right one with --base."
         )
 
 
@@ -299,9 +305,9 @@ def check_new(output: Path, checkpoint: Path) -> None:
     """Raise InputError if `output` exists and is not empty, or is inside `checkpoint`."""
     check_output(output)
     if checkpoint.resolve() in output.resolve().parents:
-        raise InputError(f"{output}: lies inside the checkpoint; choose another folder")
+        raise InputError(f"{output}: lies inside the checkpoint. Choose another folder.")
     if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output}: exists already; choose another folder")
+        raise InputError(f"{output}: exists already. Choose another folder.")
 
 
 @contextmanager
@@ -355,12 +361,12 @@ def checkpoint_settings(folder: Path) -> tuple[int, bool]:
         section, _, name = key.partition(".")
         keys = recipe.get(section, {})
         if not isinstance(keys, dict):
-            raise InputError(f"{path}: {section} is {keys!r:.60}, not a readable recipe's section; remove the file or correct it")
+            raise InputError(f"{path}: {section} is {keys!r:.60}, not a section of a recipe. Correct the file or remove it.")
         value = keys.get(name, default)
         if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MAX_CONTEXT):
             raise InputError(
                 f"{path}: {key} is {value!r:.60}; expected {'true or false' if default is True else f'a number from 2 to {MAX_CONTEXT:,}'}."
-                " Remove the file to evaluate with blocks of 128 tokens"
+                " Remove the file to evaluate with blocks of 128 tokens."
             )
         settings[key] = value
     context, mask_bos = int(settings["data.context"]), bool(settings["train.mask_bos"])

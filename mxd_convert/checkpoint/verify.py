@@ -134,11 +134,11 @@ def _check_resources(problem: str) -> None:
     if is_disk_full(error):
         raise InputError(
             f"{tempfile.gettempdir()}: no space left on the disk while verifying, which saves copies there ({first_line(error, 120)})."
-            " Free some space, or set TMPDIR to a folder with more"
+            " Free some space, or set TMPDIR to a folder with more."
         )
     if is_out_of_memory(error):
         raise InputError(
-            f"out of memory while verifying ({first_line(error, 120)}); close other programs, or use a machine with more memory"
+            f"out of memory while verifying ({first_line(error, 120)}). Close other programs, or use a machine with more memory."
         )
 
 
@@ -215,10 +215,10 @@ def against_base(folder: Path, converted: Any, base: str | None, ids: list[list[
     tokens = torch.tensor(ids) % original.config.get_text_config().vocab_size
     ours, theirs = reverted(input_ids=tokens).logits, original(input_ids=tokens).logits
     if ours.shape != theirs.shape:
-        return [outside, Check(names[1], False, f"their shapes differ: {list(ours.shape)} and {list(theirs.shape)}")]
+        return [outside, Check(names[1], False, f"the shapes of the logits differ: {list(ours.shape)} and {list(theirs.shape)}")]
     # equal tensors may still give logits that differ by rounding, depending on the alignment of memory
     same = ours.equal(theirs) or (different is None and _same_tensors(reverted, original) and ours.allclose(theirs, atol=1e-5))
-    return [outside, Check(names[1], same, "" if same else "they differ")]
+    return [outside, Check(names[1], same, "" if same else "the logits differ")]
 
 
 def _same_tensors(one: Any, other: Any) -> bool:

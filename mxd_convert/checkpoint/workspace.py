@@ -58,18 +58,14 @@ class Workspace:
 
     def _finished(self) -> dict[str, Any] | None:
         if self.output.parent.is_dir() and not os.access(self.output.parent, os.W_OK):
-            raise InputError(f"output.dir: {self.output.parent} can't be written; choose another output.dir")
+            raise InputError(f"output.dir: {self.output.parent} can't be written. Choose another output.dir.")
         if self.folder.exists() and not _is_ours(self.folder):
-            raise InputError(
-                f"output.dir: {self.folder}, the workspace of the run, holds something else; choose another output.dir"
-            )
+            raise InputError(f"output.dir: {self.folder}, the workspace of the run, has other files. Choose another output.dir.")
         if not self.output.exists() or not any(self.output.iterdir()):
             return None
         report = self.output / REPORT
         if not report.is_file() and not is_converted(self.output):
-            raise InputError(
-                f"output.dir: {self.output} holds something that is not a converted checkpoint; choose another output.dir"
-            )
+            raise InputError(f"output.dir: {self.output} is not empty and not a converted checkpoint. Choose another output.dir.")
         if self.fresh:
             return None
         try:
@@ -77,7 +73,7 @@ class Workspace:
             content["recipe_sha256"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise InputError(
-                f"output.dir: {self.output} holds a checkpoint without a readable {REPORT}; choose another output.dir, or --fresh to replace it"
+                f"output.dir: {self.output} has a checkpoint without a readable {REPORT}. Choose another output.dir, or replace it with --fresh."
             ) from None
         if (self.folder / REPLACING).is_file() and self._may_be_ours():  # a run with --fresh was interrupted
             return None
@@ -85,7 +81,7 @@ class Workspace:
         local = read_local(self.output)  # the published hash has only file names, so two texts of the same name look equal
         if not same or local.get("recipe", self.recipe.fingerprint()) != self.recipe.fingerprint():
             raise InputError(
-                f"output.dir: {self.output} holds the result of another recipe; choose another output.dir, or --fresh to replace it"
+                f"output.dir: {self.output} has the result of another recipe. Choose another output.dir, or replace it with --fresh."
             )
         return content
 
@@ -105,7 +101,7 @@ class Workspace:
                 lock.acquire()
             except Timeout:
                 raise InputError(
-                    f"output.dir: {self.output} is in use by another run; wait for it, or choose another output.dir"
+                    f"output.dir: {self.output} is in use by another run. Wait for it, or choose another output.dir."
                 ) from None
         try:
             yield
@@ -121,7 +117,7 @@ class Workspace:
             if is_disk_full(error) or error.errno in (errno.EIO, errno.ENOMEM):
                 raise
             path = error.filename or self.output
-            raise InputError(f"output.dir: {path} can't be written ({error.strerror}); choose another output.dir") from None
+            raise InputError(f"output.dir: {path} can't be written ({error.strerror}). Choose another output.dir.") from None
 
     def claim(self, say: Callable[[str], None] = lambda line: None) -> None:
         """Prepare the workspace for this recipe, and clear it if `fresh`.
@@ -140,7 +136,8 @@ class Workspace:
         ours = {"recipe": self.recipe.fingerprint(), "files": files}
         if state and theirs is not None and theirs["files"] != files:
             raise self._refusal(
-                f"an unfinished run of this recipe, and since it began {_changes(theirs['files'], files)}; undo that change"
+                f"an unfinished run of this recipe, but {_changes(theirs['files'], files)} since it began",
+                "Undo that change, start over with --fresh, or choose another output.dir.",
             )
         if self.fresh:
             _clear(self.folder, keep=("lock", MARK) if mark.is_file() else ("lock",))
@@ -152,8 +149,8 @@ class Workspace:
             (self.folder / REPLACING).touch()
         self._remove_leftovers()
 
-    def _refusal(self, what: str) -> InputError:
-        return InputError(f"output.dir: {self.folder} holds {what}; --fresh to start over, or choose another output.dir")
+    def _refusal(self, what: str, fix: str = "Start over with --fresh, or choose another output.dir.") -> InputError:
+        return InputError(f"output.dir: {self.folder} has {what}. {fix}")
 
     def write_run_id(self, run_id: str) -> None:
         """Write the run id to the workspace, for the other processes of the run."""
@@ -166,7 +163,7 @@ class Workspace:
         mark = self.folder / SHARED
         if not mark.is_file() or mark.read_text(errors="replace") != run_id:
             raise InputError(
-                f"output.dir: {self.output} is not on a file system that all processes share; choose an output.dir on a shared file system"
+                f"output.dir: {self.output} is not on a file system that all processes share. Choose an output.dir on a shared file system."
             )
 
     def first_to_report(self, run_id: str) -> bool:
@@ -262,7 +259,7 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Return a description of how two different listings of files differ."""
     changes = [
         *(f"{name} has changed" for name in before if name in now and before[name] != now[name]),
-        *(f"{name} has gone" for name in before if name not in now),
+        *(f"{name} was removed" for name in before if name not in now),
         *(f"{name} was added" for name in now if name not in before),
     ]
     return changes[0] + (f" (and {len(changes) - 1} more files)" if len(changes) > 1 else "")

@@ -45,7 +45,7 @@ def steer(
     given = {"add": add, "set": set, "scale": scale, "ablate": ablate or None}
     how = {name: value for name, value in given.items() if value is not None}
     if len(how) != 1:
-        raise InputError(f"steer: give one of {', '.join(STEERING)}, not {', '.join(how) or 'none'}")
+        raise InputError(f"steer: {' and '.join(how) or 'no change'} given. Give exactly one of {', '.join(STEERING)}.")
     experts = [expert] if isinstance(expert, int) else list(expert)
     with steered(model, [{"layer": layer, "expert": n, **how, "positions": positions} for n in experts]):
         yield
@@ -65,7 +65,7 @@ def steered(model: Any, orders: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     checked_orders(model, orders)
     if not hasattr(model, "steered"):
         raise InputError(
-            f"{type(model).__name__} runs the code of an older mxd-convert from its own folder; load it with mxd_convert.load"
+            f"{type(model).__name__} runs the code of an older mxd-convert from its own folder. Load it with mxd_convert.load."
         )
     with model.steered(orders):
         yield

@@ -80,10 +80,12 @@ def find_experts(
     for index, n in wanted:
         if index not in layers:
             raise InputError(
-                f"--expert {index}:{n}: layer {index} has no experts here; layers with some: {', '.join(map(str, layers)) or 'none'}"
+                f"--expert {index}:{n}: layer {index} has no experts. Layers with experts: {', '.join(map(str, layers)) or 'none'}."
             )
         if not 0 <= n < layers[index].n_experts:
-            raise InputError(f"--expert {index}:{n}: layer {index} has experts 0 to {layers[index].n_experts - 1}")
+            raise InputError(
+                f"--expert {index}:{n}: layer {index} has no expert {n}. It has experts 0 to {layers[index].n_experts - 1}."
+            )
     found: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in layers}
     for start in range(0, len(blocks), _ROWS):
         ids_BT = blocks.take(slice(start, start + _ROWS))
@@ -98,7 +100,7 @@ def find_experts(
     if not wanted:
         alive = [(index, int(n)) for index, (_, experts) in coefficients.items() for n in experts.unique()]
         if not alive:
-            raise InputError("no expert fires on this text, so none can be steered; give other text")
+            raise InputError("no expert fires on this text, so none can be steered. Give other text.")
         order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:count]
         wanted = sorted(alive[i] for i in order.tolist())
     chosen = []
@@ -106,7 +108,7 @@ def find_experts(
         values = coefficients[index][0][coefficients[index][1] == n]
         if not len(values):
             raise InputError(
-                f"--expert {index}:{n}: never fires on this text, so the unit of strength is unknown; give another expert or text"
+                f"--expert {index}:{n}: never fires on this text, so the unit of strength is unknown. Give another expert or text."
             )
         chosen.append(Expert(index, n, len(values), values.quantile(PERCENTILE).item()))
     return chosen

@@ -53,7 +53,7 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json: mxd.format_version is {version!r}; expected a whole number from 1")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"config.json: this checkpoint has MxD format version {version} and this code reads up to {FORMAT_VERSION}; upgrade mxd-convert"
+            f"config.json: this checkpoint has MxD format version {version}, and this code reads up to {FORMAT_VERSION}. Upgrade mxd-convert."
         )
     if not _is_path(mxd.get("mlp")):
         raise ValueError(f"config.json: mxd.mlp is {mxd.get('mlp')!r:.80}; expected a module path such as model.layers.{{i}}.mlp")
@@ -62,10 +62,12 @@ def read_mxd(mxd: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json: mxd.then is {then!r:.80}; expected module paths such as model.layers.{{i}}.fc2")
     flat = mxd.get("flat")
     if flat is not None and not (isinstance(flat, str) and flat.isidentifier() and then):
-        raise ValueError(f"config.json: mxd.flat is {flat!r:.80}; expected the name of a module, such as fc1, beside mxd.then")
+        raise ValueError(f"config.json: mxd.flat is {flat!r:.80}; expected the name of a module, such as fc1, next to mxd.then")
     layers = mxd.get("layers")
     if not isinstance(layers, dict) or not layers or not all(re.fullmatch("0|[1-9][0-9]{0,5}", str(index)) for index in layers):
-        raise ValueError('config.json: mxd.layers must map layer indices to layers, as in {"0": {...}}')
+        raise ValueError(
+            'config.json: mxd.layers is not a mapping of layer indices to layers; expected, for example, {"0": {...}}'
+        )
     complete = {str(index): _read_layer(index, layers[index]) for index in sorted(layers, key=int)}
     steering = {"steering": read_steering(mxd["steering"], complete)} if "steering" in mxd else {}
     return {**mxd, "layers": complete, **steering}
@@ -77,19 +79,21 @@ def _read_layer(index: str, entry: Any) -> dict[str, Any]:
         raise ValueError(f"{where} is {entry!r:.80}; expected its widths and experts")
     kind = entry.get("kind", "mxd")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{where}: kind {kind!r:.80} is not known to this code; upgrade mxd-convert")
+        raise ValueError(f"{where}: kind {kind!r:.80} is not known to this code. Upgrade mxd-convert.")
     sizes, defaults = KINDS[kind]
     layer = {"kind": kind, **defaults, **entry}
     if wrong := set(layer) ^ {"kind", *sizes, *defaults}:
         problem = "missing" if wrong <= sizes else "unknown"
-        raise ValueError(f"{where}: {problem} key {sorted(wrong)[0]!r:.80}")
+        raise ValueError(
+            f"{where}: {problem} key {sorted(wrong)[0]!r:.80}; expected {', '.join(['kind', *sorted(sizes), *defaults])}"
+        )
     for key in sorted(sizes):
         if type(layer[key]) is not int or not 1 <= layer[key] <= MAX_SIZE:
             raise ValueError(f"{where}.{key} is {layer[key]!r:.80}; expected a whole number from 1")
     for key, default in defaults.items():
         types = (int, float) if isinstance(default, float) else (type(default),)
         if type(layer[key]) not in types or (key == "dropout" and not 0 <= layer[key] < 1):
-            raise ValueError(f"{where}.{key} is {layer[key]!r:.80}; expected one such as {default!r}")
+            raise ValueError(f"{where}.{key} is {layer[key]!r:.80}; expected a value such as {default!r}")
     return layer
 
 

@@ -110,7 +110,7 @@ class FactoredLayer(nn.Module):
 
     def _add_linear(self, d_hidden: int, activation: str, glu: bool) -> None:
         if activation not in ACT2FN:
-            raise ValueError(f"activation {activation!r} is not one that transformers names")
+            raise ValueError(f"activation is {activation!r}; expected an activation of transformers, such as gelu, relu or silu")
         self.d_hidden, self.activation, self.glu = d_hidden, activation, glu
         self.encoder = nn.Linear(self.d_in, d_hidden)
         self.encoder_gate = nn.Linear(self.d_in, d_hidden) if glu else None
@@ -119,9 +119,9 @@ class FactoredLayer(nn.Module):
 
     def _add_gain(self, n_experts: int, k: int, sparsity: str) -> None:
         if not 1 <= k <= n_experts:
-            raise ValueError(f"k = {k} active experts of {n_experts}: k must be from 1 to the number of experts")
+            raise ValueError(f"k is {k}; expected a number from 1 to {n_experts}, the number of experts")
         if sparsity not in ("topk", "l1"):
-            raise ValueError(f"sparsity {sparsity!r} is neither topk nor l1")
+            raise ValueError(f"sparsity is {sparsity!r}; expected topk or l1")
         self.n_experts, self.sparsity = n_experts, sparsity
         self.gate = nn.Linear(self.d_in, n_experts)
         self.expert_acts = ExpertActs(k, sparsity)
@@ -136,7 +136,7 @@ class FactoredLayer(nn.Module):
     @k.setter
     def k(self, k: int) -> None:
         if not 1 <= k <= self.n_experts:
-            raise ValueError(f"k = {k} active experts of {self.n_experts}: k must be from 1 to the number of experts")
+            raise ValueError(f"k is {k}; expected a number from 1 to {self.n_experts}, the number of experts")
         self.expert_acts.k = k
 
     def entry(self) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class MxD(FactoredLayer):
     def expert_weight(self, n: int) -> Tensor:
         """Return the materialised weight of expert n, `D diag(c_n)`, (H, O). Raises IndexError if the layer has no expert n."""
         if not 0 <= n < self.n_experts:
-            raise IndexError(f"expert {n} of a layer with experts 0 to {self.n_experts - 1}")
+            raise IndexError(f"the layer has no expert {n}. It has experts 0 to {self.n_experts - 1}.")
         return self.decoder.weight.T * self.experts[n]
 
 

@@ -34,7 +34,9 @@ class MxdModelMixin:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if config.mxd is None:
-            raise ValueError(f"{type(self).__name__} needs a config with an `mxd` entry")
+            raise ValueError(
+                f"{type(self).__name__} needs a config with an `mxd` entry. Give the config of a converted checkpoint."
+            )
         for index, entry in config.mxd["layers"].items():
             layer = build_layer(entry)
             layer.index = int(index)
@@ -172,7 +174,8 @@ class MxdModelMixin:
             if keys:
                 more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
                 raise ValueError(
-                    f"the checkpoint's weights don't fit its config.json: {problem.replace('_', ' ')}: {keys[0]}{more}"
+                    f"the checkpoint's weights don't fit its config.json: {problem.replace('_', ' ')}: {keys[0]}{more}."
+                    " Download it or convert again."
                 )
         return (model, info) if output_loading_info else model
 
@@ -236,7 +239,7 @@ def make_model(config: Any, base: Any, auto_class: str, module: str = __name__) 
     headless = auto_class == "AutoModel"
     members = {
         "__module__": module,
-        "__doc__": f"{base.__name__} with MxD layers in place of MLPs.",
+        "__doc__": f"{base.__name__} whose MLPs are replaced by MxD layers.",
         "config_class": config,
         "base_class": base,
         "_auto_class": auto_class,  # makes save_pretrained copy this file into the checkpoint

@@ -35,13 +35,16 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
         raise ValueError(f"layer {layer} is not converted. Converted layers: {', '.join(layers)}.")
     count = layers[str(layer)].get("n_experts", 0)
     if not count:
-        raise ValueError(f"layer {layer} is a {layers[str(layer)]['kind']}, which has no experts to steer")
+        raise ValueError(
+            f"layer {layer} is a {layers[str(layer)]['kind']}, which has no experts to steer. Steer a layer with experts."
+        )
     if not _is(Integral, expert) or not 0 <= expert < count:
-        raise ValueError(f"layer {layer} has experts 0 to {count - 1}; there is no expert {expert}")
+        raise ValueError(f"layer {layer} has no expert {expert}. It has experts 0 to {count - 1}.")
     how = [key for key in order if key not in ("layer", "expert", "positions")]
     if len(how) != 1 or how[0] not in STEERING:
         raise ValueError(
-            f"steering of expert {expert} of layer {layer}: give one of {', '.join(STEERING)}, not {', '.join(how) or 'none'}"
+            f"steering of expert {expert} of layer {layer}: {', '.join(map(str, how)) or 'no change'}"
+            f" given. Give exactly one of {', '.join(STEERING)}."
         )
     value = order[how[0]]
     if how[0] == "ablate":
@@ -49,7 +52,7 @@ def _read_order(order: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str
     else:
         good = _is(Real, value) and abs(value) <= 1e6  # False for NaN
     if not good:
-        expected = "true" if how[0] == "ablate" else "a number up to a million either way"
+        expected = "true" if how[0] == "ablate" else "a number from -1,000,000 to 1,000,000"
         raise ValueError(f"steering of expert {expert} of layer {layer}: {how[0]} is {value!r}; expected {expected}")
     if positions not in POSITIONS:
         raise ValueError(
@@ -96,7 +99,7 @@ def orders_of(layer: Any) -> list[dict[str, Any]]:
     given = _steered.get()
     if layer.contexts and id(layer) not in given and threading.get_ident() not in layer.contexts:
         raise ValueError(
-            "the model is steered in another thread, and this one does not say whether it is to be steered: run it within"
-            " `with model.steered([]):` for no steering, or start the thread with `contextvars.copy_context().run` to inherit it"
+            "the model is steered in another thread, and this thread has no steering context. Run it within"
+            " `with model.steered([]):` for no steering, or start the thread with `contextvars.copy_context().run` to inherit the steering."
         )
     return [*layer.steering, *given.get(id(layer), ())]

@@ -115,7 +115,7 @@ def test_wrong_descriptions_are_one_line_errors(tokenizer, text, tmp_path, refus
     refuse(("base.mlp.module", "{i}"), module="model.layers.0.mlp")
     refuse(("activation 'sillu'", "gelu"), activation="sillu")
     refuse(("48 hidden units", "takes 32"), down="up_proj", up="gate_proj", gate=None)
-    refuse(("act_fn", "no linear projection"), down="act_fn")
+    refuse(("act_fn", "expected a linear projection"), down="act_fn")
     refuse(("base.mlp.chain", "alone"), chain=["up_proj"])
     refuse(("base.mlp.gates", "unknown key", "gate"), gates="gate_proj")
 
@@ -133,7 +133,7 @@ def test_models_that_can_not_be_converted_are_named(tmp_path, refused, text):
         (folder / "config.json").write_text(json.dumps(config))
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_recipe(folder, text, tmp_path / "out")))
         everywhere = (
-            "supported: bloom, cohere, falcon",
+            "Supported: bloom, cohere, falcon",
             "stablelm",
             "mxd_convert/base_model/families.py",
             "docs/add-a-family.md",
@@ -297,9 +297,9 @@ def test_code_runs_only_if_it_is_trusted(programs, odd, odd_converted, text, tmp
     checkpoint = tmp_path / odd_converted.name
     for command, words in (
         (("plan", tmp_path / "recipe.yaml"), ("odd-lm", "trust_remote_code")),
-        (("eval", checkpoint, "--data", text), ("code of its own", "--trust-remote-code before the command")),
-        (("generate", checkpoint, "--prompt", "a"), ("code of its own",)),
-        (("verify", checkpoint), ("code of its own",)),
+        (("eval", checkpoint, "--data", text), ("custom code", "--trust-remote-code before the command")),
+        (("generate", checkpoint, "--prompt", "a"), ("custom code",)),
+        (("verify", checkpoint), ("custom code",)),
     ):
         done = programs.run(*command)
         assert done.status == 2, done.err

@@ -149,7 +149,7 @@ def test_a_base_with_fewer_layers_in_its_config_is_refused(refused, recipe, mode
     for family, key in (("gpt2", "n_layer"), ("llama", "num_hidden_layers")):
         folder = Path(shutil.copytree(models[family], tmp_path / family))
         damage_config(folder, **{key: 2})
-        refused("run", recipe(base={"model": str(folder)}), "--fresh", words=(family, "says 2 layers", "hold more"))
+        refused("run", recipe(base={"model": str(folder)}), "--fresh", words=(family, "says 2 layers", "the weights have more"))
 
 
 def test_bad_arguments_of_other_commands_are_refused(refused, converted, models, text, tmp_path):
@@ -158,7 +158,7 @@ def test_bad_arguments_of_other_commands_are_refused(refused, converted, models,
     refused("eval", models["llama"], "--data", text, words=("'llama' model", "not of one with MxD layers"))
     refused("eval", folder, "--data", tmp_path / "none.txt", words=("none.txt", "no such file"))
     refused("eval", folder, "--data", text, "--text-field", "body", words=("body", "its fields are text"))
-    refused("eval", folder, "--data", text, "--base", models["gpt2"], words=("--base", "not the model"))
+    refused("eval", folder, "--data", text, "--base", models["gpt2"], words=("--base", "not the base model"))
     refused("eval", folder, "--data", text, "--tokens", 0, words=("--tokens 0",))
     refused("generate", folder, "--prompt", "a", "--steer", "0:1", words=("--steer 0:1", "LAYER:EXPERT:AMOUNT"))
     refused("generate", folder, "--prompt", "a", "--steer", "1:1:+1", words=("layer 1 is not converted", "0, 2"))
@@ -167,18 +167,26 @@ def test_bad_arguments_of_other_commands_are_refused(refused, converted, models,
     refused("revert", folder, "--layers", "1", "--output", tmp_path / "r", words=("layer 1 is not converted",))
     refused("revert", folder, "--layers", "x", "--output", tmp_path / "r", words=("layers", "'x'"))
     refused(
-        "revert", folder, "--layers", "0", "--output", tmp_path / "r", "--base", models["gpt2"], words=("--base", "not the model")
+        "revert",
+        folder,
+        "--layers",
+        "0",
+        "--output",
+        tmp_path / "r",
+        "--base",
+        models["gpt2"],
+        words=("--base", "not the base model"),
     )
     refused("revert", folder, "--layers", "0", "--output", folder, words=("exists already",))
     refused("verify", tmp_path / "nowhere", words=("nowhere", "no such folder"))
-    refused("verify", folder, "--base", models["gpt2"], words=("--base", "not the model"))
+    refused("verify", folder, "--base", models["gpt2"], words=("--base", "not the base model"))
 
 
 def test_a_newer_format_is_a_one_line_error(refused, copy):
     config = json.loads((copy / "config.json").read_text())
     config["mxd"]["format_version"] = FORMAT_VERSION + 1
     (copy / "config.json").write_text(json.dumps(config))
-    refused("generate", copy, "--prompt", "a", words=(f"format version {FORMAT_VERSION + 1}", "upgrade"))
+    refused("generate", copy, "--prompt", "a", words=(f"format version {FORMAT_VERSION + 1}", "Upgrade"))
 
 
 def test_an_unwritable_output_is_refused(refused, recipe, tmp_path):
@@ -212,7 +220,7 @@ def test_fresh_never_replaces_other_files(refused, recipe, tmp_path):
     shutil.rmtree(project)
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "notes").write_text("mine too")
-    refused("run", recipe(), "--fresh", words=("out.partial", "holds something else"))
+    refused("run", recipe(), "--fresh", words=("out.partial", "has other files"))
     assert (tmp_path / "out.partial" / "notes").read_text() == "mine too"
     refused("run", recipe(), "--output", "/", words=("/", "another output.dir"))
 
@@ -275,7 +283,7 @@ def test_a_damaged_config_is_refused(mxd, refused, copy, changes):
 
 def test_damaged_side_files_are_refused(mxd, refused, copy, text, tmp_path):
     (copy / "recipe.yaml").write_text("data: 3")
-    refused("eval", copy, "--data", text, words=("recipe.yaml", "not a readable recipe"))
+    refused("eval", copy, "--data", text, words=("recipe.yaml", "not a section of a recipe"))
     (copy / "recipe.yaml").unlink()
     (copy / "mxd_local.json").write_text("[")
     refused("revert", copy, "--layers", "0", "--output", tmp_path / "r", words=("--base PATH",))

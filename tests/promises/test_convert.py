@@ -341,7 +341,7 @@ def test_a_resumed_run_notices_text_changed_in_place(programs, models, text, tmp
     assert cut.status is None, "the kill came too late to show anything"
     (tmp_path / "out.partial" / "fingerprint").with_suffix(".tmp").write_text("cut off here")  # killed while it was written
     changing.write_text(text.read_text() + text.read_text().upper())
-    with pytest.raises(InputError, match=r"text\.jsonl has changed; undo that change"):
+    with pytest.raises(InputError, match=r"text\.jsonl has changed since it began\. Undo that change"):
         convert(recipe, quiet=True)
 
 

@@ -73,9 +73,9 @@ def test_wrong_bases_and_folders_are_refused(refused, converted, models, tmp_pat
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] += 0.25
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    words = ("not the model that this delta belongs to", "--base")
+    words = ("not the base model of this delta", "--base")
     refused("apply", tmp_path / "delta", tmp_path / "full", "--base", other, words=words)
-    refused("delta", converted["llama"], tmp_path / "d", "--base", other, words=("not the model that this checkpoint came from",))
+    refused("delta", converted["llama"], tmp_path / "d", "--base", other, words=("not the base model of this checkpoint",))
     assert not (tmp_path / "full").exists()
     refused("apply", converted["llama"], tmp_path / "full", words=("not a delta",))
     refused("eval", tmp_path / "delta", "--data", "x.txt", words=("a delta", "mxd-convert apply"))
@@ -88,7 +88,7 @@ def test_wrong_bases_and_folders_are_refused(refused, converted, models, tmp_pat
     refused("apply", damaged, tmp_path / "full", words=("layers.safetensors", "truncated or damaged"))
     content = json.loads((damaged / "mxd_delta.json").read_text())
     (damaged / "mxd_delta.json").write_text(json.dumps({**content, "format_version": 9}))
-    refused("apply", damaged, tmp_path / "full", words=("format 9", "upgrade mxd-convert"))
+    refused("apply", damaged, tmp_path / "full", words=("format 9", "Upgrade mxd-convert"))
     content["files"]["../outside"] = "0"
     (damaged / "mxd_delta.json").write_text(json.dumps(content))
     refused("apply", damaged, tmp_path / "full", words=("can't be read",))

@@ -204,7 +204,7 @@ def test_a_missing_base_is_replaced_by_the_converted_model(copy, text, tmp_path,
     given = export_transcoder(copy, tmp_path / "given", "sparsify", text, tokens=512, base=str(models["llama"]), quiet=True)
     assert given["activations"] == "base"
     arguments = ("export", copy, tmp_path / "wrong", "--to", "sparsify", "--data", text, "--tokens", 512)
-    refused(*arguments, "--base", models["gpt2"], words=("--base", "not the model"))
+    refused(*arguments, "--base", models["gpt2"], words=("--base", "not the base model"))
     refused(*arguments, "--base", tmp_path / "nowhere", words=("nowhere",))
     assert not list(tmp_path.glob("*wrong*"))
 

@@ -134,7 +134,7 @@ def test_the_runtime_names_every_mistake(llama, converted, tmp_path):
         (lambda: exported_model.generate(TEXT, 2, steering=[{"layer": 0, "expert": 24, "add": 1.0}]), "no expert 24"),
         (lambda: exported_model.continuations([[2048]]), "token id 2048: outside of the vocabulary, 0 to 2047"),
         (lambda: steered(positions="promt"), "'promt'"),
-        (lambda: steered(scale=0.0), "give one of add"),
+        (lambda: steered(scale=0.0), "Give exactly one of add"),
         (lambda: steered(add=float("nan")), "add is nan"),
         (lambda: steered(expert=True), "no expert True"),
         (lambda: steered(expert=99, positions="generation"), "no expert 99"),

@@ -119,7 +119,7 @@ HOUSE = str(Path(mxd_convert.__file__).parent)  # torchrun prints its own traceb
     [
         ({"train": {"lrr": 1}}, "train.lrr: unknown key"),
         pytest.param({"data": {"train": {"path": "{text}", "text": "txt"}}}, "no field 'txt'", marks=pytest.mark.slow),
-        pytest.param({"output": {"dir": "{text}"}}, "is a file; choose another output.dir", marks=pytest.mark.slow),
+        pytest.param({"output": {"dir": "{text}"}}, "is a file. Choose another output.dir", marks=pytest.mark.slow),
         ({"train": {"lr": 1e30}}, "the loss is not finite"),
         ({"train": {"lr": 1e30, "distribute": "layers"}, "layers": "all"}, "the loss is not finite"),
         ({"base": {"model": "{damaged}"}}, "is truncated or damaged"),

@@ -90,7 +90,7 @@ def test_fresh_begins_again_after_any_damage(interrupted, whole, damage):
             file.write_bytes(b"{}")
     if damage != "no notes":  # notes can be made again
         with pytest.raises(
-            InputError, match="unfinished run whose file 'fingerprint' is missing, damaged or of another version; --fresh"
+            InputError, match=r"whose file 'fingerprint' is missing, damaged or of another version\. Start over with --fresh"
         ):
             convert(recipe, quiet=True)
     assert_the_same(convert(recipe, fresh=damage != "no notes", quiet=True), whole)
@@ -132,11 +132,11 @@ def test_a_changed_input_is_named(own_recipe, tmp_path, name):
     workspace.claim()
     file.write_bytes(b"{}" if before is None else flip(before, name))
     words = "was added" if before is None else "has changed"
-    with pytest.raises(InputError, match=rf"{file} {words}; undo that change; --fresh to start over"):
+    with pytest.raises(InputError, match=rf"{file} {words} since it began\. Undo that change, start over with --fresh"):
         workspace.claim()
     file.unlink()
     if before is not None:
-        with pytest.raises(InputError, match=rf"{file} has gone"):
+        with pytest.raises(InputError, match=rf"{file} was removed"):
             workspace.claim()
         file.write_bytes(before)
     workspace.claim()

@@ -150,9 +150,9 @@ def test_a_preset_is_stored_in_the_checkpoint(model, tmp_path):
     ("orders", "words"),
     [
         ({"layer": 1, "expert": 0, "add": 1.0}, "layer 1 is not converted. Converted layers: 0, 2"),
-        ({"layer": 0, "expert": 24, "add": 1.0}, "experts 0 to 23; there is no expert 24"),
-        ({"layer": 0, "expert": 0}, "give one of add, set, scale, ablate, not none"),
-        ({"layer": 0, "expert": 0, "add": 1.0, "set": 2.0}, "not add, set"),
+        ({"layer": 0, "expert": 24, "add": 1.0}, r"no expert 24\. It has experts 0 to 23"),
+        ({"layer": 0, "expert": 0}, r"no change given\. Give exactly one of add, set, scale, ablate"),
+        ({"layer": 0, "expert": 0, "add": 1.0, "set": 2.0}, "add, set given"),
         ({"layer": 0, "expert": 0, "add": float("nan")}, "add is nan"),
         ({"layer": 0, "expert": 0, "ablate": 1.0}, "expected true"),
         ({"layer": 0, "expert": 0, "add": 1.0, "positions": "some"}, "expected one of all, prompt, generation"),

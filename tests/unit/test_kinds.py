@@ -147,7 +147,7 @@ def test_k_is_stored_once():
     assert layer.encode(torch.randn(5, I, dtype=torch.float64))[0].shape == (5, 2)
     layer.expert_acts.k = 3
     assert (layer.k, layer.entry()["k"]) == (3, 3)
-    with pytest.raises(ValueError, match="k = 0 active experts"):
+    with pytest.raises(ValueError, match="k is 0; expected a number from 1"):
         layer.k = 0
 
 

@@ -193,7 +193,7 @@ def test_counted_parameters_of_transcoders_equal_their_formula(kind):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"k": 14}, "k = 14"), ({"k": 0}, "k = 0"), ({"activation": "gulu"}, "gulu"), ({"sparsity": "l0"}, "l0")],
+    [({"k": 14}, "k is 14"), ({"k": 0}, "k is 0"), ({"activation": "gulu"}, "gulu"), ({"sparsity": "l0"}, "l0")],
 )
 def test_impossible_layers_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

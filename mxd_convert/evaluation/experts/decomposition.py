@@ -55,7 +55,9 @@ def decompose_layer(layer: FactoredLayer, x_BI: Tensor) -> Decomposition:
     Steering adds an entry with the change of the coefficient, so that an expert may occur twice at a token.
     """
     if layer.n_experts == 0:
-        raise InputError(f"a {layer.kind} has no experts, so its output can't be decomposed by expert")
+        raise InputError(
+            f"a {layer.kind} has no experts, so its output can't be decomposed by expert. Give a layer with experts."
+        )
     values_BK, experts_BK = sparse(layer.encode(x_BI))
     for n, change_B in layer.changes((values_BK, experts_BK)):
         values_BK = torch.cat([values_BK, change_B.to(values_BK.dtype).unsqueeze(-1)], -1)
@@ -104,7 +106,7 @@ class Norm:
         epsilon = next((getattr(module, key) for key in ("variance_epsilon", "eps") if hasattr(module, key)), None)
         if epsilon is None:
             raise InputError(
-                f"{name} is a {type(module).__name__}; expected a norm with an epsilon, such as LayerNorm or RMSNorm"
+                f"{name} is a {type(module).__name__}; expected a norm with an epsilon, such as LayerNorm or RMSNorm."
             )
         x_O = torch.ones(width)  # mean 0, no element 0
         x_O[1::2] = -1
@@ -159,7 +161,7 @@ class Unembedding:
         head_VO: Tensor = model.get_output_embeddings().weight.detach().float()
         last = _found(model, row.norm)
         if last is None or head_VO.shape[1] != config.hidden_size:
-            named = "; name the norm in base.mlp.norm" if row.norm is None else ""
+            named = ". Name the norm in base.mlp.norm." if row.norm is None else ""
             raise InputError(
                 f"the effect of experts on the logits is unknown: this model has no norm and head after its layers{named}"
             )
@@ -254,7 +256,7 @@ def logit_effect(model: Any, layer: int, expert: int, input_ids: Tensor, rows: i
     layers = model.mxd_layers()
     check_converted(layer, layers)
     if not 0 <= expert < layers[layer].n_experts:
-        raise InputError(f"layer {layer} has experts 0 to {layers[layer].n_experts - 1}; there is no expert {expert}")
+        raise InputError(f"layer {layer} has no expert {expert}. It has experts 0 to {layers[layer].n_experts - 1}.")
     unembedding = Unembedding.of(model)
     tokens, sums, squares = 0, torch.zeros(()), torch.zeros(())
     for ids_BT in input_ids.split(rows):

@@ -170,7 +170,7 @@ def collect(
                 record.add(coefficients[index], linear.get(index), scales.of(index).flatten(), counted_B, positions)
             advance()
     if not next(iter(records.values())).tokens:
-        raise InputError(f"data: {blocks.info.path}: nothing in it but BOS tokens, which don't count; give other text")
+        raise InputError(f"data: {blocks.info.path}: it has only BOS tokens, which don't count. Give other text.")
     for record in records.values():
         record.firings.sort()
     return records
@@ -185,11 +185,13 @@ def chosen_layers(model: Any, layers: list[int] | None) -> dict[int, FactoredLay
     having = {index: layer for index, layer in every.items() if layer.n_experts}
     if not having:
         kinds = ", ".join(sorted({layer.kind for layer in every.values()}))
-        raise InputError(f"the checkpoint's layers have no experts to show (they are of kind {kinds})")
+        raise InputError(f"the checkpoint's layers have no experts to show (kind: {kinds}). Give a checkpoint with experts.")
     for index in layers or []:
         check_converted(index, every, "--layers: ")
         if index not in having:
-            raise InputError(f"--layers: layer {index} is a {every[index].kind}, which has no experts to show")
+            raise InputError(
+                f"--layers: layer {index} is a {every[index].kind}, which has no experts to show. Layers with experts: {', '.join(map(str, having))}."
+            )
     return having if layers is None else {index: having[index] for index in sorted(layers)}
 
 

@@ -97,7 +97,7 @@ def probe_units(layers: Mapping[int, Matrix], labels_D: Array, split: Split, cla
     train = {index: _rows(matrix, split.train) for index, matrix in layers.items()}
     ranked = rank_units(train, labels_D[split.train], split.fold_D, classes)
     if not all(ranked):
-        raise InputError("no unit separates the classes on the training documents; give other documents, or more tokens")
+        raise InputError("no unit separates the classes on the training documents. Give other documents, or more tokens.")
     found = []
     for label, units in enumerate(ranked):
         values_D = column(layers[units[0].layer], units[0].unit)
