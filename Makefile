@@ -27,7 +27,7 @@ slow: $(VENV)/installed
 hf-tests: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/run.py
 
-# hostile files and strings, and signals, full disks, flipped bytes and memory limits: a table each; the better part of an hour
+# hostile files and strings, and signals, full disks, flipped bytes and memory limits: one table per kind; most of an hour
 fuzz: $(VENV)/installed
 	$(BIN)/python benchmarks/fuzz.py
 
@@ -49,7 +49,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/inference.py
 
-# what the fast preset is worth, against the paper's start and transcoders: most of a day on two cores; goes on where it was cut off
+# what the fast preset is worth, against the paper's initialisation and transcoders: most of a day on two cores; resumes where it was interrupted
 study: $(VENV)/installed
 	$(BIN)/python benchmarks/study.py --results benchmarks/study.jsonl
 
@@ -78,7 +78,7 @@ cards: $(VENV)/installed
 		(cd runs/$$name && cp -r README.md mxd_report.json recipe.yaml config.json plots ../../model_cards/$$name/) || exit 1; \
 	done
 
-# other programs that run exported models, each in a place of its own, for tests/promises/test_onnx_clients.py: a minute, and 2 GB of disk
+# other programs that run exported models, each in a folder of its own, for tests/promises/test_onnx_clients.py: a minute, and 2 GB of disk
 CLIENTS := .clients
 clients: $(CLIENTS)/node/installed $(CLIENTS)/optimum/installed $(CLIENTS)/genai/installed
 

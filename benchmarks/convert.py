@@ -1,4 +1,4 @@
-"""All layers of a model in one pass, against one run a layer of the same code on as many tokens.
+"""All layers of a model in one pass, against one run per layer of the same code on as many tokens.
 
     python benchmarks/convert.py [--recipe stories260k] [--tokens 300000]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [--seed 0] [--only SIGTERM] [--command run] [--count SIGTERM=10] [--cold 0.25]
 
-SIGKILL, SIGINT and SIGTERM come at random moments. After the last two the status is 130 and nothing is left beside the output; after all of
+SIGKILL, SIGINT and SIGTERM come at random moments. After the last two the status is 130 and nothing is left next to the output; after all of
 them the same command, given again, makes the result of an undisturbed run and leaves nothing. Files that can't grow, a small disk, flipped
 bytes in what a resumed run reads, and too little memory end in the same result or in one line. Most tries run in forked processes,
 which saves the seconds of imports; a share of them (`--cold`) starts the program as its user does.
@@ -100,7 +100,7 @@ def main() -> None:
                 table.add(attempt)
                 if attempt.note:
                     print(f"BAD {attempt.fault}: {ascii(attempt.note)[1:-1]}", file=sys.stderr, flush=True)
-        finally:  # what is known is worth having, should the rest be cut off
+        finally:  # what is known is worth having, should the rest be interrupted
             print(table)
             print(f"\n{table.bad} BAD")
             for note in table.notes:

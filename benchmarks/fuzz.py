@@ -116,7 +116,7 @@ def _grouped(reason: str) -> str:
 
 
 def _keep(kept: Input, one: Input, reason: str) -> None:
-    """Write down what is wrong with an input beside a copy of it that no command has touched."""
+    """Write down what is wrong with an input next to a copy of it that no command has touched."""
     for log in server.logs_of(one.folder / "case"):
         shutil.copyfile(log, kept.folder / log.name)
     command = f"cd {kept.folder / 'case'} && mxd-convert {shlex.join(kept.arguments)}\n"
@@ -160,7 +160,7 @@ def main() -> None:
             server.preload(server.modules_of(make(made, root / "warm", -1 - number, kind, 0).work())[1])
         kinds = arguments.only or list(KINDS)
         print(
-            "| kind | inputs | ok | refused | BAD | a second | slowest, s | most MiB |\n|---|---|---|---|---|---|---|---|",
+            "| kind | inputs | ok | refused | BAD | per second | slowest, s | most MiB |\n|---|---|---|---|---|---|---|---|",
             flush=True,
         )
         for kind in kinds:

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--output results.md] [--quick]
 
-Each part runs in a process of its own; one that fails is reported and the others go on. Exit status 1 if any failed.
+Each part runs in a process of its own; one that fails is reported and the others continue. Exit status 1 if any failed.
 """
 
 import argparse
@@ -37,9 +37,16 @@ PARTS = {
         for precision in ("fp32", "bf16")
     },
     "plan against run": [sys.executable, str(HERE / "memory.py"), "--case", "quickstart"],
-    "one pass against a run a layer": [sys.executable, str(HERE / "convert.py"), "--recipe", "quickstart", "--tokens", "100000"],
+    "one pass against one run per layer": [
+        sys.executable,
+        str(HERE / "convert.py"),
+        "--recipe",
+        "quickstart",
+        "--tokens",
+        "100000",
+    ],
 }
-WHOLE_RUNS = ("plan against run", "one pass against a run a layer")
+WHOLE_RUNS = ("plan against run", "one pass against one run per layer")
 
 
 def main() -> None:

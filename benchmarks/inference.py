@@ -2,9 +2,9 @@
 
     python benchmarks/inference.py [--shape gpt2] [--rounds 5] [--threads 2]
 
-Every variant lives in a process of its own, which tells its own peak memory; the processes take turns, a round each, so that all are
-timed under the same conditions. One sequence. The limit of decoding is the time in which the bytes that a token's arithmetic can't do
-without are read, at the bandwidth of a copy (bytes read and written) that is measured in the same rounds. Weights are random: speed
+Every variant lives in a process of its own, which reports its own peak memory; the processes take turns, one round each, so that all are
+timed under the same conditions. One sequence. The limit of decoding is the time to read the bytes that a token's arithmetic needs,
+at the bandwidth of a copy (bytes read and written) that is measured in the same rounds. Weights are random: speed
 does not depend on them.
 """
 
@@ -256,7 +256,7 @@ class Process:
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes a second that a copy reads and writes, of arrays that no cache holds."""
+    """Bytes per second that a copy reads and writes, of arrays that no cache holds."""
     import torch
 
     torch.set_num_threads(threads)
@@ -271,7 +271,7 @@ def bandwidth(threads: int) -> float:
 
 
 def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, Any]:
-    """{"bytes", "bandwidth": [...], "decode" / "prefill" / "long": {variant: [ms a round]}, "peak": {variant: bytes}}."""
+    """{"bytes", "bandwidth": [...], "decode" / "prefill" / "long": {variant: [ms per round]}, "peak": {variant: bytes}}."""
     sizes = make(name, folder)
     found: dict[str, Any] = {"bytes": sizes, "bandwidth": [], "peak": {}}
     running = {}
@@ -307,7 +307,7 @@ def show(name: str, found: dict[str, Any]) -> None:
     short = min(PREFILL, SHAPES[name].prompt)
     print(f"Bandwidth of a copy: {speed / 1e9:.1f} GB/s (read and written).\n")
     print(
-        f"| | decoding, ms a token | tokens/s | MB that a token must read | share of the limit | prefill of {short}, tokens/s"
+        f"| | decoding, ms per token | tokens/s | MB that a token must read | share of the limit | prefill of {short}, tokens/s"
         f" | of {SHAPES[name].prompt} | peak MiB, decoding | after the long prefill |\n|---|---|---|---|---|---|---|---|---|"
     )
     for kind, title in VARIANTS.items():

@@ -1,8 +1,8 @@
-"""What `plan` says of memory and time, against the run itself.
+"""The memory and time that `plan` predicts, against the run itself.
 
     python benchmarks/memory.py [--case quickstart --case stories260k]
 
-Memory is the peak resident size of the process; time that of the whole run, start and evaluation included.
+Memory is the peak resident size of the process; time is that of the whole run, from the start of the interpreter to the end of the evaluation.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from runs import ROOT, SHARED, plan, run
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": ("quickstart", {}),
-    "quickstart, bf16 moments, one layer a pass": (
+    "quickstart, bf16 moments, one layer per pass": (
         "quickstart",
         {"train__moments": "bf16", "train__memory_gib": 0.6, "train__joint": 0.0},
     ),
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-WIDE = "GPT-2's width, two layers, random base"  # 38 million parameters a layer
+WIDE = "GPT-2's width, two layers, random base"  # 38 million parameters per layer
 
 
 def _wide_base(folder: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def environment() -> dict[str, str]:
 
 
 def run(recipe: str, output: Path, **settings: Any) -> Finished:
-    """Runs a recipe to its end. settings: keys with __ in place of the dot."""
+    """Runs a recipe to its end. settings: keys with __ instead of the dot."""
     changes = {key.replace("__", "."): value for key, value in settings.items()}
     start = time.perf_counter()
     done = subprocess.run(

@@ -6,10 +6,10 @@ Transcoders have the MxD's parameters; a twin has no experts, and so far fewer.
     python benchmarks/study.py --models stories260k --k 8 4 --tokens 600000 300000 1200000 2400000 10000000 --plot budget.png
 
 Every arm gets the same search over learning rates, on the first budget, K and seed, judged on the training text at the end of the
-training: by KL(base || converted), or without a finish by what is left unexplained of the layers' outputs; the held-out text is for the
-table alone. Above the tables stand the rates that were compared, and whether the best is the lowest or highest of them. Each run
-is a conversion of all layers by the command line, evaluated as loaded from disk. Runs that the results file has are not done again, so a
-study that is cut off goes on; what the file has is taken to be of this procedure: begin another file where the procedure has changed.
+training: by KL(base || converted), or without a joint stage by what is left unexplained of the layers' outputs; the held-out text is
+for the table alone. The tables are headed by the rates that were compared, and by whether the best is the lowest or highest of them. Each run
+is a conversion of all layers by the command line, evaluated as loaded from disk. Runs that are in the results file are not repeated, so
+an interrupted study resumes. The file is assumed to be of this procedure: begin another file if the procedure has changed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 from runs import run
 
 PUBLISHED = {"train.init": "paper", "train.joint": 0.0}  # with k_init = k and batches of PUBLISHED_BATCHES, below
-ALL_HIDDEN = "the MLP's"  # hidden width, in place of the quarter that `fast` takes
+ALL_HIDDEN = "the MLP's"  # hidden width, instead of the quarter that `fast` takes
 ARMS: dict[str, dict[str, Any]] = {
     "MxD, fast": {},
     "MxD, paper": {"train.preset": "paper"},  # but for the learning rate, and a warm-up that ends before a short run does
@@ -91,7 +91,7 @@ class Results:
         self.figures: dict[Case, dict[str, Any]] = {}
         text = path.read_text() if path.exists() else ""
         whole, _, rest = text.rpartition("\n")
-        if rest:  # of a line that was cut off
+        if rest:  # of a line whose writing was interrupted
             path.write_text(f"{whole}\n" if whole else "")
         for line in map(json.loads, whole.splitlines()):
             self.figures[Case(**line["case"])] = line["figures"]
@@ -138,10 +138,10 @@ def main() -> None:
     parser.add_argument("--k", nargs="+", type=int, default=[8, 4, 32], help="the first is the one at which rates are chosen")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--tokens", nargs="+", type=int, help="budgets, in place of 600,000 (stories260k) and 300,000 (prose-neox)"
+        "--tokens", nargs="+", type=int, help="budgets, instead of 600,000 (stories260k) and 300,000 (prose-neox)"
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
-    parser.add_argument("--plot", type=Path, help="PNG to write: rise and gate share against tokens, a column a model and K")
+    parser.add_argument("--plot", type=Path, help="PNG to write: rise and gate share against tokens, one column per model and K")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each")
     parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
     parser.add_argument("--known", action="store_true", help="run nothing: tables and plot of what the results file has")
@@ -220,7 +220,7 @@ def table(results: Results, groups: Iterable[list[Case]]) -> str:
 
 
 def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
-    """Rise and lowest gate share against tokens, means over seeds and from the lowest to the highest: a line an arm, a column a model and K."""
+    """Rise and lowest gate share against tokens, means over seeds, and the range: one line per arm, one column per model and K."""
     columns: dict[tuple[str, int], dict[str, dict[int, list[dict[str, Any]]]]] = {}
     for cases in groups:
         first = cases[0]
@@ -228,7 +228,7 @@ def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
         arms.setdefault(first.arm, {})[first.tokens] = [results.of(case) for case in cases]
     colours = {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for arms in columns.values() for arm in arms))}
     rows: dict[str, Callable[[dict[str, Any]], float]] = {
-        "rise of held-out cross-entropy, nats": lambda figures: figures["rise"],
+        "rise in held-out cross-entropy, nats": lambda figures: figures["rise"],
         "lowest gate share": lambda figures: min(share or 0.0 for share in figures["gate_share"]),
     }
     size = (6.4 * len(columns), 6.4)

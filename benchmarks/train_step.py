@@ -16,7 +16,7 @@ from steps import KINDS, SHAPES, Worker
 
 
 def measure(shape: str, precisions: list[str], rounds: int, device: str, steps: int = 1) -> dict[str, Any]:
-    """Seconds a round and peak bytes of every step, by name: `dense fp32`, `ours fp32`, `floor fp32`, `dense bf16`, ..."""
+    """Seconds per round and peak bytes of every step, by name: `dense fp32`, `ours fp32`, `floor fp32`, `dense bf16`, ..."""
     workers = {f"{kind} {precision}": Worker(kind, shape, device, precision) for precision in precisions for kind in KINDS}
     for worker in workers.values():
         worker.seconds(3)
