@@ -11,7 +11,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,9 @@ from mxd_convert.recipe.schema import Data, EvalText, is_local
 
 # Tokens of training text to read at least, so that a short run draws its blocks from many documents and not from the first few.
 MIN_TOKENS = 4_000_000
-MANIFEST, FILES = "data.json", ("train.tokens", "eval.tokens")  # description and hashes of the token files; the token files
+MANIFEST = "data.json"  # description and hashes of the other files
+STARTS = "eval.starts"  # offset of each document of the evaluation text in its token file, int64
+FILES = ("train.tokens", "eval.tokens", STARTS)
 _BATCH = 256  # documents tokenised at a time
 _CHARACTERS = 4  # characters per token, roughly: pending documents are tokenised when they may reach the limit
 
@@ -63,6 +65,7 @@ class _Writer:
         self.digest, self.file_digest = hashlib.sha256(), hashlib.sha256()
         self.seen: set[bytes] = set()  # hashes of the documents written
         self.pending: list[str] = []
+        self.starts: list[int] = []  # offset of each document, in tokens
 
     def full(self) -> bool:
         """Return whether the limit is reached."""
@@ -86,6 +89,7 @@ class _Writer:
                 written = np.asarray(ids, dtype=self.dtype).tobytes()
                 self.file.write(written)
                 self.file_digest.update(written)
+                self.starts.append(self.tokens)
                 self.tokens += len(ids)
                 self.documents += 1
                 text = document.encode()
@@ -133,11 +137,15 @@ class TextInfo:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A text as blocks of token ids, (blocks, context), memory-mapped from disk."""
+    """A text as blocks of token ids, (blocks, context), memory-mapped from disk.
+
+    starts: for an evaluation text, the offset of each document in tokens; None for a training text.
+    """
 
     ids: np.ndarray[Any, np.dtype[Any]]
     bos: int | None
     info: TextInfo
+    starts: np.ndarray[Any, np.dtype[Any]] | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -150,6 +158,19 @@ class Blocks:
     def take(self, rows: np.ndarray[Any, Any] | slice) -> Tensor:
         """Return the blocks of some rows, (rows, context), int64."""
         return torch.from_numpy(np.asarray(self.ids[rows], dtype=np.int64))
+
+    @property
+    def documents(self) -> int:
+        """Return the number of documents of which the blocks have a token, for an evaluation text."""
+        assert self.starts is not None
+        return int(np.searchsorted(self.starts, self.ids.size))
+
+    def document_of(self, rows: np.ndarray[Any, Any] | slice) -> Tensor:
+        """Return the number of the document of each token of some rows, (rows, context), for an evaluation text."""
+        assert self.starts is not None
+        first_B = np.arange(len(self))[rows] * self.context
+        at_BT = first_B[:, None] + np.arange(self.context)
+        return torch.from_numpy(np.searchsorted(self.starts, at_BT, side="right") - 1)
 
     def counted(self, ids_BT: Tensor, mask_bos: bool) -> Tensor:
         """Return which positions count in losses and figures, (B, T) bool.
@@ -200,9 +221,9 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
     marks = separators(tokenizer)
     recorded = read_sealed(manifest)
     found = _hashes(folder) if manifest.exists() else {}
-    if recorded is None or recorded["files"] != found:
+    if recorded is None or recorded["files"] != found or found.keys() != set(FILES):
         before = found if recorded is None else recorded["files"]
-        damaged = [name for name in before if found.get(name) != before[name]] or [MANIFEST]
+        damaged = [name for name in FILES if name not in found or found[name] != before.get(name)] or [MANIFEST]
         if manifest.exists():
             notify(f"{folder.name}/{damaged[0]} is damaged. Reading the text again.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,10 +238,10 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
     dtype = token_dtype(len(tokenizer))
     limits = (-(-tokens_to_read(data) // data.context), data.eval.tokens // data.context)
     train, held_out = (
-        _open(folder / name, dtype, data.context, limit, marks.bos, TextInfo(**recorded[name.removesuffix(".tokens")]))
-        for name, limit in zip(FILES, limits, strict=True)
+        _open(folder / f"{name}.tokens", dtype, data.context, limit, marks.bos, TextInfo(**recorded[name]))
+        for name, limit in zip(("train", "eval"), limits, strict=True)
     )
-    return train, held_out
+    return train, replace(held_out, starts=np.fromfile(folder / STARTS, dtype=np.int64))
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -254,7 +275,8 @@ def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, h
     assert source.path is not None
     _check_length(source.path, writer, context)
     info = TextInfo(_shown(source.path), writer.digest.hexdigest(), writer.tokens, writer.documents)
-    return _open(folder / "eval.tokens", writer.dtype, context, source.tokens // context, marks.bos, info)
+    blocks = _open(folder / "eval.tokens", writer.dtype, context, source.tokens // context, marks.bos, info)
+    return replace(blocks, starts=np.asarray(writer.starts, dtype=np.int64))
 
 
 def tokens_to_read(data: Data) -> int:
@@ -264,7 +286,7 @@ def tokens_to_read(data: Data) -> int:
 
 def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notify: Callable[[str], None]) -> dict[str, Any]:
     """Write both token files. Return the manifest: the TextInfo of each text, and the SHA-256 of each file."""
-    first, second = (folder / name for name in FILES)
+    first, second = folder / "train.tokens", folder / "eval.tokens"
     with (
         _writing(first, tokenizer, marks, tokens_to_read(data)) as train,
         _writing(second, tokenizer, marks, data.eval.tokens) as held_out,
@@ -281,6 +303,10 @@ def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notif
         TextInfo(shown, held_out.digest.hexdigest(), held_out.tokens, held_out.documents, share, disjoint=apart),
     )
     files = {path.name: writer.file_digest.hexdigest() for path, writer in ((first, train), (second, held_out))}
+    starts = np.asarray(held_out.starts, dtype=np.int64).tobytes()
+    with replacing(folder / STARTS) as temporary:
+        temporary.write_bytes(starts)
+    files[STARTS] = hashlib.sha256(starts).hexdigest()
     return {"train": asdict(infos[0]), "eval": asdict(infos[1]), "files": files}
 
 

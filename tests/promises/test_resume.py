@@ -51,7 +51,7 @@ def test_a_damaged_file_changes_nothing_or_is_a_one_line_error(interrupted, whol
     recipe, kept = interrupted
     output, work = Path(recipe["output"]["dir"]), Path(recipe["output"]["dir"] + ".partial")
     names = [file.relative_to(kept) for file in sorted(kept.rglob("*")) if file.is_file() and file.stat().st_size]
-    assert len(names) == 14  # the mark, three of the text, and per stage two states of two files each and a log
+    assert len(names) == 15  # the mark, four of the text, and per stage two states of two files each and a log
     resumed, errors = 0, {}
     for name in names:
         for folder in (output, work):
@@ -148,7 +148,7 @@ def test_text_that_is_read_again_must_be_the_same(own_recipe, tmp_path):
     tokenizer, folder = load_tokenizer(recipe.base.model), tmp_path / "data"
     train, _ = prepare(recipe.data, tokenizer, folder, lines.append)
     ids, info = train.ids.copy(), train.info
-    for name in ("train.tokens", "eval.tokens", "data.json"):
+    for name in ("train.tokens", "eval.tokens", "eval.starts", "data.json"):
         lines.clear()
         (folder / name).write_bytes(flip((folder / name).read_bytes(), name))
         again, _ = prepare(recipe.data, tokenizer, folder, lines.append)
