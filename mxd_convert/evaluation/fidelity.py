@@ -1,28 +1,41 @@
-"""Evaluate a converted model: one pass for the base's activations, then every variant of the model on the same tokens.
+"""Evaluate a converted model: whole forwards of base and converted model, then variants of single layers from there on.
 
-All variants see the same blocks, so differences in cross-entropy are paired. Figures describe the models passed in; `evaluate`
-loads both from disk.
-Shape suffixes: B blocks (in flat tensors: tokens), T tokens of a block, V vocabulary, O output width, N experts.
+All forwards see the same blocks, so differences in cross-entropy are paired. Standard errors are over documents. Figures describe
+the models passed in; `evaluate` loads both from disk.
+
+1. Per batch: the base model, the converted one, the base without its MLPs, and the dense twin.
+2. Per batch: the base with every MLP replaced by its mean output, which is known after 1.
+3. Per batch of a subset of the blocks: the base, whose hidden states are kept, and from each layer on the layer's variants:
+   converted, ablated to zero and to its mean, and converted with permuted experts. Jacobian faithfulness is measured here too.
+
+Shape suffixes: B blocks (in flat tensors: tokens), T tokens of a block, V vocabulary, P predicted tokens, N experts.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mxd_convert.base_model.capture import apply_mlp, recording
+from mxd_convert.base_model.capture import Activations, apply_mlp, recording
 from mxd_convert.base_model.families import Site
 from mxd_convert.base_model.swap import Constant, permuted_experts, replaced_mlps
 from mxd_convert.data.blocks import Blocks
+from mxd_convert.evaluation.by_document import Estimate, Sums, ratio
 from mxd_convert.evaluation.layer_figures import LayerFigures
 from mxd_convert.evaluation.progress import progress
-from mxd_convert.evaluation.verdict import sentence, verdict
+from mxd_convert.evaluation.suffix import Prefix
+from mxd_convert.evaluation.verdict import NOT_APPLICABLE, sentence, verdict, verdict_of
 from mxd_convert.layers.losses import kl_terms
 from mxd_convert.modeling.layers_mxd import FactoredLayer
+from mxd_convert.recipe.kinds import KINDS
 
 PERMUTATIONS = 3  # of the experts of each layer, for routing necessity
+VARIANT_PASSES = 8.0  # cost of all variants, in forwards of the whole text; the subset of blocks is chosen to stay below it
 _LOGITS = 2**22  # most logits of one batch
 
 
@@ -36,6 +49,8 @@ def evaluate_models(
     device: torch.device | None = None,
     quiet: bool = False,
     twin: Any = None,
+    quick: bool = False,
+    variant_share: float | None = None,
 ) -> dict[str, Any]:
     """Measure the fidelity and reliance of a converted model on all of `blocks`.
 
@@ -48,32 +63,38 @@ def evaluate_models(
         device: where the models run; None for the CPU.
         quiet: whether to show no progress.
         twin: the dense twin as a separate model, if it was trained.
+        quick: whether to measure only the whole model's fidelity and the shares, in two forwards of the text.
+        variant_share: share of the blocks for variants of single layers. None chooses it by VARIANT_PASSES.
 
     Returns:
-        The sections "fidelity" and "reliance" of mxd_report.json.
+        The sections "fidelity" and "reliance" of mxd_report.json, and "cost" with seconds and passes.
     """
     device = device or torch.device("cpu")
     base, converted, twin = base.to(device), converted.to(device), None if twin is None else twin.to(device)
-    layers: dict[int, FactoredLayer] = converted.mxd_layers()
+    layers = converted.mxd_layers()
+    share = 0.0 if quick else variant_passes(base, sites, layers)[0] if variant_share is None else variant_share
+    evaluation = _Evaluation(base, converted, sites, layers, blocks, mask_bos, device, _chosen(len(blocks), share))
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
-    batches = [slice(start, start + rows) for start in range(0, len(blocks), rows)]
-    steps = len(batches) * (3 + sum(3 + _permutations(layer) for layer in layers.values()))
-    with progress(steps, quiet) as advance:
-        figures = {index: LayerFigures(layer) for index, layer in layers.items()}
+    batches, chosen = (
+        [some[start : start + rows] for start in range(0, len(some), rows)]
+        for some in (np.arange(len(blocks)), evaluation.chosen)
+    )
+    whole = [] if quick else [("zero", base)] + ([("twin", twin)] if twin is not None else [])
+    start = time.monotonic()
+    with progress(len(batches) * (2 + len(whole) + (not quick)) + len(chosen) * (1 + len(sites)), quiet) as advance:
         for batch in batches:
-            _activations(base, sites, blocks.take(batch).to(device), blocks, mask_bos, figures)
-            advance()
-        totals = Totals(device)
-        for batch in batches:
-            ids_BT = blocks.take(batch).to(device)
-            if twin is not None:
-                totals.add_cross_entropy("twin", twin(input_ids=ids_BT, use_cache=False).logits, ids_BT)
-            _compare(base, converted, ids_BT, totals, sites, figures, blocks.counted(ids_BT, mask_bos).flatten())
-            for name, context in _variants(base, sites, layers, figures):
-                with context:
-                    totals.add_cross_entropy(name, base(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+            evaluation.compare(batch, advance)
+            for name, model in whole:
+                evaluation.ablate(name, model, batch)
                 advance()
-    return _report(sites, figures, totals)
+        for batch in batches if not quick else ():
+            evaluation.ablate("mean", base, batch)
+            advance()
+        for batch in chosen:
+            evaluation.vary(batch, advance)
+    full = 2 + len(whole) + (not quick) + len(evaluation.chosen) / len(blocks)
+    cost = {"seconds": time.monotonic() - start, "full_passes": round(full, 3), "suffix_passes": evaluation.suffixes}
+    return {**evaluation.report(quick), "cost": {"evaluation": cost}}
 
 
 def rows_a_batch(context: int, vocabulary: int) -> int:
@@ -81,96 +102,252 @@ def rows_a_batch(context: int, vocabulary: int) -> int:
     return max(1, min(64, _LOGITS // (context * vocabulary)))
 
 
-def _activations(
-    base: Any, sites: list[Site], ids_BT: Tensor, blocks: Blocks, mask_bos: bool, figures: dict[int, LayerFigures]
-) -> None:
-    counted_B = blocks.counted(ids_BT, mask_bos).flatten()
-    with recording(base, sites) as seen:
-        base(input_ids=ids_BT, use_cache=False)
-        for index, activations in seen.items():
-            figures[index].add(activations.inputs.flatten(0, 1), activations.outputs.flatten(0, 1), counted_B)
+def variant_passes(base: Any, sites: Sequence[Site], layers: dict[int, FactoredLayer]) -> tuple[float, float]:
+    """Return the share of the blocks for variants of single layers, and the cost of these on all blocks, in whole forwards.
 
-
-class Totals:
-    """Sums over predicted tokens, in float64, by name."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.tokens = 0
-        self.sums: dict[str, Tensor] = {}
-        self.device = device
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Add a batch's sum, a scalar, to the total."""
-        self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.double()
-
-    def add_cross_entropy(self, name: str, logits_BTV: Tensor, ids_BT: Tensor) -> None:
-        """Add the cross-entropy of each block's tokens but the first, in nats."""
-        logits, targets = logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()
-        self.add(name, nn.functional.cross_entropy(logits, targets, reduction="none").sum(dtype=torch.float64))
-
-    def mean(self, name: str) -> float:
-        """Return the mean per predicted token."""
-        return (self.sums[name] / self.tokens).item()
-
-
-def _compare(
-    base: Any,
-    converted: Any,
-    ids_BT: Tensor,
-    totals: Totals,
-    sites: list[Site],
-    figures: dict[int, LayerFigures],
-    counted_B: Tensor,
-) -> None:
-    with recording(base, sites) as originals:
-        theirs = base(input_ids=ids_BT, use_cache=False).logits
-    with recording(converted, sites) as seen:
-        ours = converted(input_ids=ids_BT, use_cache=False).logits
-    for site in sites:
-        inputs, outputs = seen[site.index].inputs, seen[site.index].outputs.flatten(0, 1)[counted_B]
-        local = apply_mlp(base, site, inputs).flatten(0, 1)[counted_B]
-        figures[site.index].add_in_place(outputs, local, originals[site.index].outputs.flatten(0, 1)[counted_B])
-    totals.tokens += ids_BT[:, 1:].numel()
-    totals.add_cross_entropy("base", theirs, ids_BT)
-    totals.add_cross_entropy("converted", ours, ids_BT)
-    theirs, ours = theirs[:, :-1].float().log_softmax(-1), ours[:, :-1].float().log_softmax(-1)
-    totals.add("kl", kl_terms(theirs, ours).sum(dtype=torch.float64))
-    totals.add("top1", (theirs.argmax(-1) == ours.argmax(-1)).sum())
-
-
-def _variants(
-    base: Any, sites: list[Site], layers: dict[int, FactoredLayer], figures: dict[int, LayerFigures]
-) -> Iterator[tuple[str, Any]]:
-    """Yield (name, context) for every variant of the base model.
-
-    All layers ablated to zero or to their mean; then one layer at a time, converted, ablated, and converted with its experts
-    permuted.
+    A forward costs in proportion to the parameters that it uses.
     """
-    zeros = {site.index: Constant(torch.zeros(site.d_out, device=layers[site.index].output_bias.device)) for site in sites}
-    # the mean is over counted tokens only, because an attention sink would dominate it
-    means = {site.index: Constant(figures[site.index].masked.mean_O().float()) for site in sites}
-    yield "zero", replaced_mlps(base, sites, zeros)
-    yield "mean", replaced_mlps(base, sites, means)
-    for site in sites:
-        index, layer = site.index, layers[site.index]
-        yield f"{index}/alone", replaced_mlps(base, [site], layers)
-        yield f"{index}/zero", replaced_mlps(base, [site], zeros)
-        yield f"{index}/mean", replaced_mlps(base, [site], means)
-        for number in range(_permutations(layer)):
-            order_N = _permutation(figures[index].firings_N > 0, number)
-            yield f"{index}/permuted", _both(replaced_mlps(base, [site], layers), permuted_experts(layer, order_N))
+    stack = base.get_submodule(sites[0].layer.rpartition(".")[0])
+    head = base.get_output_embeddings().weight.numel()
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in stack]
+    whole = sum(sizes) + head
+    cost = sum((3 + _permutations(layers[site.index])) * (sum(sizes[site.index :]) + head) / whole for site in sites)
+    return min(1.0, VARIANT_PASSES / cost), cost
+
+
+def _chosen(blocks: int, share: float) -> np.ndarray[Any, Any]:
+    """Return the rows of a share of the blocks, evenly spaced; at least one for a share above 0."""
+    count = min(blocks, max(1, round(share * blocks))) if share > 0 else 0
+    return np.unique(np.linspace(0, blocks - 1, count).round().astype(np.int64)) if count else np.zeros(0, dtype=np.int64)
+
+
+@dataclass
+class _Evaluation:
+    """The sums of one evaluation. chosen: rows of the blocks on which variants run. suffixes: number of passes through a suffix."""
+
+    base: Any
+    converted: Any
+    sites: list[Site]
+    layers: dict[int, FactoredLayer]
+    blocks: Blocks
+    mask_bos: bool
+    device: torch.device
+    chosen: np.ndarray[Any, Any]
+    suffixes: int = 0
+    whole_forwards: bool = False  # whether suffixes are whole forwards
+    figures: dict[int, LayerFigures] = field(init=False)
+    totals: Sums = field(init=False)
+    variants: Sums = field(init=False)  # on the chosen blocks
+
+    def __post_init__(self) -> None:
+        documents = self.blocks.documents
+        self.figures = {index: LayerFigures(layer, documents) for index, layer in self.layers.items()}
+        self.totals, self.variants = Sums(documents, self.device), Sums(documents, self.device)
+        self.suffixes = sum(3 + _permutations(layer) for layer in self.layers.values()) if len(self.chosen) else 0
+
+    def compare(self, rows: np.ndarray[Any, Any], advance: Callable[[], None]) -> None:
+        """Run base and converted model on some blocks, and add the figures of all layers and of the whole model."""
+        ids_BT, document_BT = self._take(rows)
+        counted_B, document_B = self.blocks.counted(ids_BT, self.mask_bos).flatten(), document_BT.flatten()
+        with recording(self.base, self.sites) as originals:
+            theirs_BTV = self.base(input_ids=ids_BT, use_cache=False).logits
+        for index, one in originals.items():
+            self.figures[index].add(one.inputs.flatten(0, 1), one.outputs.flatten(0, 1), counted_B, document_B)
+        advance()
+        with recording(self.converted, self.sites) as seen:
+            ours_BTV = self.converted(input_ids=ids_BT, use_cache=False).logits
+        for site in self.sites:
+            self._compare_layer(site, originals[site.index], seen[site.index], counted_B, document_B[counted_B])
+        document_P = document_BT[:, 1:].flatten()
+        self.totals.add("tokens", torch.ones_like(document_P), document_P)
+        losses = {"base": cross_entropies(theirs_BTV, ids_BT), "converted": cross_entropies(ours_BTV, ids_BT)}
+        for name, loss_P in losses.items():
+            self.totals.add(name, loss_P, document_P)
+        chosen_P = torch.from_numpy(np.isin(rows, self.chosen)).to(self.device).repeat_interleave(ids_BT.shape[1] - 1)
+        self.variants.add("converted", losses["converted"][chosen_P], document_P[chosen_P])
+        theirs_PV, ours_PV = (_log_probs(logits_BTV) for logits_BTV in (theirs_BTV, ours_BTV))
+        self.totals.add("kl", kl_terms(theirs_PV, ours_PV).sum(-1), document_P)
+        self.totals.add("top1", theirs_PV.argmax(-1) == ours_PV.argmax(-1), document_P)
+        advance()
+
+    def _compare_layer(self, site: Site, original: Activations, seen: Activations, counted_B: Tensor, document_B: Tensor) -> None:
+        local = apply_mlp(self.base, site, seen.inputs).flatten(0, 1)[counted_B]
+        outputs, teacher = seen.outputs.flatten(0, 1)[counted_B], original.outputs.flatten(0, 1)[counted_B]
+        self.figures[site.index].add_in_place(outputs, local, teacher, document_B)
+
+    def ablate(self, name: str, model: Any, rows: np.ndarray[Any, Any]) -> None:
+        """Add the cross-entropy of the dense twin, or of the base with all MLPs ablated to zero or to their mean."""
+        ids_BT, document_BT = self._take(rows)
+        constants = {} if name == "twin" else {site.index: Constant(self._constant(site, name)) for site in self.sites}
+        with replaced_mlps(model, self.sites if constants else [], constants):
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        self.totals.add(name, cross_entropies(logits_BTV, ids_BT), document_BT[:, 1:].flatten())
+
+    def vary(self, rows: np.ndarray[Any, Any], advance: Callable[[], None]) -> None:
+        """Add the cross-entropies of every layer's variants on some blocks, and the layers' Jacobian faithfulness."""
+        ids_BT, document_BT = self._take(rows)
+        document_P, counted_B = document_BT[:, 1:].flatten(), self.blocks.counted(ids_BT, self.mask_bos).flatten()
+        prefix = Prefix.of(self.base, self.sites, ids_BT)
+        self.whole_forwards = self.whole_forwards or not prefix.check(self.sites[-1])
+        prefix.whole = self.whole_forwards
+        self.variants.add("tokens", torch.ones_like(document_P), document_P)
+        self.variants.add("base", cross_entropies(prefix.logits_BTV, ids_BT), document_P)
+        advance()
+        for site in self.sites:
+            names = ["alone", "zero", "mean", *["permuted"] * _permutations(self.layers[site.index])]
+            for name, logits_BTV in zip(names, prefix.run(site, len(names), self._outputs(site)), strict=True):
+                self.variants.add(f"{site.index}/{name}", cross_entropies(logits_BTV, ids_BT), document_P)
+            x_BI = prefix.activations[site.index].inputs.flatten(0, 1)
+            self.figures[site.index].jacobian.add(
+                x_BI[counted_B],
+                document_BT.flatten()[counted_B],
+                self.layers[site.index],
+                functools.partial(_apply, self.base, site),
+                seed=int(rows[0]),
+            )
+            advance()
+
+    def _outputs(self, site: Site) -> Callable[[Tensor], list[Tensor]]:
+        """Return the function from a layer's inputs to its outputs in each variant."""
+        layer, fired_N = self.layers[site.index], self.figures[site.index].firings_N > 0
+
+        def outputs(x_BTI: Tensor) -> list[Tensor]:
+            coefficients = layer.encode(x_BTI)
+            found = [layer.combine(x_BTI, coefficients)]
+            found += [Constant(self._constant(site, name))(x_BTI) for name in ("zero", "mean")]
+            for number in range(_permutations(layer)):
+                with permuted_experts(layer, _permutation(fired_N, number)):
+                    found.append(layer.combine(x_BTI, coefficients))
+            return found
+
+        return outputs
+
+    def _constant(self, site: Site, name: str) -> Tensor:
+        if name == "zero":
+            return torch.zeros(site.d_out, device=self.device)
+        # the mean is over counted tokens only, because an attention sink would dominate it
+        mean_O = self.figures[site.index].masked.mean_O()
+        return mean_O.to(self.layers[site.index].output_bias.dtype)
+
+    def _take(self, rows: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Return token ids and documents of some blocks, (B, T)."""
+        return self.blocks.take(rows).to(self.device), self.blocks.document_of(rows).to(self.device)
+
+    # --- report ----------------------------------------------------------------------------------------------------------------
+
+    def report(self, quick: bool) -> dict[str, Any]:
+        """Return the sections "fidelity" and "reliance"."""
+        kinds = {str(index): layer.kind for index, layer in self.layers.items()}
+        reliance = {str(index): figures.reliance() for index, figures in self.figures.items()}
+        fidelity = self._fidelity()
+        layers: dict[str, Any] = {str(index): figures.fidelity() for index, figures in self.figures.items()}
+        if not quick:
+            fidelity |= self._ablations()
+            for index in self.figures:
+                layers[str(index)] |= self._variants_of(index)
+                necessity = self._necessity(index)
+                reliance[str(index)]["routing_necessity"], reliance[str(index)]["routing_necessity_se"] = necessity
+        for name, layer in reliance.items():
+            layer["verdict"] = verdict_of(layer) if KINDS[kinds[name]].is_product else NOT_APPLICABLE
+        fidelity |= {"layers": layers, "by_document": self._by_document()}
+        twin = self._twin() if "twin" in self.totals else None
+        return {
+            "fidelity": fidelity,
+            "reliance": {
+                "layers": reliance,
+                "dense_twin": twin,
+                "verdict": verdict(reliance, kinds),
+                "sentence": sentence(reliance, kinds, twin),
+            },
+        }
+
+    def _fidelity(self) -> dict[str, Any]:
+        totals = self.totals
+        found: dict[str, Any] = {"tokens": int(totals["tokens"].sum()), "documents": int((totals["tokens"] > 0).sum())}
+        rise = ratio(totals["converted"] - totals["base"], totals["tokens"])
+        figures = {"ce_base": totals.mean("base"), "ce_converted": totals.mean("converted"), "delta_ce": rise}
+        figures |= {"kl": totals.mean("kl"), "top1_agreement": totals.mean("top1")}
+        found |= _named(figures)
+        if found["delta_ce"] is None:
+            found["reason"] = f"the {'base' if found['ce_base'] is None else 'converted'} model's cross-entropy is not finite"
+        return found
+
+    def _ablations(self) -> dict[str, Any]:
+        """Return the whole model's figures against ablations, and the sum of the layers' own rises to compare with."""
+        totals, variants = self.totals, self.variants
+        rise_D = totals["converted"] - totals["base"]
+        alone_D = sum(variants[f"{index}/alone"] - variants["base"] for index in self.layers)
+        assert isinstance(alone_D, Tensor)
+        compounding = ratio(variants["converted"] - variants["base"], alone_D)
+        figures = {
+            "ce_zero_ablation": totals.mean("zero"),
+            "ce_mean_ablation": totals.mean("mean"),
+            "recovered_zero": _recovered(rise_D, totals["zero"] - totals["base"]),
+            "recovered_mean": _recovered(rise_D, totals["mean"] - totals["base"]),
+            "compounding": compounding if alone_D.sum() > 0 else (None, None),
+        }
+        tokens_D = variants["tokens"]
+        return {**_named(figures), "variants": {"tokens": int(tokens_D.sum()), "documents": int((tokens_D > 0).sum())}}
+
+    def _variants_of(self, index: int) -> dict[str, Any]:
+        variants = self.variants
+        rise_D = variants[f"{index}/alone"] - variants["base"]
+        figures = {"delta_ce": ratio(rise_D, variants["tokens"])}
+        for name in ("zero", "mean"):
+            figures[f"recovered_{name}"] = _recovered(rise_D, variants[f"{index}/{name}"] - variants["base"])
+        return {**_named(figures), "jacobian": self.figures[index].jacobian.report()}
+
+    def _necessity(self, index: int) -> Estimate:
+        if not self.layers[index].n_experts:
+            return None, None
+        alone_D = self.variants[f"{index}/alone"]
+        return ratio(self.variants[f"{index}/permuted"] / PERMUTATIONS - alone_D, self.variants[f"{index}/zero"] - alone_D)
+
+    def _twin(self) -> dict[str, Any]:
+        totals = self.totals
+        figures = {
+            "ce": totals.mean("twin"),
+            "delta_ce": ratio(totals["twin"] - totals["base"], totals["tokens"]),
+            "gap": ratio(totals["converted"] - totals["twin"], totals["tokens"]),
+        }
+        return _named(figures)
+
+    def _by_document(self) -> dict[str, list[float]] | None:
+        """Return the tokens of each document and its mean figures, so that two evaluations of the same text can be paired.
+
+        None if a figure is not finite.
+        """
+        tokens_D = self.totals["tokens"]
+        used = tokens_D > 0
+        found: dict[str, list[float]] = {"tokens": tokens_D[used].long().tolist()}
+        for name in ("base", "converted", "kl"):
+            mean_D = self.totals[name][used] / tokens_D[used]
+            if not mean_D.isfinite().all():
+                return None
+            found[name if name == "kl" else f"ce_{name}"] = [round(value, 6) for value in mean_D.tolist()]
+        return found
+
+
+def _apply(base: Any, site: Site, x_PI: Tensor) -> Tensor:
+    return apply_mlp(base, site, x_PI.unsqueeze(0)).squeeze(0)
+
+
+def cross_entropies(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return the cross-entropy of each predicted token, (P), in nats: of each block's tokens but the first."""
+    return nn.functional.cross_entropy(_wide(logits_BTV[:, :-1].flatten(0, 1)), ids_BT[:, 1:].flatten(), reduction="none")
+
+
+def _log_probs(logits_BTV: Tensor) -> Tensor:
+    return _wide(logits_BTV[:, :-1].flatten(0, 1)).log_softmax(-1)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 or, if it has it, float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _permutations(layer: FactoredLayer) -> int:
     return PERMUTATIONS if layer.n_experts else 0
-
-
-@contextmanager
-def _both(first: Any, second: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(first)
-        stack.enter_context(second)
-        yield
 
 
 def _permutation(fired_N: Tensor, number: int) -> Tensor:
@@ -181,50 +358,12 @@ def _permutation(fired_N: Tensor, number: int) -> Tensor:
     return order_N.to(fired_N.device)
 
 
-def _report(sites: list[Site], figures: dict[int, LayerFigures], totals: Totals) -> dict[str, Any]:
-    base, converted = totals.mean("base"), totals.mean("converted")
-    rises = {site.index: totals.mean(f"{site.index}/alone") - base for site in sites}
-    fidelity_layers, reliance_layers = {}, {}
-    for index, rise in rises.items():
-        zero, mean = totals.mean(f"{index}/zero"), totals.mean(f"{index}/mean")
-        alone = base + rise
-        fidelity_layers[str(index)] = {
-            **figures[index].report(),
-            "delta_ce": rise,
-            "recovered_zero": _recovered(alone, base, zero),
-            "recovered_mean": _recovered(alone, base, mean),
-        }
-        necessity = None
-        if figures[index].layer.n_experts and zero != alone:
-            necessity = (totals.mean(f"{index}/permuted") / PERMUTATIONS - alone) / (zero - alone)
-        reliance_layers[str(index)] = {**figures[index].shares(), "routing_necessity": necessity}
-    zero, mean = totals.mean("zero"), totals.mean("mean")
-    twin = totals.mean("twin") if "twin" in totals.sums else None
-    alone_sum = sum(rises.values())
-    return {
-        "fidelity": {
-            "tokens": totals.tokens,
-            "ce_base": base,
-            "ce_converted": converted,
-            "delta_ce": converted - base,
-            "ce_zero_ablation": zero,
-            "ce_mean_ablation": mean,
-            "recovered_zero": _recovered(converted, base, zero),
-            "recovered_mean": _recovered(converted, base, mean),
-            "kl": totals.mean("kl"),
-            "top1_agreement": totals.mean("top1"),
-            "compounding": (converted - base) / alone_sum if alone_sum > 0 else None,
-            "layers": fidelity_layers,
-        },
-        "reliance": {
-            "layers": reliance_layers,
-            "dense_twin": None if twin is None else {"ce": twin, "delta_ce": twin - base, "gap": converted - twin},
-            "verdict": verdict(reliance_layers),
-            "sentence": sentence(reliance_layers, converted - base, None if twin is None else twin - base),
-        },
-    }
-
-
-def _recovered(value: float, base: float, ablated: float) -> float | None:
+def _recovered(rise_D: Tensor, ablated_D: Tensor) -> Estimate:
     """Return 1 - rise / rise of the ablation: 1 for the base model, 0 for the ablation. None if the ablation changes nothing."""
-    return 1.0 - (value - base) / (ablated - base) if ablated != base else None
+    share, error = ratio(rise_D, ablated_D)
+    return (None if share is None else 1.0 - share), error
+
+
+def _named(figures: dict[str, Estimate]) -> dict[str, float | None]:
+    """Return figures and, under the same names with `_se`, their standard errors."""
+    return {key: value for name, pair in figures.items() for key, value in zip((name, f"{name}_se"), pair, strict=True)}

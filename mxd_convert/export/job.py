@@ -78,6 +78,10 @@ class Job:
         """Return token ids (B, T) on the models' device."""
         return self.blocks.take(batch).to(self.source.device)
 
+    def document_of(self, batch: slice) -> Tensor:
+        """Return the number of the document of each token, (B, T), on the models' device."""
+        return self.blocks.document_of(batch).to(self.source.device)
+
     def counted(self, ids_BT: Tensor) -> Tensor:
         """Return a bool mask (B, T) of the positions that count in means, FVU and shares."""
         return self.blocks.counted(ids_BT, self.mask_bos)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mxd_convert.base_model.capture import Activations, recording
 from mxd_convert.base_model.swap import replaced
-from mxd_convert.evaluation.fidelity import Totals
-from mxd_convert.evaluation.layer_figures import Variance
+from mxd_convert.evaluation.by_document import Sums, ratio
+from mxd_convert.evaluation.fidelity import cross_entropies
+from mxd_convert.evaluation.variance import Variance
 from mxd_convert.export.job import Job
 from mxd_convert.export.surrogate import is_exact
 from mxd_convert.modeling.layers_mxd import FactoredLayer, Transcoder
@@ -45,9 +46,9 @@ class LayerLoss:
             "exact": is_exact(self.layer),
             "n_experts": self.layer.n_experts,
             "k": self.layer.k if self.layer.sparsity == "topk" else None,
-            "fvu_layer": self.own.fvu() if known else None,
-            "fvu_surrogate": self.theirs.fvu() if known else None,
-            "fvu_against_layer": self.lost.fvu(),
+            "fvu_layer": self.own.fvu()[0] if known else None,
+            "fvu_surrogate": self.theirs.fvu()[0] if known else None,
+            "fvu_against_layer": self.lost.fvu()[0],
             "l0": (self.active / tokens).item(),
             "fewer_than_k": (self.few / tokens).item() if self.layer.sparsity == "topk" else None,
         }
@@ -65,36 +66,41 @@ def measure(job: Job, surrogates: dict[int, Transcoder], advance: Callable[..., 
         advance: called once per batch.
     """
     losses = {index: LayerLoss(layer, surrogates[index]) for index, layer in job.layers.items()}
-    totals = Totals(job.source.device)
+    totals = Sums(job.blocks.documents, job.source.device)
     sites = list(job.sites.values())
     paths = {index: site.path for index, site in job.sites.items()}
     for batch in job.measurement:
         ids_BT = job.take(batch)
-        counted_BT = job.counted(ids_BT)
-        totals.tokens += ids_BT[:, 1:].numel()
+        counted_BT, document_P = job.counted(ids_BT), job.document_of(batch)[:, 1:].flatten()
+
+        def add(name: str, logits_BTV: Tensor, ids_BT: Tensor = ids_BT, document_P: Tensor = document_P) -> None:
+            totals.add(name, cross_entropies(logits_BTV, ids_BT), document_P)
+
+        totals.add("tokens", torch.ones_like(document_P), document_P)
         with recording(job.source, sites) as seen:
             logits = job.source(input_ids=ids_BT, use_cache=False).logits
-        totals.add_cross_entropy("converted" if job.original is None else "base", logits, ids_BT)
+        add("converted" if job.original is None else "base", logits)
         if job.original is not None:
-            totals.add_cross_entropy("converted", job.converted(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+            add("converted", job.converted(input_ids=ids_BT, use_cache=False).logits)
         for index, activations in seen.items():
             _add(losses[index], activations, counted_BT, job.original is not None)
         swaps = {"surrogates": list(paths)} | {str(index): [index] for index in paths}
         for name, indices in swaps.items():
             with replaced(job.converted, {paths[index]: surrogates[index] for index in indices}):
-                totals.add_cross_entropy(name, job.converted(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+                add(name, job.converted(input_ids=ids_BT, use_cache=False).logits)
         advance()
-    base = totals.mean("base") if job.original is not None else None
-    converted, all_replaced = totals.mean("converted"), totals.mean("surrogates")
+
+    def rise(name: str, over: str) -> float | None:
+        return ratio(totals[name] - totals[over], totals["tokens"])[0]
+
+    known = job.original is not None
     return {
-        "ce_base": base,
-        "ce_converted": converted,
-        "ce_surrogates": all_replaced,
-        "delta_ce_converted": all_replaced - converted,
-        "delta_ce_base": None if base is None else all_replaced - base,
-        "layers": {
-            str(index): {**loss.figures(), "delta_ce": totals.mean(str(index)) - converted} for index, loss in losses.items()
-        },
+        "ce_base": totals.mean("base")[0] if known else None,
+        "ce_converted": totals.mean("converted")[0],
+        "ce_surrogates": totals.mean("surrogates")[0],
+        "delta_ce_converted": rise("surrogates", "converted"),
+        "delta_ce_base": rise("surrogates", "base") if known else None,
+        "layers": {str(index): {**loss.figures(), "delta_ce": rise(str(index), "converted")} for index, loss in losses.items()},
     }
 
 

@@ -13,6 +13,7 @@ import torch
 
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.fidelity import rows_a_batch
+from mxd_convert.evaluation.variance import MAX_GROUPS
 from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.plan.resolve import LayerPlan, Plan, twin_of
 from mxd_convert.recipe.schema import Recipe
@@ -149,9 +150,12 @@ def _evaluation(plan: Plan) -> int:
     if plan.recipe.train.twin:
         models += 4 * twin_of(plan).converted_parameters
     a_token = (
-        10 * 4 * plan.vocabulary + 2 * 4 * widest.shape.n_experts + 12 * 8 * widest.shape.d_out + 4 * 4 * widest.shape.d_hidden
+        10 * 4 * plan.vocabulary + 2 * 4 * widest.shape.n_experts + 20 * 8 * widest.shape.d_out + 4 * 4 * widest.shape.d_hidden
     )
-    return _libraries(plan.recipe) + models + tokens * a_token
+    # of every layer: inputs and outputs in both models, and the hidden states that the variants start from
+    a_token += 4 * sum(3 * layer.shape.d_in + 2 * layer.shape.d_out for layer in plan.layers)
+    sums = 8 * sum(4 * MAX_GROUPS * layer.shape.d_out + layer.shape.n_experts for layer in plan.layers)
+    return _libraries(plan.recipe) + models + tokens * a_token + sums
 
 
 def device_of(recipe: Recipe) -> str:

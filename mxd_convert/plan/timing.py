@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mxd_convert.base_model.load import empty_model, load_config
-from mxd_convert.evaluation.fidelity import PERMUTATIONS
+from mxd_convert.evaluation.fidelity import PERMUTATIONS, VARIANT_PASSES
 from mxd_convert.layers import LayerSpec
 from mxd_convert.plan.memory import budget, device_of, groups
 from mxd_convert.plan.resolve import LayerPlan, Plan
@@ -68,14 +68,17 @@ def _measure(plan: Plan) -> MachineTiming:
     compared = sum(alike[layer.shape][1] for layer in plan.layers) / 2  # with half of the experts on average
     initialising = read * (a_layer * depths + compared)
     depth = int(load_config(plan.recipe.base).get_text_config().num_hidden_layers)
-    sites = len(plan.layers)
-    # forwards: the base, its activations, two ablations of all layers, the converted model, and 3 + PERMUTATIONS variants per layer; each
-    # layer's work: in the converted model, alone, permuted, and three times as much for its statistics
-    forward = (5 + (3 + PERMUTATIONS) * sites) * (a_layer * depth + head) + (5 + PERMUTATIONS) * evaluating
+    whole = a_layer * depth + head
+    # every variant of a layer starts at the layer, and runs on a share of the text that costs VARIANT_PASSES forwards at most
+    suffixes = sum((3 + PERMUTATIONS) * (a_layer * (depth - layer.index) + head) / whole for layer in plan.layers)
+    share = min(1.0, VARIANT_PASSES / suffixes)
+    # forwards: the base, the converted model, two ablations and the dense twin, and the base again on the variants' tokens; each layer's
+    # work: in the converted model, and three times as much for its statistics; in the variants, and in two directions of the Jacobian
+    forward = (4 + plan.recipe.train.twin + share * (1 + suffixes)) * whole + (4 + share * (PERMUTATIONS + 5)) * evaluating
     joint = plan.joint_steps
     # forward of the base; forward of the converted model, and a backward of twice its time
-    whole = 4 * (a_layer * depth + head) * step_tokens
-    seconds = initialising + (plan.steps - joint) * (base + learning) + joint * (whole + learning)
+    joint_step = 4 * whole * step_tokens
+    seconds = initialising + (plan.steps - joint) * (base + learning) + joint * (joint_step + learning)
     return MachineTiming(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
 
 

@@ -14,6 +14,7 @@ from mxd_convert.base_model import swap
 from mxd_convert.base_model.capture import apply_mlp, harvest, recording
 from mxd_convert.base_model.families import ARCHITECTURES, find_sites, stem_of
 from mxd_convert.checkpoint.read import load_checkpoint
+from mxd_convert.evaluation.suffix import Prefix
 from mxd_convert.layers import MxD
 
 DOCS = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
@@ -46,6 +47,22 @@ def cells_of(name: str) -> dict[str, str]:
     """Return the row of a family in docs/families.md."""
     [row] = [line for line in DOCS.splitlines() if line.startswith(f"| `{name}` |")]
     return dict(zip(NAMES, [cell.strip() for cell in row.split("|")[3:-1]], strict=True))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_a_suffix_of_every_family_gives_the_logits_of_the_whole_model(name):
+    """Evaluation runs the variants of a layer from there on; a family whose layers pass on more would cost whole forwards."""
+    model = tiny_model(name)
+    sites = find_sites(model, model.config, range(LAYERS))
+    prefix = Prefix.of(model, sites, IDS)
+    for site in sites:
+        assert prefix.check(site), f"layer {site.index}"
+        mlp = torch.nn.Sequential(*(model.get_submodule(path) for path in site.modules))
+        zeroed, same = prefix.run(site, 2, lambda x, mlp=mlp: [0 * mlp(x), mlp(x)])
+        assert torch.allclose(same, prefix.logits_BTV, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(zeroed, prefix.logits_BTV, rtol=1e-2, atol=1e-2)
+    assert torch.equal(model(input_ids=IDS, use_cache=False).logits, prefix.logits_BTV)
 
 
 def test_base_classes_fail_few_checks():

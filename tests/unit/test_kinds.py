@@ -82,6 +82,9 @@ def finished(models, text, tmp_path_factory):
     return made
 
 
+SHARES = ("gate_share", "hidden_share", "product_share", "expert_share")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_passes_through_the_same_engine(finished, mxd, kind):
     """The stages are plan, training, surgery, a checkpoint that verifies with and without the package, report and card."""
@@ -95,16 +98,20 @@ def test_every_kind_passes_through_the_same_engine(finished, mxd, kind):
     assert layer["fvu"] < 1.5
     assert kind in (result.output / "recipe.yaml").read_text()
     if kind == "dense_twin":
-        assert (layer["l0"], layer["dead_fraction"], *reliance.values()) == (None,) * 7
+        assert (layer["l0"], layer["dead_fraction"], reliance["identity_share"], reliance["routing_necessity"]) == (None,) * 4
+        assert [reliance[name] for name in SHARES] == [0.0, 1.0, 0.0, 0.0]
         assert report["reliance"]["verdict"] == "not applicable"
         assert "not measured" in (result.output / "README.md").read_text()
     else:
         assert 0 < layer["l0"] <= 4
         assert reliance["routing_necessity"] is not None
     if kind == "transcoder":
-        assert reliance["gate_share"] == pytest.approx(1.0, abs=1e-9)  # y consists of expert outputs only
+        assert [reliance[name] for name in SHARES] == [1.0, 0.0, 0.0, 1.0]
     if kind == "skip_transcoder":
-        assert 0 < reliance["gate_share"] < 1
+        assert [reliance[name] for name in SHARES[:3]] == [1.0, 0.0, 0.0]
+        assert 0 < reliance["expert_share"] < 1
+    assert all(0 <= reliance[name] <= 1 for name in SHARES)
+    assert layer["jacobian"]["data"]["relative_squared_error"] > 0
     model = AutoModelForCausalLM.from_pretrained(result.output)
     assert {type(module) for module in model.mxd_layers().values()} == {layers_mxd.LAYERS[kind]}
 
@@ -220,7 +227,7 @@ def test_the_dense_twin_of_a_run_equals_one_trained_alone(finished, models, text
     assert twin["ce"] == alone["ce_converted"]
     assert twin["delta_ce"] == pytest.approx(alone["delta_ce"])
     assert twin["gap"] == pytest.approx(report["fidelity"]["ce_converted"] - twin["ce"])
-    assert f"by {twin['delta_ce']:.3f} in the dense twin" in report["reliance"]["sentence"]
+    assert "the dense twin (standard error" in report["reliance"]["sentence"]
     assert report["reliance"]["sentence"] in (tmp_path / "out" / "README.md").read_text()
     trained, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", finished["mxd"].output))
     assert all(torch.equal(trained[name], plain[name]) for name in plain)
