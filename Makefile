@@ -40,7 +40,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/python .ci/dead_code.py
 
-# half an hour on two cores; on a machine with a GPU, benchmarks/gpu.py does the same there
+# forty minutes on two cores; on a machine with a GPU, benchmarks/gpu.py does the same there
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_step.py --shape stories260k
@@ -48,6 +48,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/convert.py --recipe quickstart --tokens 100000
 	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/evaluation.py
 
 # what the fast preset is worth, against the paper's initialisation and transcoders: most of a day on two cores; resumes where it was interrupted
 study: $(VENV)/installed

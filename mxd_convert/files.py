@@ -1,6 +1,6 @@
 """Atomic writes of files and folders, and reads of untrusted files with one-line errors.
 
-The package writes every file through `replacing` or a function built on it, and every output folder in a `temporary_sibling` it.
+The package writes every file through `replacing` or a function built on it, and every output folder in a `temporary_sibling`.
 Neither leaves temporary files after an error or a signal. After a SIGKILL, the next call removes them.
 """
 
@@ -30,6 +30,7 @@ _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 _OWNED = re.compile(rf"-{_HOST}\.(\d+)\.[^.]+(\.tmp)?$")
 os.umask(_UMASK := os.umask(0))
 _MODE = 0o666 & ~_UMASK
+_NUMBERS = re.compile(r"\[\n\s+((?:-?[0-9][0-9.e+-]*,?\s+)+)\]")  # a list of numbers in indented JSON; no string has a line break
 
 # --- writing a file ---------------------------------------------------------------------------------------------------------------
 
@@ -67,8 +68,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a strict JSON file, with null for numbers that are not finite."""
-    write_text(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+    """Write a strict JSON file, with null for numbers that are not finite. A list of numbers is one line."""
+    text = json.dumps(finite(content), indent=2, allow_nan=False)
+    write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -96,6 +96,15 @@ def figure(value: Any, form: str) -> str:
     return format(value, form) if is_figure(value) else "-"
 
 
+def with_error(value: Any, error: Any, form: str = ".4f") -> str:
+    """Return a report value formatted as a table cell, with its standard error if it has one: `0.1234 ± 0.0056`."""
+    return (
+        f"{figure(value, form)} ± {figure(error, form.lstrip('+'))}"
+        if is_figure(value) and is_figure(error)
+        else figure(value, form)
+    )
+
+
 def is_figure(value: Any) -> bool:
     """Return whether a report value is a finite number within the range of a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -24,12 +24,19 @@ def evaluate(
     tokens: Annotated[int, typer.Option("--tokens", help="Maximum number of tokens to evaluate on.")] = 262_144,
     base: BaseOption = None,
     record: Annotated[
-        bool, typer.Option("--record", help="Also add the figures to the checkpoint's report and card, under this text.")
+        bool,
+        typer.Option(
+            "--record",
+            help="Also add the figures to the checkpoint's report and card, under this text. A report without hidden shares gets this verdict.",
+        ),
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure only the whole model's fidelity and the shares: two passes over the text.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a checkpoint on a text: fidelity to the base model and reliance on the experts."""
-    figures = mxd_convert.evaluate(checkpoint, data, tokens, text_field, base)
+    figures = mxd_convert.evaluate(checkpoint, data, tokens, text_field, base, quick=quick)
     if record:
         mxd_convert.record(checkpoint, figures)
     if as_json:

@@ -1,12 +1,13 @@
 """The command `sweep`."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 import mxd_convert
-from mxd_convert.cli.app import JsonOption, RecipeArgument, app, console, figure, print_json, show, table_of
+from mxd_convert.cli.app import JsonOption, RecipeArgument, app, console, figure, print_json, show, table_of, with_error
 
 
 @app.command(
@@ -31,16 +32,17 @@ def sweep(
     if as_json:
         print_json({"output": str(found.output), "runs": found.rows})
         return
-    table = table_of("run", "parameters", "rise", "FVU", "active", "dead", "gate share", "identity share", "routing necessity")
+    table = table_of("run", "parameters", "rise", "behind best", "FVU", "active", "dead", "gate", "hidden", "product", "routing")
     for row in found.rows:
         if "error" in row:
-            table.add_row(row["name"], "-", "failed", *["-"] * 6)
+            table.add_row(row["name"], "-", "failed", *["-"] * 8)
             continue
-        shares = (row[name] for name in ("gate_share", "identity_share", "routing_necessity"))
+        shares = (row.get(name) for name in ("gate_share", "hidden_share", "product_share", "routing_necessity"))
         table.add_row(
             row["name"],
             figure(row["parameters"], ","),
-            figure(row["delta_ce"], "+.4f"),
+            with_error(row["delta_ce"], row.get("delta_ce_se"), "+.4f"),
+            _behind(row),
             figure(row["fvu"], ".3f"),
             figure(row["l0"], ".1f"),
             figure(row["dead_fraction"], ".1%"),
@@ -48,3 +50,11 @@ def sweep(
         )
     console().print(table)
     show(found.output)
+
+
+def _behind(row: Mapping[str, Any]) -> str:
+    """Return how far a run is behind the one with the lowest rise, with the standard error over the same documents."""
+    if not row.get("behind_best"):
+        return "best" if row.get("behind_best") == 0 else "-"
+    noise = " (noise)" if row["within_noise_of_best"] else ""
+    return with_error(row["behind_best"], row["behind_best_se"], "+.4f") + noise

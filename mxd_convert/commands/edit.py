@@ -27,7 +27,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.steering import checked_orders
 from mxd_convert.files import write_json
 from mxd_convert.report.card import write_card
-from mxd_convert.report.schema import OtherText, parse_report
+from mxd_convert.report.schema import Fidelity, OtherText, Reliance, parse_report
 
 _CARRIED = ("recipe.yaml", "training_log.jsonl", LABELS)
 
@@ -123,20 +123,21 @@ def _write_report(
     write_card(work, parse_report(content, work / REPORT), recipe_of(work), base_on_hub=not recorded.get("local", True))
 
 
-_OF_ANOTHER_TEXT = ("tokens", "ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement")
+_OF_ANOTHER_TEXT = ("tokens", "ce_base", "ce_converted", "delta_ce", "delta_ce_se", "kl", "kl_se", "top1_agreement")
 
 
 def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
     """Add an evaluation on another text to a checkpoint's report (`elsewhere`) and card.
 
-    Earlier figures of the same text are replaced.
+    Earlier figures of the same text are replaced. A report of an earlier version, without hidden shares, gets the reliance figures
+    and the verdict of this evaluation. On its own held-out text, fidelity is replaced too.
 
     Args:
         checkpoint: Folder of the converted checkpoint.
         figures: Result of `evaluate`.
 
     Raises:
-        InputError: The checkpoint has no report, or the text is the report's own evaluation text.
+        InputError: The checkpoint has no report, or the report has the figures already.
     """
     folder = Path(checkpoint)
     config = read_config(folder)
@@ -146,12 +147,20 @@ def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
             f"{folder}: has no {REPORT} to record figures in. Use a checkpoint written by `run`, or by `edit` with --data."
         )
     data = figures["data"]
-    if data["fingerprint"] == report.data.eval.fingerprint:
+    own = data["fingerprint"] == report.data.eval.fingerprint
+    measured = report.reliance is not None and any(layer.hidden_share is not None for layer in report.reliance.layers.values())
+    if own and measured:
         raise InputError(
             f"{data['path']}: {folder} was evaluated on this text, and its report has the figures already. Record another text."
         )
-    others = [other for other in report.elsewhere if other.data.fingerprint != data["fingerprint"]]
-    found = {"data": data, "fidelity": {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}}
-    report.elsewhere = [*others, OtherText.model_validate(found)]
+    if not measured:
+        report.reliance = Reliance.model_validate({**figures["reliance"], **({} if own else {"data": data})})
+    if own:
+        report.fidelity = Fidelity.model_validate(figures["fidelity"])
+    else:
+        others = [other for other in report.elsewhere if other.data.fingerprint != data["fingerprint"]]
+        fidelity = {key: figures["fidelity"][key] for key in _OF_ANOTHER_TEXT}
+        found = {"data": data, "fidelity": fidelity, "verdict": figures["reliance"]["verdict"]}
+        report.elsewhere = [*others, OtherText.model_validate(found)]
     write_json(folder / REPORT, report.to_dict())
     write_card(folder, report, recipe_of(folder), base_on_hub=not recorded_base(config).get("local", True))

@@ -21,6 +21,7 @@ def evaluate(
     base: str | None = None,
     device: str | None = None,
     quiet: bool = False,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on a text, in float32.
 
@@ -32,9 +33,10 @@ def evaluate(
         base: Base model to use instead of the recorded one.
         device: Torch device. None uses CUDA if available, else the CPU.
         quiet: Print no progress.
+        quick: Measure only the whole model's fidelity and the shares, in two passes over the text.
 
     Returns:
-        A dict with the report's sections `data`, `fidelity` and `reliance` (docs/report.md).
+        A dict with the report's sections `data`, `fidelity` and `reliance`, and `cost` (docs/report.md).
 
     Raises:
         InputError: The checkpoint, its base model or the text can't be used.
@@ -51,7 +53,9 @@ def evaluate(
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
         check_vocabulary(blocks.ids, original.config.get_text_config().vocab_size)
         torch_device = pick_device(device)
-        figures = evaluate_models(original, converted, sites, blocks, mask_bos=mask_bos, device=torch_device, quiet=quiet)
+        figures = evaluate_models(
+            original, converted, sites, blocks, mask_bos=mask_bos, device=torch_device, quiet=quiet, quick=quick
+        )
         used = len(blocks) * blocks.context
     about = {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used, "documents": blocks.info.documents}
     return {"data": about, **figures}

@@ -30,6 +30,7 @@ from mxd_convert.plan.memory import budget, check_memory, fitting_together
 from mxd_convert.plan.resolve import Plan, check_gradients, make_plan
 from mxd_convert.recipe.load import load_recipe, parse_list
 from mxd_convert.recipe.schema import Recipe
+from mxd_convert.report.difference import behind_best
 from mxd_convert.report.frontier import row_of, write_frontier, write_table
 from mxd_convert.training.accelerator import new_accelerator
 from mxd_convert.training.loop import Job
@@ -106,6 +107,8 @@ def sweep(
             write_sealed(folder / MARK, mark)
             _write(folder, runs, rows)  # after every run, so that an interrupted sweep leaves a table of the finished runs
         if any("ce_base" in row for row in rows):
+            _compare_to_best(runs, rows)
+            _write(folder, runs, rows)
             write_frontier(folder / "plots", rows)
         shutil.rmtree(folder / "data", ignore_errors=True)
     return Sweep(folder, rows)
@@ -327,6 +330,14 @@ def _row(folder: Path, plan: Plan) -> dict[str, Any]:
             f"{folder / REPORT}: not a readable report. Remove {folder} and run the same command again to repeat the run."
         )
     return row_of(report, plan.recipe, plan.layers)
+
+
+def _compare_to_best(runs: list[_Run], rows: list[dict[str, Any]]) -> None:
+    """Add to each finished row how far its rise in cross-entropy is behind the lowest, with the standard error."""
+    reports = {run.name: read_report(run.plan.output) for run, row in zip(runs, rows, strict=True) if "error" not in row}
+    found = behind_best({name: report for name, report in reports.items() if report is not None})
+    for run, row in zip(runs, rows, strict=True):
+        row.update(found.get(run.name, {}))
 
 
 def _write(folder: Path, runs: list[_Run], rows: list[dict[str, Any]]) -> None:

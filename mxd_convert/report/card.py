@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from mxd_convert.checkpoint.read import REPORT
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.escaping import code, fence, markdown, printable
+from mxd_convert.evaluation import verdict
 from mxd_convert.files import read_mapping, write_text
 from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.load import parse_yaml
@@ -33,6 +34,25 @@ _LOCAL = ("base.model", "data.train.path", "data.eval.path")  # keys of a recipe
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEB = re.compile(r"https?://[^\s<>\"'`]+")
 NOT_MEASURED = "not measured"
+_IN_WORDS = {  # each verdict as a headline and its consequence
+    verdict.MIXTURE: (
+        "These layers are mixtures of decoders.",
+        "The experts and the linear factor both matter, and so does their product: each expert is a linear map of the hidden units.",
+    ),
+    verdict.TRANSCODER: (
+        "These layers are transcoders in all but name.",
+        "The linear factor is nearly constant, so each expert adds a fixed vector, like a latent of a transcoder.",
+    ),
+    verdict.DENSE_LAYER: (
+        "These layers are dense layers in all but name.",
+        "The experts' gain is nearly constant, so the linear factor does the work.",
+    ),
+    verdict.NOT_SHOWN: (
+        "The experts are not shown to matter.",
+        "Most of the output, or of its benefit to the model, does not depend on which experts fire.",
+    ),
+    verdict.MIXED: ("These layers are mixed.", "The section on reliance says what each of them is."),
+}
 
 
 class _Ours(str):
@@ -87,6 +107,7 @@ def _filled(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped
     )
     environment.filters |= {"figure": _figure, "signed": _signed, "share": _share, "count": _count, "gib": _gib, "how": _how}
+    environment.filters["measured"] = _measured
     environment.filters["code"] = lambda value: _Ours(code(str(value)))
     return environment.from_string((template_folder() / "template.md").read_text(encoding="utf-8")).render(
         metadata=_Ours(_metadata(report, config, title, base_on_hub, delta).to_yaml()),
@@ -109,6 +130,9 @@ def _filled(
         always_on=_total(report, config, lambda layer, n_experts: layer.always_on),
         plots=plots,
         delta=delta,
+        in_words=_IN_WORDS.get(report.reliance.verdict) if report.reliance else None,
+        hidden=report.reliance is not None and any(layer.hidden_share is not None for layer in report.reliance.layers.values()),
+        jacobian=report.fidelity is not None and any(layer.jacobian for layer in report.fidelity.layers.values()),
         own_code=report.base.own_code,
         described=bool(report.base.mlp),
         base_argument=_Ours("" if base_on_hub else ', base="BASE"'),
@@ -213,7 +237,7 @@ def _results(report: Report) -> list[EvalResult] | None:
         "KL from the base (nats per token)": ("kl", _number(fidelity.kl)),
         "Same most likely token as the base": ("top1_agreement", _number(fidelity.top1_agreement)),
     }
-    for name in ("gate_share", "identity_share", "routing_necessity"):
+    for name in ("gate_share", "hidden_share", "product_share", "identity_share", "routing_necessity"):
         values = [value for layer in reliance if (value := _number(getattr(layer, name))) is not None]
         if values:
             figures[f"{name.replace('_', ' ').capitalize()}, lowest layer"] = (name, min(values))
@@ -284,6 +308,13 @@ def _number(value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise ValueError(f"{str(value)[:60]!r} is not a number")
     return value if value is not None and math.isfinite(value) else None
+
+
+def _measured(section: Any, name: str, form: str = ".3f") -> str:
+    """Return a figure of a section, with its standard error if it has one: `0.123 ± 0.004`."""
+    value, error = (_number(getattr(section, key, None)) for key in (name, f"{name}_se"))
+    shown = _shown(value, form)
+    return shown if value is None or error is None else f"{shown} ± {format(error, form.lstrip('+'))}"
 
 
 def _share(value: Any) -> str:

@@ -16,10 +16,12 @@ from mxd_convert.files import write_csv, write_json
 from mxd_convert.plan.resolve import LayerPlan
 from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.schema import Recipe
-from mxd_convert.report.plots import save_figure
+from mxd_convert.report.plots import SHARES, save_figure, shares_axes
 from mxd_convert.report.schema import Report, Section
 
 _FIGURES = ("ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement", "compounding")
+
+_RELIANCE = ("gate_share", "hidden_share", "product_share", "expert_share", "identity_share", "routing_necessity")
 
 
 def row_of(report: Report, recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[str, Any]:
@@ -38,12 +40,15 @@ def row_of(report: Report, recipe: Recipe, layers: Sequence[LayerPlan]) -> dict[
         "parameters": sum(layer.parameters for layer in layers),
         "tokens": data.train.tokens,
         "eval_tokens": fidelity.tokens,
-        **{name: getattr(fidelity, name) for name in _FIGURES},
+        **{key: getattr(fidelity, key) for name in _FIGURES for key in (name, f"{name}_se")},
         **{name: _mean(fidelity.layers, name) for name in ("fvu", "fvu_in_place_local", "l0", "dead_fraction")},
-        **{name: _mean(reliance.layers, name) for name in ("gate_share", "identity_share", "routing_necessity")},
-        "lowest_gate_share": min(
-            (layer.gate_share for layer in reliance.layers.values() if layer.gate_share is not None), default=None
-        ),
+        **{name: _mean(reliance.layers, name) for name in _RELIANCE},
+        **{
+            f"lowest_{name}": min(
+                (value for layer in reliance.layers.values() if (value := getattr(layer, name)) is not None), default=None
+            )
+            for name in SHARES
+        },
         "verdict": reliance.verdict,
         "train_seconds": cost.train_seconds,
         "recipe_sha256": report.recipe_sha256,
@@ -63,11 +68,11 @@ def write_table(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_frontier(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write frontier.png and gate_share.png into `folder`: the rise in cross-entropy against K, and against gate share."""
+    """Write frontier.png and shares.png into `folder`: the rise in cross-entropy against K, and against both sides' shares."""
     folder.mkdir(exist_ok=True)
     rows = [row for row in rows if row.get("ce_base") is not None]
     _frontier(rows, folder / "frontier.png")
-    _gate_share(rows, folder / "gate_share.png")
+    _shares(rows, folder / "shares.png")
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]]:
@@ -131,28 +136,26 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _gate_share(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+def _shares(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
     for (kind, others), line in _lines(rows).items():
         points = [row for k in sorted(line) for row in line[k]]
-        shares, rises = ([row[name] for row in points] for name in ("gate_share", "delta_ce"))
-        style: dict[str, Any] = {"marker": KINDS[kind].marker, "color": KINDS[kind].colour, "label": _label(kind, others)}
-        axis.scatter(shares, rises, s=34, zorder=3, **style)
-        for row in points:
-            at = row["gate_share"], row["delta_ce"]
-            beside = (-13, 3) if kind == "skip_transcoder" else (5, 3)  # the plain transcoder's labels are close on the right
-            axis.annotate(str(row["k"]), at, xytext=beside, textcoords="offset points", fontsize=7, color="#555555")
+        style: dict[str, Any] = {"marker": KINDS[kind].marker, "color": KINDS[kind].colour}
+        for axis, name in zip(axes, SHARES, strict=True):
+            shown = [row for row in points if row.get(name) is not None]
+            at, rises, errors = ([row.get(key) or 0.0 for row in shown] for key in (name, "delta_ce", "delta_ce_se"))
+            label = _label(kind, others) if axis is axes[0] else None
+            axis.errorbar(at, rises, errors, ls="none", ms=6, capsize=2, lw=0.8, zorder=3, label=label, **style)
+            for row in shown:
+                beside = (-13, 3) if kind == "skip_transcoder" else (5, 3)  # the plain transcoder's labels are close on the right
+                where = row[name], row["delta_ce"]
+                axis.annotate(str(row["k"]), where, xytext=beside, textcoords="offset points", fontsize=7, color="#555555")
     twins = [row["delta_ce"] for row in rows if row["kind"] == "dense_twin"]
-    if twins:
-        style = {"marker": "*", "color": KINDS["dense_twin"].colour, "label": KINDS["dense_twin"].title}
-        axis.scatter([0.0] * len(twins), twins, s=80, zorder=3, **style)
-    axis.axhline(0, color="black", lw=1.0)
-    axis.set_xlim(-0.04, 1.06)
-    axis.set_xlabel("gate share, mean over layers (constant gain: 0; plain transcoder: 1 by definition)")
-    axis.set_ylabel("rise in cross-entropy (nats per token)")
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title("numbers at the points: K", fontsize=8, color="#555555", loc="right")
+    for axis, share in zip(axes, (0.0, 1.0), strict=True) if twins else ():
+        label = KINDS["dense_twin"].title if axis is axes[0] else None
+        axis.scatter([share] * len(twins), twins, s=80, zorder=3, marker="*", color=KINDS["dense_twin"].colour, label=label)
+    shares_axes(axes)
+    axes[0].set_title("numbers at the points: K", fontsize=8, color="#555555", loc="right")
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     save_figure(figure, path)
 

@@ -1,6 +1,7 @@
 """Plots of a run: training, and the fidelity and reliance of each layer."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from matplotlib.ticker import EngFormatter
 
 from mxd_convert.files import replacing
 from mxd_convert.report.schema import Report
+
+SHARES = ("gate_share", "hidden_share")
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
@@ -74,21 +77,55 @@ def _layers(report: Report, path: Path) -> None:
     fidelity, reliance = report.fidelity.layers, report.reliance.layers
     indices = list(fidelity)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    axes[0].bar(indices, [fidelity[index].delta_ce or 0.0 for index in indices], color="#31688e")
+    rises, errors = ([getattr(fidelity[index], name) or 0.0 for index in indices] for name in ("delta_ce", "delta_ce_se"))
+    axes[0].bar(indices, rises, yerr=errors, color="#31688e", ecolor="#222222", capsize=2)
     axes[0].set_title("rise in cross-entropy, this layer alone (nats per token)", fontsize=10)
-    colours = {"gate_share": "#440154", "identity_share": "#31688e", "routing_necessity": "#35b779"}
-    for offset, (name, colour) in enumerate(colours.items()):
-        label = name.replace("_", " ")
-        positions = [number + (offset - 1) * 0.26 for number in range(len(indices))]
-        axes[1].bar(
-            positions, [getattr(reliance[index], name) or 0.0 for index in indices], width=0.24, label=label, color=colour
-        )
+    colours = {"gate_share": "#440154", "hidden_share": "#b5367a", "product_share": "#fb8861", "routing_necessity": "#35b779"}
+    for number, (name, colour) in enumerate(colours.items()):
+        values = [getattr(reliance[index], name) for index in indices]
+        if any(value is not None for value in values):
+            positions = [at + (number - 1.5) * 0.2 for at in range(len(indices))]
+            label = name.replace("_", " ")
+            axes[1].bar(positions, [value or 0.0 for value in values], width=0.19, label=label, color=colour)
     axes[1].set_xticks(range(len(indices)), indices)
-    axes[1].axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes[1].set_title("reliance on the experts", fontsize=10)
-    axes[1].legend(fontsize=7, frameon=False)
+    axes[1].set_title("reliance on each side of the product", fontsize=10)
+    axes[1].set_ylim(top=1.2 * axes[1].get_ylim()[1])  # room for the legend
+    axes[1].legend(fontsize=7, frameon=False, ncols=4, loc="upper center")
     for axis in axes:
         axis.set_xlabel("layer")
+        axis.set_axisbelow(True)
         axis.grid(alpha=0.3, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path, dpi=130)
+
+
+def plot_shares(reports: Mapping[str, Report], path: Path) -> None:
+    """Write the rise in cross-entropy of some reports, by name, against the gate and the hidden share of their layers, as PNG."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    for number, (name, report) in enumerate(reports.items()):
+        if report.fidelity is None or report.reliance is None or report.fidelity.delta_ce is None:
+            continue
+        colour = plt.get_cmap("tab10")(number % 10)
+        for axis, share in zip(axes, SHARES, strict=True):
+            values = [value for layer in report.reliance.layers.values() if (value := getattr(layer, share)) is not None]
+            if not values:
+                continue
+            middle = sum(values) / len(values)
+            spread = [[middle - min(values)], [max(values) - middle]]
+            error = report.fidelity.delta_ce_se
+            axis.errorbar(middle, report.fidelity.delta_ce, error, spread, marker="o", color=colour, capsize=2, label=name)
+    shares_axes(axes)
+    if labels := axes[0].get_legend_handles_labels()[0]:
+        figure.legend(handles=labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    save_figure(figure, path)
+
+
+def shares_axes(axes: Sequence[Any]) -> None:
+    """Label two panels, the rise in cross-entropy against gate share and against hidden share."""
+    for axis, share, low in zip(axes, SHARES, ("dense layer: 0", "transcoder: 0"), strict=True):
+        axis.set_xlim(-0.04, 1.06)
+        axis.set_xlabel(f"{share.replace('_', ' ')}, mean and range over layers ({low})")
+        axis.axhline(0, color="black", linewidth=1.0)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("rise in cross-entropy (nats per token)")

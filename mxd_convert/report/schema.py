@@ -67,55 +67,120 @@ class Data(Section):
     masked: Name | None = None
 
 
+class Jacobian(Section):
+    """Changes of a layer's output along small steps in one kind of direction, against those of the MLP's output."""
+
+    cosine: Figure = None
+    cosine_se: Figure = None
+    relative_squared_error: Figure = None
+    relative_squared_error_se: Figure = None
+
+
 class LayerFidelity(Section):
-    """Fidelity of one layer. All layers are converted for the figures in place, only this one for the others."""
+    """Fidelity of one layer. All layers are converted for the figures in place, only this one for the others.
+
+    reason: why the FVU is missing.
+    """
 
     delta_ce: Figure = None
+    delta_ce_se: Figure = None
     fvu: Figure = None
+    fvu_se: Figure = None
     fvu_with_bos: Figure = None
+    fvu_with_bos_se: Figure = None
     fvu_in_place_local: Figure = None
+    fvu_in_place_local_se: Figure = None
     fvu_in_place_teacher: Figure = None
+    fvu_in_place_teacher_se: Figure = None
     l0: Figure = None
+    l0_se: Figure = None
     dead_fraction: Figure = None
     always_on: Figure = None
     recovered_zero: Figure = None
+    recovered_zero_se: Figure = None
     recovered_mean: Figure = None
+    recovered_mean_se: Figure = None
+    jacobian: dict[str, Jacobian] | None = None
+    reason: Name | None = None
+
+
+class Variants(Section):
+    """The tokens on which variants of single layers were measured."""
+
+    tokens: Count = None
+    documents: Count = None
+
+
+class ByDocument(Section):
+    """Figures of each document of the held-out text, to pair two evaluations of the same text."""
+
+    tokens: list[int]
+    ce_base: list[float]
+    ce_converted: list[float]
+    kl: list[float]
 
 
 class Fidelity(Section):
-    """Fidelity of the converted model to its base: cross-entropies in nats per token, and figures per layer."""
+    """Fidelity of the converted model to its base: cross-entropies in nats per token, and figures per layer.
+
+    Keys that end in `_se` are standard errors over documents. reason: why figures are missing.
+    """
 
     tokens: Annotated[int, Field(ge=0)]
+    documents: Count = None
     ce_base: Figure
+    ce_base_se: Figure = None
     ce_converted: Figure
+    ce_converted_se: Figure = None
     delta_ce: Figure
+    delta_ce_se: Figure = None
     kl: Figure
+    kl_se: Figure = None
     top1_agreement: Figure
+    top1_agreement_se: Figure = None
     ce_zero_ablation: Figure = None
+    ce_zero_ablation_se: Figure = None
     ce_mean_ablation: Figure = None
+    ce_mean_ablation_se: Figure = None
     recovered_zero: Figure = None
+    recovered_zero_se: Figure = None
     recovered_mean: Figure = None
+    recovered_mean_se: Figure = None
     compounding: Figure = None
+    compounding_se: Figure = None
+    reason: Name | None = None
+    variants: Variants | None = None
+    by_document: ByDocument | None = None
     layers: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], LayerFidelity], Field(min_length=1)]
 
 
 class LayerReliance(Section):
-    """Reliance of one layer on its experts."""
+    """Reliance of one layer on its two sides, experts and linear factor. reason: why shares are missing."""
 
     gate_share: Figure = None
+    hidden_share: Figure = None
+    product_share: Figure = None
+    expert_share: Figure = None
     identity_share: Figure = None
     routing_necessity: Figure = None
+    routing_necessity_se: Figure = None
     gain_dimensions: Figure = None
     output_dimensions: Figure = None
+    experts_50: Figure = None
+    experts_90: Figure = None
+    effective_experts: Figure = None
+    verdict: Name | None = None
+    reason: Name | None = None
 
 
 class Reliance(Section):
-    """Reliance of the model on its experts."""
+    """Reliance of the model on its experts. data: the text, if it is not the report's held-out text."""
 
     layers: dict[str, LayerReliance]
     verdict: Name
     sentence: Name | None = None
     dense_twin: dict[str, Figure] | None = None
+    data: Text | None = None
 
 
 class OtherText(Section):
@@ -126,13 +191,24 @@ class OtherText(Section):
 
         tokens: Annotated[int, Field(ge=0)]
         delta_ce: Figure
+        delta_ce_se: Figure = None
         ce_base: Figure = None
         ce_converted: Figure = None
         kl: Figure = None
+        kl_se: Figure = None
         top1_agreement: Figure = None
 
     data: Text
     fidelity: Figures
+    verdict: Name | None = None
+
+
+class EvaluationCost(Section):
+    """Time of an evaluation; forwards of the whole held-out text; passes through the model from a layer on."""
+
+    seconds: Figure = None
+    full_passes: Figure = None
+    suffix_passes: Figure = None
 
 
 class Cost(Section):
@@ -143,6 +219,7 @@ class Cost(Section):
     tokens_per_second: Figure = None
     peak_rss_bytes: Figure = None
     peak_gpu_bytes: Figure = None
+    evaluation: EvaluationCost | None = None
 
 
 class Report(Section):

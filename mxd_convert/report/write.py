@@ -53,7 +53,9 @@ def build_report(
     """
     available = len(train) * train.context
     masked = "BOS tokens and the first position of each block" if plan.recipe.train.mask_bos else "nothing"
-    where = "the loss, fvu, l0, dead_fraction, always_on, gate_share and identity_share; cross-entropies are over every predicted token"
+    where = (
+        "the loss, fvu, l0, dead_fraction, always_on, the shares and the jacobian; cross-entropies are over every predicted token"
+    )
     content = {
         "base": {key: value for key, value in origin.items() if key != "local"},
         "recipe_sha256": plan.recipe.published_sha256(),
@@ -67,13 +69,15 @@ def build_report(
             "eval": {**_text(held_out.info), "tokens": len(held_out) * held_out.context, "disjoint": held_out.info.disjoint},
             "masked": f"{masked} left out of {where}",
         },
-        **figures,
+        "fidelity": figures["fidelity"],
+        "reliance": figures["reliance"],
         "cost": {
             "resumed_at_steps": trained.resumed_at_steps,
             "train_seconds": trained.seconds,
             "tokens_per_second": trained.tokens / trained.seconds if trained.seconds else None,
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            **figures["cost"],
         },
         "versions": versions(),
         "seeds": {"train": plan.recipe.train.seed},

@@ -103,7 +103,7 @@ def test_eval_prints_the_figures(mxd, converted, text):
     status, out, err = mxd("eval", converted["gpt2"], "--data", text, "--tokens", 500, "--json")
     assert status == 0, err
     figures = json.loads(out)
-    assert set(figures) == {"data", "fidelity", "reliance"}
+    assert set(figures) == {"data", "fidelity", "reliance", "cost"}
     assert 400 < figures["fidelity"]["tokens"] <= 500
     status, out, _ = mxd("eval", converted["gpt2"], "--data", text, "--tokens", 500)
     assert f"{figures['fidelity']['ce_converted']:.4f}" in out

@@ -42,7 +42,9 @@ def test_a_finished_folder_holds_the_files_of_the_contract(converted, family):
     assert set(report) == {"base", "recipe_sha256", "data", "fidelity", "reliance", "cost", "versions", "seeds", "files", "local"}
     assert set(report["base"]) == {"model", "revision", "sha256"}
     assert {"path", "fingerprint", "tokens", "repeats"} <= set(report["data"]["train"])
-    assert set(report["cost"]) == {"resumed_at_steps", "train_seconds", "tokens_per_second", "peak_rss_bytes", "peak_gpu_bytes"}
+    cost = {"resumed_at_steps", "train_seconds", "tokens_per_second", "peak_rss_bytes", "peak_gpu_bytes", "evaluation"}
+    assert set(report["cost"]) == cost
+    assert set(report["cost"]["evaluation"]) == {"seconds", "full_passes", "suffix_passes"}
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert recipe["train"]["lr"] == 3e-3
     assert recipe["train"]["warmup_steps"] is not None

@@ -83,9 +83,11 @@ def test_a_sweep_writes_its_table_and_plots(base_recipe, tmp_path, mxd):
     assert [row["name"] for row in rows] == [row["name"] for row in table["runs"]]
     assert [float(row["delta_ce"]) for row in rows] == [row["delta_ce"] for row in table["runs"]]
     assert {row["kind"] for row in rows} == {"mxd", "dense_twin"}
-    assert rows[2]["gate_share"] == ""
+    assert (rows[2]["gate_share"], rows[2]["hidden_share"]) == ("0.0", "1.0")
+    assert [float(row["behind_best"]) for row in rows].count(0.0) == 1
+    assert all(float(row["behind_best_se"]) >= 0 for row in rows)
     assert str(tmp_path) not in json.dumps(table)  # no paths of this machine
-    for name in ("frontier.png", "gate_share.png"):
+    for name in ("frontier.png", "shares.png"):
         with Image.open(tmp_path / "sweep" / "plots" / name) as picture:
             assert min(picture.size) > 500
     assert not (tmp_path / "sweep" / "data").exists()
