@@ -33,7 +33,7 @@ def evaluate(
         base: Base model to use instead of the recorded one.
         device: Torch device. None uses CUDA if available, else the CPU.
         quiet: Print no progress.
-        quick: Measure only the whole model's fidelity and the shares, in two passes over the text.
+        quick: Measure only the whole model's fidelity, and FVU, L0 and shares of the layers, in two passes over the text.
 
     Returns:
         A dict with the report's sections `data`, `fidelity` and `reliance`, and `cost` (docs/report.md).

@@ -334,8 +334,9 @@ def _row(folder: Path, plan: Plan) -> dict[str, Any]:
 
 def _compare_to_best(runs: list[_Run], rows: list[dict[str, Any]]) -> None:
     """Add to each finished row how far its rise in cross-entropy is behind the lowest, with the standard error."""
-    reports = {run.name: read_report(run.plan.output) for run, row in zip(runs, rows, strict=True) if "error" not in row}
-    found = behind_best({name: report for name, report in reports.items() if report is not None})
+    finished = {run.name: row for run, row in zip(runs, rows, strict=True) if "error" not in row}
+    reports = {run.name: read_report(run.plan.output) for run in runs if run.name in finished}
+    found = behind_best(finished, {name: report for name, report in reports.items() if report is not None})
     for run, row in zip(runs, rows, strict=True):
         row.update(found.get(run.name, {}))
 

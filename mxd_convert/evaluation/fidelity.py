@@ -73,7 +73,7 @@ def evaluate_models(
     base, converted, twin = base.to(device), converted.to(device), None if twin is None else twin.to(device)
     layers = converted.mxd_layers()
     share = 0.0 if quick else variant_passes(base, sites, layers)[0] if variant_share is None else variant_share
-    evaluation = _Evaluation(base, converted, sites, layers, blocks, mask_bos, device, _chosen(len(blocks), share))
+    evaluation = _Evaluation(base, converted, sites, layers, blocks, mask_bos, device, _chosen(len(blocks), share), quick)
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches, chosen = (
         [some[start : start + rows] for start in range(0, len(some), rows)]
@@ -94,7 +94,7 @@ def evaluate_models(
             evaluation.vary(batch, advance)
     full = 2 + len(whole) + (not quick) + len(evaluation.chosen) / len(blocks)
     cost = {"seconds": time.monotonic() - start, "full_passes": round(full, 3), "suffix_passes": evaluation.suffixes}
-    return {**evaluation.report(quick), "cost": {"evaluation": cost}}
+    return {**evaluation.report(), "cost": {"evaluation": cost}}
 
 
 def rows_a_batch(context: int, vocabulary: int) -> int:
@@ -133,6 +133,7 @@ class _Evaluation:
     mask_bos: bool
     device: torch.device
     chosen: np.ndarray[Any, Any]
+    quick: bool
     suffixes: int = 0
     whole_forwards: bool = False  # whether suffixes are whole forwards
     figures: dict[int, LayerFigures] = field(init=False)
@@ -141,7 +142,7 @@ class _Evaluation:
 
     def __post_init__(self) -> None:
         documents = self.blocks.documents
-        self.figures = {index: LayerFigures(layer, documents) for index, layer in self.layers.items()}
+        self.figures = {index: LayerFigures(layer, documents, self.quick) for index, layer in self.layers.items()}
         self.totals, self.variants = Sums(documents, self.device), Sums(documents, self.device)
         self.suffixes = sum(3 + _permutations(layer) for layer in self.layers.values()) if len(self.chosen) else 0
 
@@ -154,9 +155,10 @@ class _Evaluation:
         for index, one in originals.items():
             self.figures[index].add(one.inputs.flatten(0, 1), one.outputs.flatten(0, 1), counted_B, document_B)
         advance()
-        with recording(self.converted, self.sites) as seen:
+        in_place = [] if self.quick else self.sites
+        with recording(self.converted, in_place) as seen:
             ours_BTV = self.converted(input_ids=ids_BT, use_cache=False).logits
-        for site in self.sites:
+        for site in in_place:
             self._compare_layer(site, originals[site.index], seen[site.index], counted_B, document_B[counted_B])
         document_P = document_BT[:, 1:].flatten()
         self.totals.add("tokens", torch.ones_like(document_P), document_P)
@@ -235,13 +237,13 @@ class _Evaluation:
 
     # --- report ----------------------------------------------------------------------------------------------------------------
 
-    def report(self, quick: bool) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Return the sections "fidelity" and "reliance"."""
         kinds = {str(index): layer.kind for index, layer in self.layers.items()}
         reliance = {str(index): figures.reliance() for index, figures in self.figures.items()}
         fidelity = self._fidelity()
         layers: dict[str, Any] = {str(index): figures.fidelity() for index, figures in self.figures.items()}
-        if not quick:
+        if not self.quick:
             fidelity |= self._ablations()
             for index in self.figures:
                 layers[str(index)] |= self._variants_of(index)

@@ -20,10 +20,13 @@ ALWAYS_ON = 0.5  # firing rate above which an expert is always on
 
 
 class LayerFigures:
-    """The figures of one layer: `add` the base's activations, then call `fidelity` and `reliance`. documents: their number."""
+    """The figures of one layer: `add` the base's activations, then call `fidelity` and `reliance`.
 
-    def __init__(self, layer: FactoredLayer, documents: int) -> None:
-        self.layer = layer
+    documents: their number. quick: whether to leave out figures in place and those of single experts.
+    """
+
+    def __init__(self, layer: FactoredLayer, documents: int, quick: bool = False) -> None:
+        self.layer, self.quick = layer, quick
         device = layer.output_bias.device
         self.masked, self.all, self.local, self.teacher = (Variance(layer.d_out, device, documents) for _ in range(4))
         self.sums = Sums(documents, device)
@@ -46,7 +49,8 @@ class LayerFigures:
         output_BO, y_BO = whole_BO + layer.output_bias.double(), y_BO.double()
         self.all.add(output_BO, y_BO, document_B)
         self.masked.add(output_BO[counted_B], y_BO[counted_B], document_B[counted_B])
-        self.target_dimensions.add(y_BO[counted_B])
+        if not self.quick:
+            self.target_dimensions.add(y_BO[counted_B])
         firing = (values > 0) & counted_B.unsqueeze(-1)
         self.sums.add("active", firing.sum(-1)[counted_B], document_B[counted_B])
         self.sums.add("tokens", torch.ones_like(document_B[counted_B]), document_B[counted_B])
@@ -59,7 +63,7 @@ class LayerFigures:
         if skip_BO is not None:
             features |= {"w": skip_BO, "t": whole_BO}
         self.moments.add({name: feature_BO[counted_B] for name, feature_BO in features.items()})
-        if layer.n_experts and counted_B.any():
+        if layer.n_experts and counted_B.any() and not self.quick:
             u_BO = linear_BO[counted_B]
             # each output's gain is weighted by its effect on that output
             self.gain_dimensions.add(gain_BO[counted_B] * u_BO.square().mean(0).sqrt())
@@ -89,12 +93,10 @@ class LayerFigures:
         """
         experts = self.layer.n_experts > 0
         found: dict[str, Any] = {}
-        for name, variance in (
-            ("fvu", self.masked),
-            ("fvu_with_bos", self.all),
-            ("fvu_in_place_local", self.local),
-            ("fvu_in_place_teacher", self.teacher),
-        ):
+        fvus = {"fvu": self.masked, "fvu_with_bos": self.all}
+        if not self.quick:
+            fvus |= {"fvu_in_place_local": self.local, "fvu_in_place_teacher": self.teacher}
+        for name, variance in fvus.items():
             found[name], found[f"{name}_se"] = variance.fvu()
         found["l0"], found["l0_se"] = self.sums.mean("active") if experts else (None, None)
         found["dead_fraction"] = (self.firings_N == 0).double().mean().item() if experts else None
@@ -121,8 +123,8 @@ class LayerFigures:
             found |= {"gate_share": 1.0, "hidden_share": 0.0, "product_share": 0.0}
         if self.layer.n_experts == 0:
             found["identity_share"] = None
-        dimensions = dict.fromkeys(("gain_dimensions", "output_dimensions"))
-        if self.layer.n_experts:
-            dimensions = {"gain_dimensions": self.gain_dimensions.value(), "output_dimensions": self.target_dimensions.value()}
-        found |= {**dimensions, **self.attribution.report()}
+        if not self.quick:
+            dimensions = {"gain_dimensions": self.gain_dimensions, "output_dimensions": self.target_dimensions}
+            found |= {name: one.value() if self.layer.n_experts else None for name, one in dimensions.items()}
+            found |= self.attribution.report()
         return found if reason is None else {**found, "reason": reason}

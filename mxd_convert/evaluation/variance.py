@@ -3,11 +3,14 @@
 Shape suffixes: B tokens, G groups of documents, O output width, P pairs of tokens.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from mxd_convert.evaluation.by_document import Estimate, ratio
 from mxd_convert.evaluation.moments import CONSTANT
+from mxd_convert.layers.losses import fraction_of_variance_unexplained
 
 MAX_GROUPS = 128  # of documents, for the standard error of an FVU: with that many, its own error is a sixteenth
 MAX_PAIRS = 1024  # pairs of tokens per batch from which dimensions are estimated
@@ -57,9 +60,10 @@ class Variance:
         moved_O = self.sums_GO.sum(0) / self.tokens  # from the shift to the mean
         variance_G = norm_G - 2 * self.sums_GO @ moved_O + tokens_G * moved_O.square().sum()
         square = (self.mean_O().square().sum() * self.tokens).clamp_min(1e-300)
-        if variance_G.sum() <= CONSTANT * square:
+        value = fraction_of_variance_unexplained(error_G.sum(), norm_G.sum(), self.sums_GO.sum(0), self.tokens)
+        if variance_G.sum() <= CONSTANT * square or not math.isfinite(value):
             return None, None
-        return ratio(error_G, variance_G)
+        return value, ratio(error_G, variance_G)[1]
 
     def mean_O(self) -> Tensor:
         """Return the mean target; zeros before the first token."""

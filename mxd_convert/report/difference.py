@@ -52,18 +52,26 @@ def difference(one: Report, other: Report, name: str) -> Difference | None:
     return Difference(value, None if None in errors else math.hypot(*errors), paired=False)
 
 
-def behind_best(reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
-    """Return how far each report's rise in cross-entropy is behind the lowest, by name: value, standard error, within noise."""
-    rises = {name: rise for name, report in reports.items() if report.fidelity and (rise := report.fidelity.delta_ce) is not None}
+def behind_best(rows: Mapping[str, Mapping[str, Any]], reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
+    """Return how far each run's rise in cross-entropy is behind the lowest, by name: value, standard error, within noise.
+
+    Args:
+        rows: the runs' rows of a sweep, by name.
+        reports: their reports, from which documents are paired.
+    """
+    rises = {name: row["delta_ce"] for name, row in rows.items() if row.get("delta_ce") is not None}
     if not rises:
         return {}
     best = min(rises, key=lambda name: rises[name])
     found = {}
-    for name in rises:
-        behind = Difference(0.0, 0.0, paired=True) if name == best else difference(reports[best], reports[name], "delta_ce")
-        assert behind is not None
-        within = True if name == best else behind.within_noise
-        found[name] = {"behind_best": behind.value, "behind_best_se": behind.standard_error, "within_noise_of_best": within}
+    for name, rise in rises.items():
+        error = _paired_error(reports[best], reports[name], "delta_ce") if {best, name} <= reports.keys() else None
+        errors: list[Any] = [rows[one].get("delta_ce_se") for one in (best, name)]
+        if error is None and None not in errors:
+            error = math.hypot(*errors)
+        behind = Difference(rise - rises[best], 0.0 if name == best else error, paired=True)
+        found[name] = {"behind_best": behind.value, "behind_best_se": behind.standard_error}
+        found[name]["within_noise_of_best"] = True if name == best else behind.within_noise
     return found
 
 

@@ -100,14 +100,17 @@ def _frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         style = ("-", "--", ":", "-.")[list(dict.fromkeys(o for k, o in _lines(rows) if k == kind)).index(others) % 4]
         label = _label(kind, others)
         colour = KINDS[kind].colour
-        axis.plot(
+        errors = [_middle([row.get("delta_ce_se") or 0.0 for row in line[k]]) for k in at]
+        axis.errorbar(
             at,
             [_middle(values) for values in rises],
-            style,
+            errors,
+            ls=style,
             marker=KINDS[kind].marker,
             color=colour,
             label=label,
             ms=5,
+            capsize=2,
             zorder=3 + number,
         )
         if seeds:

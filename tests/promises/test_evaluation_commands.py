@@ -64,7 +64,13 @@ def test_a_difference_of_zero_is_noise_and_the_best_run_is_not_behind(converted,
     report = parse_report(report_of(converted["llama"]), tmp_path)
     found = difference(report, report, "delta_ce")
     assert (found.value, found.standard_error) == (0.0, 0.0)
-    assert behind_best({"a": report})["a"] == {"behind_best": 0.0, "behind_best_se": 0.0, "within_noise_of_best": True}
+    row = {"delta_ce": report.fidelity.delta_ce, "delta_ce_se": report.fidelity.delta_ce_se}
+    rows = {"a": row, "b": {**row, "delta_ce": row["delta_ce"] + 1.0}, "c": {"error": "the loss is not finite"}}
+    found = behind_best(rows, {"a": report, "b": report})
+    assert found["a"] == {"behind_best": 0.0, "behind_best_se": 0.0, "within_noise_of_best": True}
+    assert found["b"] == {"behind_best": 1.0, "behind_best_se": 0.0, "within_noise_of_best": False}
+    assert "c" not in found
+    assert behind_best(rows, {})["b"]["behind_best_se"] == pytest.approx(math.sqrt(2) * row["delta_ce_se"])
 
 
 def test_compare_prints_errors_and_draws_the_shares(mxd, converted, other, tmp_path):
