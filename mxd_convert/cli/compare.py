@@ -38,10 +38,14 @@ def compare(
         _add_rows(table, f"layer {index} ", figures, {})
     out.print(table)
     for name, difference in found["differences"].items():
-        if difference is not None and difference["standard_error"] is not None:
-            how = "paired over the same documents" if difference["paired"] else "not paired, because the texts differ"
-            size = "within noise" if difference["within_noise"] else "larger than noise"
-            out.print(f"The difference in {name} is {size} (two standard errors, {how}).")
+        if difference is None:
+            continue
+        if difference["standard_error"] is None:
+            out.print(f"The noise of the difference in {name} is unknown, because a report has no standard errors.")
+            continue
+        how = "paired over the same documents" if difference["paired"] else "not paired, because the reports share no documents"
+        size = "within noise" if difference["within_noise"] else "larger than noise"
+        out.print(f"The difference in {name} is {size} (two standard errors, {how}).")
     for folder, verdict in zip((one, other), found["verdicts"], strict=True):
         out.print(f"{Path(folder).name}: {verdict}", soft_wrap=True)
     if plot is not None:

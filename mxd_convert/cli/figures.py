@@ -29,13 +29,19 @@ def print_figures(report: dict[str, Any]) -> None:
             cell = with_error(fidelity[key], fidelity.get(f"{key}_se"))
             summary.add_row(name, cell, figure(_perplexity(fidelity[key]), ",.2f"))
     out.print(summary)
-    compounding = f"; compounding {figure(fidelity['compounding'], '.2f')}" if "compounding" in fidelity else ""
+    compounding = (
+        f"; compounding {with_error(fidelity['compounding'], fidelity.get('compounding_se'), '.2f')}"
+        if "compounding" in fidelity
+        else ""
+    )
     out.print(
         f"rise {with_error(fidelity['delta_ce'], fidelity.get('delta_ce_se'), '+.4f')} on {figure(fidelity['tokens'], ',')} tokens;"
         f" KL {with_error(fidelity['kl'], fidelity.get('kl_se'))};"
-        f" same most likely token {figure(fidelity['top1_agreement'], '.1%')}{compounding}",
+        f" same most likely token {with_error(fidelity['top1_agreement'], fidelity.get('top1_agreement_se'), '.1%')}{compounding}",
         soft_wrap=True,
     )
+    if reason := fidelity.get("reason"):
+        out.print(f"figures are missing: {reason}", soft_wrap=True)
     out.print(_fidelity(fidelity["layers"]))
     out.print(_reliance(reliance["layers"]))
     if variants := fidelity.get("variants"):
@@ -48,7 +54,7 @@ def _fidelity(layers: Mapping[str, Mapping[str, Any]]) -> Any:
     """Return the table of each layer's fidelity. Columns that no layer has are left out."""
     columns = {
         "rise alone": lambda layer: with_error(layer.get("delta_ce"), layer.get("delta_ce_se"), "+.4f"),
-        "recovered": lambda layer: figure(layer.get("recovered_zero"), ".1%"),
+        "recovered": lambda layer: with_error(layer.get("recovered_zero"), layer.get("recovered_zero_se"), ".1%"),
         "FVU": lambda layer: with_error(layer.get("fvu"), layer.get("fvu_se"), ".3f"),
         "FVU in place": lambda layer: figure(layer.get("fvu_in_place_local"), ".3f"),
         "active": lambda layer: figure(layer.get("l0"), ".1f"),

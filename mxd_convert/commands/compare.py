@@ -11,8 +11,8 @@ from mxd_convert.report.difference import FIGURES, difference
 from mxd_convert.report.plots import plot_shares
 from mxd_convert.report.schema import Report
 
-_WHOLE = ("ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement", "compounding", "recovered_zero")
-_LAYER = ("delta_ce", "fvu", "fvu_in_place_local", "l0", "dead_fraction")
+_WHOLE = ("ce_base", "ce_converted", "delta_ce", "kl", "top1_agreement", "compounding", "recovered_zero", "recovered_mean")
+_LAYER = ("delta_ce", "recovered_zero", "recovered_mean", "fvu", "fvu_in_place_local", "l0", "dead_fraction")
 _WITHOUT_ERROR = ("dead_fraction_se",)
 _SHARES = ("gate_share", "hidden_share", "product_share", "expert_share", "identity_share", "routing_necessity")
 

@@ -117,13 +117,24 @@ def _write_report(
     if data is not None:
         figures = evaluate(work, data, tokens, text_field, base)
         content["data"] = {**content.get("data", {}), "eval": figures.pop("data")}
+        content["cost"] = {**content.get("cost", {}), **figures.pop("cost")}
         content |= figures
         content["files"] = file_hashes(work)
         write_json(work / REPORT, content)
     write_card(work, parse_report(content, work / REPORT), recipe_of(work), base_on_hub=not recorded.get("local", True))
 
 
-_OF_ANOTHER_TEXT = ("tokens", "ce_base", "ce_converted", "delta_ce", "delta_ce_se", "kl", "kl_se", "top1_agreement")
+_OF_ANOTHER_TEXT = (
+    "tokens",
+    "ce_base",
+    "ce_converted",
+    "delta_ce",
+    "delta_ce_se",
+    "kl",
+    "kl_se",
+    "top1_agreement",
+    "top1_agreement_se",
+)
 
 
 def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
@@ -146,15 +157,21 @@ def record(checkpoint: str | Path, figures: Mapping[str, Any]) -> None:
         raise InputError(
             f"{folder}: has no {REPORT} to record figures in. Use a checkpoint written by `run`, or by `edit` with --data."
         )
+    if "compounding" not in figures["fidelity"]:
+        raise InputError("--record: a quick evaluation lacks figures that a report has. Remove --quick.")
     data = figures["data"]
     own = data["fingerprint"] == report.data.eval.fingerprint
-    measured = report.reliance is not None and any(layer.hidden_share is not None for layer in report.reliance.layers.values())
+    measured = report.reliance is not None and all(
+        "hidden_share" in layer.model_fields_set for layer in report.reliance.layers.values()
+    )
     if own and measured:
         raise InputError(
             f"{data['path']}: {folder} was evaluated on this text, and its report has the figures already. Record another text."
         )
     if not measured:
-        report.reliance = Reliance.model_validate({**figures["reliance"], **({} if own else {"data": data})})
+        twin = None if report.reliance is None else report.reliance.dense_twin  # an evaluation has none
+        other_text = {} if own else {"data": data}
+        report.reliance = Reliance.model_validate({**figures["reliance"], "dense_twin": twin, **other_text})
     if own:
         report.fidelity = Fidelity.model_validate(figures["fidelity"])
     else:

@@ -92,8 +92,8 @@ def evaluate_models(
             advance()
         for batch in chosen:
             evaluation.vary(batch, advance)
-    full = 2 + len(whole) + (not quick) + len(evaluation.chosen) / len(blocks)
-    cost = {"seconds": time.monotonic() - start, "full_passes": round(full, 3), "suffix_passes": evaluation.suffixes}
+    full = round(evaluation.blocks_run / len(blocks), 3)
+    cost = {"seconds": time.monotonic() - start, "full_passes": full, "suffix_passes": evaluation.suffixes}
     return {**evaluation.report(), "cost": {"evaluation": cost}}
 
 
@@ -108,7 +108,8 @@ def variant_passes(base: Any, sites: Sequence[Site], layers: dict[int, FactoredL
     A forward costs in proportion to the parameters that it uses.
     """
     stack = base.get_submodule(sites[0].layer.rpartition(".")[0])
-    head = base.get_output_embeddings().weight.numel()
+    embeddings, text = base.get_output_embeddings(), base.config.get_text_config()
+    head = text.vocab_size * text.hidden_size if embeddings is None else embeddings.weight.numel()
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in stack]
     whole = sum(sizes) + head
     cost = sum((3 + _permutations(layers[site.index])) * (sum(sizes[site.index :]) + head) / whole for site in sites)
@@ -123,7 +124,11 @@ def _chosen(blocks: int, share: float) -> np.ndarray[Any, Any]:
 
 @dataclass
 class _Evaluation:
-    """The sums of one evaluation. chosen: rows of the blocks on which variants run. suffixes: number of passes through a suffix."""
+    """The sums of one evaluation.
+
+    chosen: rows of the blocks on which variants run. suffixes: number of passes of these blocks through a suffix.
+    blocks_run: number of blocks that went through a whole model. whole: whether suffixes are whole forwards; None before the check.
+    """
 
     base: Any
     converted: Any
@@ -135,7 +140,8 @@ class _Evaluation:
     chosen: np.ndarray[Any, Any]
     quick: bool
     suffixes: int = 0
-    whole_forwards: bool = False  # whether suffixes are whole forwards
+    blocks_run: int = 0
+    whole: bool | None = None
     figures: dict[int, LayerFigures] = field(init=False)
     totals: Sums = field(init=False)
     variants: Sums = field(init=False)  # on the chosen blocks
@@ -144,7 +150,6 @@ class _Evaluation:
         documents = self.blocks.documents
         self.figures = {index: LayerFigures(layer, documents, self.quick) for index, layer in self.layers.items()}
         self.totals, self.variants = Sums(documents, self.device), Sums(documents, self.device)
-        self.suffixes = sum(3 + _permutations(layer) for layer in self.layers.values()) if len(self.chosen) else 0
 
     def compare(self, rows: np.ndarray[Any, Any], advance: Callable[[], None]) -> None:
         """Run base and converted model on some blocks, and add the figures of all layers and of the whole model."""
@@ -160,6 +165,7 @@ class _Evaluation:
             ours_BTV = self.converted(input_ids=ids_BT, use_cache=False).logits
         for site in in_place:
             self._compare_layer(site, originals[site.index], seen[site.index], counted_B, document_B[counted_B])
+        self.blocks_run += 2 * len(rows)
         document_P = document_BT[:, 1:].flatten()
         self.totals.add("tokens", torch.ones_like(document_P), document_P)
         losses = {"base": cross_entropies(theirs_BTV, ids_BT), "converted": cross_entropies(ours_BTV, ids_BT)}
@@ -169,7 +175,7 @@ class _Evaluation:
         self.variants.add("converted", losses["converted"][chosen_P], document_P[chosen_P])
         theirs_PV, ours_PV = (_log_probs(logits_BTV) for logits_BTV in (theirs_BTV, ours_BTV))
         self.totals.add("kl", kl_terms(theirs_PV, ours_PV).sum(-1), document_P)
-        self.totals.add("top1", theirs_PV.argmax(-1) == ours_PV.argmax(-1), document_P)
+        self.totals.add("top1_agreement", theirs_PV.argmax(-1) == ours_PV.argmax(-1), document_P)
         advance()
 
     def _compare_layer(self, site: Site, original: Activations, seen: Activations, counted_B: Tensor, document_B: Tensor) -> None:
@@ -184,19 +190,25 @@ class _Evaluation:
         with replaced_mlps(model, self.sites if constants else [], constants):
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
         self.totals.add(name, cross_entropies(logits_BTV, ids_BT), document_BT[:, 1:].flatten())
+        self.blocks_run += len(rows)
 
     def vary(self, rows: np.ndarray[Any, Any], advance: Callable[[], None]) -> None:
         """Add the cross-entropies of every layer's variants on some blocks, and the layers' Jacobian faithfulness."""
         ids_BT, document_BT = self._take(rows)
         document_P, counted_B = document_BT[:, 1:].flatten(), self.blocks.counted(ids_BT, self.mask_bos).flatten()
         prefix = Prefix.of(self.base, self.sites, ids_BT)
-        self.whole_forwards = self.whole_forwards or not prefix.check(self.sites[-1])
-        prefix.whole = self.whole_forwards
+        self.blocks_run += len(rows)
+        if self.whole is None:
+            self.whole = not prefix.check(self.sites[-1])
+            variants = sum(3 + _permutations(layer) for layer in self.layers.values())
+            self.suffixes = 0 if self.whole else variants
+        prefix.whole = self.whole
         self.variants.add("tokens", torch.ones_like(document_P), document_P)
         self.variants.add("base", cross_entropies(prefix.logits_BTV, ids_BT), document_P)
         advance()
         for site in self.sites:
             names = ["alone", "zero", "mean", *["permuted"] * _permutations(self.layers[site.index])]
+            self.blocks_run += len(names) * len(rows) if self.whole else 0
             for name, logits_BTV in zip(names, prefix.run(site, len(names), self._outputs(site)), strict=True):
                 self.variants.add(f"{site.index}/{name}", cross_entropies(logits_BTV, ids_BT), document_P)
             x_BI = prefix.activations[site.index].inputs.flatten(0, 1)
@@ -268,7 +280,7 @@ class _Evaluation:
         found: dict[str, Any] = {"tokens": int(totals["tokens"].sum()), "documents": int((totals["tokens"] > 0).sum())}
         rise = ratio(totals["converted"] - totals["base"], totals["tokens"])
         figures = {"ce_base": totals.mean("base"), "ce_converted": totals.mean("converted"), "delta_ce": rise}
-        figures |= {"kl": totals.mean("kl"), "top1_agreement": totals.mean("top1")}
+        figures |= {"kl": totals.mean("kl"), "top1_agreement": totals.mean("top1_agreement")}
         found |= _named(figures)
         if found["delta_ce"] is None:
             found["reason"] = f"the {'base' if found['ce_base'] is None else 'converted'} model's cross-entropy is not finite"
@@ -303,7 +315,10 @@ class _Evaluation:
         if not self.layers[index].n_experts:
             return None, None
         alone_D = self.variants[f"{index}/alone"]
-        return ratio(self.variants[f"{index}/permuted"] / PERMUTATIONS - alone_D, self.variants[f"{index}/zero"] - alone_D)
+        benefit_D = self.variants[f"{index}/zero"] - alone_D
+        if not benefit_D.sum() > 0:  # a layer without benefit has nothing to lose
+            return None, None
+        return ratio(self.variants[f"{index}/permuted"] / PERMUTATIONS - alone_D, benefit_D)
 
     def _twin(self) -> dict[str, Any]:
         totals = self.totals
@@ -322,11 +337,12 @@ class _Evaluation:
         tokens_D = self.totals["tokens"]
         used = tokens_D > 0
         found: dict[str, list[float]] = {"tokens": tokens_D[used].long().tolist()}
-        for name in ("base", "converted", "kl"):
+        names = {"ce_base": "base", "ce_converted": "converted", "kl": "kl", "top1_agreement": "top1_agreement"}
+        for key, name in names.items():
             mean_D = self.totals[name][used] / tokens_D[used]
             if not mean_D.isfinite().all():
                 return None
-            found[name if name == "kl" else f"ce_{name}"] = [round(value, 6) for value in mean_D.tolist()]
+            found[key] = [round(value, 6) for value in mean_D.tolist()]
         return found
 
 

@@ -14,7 +14,7 @@ from mxd_convert.evaluation.by_document import Sums
 from mxd_convert.evaluation.jacobian import Jacobian
 from mxd_convert.evaluation.moments import Moments, shares
 from mxd_convert.evaluation.variance import Dimensions, Variance
-from mxd_convert.modeling.layers_mxd import FactoredLayer
+from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 
 ALWAYS_ON = 0.5  # firing rate above which an expert is always on
 
@@ -33,7 +33,7 @@ class LayerFigures:
         self.firings_N = torch.zeros(layer.n_experts, dtype=torch.int64, device=device)
         self.gain_dimensions, self.target_dimensions = Dimensions(device), Dimensions(device)
         self.moments = Moments(skip=layer.skip is not None)
-        self.attribution = Attribution(layer.n_experts, device)
+        self.attribution = Attribution(layer.n_experts, layer.d_out, device)
         self.jacobian = Jacobian(documents, device)
 
     @torch.no_grad()
@@ -67,12 +67,8 @@ class LayerFigures:
             u_BO = linear_BO[counted_B]
             # each output's gain is weighted by its effect on that output
             self.gain_dimensions.add(gain_BO[counted_B] * u_BO.square().mean(0).sqrt())
-            counted = (
-                coefficients[counted_B]
-                if isinstance(coefficients, Tensor)
-                else (coefficients[0][counted_B], coefficients[1][counted_B])
-            )
-            self.attribution.add(counted, layer.experts, u_BO, product_BO[counted_B] - self.moments.shift["y"])
+            centred_BO = product_BO[counted_B] - self.moments.shift["y"]
+            self.attribution.add(_rows(_steered(layer, coefficients), counted_B), layer.experts, u_BO, centred_BO)
 
     def add_in_place(self, output_BO: Tensor, local_BO: Tensor, teacher_BO: Tensor, document_B: Tensor) -> None:
         """Add the layer's outputs in the converted model.
@@ -101,7 +97,8 @@ class LayerFigures:
         found["l0"], found["l0_se"] = self.sums.mean("active") if experts else (None, None)
         found["dead_fraction"] = (self.firings_N == 0).double().mean().item() if experts else None
         if found["fvu"] is None:
-            found["reason"] = "the output of the MLP or of the layer is constant or not finite"
+            what = "the output of the MLP or of the layer is constant or not finite"
+            found["reason"] = what if self.masked.tokens else "no token counts"
         threshold = ALWAYS_ON * max(self.masked.tokens, 1)
         found["always_on"] = int((self.firings_N > threshold).sum()) if experts else None
         return found
@@ -126,5 +123,30 @@ class LayerFigures:
         if not self.quick:
             dimensions = {"gain_dimensions": self.gain_dimensions, "output_dimensions": self.target_dimensions}
             found |= {name: one.value() if self.layer.n_experts else None for name, one in dimensions.items()}
-            found |= self.attribution.report()
+            found |= self._attributed()
         return found if reason is None else {**found, "reason": reason}
+
+    def _attributed(self) -> dict[str, Any]:
+        """Return the figures of single experts; None for a layer without experts or whose output is constant or not finite."""
+        if self.layer.n_experts == 0 or not self.moments.tokens:
+            return dict.fromkeys(("experts_50", "experts_90", "effective_experts"))
+        return self.attribution.report(self.layer.experts, self.moments.mean("y") - self.moments.shift["y"])
+
+
+def _steered(layer: FactoredLayer, coefficients: Coefficients) -> Coefficients:
+    """Return coefficients with the layer's steering: of top-k, with a further entry per steered expert."""
+    for n, change_B in layer.changes(coefficients):
+        if isinstance(coefficients, Tensor):
+            coefficients = coefficients.index_add(
+                -1, torch.tensor([n], device=change_B.device), change_B.to(coefficients.dtype).unsqueeze(-1)
+            )
+        else:
+            values_BK, indices_BK = coefficients
+            values_BK = torch.cat([values_BK, change_B.to(values_BK.dtype).unsqueeze(-1)], -1)
+            coefficients = values_BK, torch.cat([indices_BK, torch.full_like(indices_BK[..., :1], n)], -1)
+    return coefficients
+
+
+def _rows(coefficients: Coefficients, mask_B: Tensor) -> Coefficients:
+    """Return the coefficients of some tokens."""
+    return coefficients[mask_B] if isinstance(coefficients, Tensor) else (coefficients[0][mask_B], coefficients[1][mask_B])

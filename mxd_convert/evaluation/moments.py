@@ -67,20 +67,22 @@ class Moments:
 
 
 def shares(moments: Moments) -> tuple[dict[str, float | None], str | None]:
-    """Return the shares by name, and the reason why they are None: an output that is constant or not finite."""
-    skip = "tt" in moments.pairs
+    """Return the shares by name, and why some are None: a product or output that is constant or not finite."""
+    skip, found = "tt" in moments.pairs, dict[str, float | None](dict.fromkeys(FEATURES))
     if not moments.tokens:
-        return dict.fromkeys(FEATURES), "no token counts"
-    found: dict[str, float | None] = {}
+        return found, "no token counts"
+    reason = None
     for name, features in FEATURES.items():
         target = "t" if name == "expert_share" and skip else "y"
+        what = "product" if skip and target == "y" else "output"
         used = [feature for feature in features if skip or feature != "w"]
         variance_O = moments.covariance(target, target).clamp_min(0)
         total = variance_O.sum()
         if not total.isfinite():
             return dict.fromkeys(FEATURES), "the layer's output is not finite"
         if total <= CONSTANT * moments.mean(target).square().sum():
-            return dict.fromkeys(FEATURES), "the layer's output is constant"
+            reason = f"the layer's {what} is constant"
+            continue
         explained_O = _explained_variance(
             [[moments.covariance(a, b) for b in used[i:]] for i, a in enumerate(used)],
             [moments.covariance(feature, target) for feature in used],
@@ -88,8 +90,9 @@ def shares(moments: Moments) -> tuple[dict[str, float | None], str | None]:
         found[name] = ((variance_O - explained_O).sum() / total).clamp(0.0, 1.0).item()
     # rounding can put the fit with two features below that with one
     for wider, narrower in (("identity_share", ["gate_share"]), ("product_share", ["gate_share", "hidden_share"])):
-        found[wider] = min(value for name in (wider, *narrower) if (value := found[name]) is not None)
-    return found, None
+        if found[wider] is not None:
+            found[wider] = min(value for name in (wider, *narrower) if (value := found[name]) is not None)
+    return found, reason
 
 
 def _explained_variance(features: list[list[Tensor]], target: list[Tensor]) -> Tensor:

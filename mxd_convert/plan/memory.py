@@ -155,6 +155,7 @@ def _evaluation(plan: Plan) -> int:
     # of every layer: inputs and outputs in both models, and the hidden states that the variants start from
     a_token += 4 * sum(3 * layer.shape.d_in + 2 * layer.shape.d_out for layer in plan.layers)
     sums = 8 * sum(4 * MAX_GROUPS * layer.shape.d_out + layer.shape.n_experts for layer in plan.layers)
+    sums += 4 * sum(layer.shape.n_experts * layer.shape.d_out for layer in plan.layers)  # of attribution
     return _libraries(plan.recipe) + models + tokens * a_token + sums
 
 

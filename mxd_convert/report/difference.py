@@ -5,7 +5,7 @@ errors of both figures.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from mxd_convert.report.schema import ByDocument, Report
 
 NOISE = 2.0  # standard errors; a smaller difference is within noise
 _VALUES: dict[str, Callable[[ByDocument], list[float]]] = {
-    "delta_ce": lambda found: [after - before for before, after in zip(found.ce_base, found.ce_converted, strict=True)],
+    "delta_ce": lambda found: [after - before for before, after in zip(found.ce_base, found.ce_converted, strict=False)],
     "kl": lambda found: found.kl,
+    "top1_agreement": lambda found: found.top1_agreement,
 }
 FIGURES = tuple(_VALUES)
 
@@ -42,14 +43,24 @@ class Difference:
 
 def difference(one: Report, other: Report, name: str) -> Difference | None:
     """Return the difference of two reports in one of FIGURES; None if a report lacks it."""
-    before, after = (getattr(report.fidelity, name, None) for report in (one, other))
+    before, after = (known(getattr(report.fidelity, name, None)) for report in (one, other))
     if before is None or after is None:
         return None
     value = after - before
     if (error := _paired_error(one, other, name)) is not None:
         return Difference(value, error, paired=True)
-    errors = [getattr(report.fidelity, f"{name}_se") for report in (one, other)]
-    return Difference(value, None if None in errors else math.hypot(*errors), paired=False)
+    return Difference(value, _hypot(getattr(report.fidelity, f"{name}_se") for report in (one, other)), paired=False)
+
+
+def known(value: Any) -> float | None:
+    """Return a figure of a report as a float; None if it isn't a finite number. A report may come from anyone."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None  # False for NaN
+
+
+def _hypot(errors: Iterable[Any]) -> float | None:
+    """Return the error of a difference of two independent figures; None if one of their errors is unknown."""
+    found = [error for value in errors if (error := known(value)) is not None and error >= 0]
+    return math.hypot(*found) if len(found) == 2 else None
 
 
 def behind_best(rows: Mapping[str, Mapping[str, Any]], reports: Mapping[str, Report]) -> dict[str, dict[str, Any]]:
@@ -66,10 +77,10 @@ def behind_best(rows: Mapping[str, Mapping[str, Any]], reports: Mapping[str, Rep
     found = {}
     for name, rise in rises.items():
         error = _paired_error(reports[best], reports[name], "delta_ce") if {best, name} <= reports.keys() else None
-        errors: list[Any] = [rows[one].get("delta_ce_se") for one in (best, name)]
-        if error is None and None not in errors:
-            error = math.hypot(*errors)
-        behind = Difference(rise - rises[best], 0.0 if name == best else error, paired=True)
+        paired = error is not None
+        if error is None:
+            error = _hypot(rows[one].get("delta_ce_se") for one in (best, name))
+        behind = Difference(rise - rises[best], 0.0 if name == best else error, paired)
         found[name] = {"behind_best": behind.value, "behind_best_se": behind.standard_error}
         found[name]["within_noise_of_best"] = True if name == best else behind.within_noise
     return found
@@ -81,12 +92,9 @@ def _paired_error(one: Report, other: Report, name: str) -> float | None:
     found = [report.fidelity.by_document if report.fidelity else None for report in (one, other)]
     if texts[0] is None or texts[0] != texts[1] or found[0] is None or found[1] is None or found[0].tokens != found[1].tokens:
         return None
-    lengths = {
-        len(values) for documents in (found[0], found[1]) for values in (documents.ce_base, documents.ce_converted, documents.kl)
-    }
-    if lengths != {len(found[0].tokens)}:
-        return None
     first, second = (_VALUES[name](documents) for documents in (found[0], found[1]))
+    if not len(first) == len(second) == len(found[0].tokens):
+        return None
     tokens_D = torch.tensor(found[0].tokens, dtype=torch.float64)
     values_D = (torch.tensor(second, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)) * tokens_D
     return ratio(values_D, tokens_D)[1]

@@ -70,7 +70,9 @@ def write_table(folder: Path, content: Mapping[str, Any]) -> None:
 def write_frontier(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write frontier.png and shares.png into `folder`: the rise in cross-entropy against K, and against both sides' shares."""
     folder.mkdir(exist_ok=True)
-    rows = [row for row in rows if row.get("ce_base") is not None]
+    rows = [row for row in rows if None not in (row.get(name) for name in ("ce_base", "delta_ce", "ce_zero_ablation"))]
+    if not rows:  # no run has finite figures
+        return
     _frontier(rows, folder / "frontier.png")
     _shares(rows, folder / "shares.png")
 

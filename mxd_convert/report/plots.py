@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from mxd_convert.files import replacing
+from mxd_convert.report.difference import known
 from mxd_convert.report.schema import Report
 
 SHARES = ("gate_share", "hidden_share")
@@ -103,17 +104,18 @@ def plot_shares(reports: Mapping[str, Report], path: Path) -> None:
     """Write the rise in cross-entropy of some reports, by name, against the gate and the hidden share of their layers, as PNG."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for number, (name, report) in enumerate(reports.items()):
-        if report.fidelity is None or report.reliance is None or report.fidelity.delta_ce is None:
+        rise = None if report.fidelity is None else known(report.fidelity.delta_ce)
+        if report.fidelity is None or report.reliance is None or rise is None:
             continue
+        error = max(0.0, known(report.fidelity.delta_ce_se) or 0.0)
         colour = plt.get_cmap("tab10")(number % 10)
         for axis, share in zip(axes, SHARES, strict=True):
-            values = [value for layer in report.reliance.layers.values() if (value := getattr(layer, share)) is not None]
+            values = [value for layer in report.reliance.layers.values() if (value := known(getattr(layer, share))) is not None]
             if not values:
                 continue
             middle = sum(values) / len(values)
             spread = [[middle - min(values)], [max(values) - middle]]
-            error = report.fidelity.delta_ce_se
-            axis.errorbar(middle, report.fidelity.delta_ce, error, spread, marker="o", color=colour, capsize=2, label=name)
+            axis.errorbar(middle, rise, error, spread, marker="o", color=colour, capsize=2, label=name)
     shares_axes(axes)
     if labels := axes[0].get_legend_handles_labels()[0]:
         figure.legend(handles=labels, fontsize=8, frameon=False, loc="outside lower center", ncols=3)

@@ -20,6 +20,7 @@ def _number(value: Any) -> Any:
 
 Figure = Annotated[int | float | None, BeforeValidator(_number)]
 Count = Annotated[int | None, Field(ge=0, le=10**15)]
+Finite = Annotated[float, Field(ge=-1e300, le=1e300)]
 Name = Annotated[str, Field(max_length=10_000)]
 
 
@@ -114,10 +115,11 @@ class Variants(Section):
 class ByDocument(Section):
     """Figures of each document of the held-out text, to pair two evaluations of the same text."""
 
-    tokens: list[int]
-    ce_base: list[float]
-    ce_converted: list[float]
-    kl: list[float]
+    tokens: list[Annotated[int, Field(ge=0, le=10**12)]]
+    ce_base: list[Finite]
+    ce_converted: list[Finite]
+    kl: list[Finite]
+    top1_agreement: list[Finite] = []
 
 
 class Fidelity(Section):
@@ -197,6 +199,7 @@ class OtherText(Section):
         kl: Figure = None
         kl_se: Figure = None
         top1_agreement: Figure = None
+        top1_agreement_se: Figure = None
 
     data: Text
     fidelity: Figures

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from small_runs import small_recipe
 
-from mxd_convert import InputError, compare, convert, evaluate, record
+from mxd_convert import InputError, compare, convert, edit, evaluate, record
 from mxd_convert.report.difference import behind_best, difference
+from mxd_convert.report.frontier import write_frontier
 from mxd_convert.report.schema import parse_report
 
 
@@ -136,6 +137,45 @@ def test_a_report_with_two_sided_figures_keeps_those_of_its_held_out_text(conver
     own = {"data": {**before["data"]["eval"]}, "fidelity": before["fidelity"], "reliance": before["reliance"]}
     with pytest.raises(InputError, match="has the figures already"):
         record(folder, own)
+
+
+def test_a_quick_evaluation_is_not_recorded(mxd, converted, text, tmp_path):
+    folder = shutil.copytree(converted["llama"], tmp_path / "copy")
+    before = (folder / "mxd_report.json").read_bytes()
+    status, out, err = mxd("eval", folder, "--data", text, "--tokens", 500, "--quick", "--record")
+    assert (status, out) == (2, "")
+    assert "Remove --quick." in err
+    assert (folder / "mxd_report.json").read_bytes() == before
+
+
+def test_an_edited_checkpoint_keeps_the_cost_of_its_training(converted, text, tmp_path):
+    cost = report_of(converted["llama"])["cost"]
+    folder = edit(converted["llama"], tmp_path / "edited", [{"layer": 0, "expert": 1, "ablate": True}], data=text, tokens=512)
+    edited = report_of(folder)["cost"]
+    assert {**edited, "evaluation": None} == {**cost, "evaluation": None}
+    assert edited["evaluation"]["full_passes"] > 4
+
+
+def test_a_sweep_without_finite_figures_has_a_table_and_no_plots(tmp_path):
+    row = {"kind": "mxd", "k": 4, "seed": 0, "ce_base": 3.0, "delta_ce": None, "ce_zero_ablation": 5.0, "gate_share": None}
+    write_frontier(tmp_path, [row])
+    assert not list(tmp_path.glob("*.png"))
+    good = {**row, "delta_ce": 0.2, "gate_share": 0.9, "hidden_share": None}
+    write_frontier(tmp_path, [row, good])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"frontier.png", "shares.png"}
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf")])
+def test_a_figure_of_any_size_in_a_report_is_no_crash(mxd, converted, tmp_path, value):
+    folder = shutil.copytree(converted["llama"], tmp_path / "copy")
+    content = report_of(folder)
+    content["fidelity"] |= {"delta_ce": value, "delta_ce_se": -1.0}
+    (folder / "mxd_report.json").write_text(json.dumps(content))
+    status, out, err = mxd("compare", converted["llama"], folder, "--plot", tmp_path / "shares.png")
+    assert status in (0, 2)
+    assert "Traceback" not in err
+    if status == 0:
+        assert "difference in delta_ce is" not in out
 
 
 def test_the_card_says_in_plain_words_what_was_trained(converted):

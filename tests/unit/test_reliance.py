@@ -205,15 +205,16 @@ def test_attribution_equals_the_contributions_of_single_experts(sparsity):
     y = contributions.sum(1)
     share = (contributions * (y - y.mean(0)).unsqueeze(1)).sum((0, 2))
     share = share / share.sum()
-    attribution = Attribution(20, torch.device("cpu"))
+    attribution, centre = Attribution(20, 5, torch.device("cpu")), y[:37].mean(0)
     for piece in torch.arange(TOKENS).split(37):
         some = coefficients[piece] if sparsity == "l1" else (coefficients[0][piece], coefficients[1][piece])
-        attribution.add(some, layer.experts, u[piece].double(), y[piece] - y.mean(0))
-    assert torch.allclose(attribution.shares_N / attribution.shares_N.sum(), share, atol=1e-5)
+        attribution.add(some, layer.experts, u[piece].double(), y[piece] - centre)
+    moved = y.mean(0) - centre
+    assert torch.allclose(attribution.shares(layer.experts, moved), share, atol=1e-5)
     energy = contributions.square().sum(-1)
     effective = (energy.sum(-1) ** 2 / energy.square().sum(-1)).nanmean().item()
     order = share.sort(descending=True).values.cumsum(0)
-    assert attribution.report() == {
+    assert attribution.report(layer.experts, moved) == {
         "effective_experts": pytest.approx(effective, rel=1e-5),
         "experts_50": int((order < 0.5).sum()) + 1,
         "experts_90": int((order < 0.9).sum()) + 1,
@@ -259,3 +260,26 @@ def test_directions_lead_to_other_tokens_and_are_the_same_for_every_layer():
     again, _ = _directions(x, 7)
     assert data.equal(again)
     assert random.shape == x.shape
+
+
+@pytest.mark.parametrize("sparsity", ["topk", "l1"])
+@torch.no_grad()
+def test_attribution_counts_a_steered_expert(sparsity):
+    """A preset that sets one expert high at every token makes it carry most of the variance."""
+    layer, x = layer_of(sparsity=sparsity), torch.randn(TOKENS, 6)
+    plain = figures_of(layer, x).reliance()
+    layer.steering = [{"expert": 4, "set": 1000.0, "positions": "all"}]
+    steered = figures_of(layer, x).reliance()
+    assert plain["experts_90"] > 2
+    assert steered["experts_90"] == 1
+    assert steered["effective_experts"] < plain["effective_experts"]
+
+
+@torch.no_grad()
+def test_dead_experts_beside_a_skip_path_have_an_expert_share_of_0():
+    layer, x = layer_of("skip_transcoder"), torch.randn(TOKENS, 6)
+    layer.gate.weight.zero_()
+    layer.gate.bias.fill_(-1.0)
+    found = figures_of(layer, x).reliance()
+    assert found["expert_share"] == pytest.approx(0.0, abs=1e-9)
+    assert (found["gate_share"], found["reason"]) == (None, "the layer's product is constant")
