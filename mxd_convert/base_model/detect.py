@@ -31,6 +31,7 @@ def suggestion(found: Mlp | None) -> str:
     return f" This looks like its MLP: base.mlp: {{{listed}}}"
 
 
+_NOT_TEXT = r"vision|visual|image|audio"  # in the paths of towers for other inputs
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # config keys of the activation
 
 
@@ -39,10 +40,11 @@ def guess(model: nn.Module, config: Any) -> Mlp | None:
 
     The decision uses the widths and names of projections. The model's weights may be on the meta device.
     """
-    names = (getattr(config, key, None) for key in _ACTIVATIONS)
+    names = (getattr(config.get_text_config(), key, None) for key in _ACTIVATIONS)
     activation = next((name for name in names if isinstance(name, str) and name in ACT2FN), None)
     for path, module in model.named_modules():
-        projections = _projections(module) if re.search(r"\.0(\.|$)", path) else None
+        in_text = re.search(r"\.0(\.|$)", path) and not re.search(_NOT_TEXT, path)
+        projections = _projections(module) if in_text else None
         if projections is None or activation is None:
             continue
         up, gate, down = projections

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mxd_convert.base_model.detect import guess, suggestion, widths_of
 from mxd_convert.errors import InputError
@@ -86,6 +86,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma": _glu(),
     "gemma2": _glu(activation="hidden_activation", after="post_feedforward_layernorm"),
+    "gemma3": _glu(
+        "model.language_model.layers.{i}.mlp",  # with images; its language model is a gemma3_text
+        "model.language_model.norm",
+        activation="hidden_activation",
+        after="post_feedforward_layernorm",
+    ),
     "gemma3_text": _glu(activation="hidden_activation", after="post_feedforward_layernorm"),
     "gpt2": Architecture(
         "transformer.h.{i}.mlp",
@@ -121,6 +127,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": _glu(scale="residual_multiplier"),
     "llama": _glu(),
     "mistral": _glu(),
+    "mistral3": _glu(
+        "model.language_model.layers.{i}.mlp", "model.language_model.norm"
+    ),  # with images; its language model is a mistral
     "olmo2": _glu(after="post_feedforward_layernorm"),
     "opt": Architecture(
         "model.decoder.layers.{i}",
@@ -242,7 +251,8 @@ def _why_not(config: Any) -> str:
         return ", whose MLPs are mixtures of experts already,"
     if getattr(config, "is_encoder_decoder", False):
         return ", an encoder-decoder,"
-    if str(config.model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_decoder", True) is False:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    if str(config.model_type) not in known or getattr(config, "is_decoder", True) is False:
         return ", no causal language model,"
     return ""
 
@@ -253,7 +263,7 @@ def find_sites(model: nn.Module, config: Any, indices: Sequence[int], own: Mlp |
     own: as for `architecture_of`. Raises InputError if an MLP doesn't match the row.
     """
     row = architecture_of(config, own)
-    activation = str(getattr(config, row.activation, row.activation))
+    activation = str(getattr(config.get_text_config(), row.activation, row.activation))
     if activation not in ACT2FN:
         raise InputError(
             f"the MLPs' activation {activation!r} is unknown to transformers. Set base.mlp.activation to, for example, gelu, relu or silu."

@@ -3,88 +3,61 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import hf_hub_download, resolve_revision
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from mxd_convert.base_model.checks import (
+    ADAPTER,
+    check_adapters,
+    check_config,
+    check_loaded,
+    check_unambiguous,
+    load_errors,
+    named_trust,
+    quiet,
+)
 from mxd_convert.base_model.detect import guess
 from mxd_convert.base_model.families import architecture_of, is_mixture
+from mxd_convert.base_model.gguf import from_gguf
+from mxd_convert.base_model.quantised import dequantised, unquantised
 from mxd_convert.base_model.remote_code import is_trusted
-from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
+from mxd_convert.errors import InputError
 from mxd_convert.files import check_pointer, read_mapping
 from mxd_convert.recipe.load import parse_yaml
-from mxd_convert.recipe.schema import MAX_LAYERS, Base, Mlp, is_local
-
-WEIGHTS_HELP = "The file is truncated or damaged. Download it or convert again."
-
-
-@contextmanager
-def load_errors(what: str, name: str, done: str = "loaded") -> Iterator[None]:
-    """Raise a one-line InputError for any failure of transformers or the Hub to load `what` from `name`.
-
-    An untrusted folder can raise any exception. All are errors of the folder, except for a full disk and exhausted memory.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except SafetensorError as error:
-        raise InputError(f"{name}: {what} can't be {done} ({first_line(error)}). {WEIGHTS_HELP}") from None
-    except Exception as error:
-        if is_disk_full(error) or is_out_of_memory(error):
-            raise
-        raise InputError(f"{name}: {what} can't be {done}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, and the second too if the first ends with a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    line = (
-        f"{type(error).__name__}: {line}"
-        if isinstance(error, KeyError | RecursionError | AssertionError | ArithmeticError)
-        else line
-    )
-    return line if len(line) <= 300 else line[:297] + "..."
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars, which would mix with ours. Failures still raise."""
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
+from mxd_convert.recipe.schema import GGUF, Base, Mlp
+from mxd_convert.recipe.section import is_local
 
 
 def load_config(base: Base) -> Any:
-    """Return the base model's config. Raises InputError if the model has none or can't be converted."""
+    """Return the base model's config, of its dequantised form if it is quantised.
+
+    Raises InputError if the model has no config or can't be converted.
+    """
     check_unambiguous(base.model)
+    base = from_gguf(base)
     if is_local(base.model):
         folder = Path(base.model)
         if not folder.is_dir():
             raise InputError(f"base.model: {base.model}: no such folder. Give a model's folder or its Hub id.")
         check_adapters(folder)
         if not (folder / "config.json").is_file():
-            raise InputError(
-                f"base.model: {base.model}: the folder has no config.json, so it is not a model. Give a model's folder or its Hub id."
-            )
+            found = sorted(file.name for file in folder.glob(f"*{GGUF}"))
+            fix = f"Set base.gguf_file to {' or '.join(found[:3])}." if found else "Give a model's folder or its Hub id."
+            raise InputError(f"base.model: {base.model}: the folder has no config.json, so it is not a model. {fix}")
         read_mapping(folder / "config.json", "Download the model again.")
         for file in folder.glob("*.safetensors"):
             check_pointer(file)
@@ -96,71 +69,10 @@ def load_config(base: Base) -> Any:
         if not is_local(base.model) and find_adapter_config_file(
             base.model, revision=base.revision, local_files_only=HF_HUB_OFFLINE
         ):
-            raise InputError(f"base.model: {base.model}: {_ADAPTER}")
-        with _named_trust(base.model):
+            raise InputError(f"base.model: {base.model}: {ADAPTER}")
+        with named_trust(base.model):
             config = AutoConfig.from_pretrained(base.model, revision=base.revision, trust_remote_code=_trusted(base))
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"base.model: {base.model} is quantised. Give the unquantised model, whose activations are exact.")
-    return config
-
-
-_ADAPTER = (
-    "has adapter_config.json, a PEFT adapter that transformers would silently add to the weights. Merge it into them"
-    " (merge_and_unload, then save_pretrained), or move it elsewhere."
-)
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_labels")
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-
-
-def check_adapters(folder: Path) -> None:
-    """Raise InputError if the folder has an adapter, because transformers would add it to the weights without a message."""
-    if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder}: {_ADAPTER}")
-
-
-def check_unambiguous(name: str) -> None:
-    """Raise InputError if a Hub id is also a path in the working directory, which transformers would load instead."""
-    if not is_local(name) and Path(name).exists():
-        raise InputError(
-            f"{name}: names both a model on the Hub and a path in the working directory. Write ./{name} for the path, or run from"
-            " another directory for the model on the Hub."
-        )
-
-
-def check_config(content: Mapping[str, Any], where: str, trusted: bool = False) -> None:
-    """Raise InputError if a config.json would run custom code, describes a model that takes hours to build, or is inconsistent.
-
-    where: the start of the message. trusted: whether custom code may run.
-    """
-    vocabulary, pad = content.get("vocab_size"), content.get("pad_token_id")
-    if isinstance(vocabulary, int) and isinstance(pad, int) and pad >= vocabulary > 0:
-        raise InputError(
-            f"{where}: pad_token_id {pad} exceeds the largest id, {vocabulary - 1} with vocab_size {vocabulary}. Set pad_token_id to"
-            " an id of the vocabulary, or to null."
-        )
-    for key, value in content.items():
-        if key in _COUNTS and isinstance(value, int | float) and value > MAX_LAYERS:
-            raise InputError(f"{where}: {key} is {value:.6g}, more than the limit of {MAX_LAYERS:,}. Download it again.")
-        if key.removesuffix("_internal").strip("_") in _IMPLEMENTATIONS and not trusted:
-            values = value.values() if isinstance(value, dict) else [value]
-            if not all(found is None or (isinstance(found, str) and found.isidentifier()) for found in values):
-                raise InputError(f"{where}: {key} is {value!r:.80}, code from elsewhere. Set it to a name such as sdpa or eager.")
-        if isinstance(value, dict):
-            check_config(value, f"{where}: {key}", trusted)
-
-
-@contextmanager
-def _named_trust(name: str) -> Iterator[None]:
-    """Raise an InputError that names our own setting if transformers asks for trust_remote_code."""
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise InputError(
-            f"base.model: {name} has custom code, which is not run by default. Read its .py files, then set"
-            " base.trust_remote_code: true (for a converted checkpoint, put --trust-remote-code before the command)."
-        ) from None
+    return unquantised(config, base.model)
 
 
 def _trusted(base: Base) -> bool:
@@ -184,6 +96,7 @@ _CARD_FIELDS = ("license", "license_name", "license_link", "language")
 def card_of(base: Base) -> dict[str, Any]:
     """Return licence and language from the base's model card, or {} if the card is missing, invalid or not reachable."""
     try:
+        base = from_gguf(base) if base.is_local else base  # a GGUF file's own metadata; on the Hub, the repository's card
         if is_local(base.model):
             path = Path(base.model) / "README.md"
         else:
@@ -204,16 +117,34 @@ def _is_valid_field(value: Any, lists: bool) -> bool:
 _TOKENIZER = ("tokenizer", "tokenization", "vocab", "merges", "tekken")
 
 
+def base_tokenizer(base: Base) -> Any:
+    """Return the base model's tokenizer. Raises InputError as `load_tokenizer` does."""
+    base = from_gguf(base)
+    return load_tokenizer(base.model, base.revision, base.trust_remote_code)
+
+
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model or checkpoint. Raises InputError if it is missing, broken, or needs untrusted code."""
     trusted = trust_remote_code or is_trusted()
     folder = Path(name)
     if folder.is_dir() and not any(file.name.startswith(_TOKENIZER) or file.suffix == ".model" for file in folder.iterdir()):
         raise InputError(f"{name}: has no tokenizer (tokenizer.json, or its family's files). Save the tokenizer there.")
-    with load_errors("its tokenizer", name), quiet(), _named_trust(name):
+    with load_errors("its tokenizer", name), quiet(), named_trust(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trusted)
         tokenizer("a", add_special_tokens=True)["input_ids"]  # some broken tokenizers fail only when used
         return tokenizer
+
+
+_PROCESSOR = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
+
+
+def copy_processor(name: str, folder: Path, revision: str | None = None) -> None:
+    """Copy the settings of the processor of images, if a model or checkpoint has any, into `folder`."""
+    for file in _PROCESSOR:
+        with load_errors(file, name):
+            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, folder / file)
 
 
 @dataclass(frozen=True)
@@ -230,6 +161,8 @@ class Spread:
 def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None) -> Any:
     """Return the base model in evaluation mode, without gradients, on the CPU unless `spread` is given.
 
+    Quantised weights are dequantised.
+
     Args:
         base: The recipe's `base`.
         dtype: The name of a dtype, as in the recipe, or None for `base.dtype`.
@@ -239,9 +172,11 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
         InputError: If the model can't be loaded, or its weights don't match its config.
     """
     check_unambiguous(base.model)
+    base = from_gguf(base)
     placed = {} if spread is None else {"device_map": "auto", "max_memory": spread.room, "offload_folder": str(spread.folder)}
     with load_errors("the model", base.model), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        content, _ = PreTrainedConfig.get_config_dict(base.model, revision=base.revision)
+        loaded: Any = auto_class(content.get("model_type")).from_pretrained(
             base.model,
             revision=base.revision,
             trust_remote_code=_trusted(base),
@@ -252,20 +187,29 @@ def load_base(base: Base, dtype: str | None = None, spread: Spread | None = None
             **placed,
         )
     model, info = loaded
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, theirs, ours = mismatched[0]
-        raise InputError(
-            f"{base.model}: the weights don't fit config.json: {name} has shape {list(theirs)}, but the sizes in config.json give"
-            f" {list(ours)}. Correct config.json, or give the complete model."
-        )
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{base.model}: the weights lack {missing[0]}{more}, which would be random. Give the complete model.")
-    layers = model.config.num_hidden_layers
+    check_loaded(model, info, base.model)
+    layers = model.config.get_text_config().num_hidden_layers
     beyond = architecture_of(model.config, base.mlp).layer.format(i=layers).removeprefix(f"{model.base_model_prefix}.")
     if any(f"{beyond}." in key for key in info["unexpected_keys"]):
         raise InputError(f"{base.model}: its config.json says {layers} layers, but the weights have more. Correct config.json.")
+    config = unquantised(model.config, base.model)
+    if config is not model.config:
+        with quiet():
+            model = dequantised(model, base.model)
+        vars(model).pop("_weight_conversions", None)  # by which the quantised tensors would be stored again
+        _check_dequantised(model, empty_model(config), base.model)
     return model.eval().requires_grad_(False)
+
+
+def _check_dequantised(model: Any, empty: Any, name: str) -> None:
+    """Raise InputError if a dequantised model has other modules than the model that was quantised (`empty`)."""
+    for path, module in empty.named_modules():
+        found = model.get_submodule(path)
+        if type(found) is not type(module):
+            raise InputError(
+                f"base.model: {name} is quantised, and transformers can't dequantise it: {path} becomes a {type(found).__name__}, not a"
+                f" {type(module).__name__}. Give the unquantised model."
+            )
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -276,7 +220,13 @@ def pick_device(name: str | None) -> torch.device:
 def empty_model(config: Any) -> Any:
     """Return the model of a config without weights, on the meta device."""
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=is_trusted())
+        return auto_class(config.model_type).from_config(config, trust_remote_code=is_trusted())
+
+
+def auto_class(model_type: Any) -> Any:
+    """Return the auto class that loads a model type as a causal LM: for some types the class of models with images."""
+    only_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if only_images else AutoModelForCausalLM
 
 
 def likely_mlp(config: Any) -> Mlp | None:
@@ -304,6 +254,11 @@ def model_sha256(model: Any) -> str:
 
 
 def untied_tensors(model: Any) -> dict[str, Tensor]:
-    """Return the state dict as stored in a checkpoint, with only one of each group of tied tensors."""
+    """Return the state dict with only one of each group of tied tensors."""
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def stored_tensors(model: Any) -> dict[str, Tensor]:
+    """Return the tensors as `save_pretrained` stores them: for some families under other names than in the model."""
+    return revert_weight_conversion(model, untied_tensors(model))

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import initialization
 
+from mxd_convert.base_model.checks import quiet
 from mxd_convert.base_model.families import Site, architecture_of, kept_mlp
-from mxd_convert.base_model.load import quiet, untied_tensors
+from mxd_convert.base_model.load import untied_tensors
 from mxd_convert.base_model.remote_code import has_own_code, joined
 from mxd_convert.errors import InputError
 from mxd_convert.modeling import layers_mxd, modeling_mxd
@@ -29,7 +30,7 @@ def insert_layers(base: Any, layers: Mapping[int, layers_mxd.FactoredLayer], ori
         origin: A record for config.json: the base's model id, revision, tensor hash, and the recipe's `base.mlp` if it has one.
     """
     row = architecture_of(base.config, kept_mlp(origin))
-    dropout = float(getattr(base.config, row.dropout)) if row.dropout is not None else 0.0
+    dropout = float(getattr(base.config.get_text_config(), row.dropout)) if row.dropout is not None else 0.0
     entries = {str(index): {**layers[index].entry(), "dropout": dropout} for index in sorted(layers)}
     mxd: dict[str, Any] = {"format_version": format_version(row.bypassed), "mlp": row.path}
     mxd |= {"then": list(row.bypassed)} if row.bypassed else {}

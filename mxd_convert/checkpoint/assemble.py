@@ -5,20 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mxd_convert.base_model.load import model_sha256, quiet
+from mxd_convert.base_model.checks import quiet
+from mxd_convert.base_model.load import model_sha256
 from mxd_convert.base_model.remote_code import has_own_code
 from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import Trainable
-from mxd_convert.recipe.schema import Base, is_local
+from mxd_convert.recipe.schema import Base
 
 
 def origin_of(base: Base, original: Any) -> dict[str, Any]:
     """Return the base model's entry in config.json and in the report. original: the loaded base model."""
     return {
-        "model": Path(base.model).name if is_local(base.model) else base.model,
+        "model": base.name,
         "revision": base.revision,
         "sha256": model_sha256(original),
-        "local": is_local(base.model),
+        "local": base.is_local,
+        **({"gguf_file": base.gguf_file} if base.gguf_file is not None else {}),
         **({"mlp": base.mlp.model_dump(exclude_defaults=True)} if base.mlp is not None else {}),
         **({"own_code": True} if has_own_code(original) else {}),
     }

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mxd_convert.base_model import swap
-from mxd_convert.base_model.load import WEIGHTS_HELP, load_base, load_errors, model_sha256, quiet, untied_tensors
+from mxd_convert.base_model.checks import WEIGHTS_HELP, load_errors, quiet
+from mxd_convert.base_model.load import load_base, model_sha256, stored_tensors
 from mxd_convert.checkpoint.read import (
     DELTA,
     REPORT,
@@ -56,7 +57,7 @@ def load_delta(folder: str | Path, base: str | None = None, dtype: str = "auto")
     content = read_delta(folder)
     original = base_of_delta(folder, content, base)
     config = read_config(folder / FULL)
-    tensors = merged_tensors(folder, content, untied_tensors(original))
+    tensors = merged_tensors(folder, content, stored_tensors(original))
     with load_errors("the delta", str(folder)):
         model = swap.model_of_tensors(class_of(folder / FULL, config), config, tensors, original)
     if (folder / FULL / "generation_config.json").is_file():
@@ -86,7 +87,7 @@ def verify_delta(delta: str | Path, base: str | None = None) -> Verification:
         if base is not None:
             raise
         return Verification(folder, [*checks, Check(name, None, str(error))])
-    tensors = merged_tensors(folder, content, untied_tensors(original))
+    tensors = merged_tensors(folder, content, stored_tensors(original))
     for path, header in weights.items():
         digest = hashlib.sha256()
         for piece in weight_file(header, tensors):

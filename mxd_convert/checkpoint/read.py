@@ -10,23 +10,15 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from mxd_convert.base_model.checks import WEIGHTS_HELP, check_adapters, check_config, load_errors, quiet
 from mxd_convert.base_model.families import kept_mlp
-from mxd_convert.base_model.load import (
-    WEIGHTS_HELP,
-    check_adapters,
-    check_config,
-    load_base,
-    load_errors,
-    model_sha256,
-    quiet,
-    untied_tensors,
-)
+from mxd_convert.base_model.load import load_base, model_sha256, stored_tensors, untied_tensors
 from mxd_convert.base_model.remote_code import class_in, is_trusted
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.files import check_links, check_output, check_pointer, move_into_place, read_mapping, temporary_sibling
 from mxd_convert.modeling import configuration_mxd, modeling_mxd
 from mxd_convert.recipe.load import read_recipe_yaml
-from mxd_convert.recipe.schema import Base
+from mxd_convert.recipe.schema import MASKED, Base
 from mxd_convert.report.schema import Report, read_report_file
 
 LOCAL = "mxd_local.json"
@@ -111,7 +103,7 @@ def load_checkpoint(folder: str | Path, dtype: str = "auto", finite: bool = Fals
     with load_errors("the model that config.json describes", str(folder), "built"), quiet():
         model_class = class_of(folder, config)
         with torch.device("meta"):
-            expected = {name: list(tensor.shape) for name, tensor in untied_tensors(model_class(config)).items()}
+            expected = {name: list(tensor.shape) for name, tensor in stored_tensors(model_class(config)).items()}
     check_tensors(folder, expected, found)
     with load_errors("the checkpoint", str(folder)), quiet():
         model = model_class.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True)
@@ -223,14 +215,14 @@ def base_of(folder: str | Path, override: str | None = None) -> Base:
 def chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None) -> Base:
     """Return the base model of a checkpoint or delta, as `base_of` does.
 
-    recorded: the base's id, its revision, and whether it was local.
+    recorded: the base's id, its revision and GGUF file, and whether it was local.
     """
     try:
         return _chosen_base(folder, recorded, override)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise InputError(
-            f"{folder}: its record of the base model is invalid: {problem['loc'][-1] if problem['loc'] else 'mlp'} is"
+            f"{folder}: its record of the base model is invalid: {problem['loc'][-1] if problem['loc'] else 'base'} is"
             f" {problem['input']!r:.60}. Download it again, or give the base with --base PATH."
         ) from None
 
@@ -240,16 +232,20 @@ def _chosen_base(folder: Path, recorded: Mapping[str, Any], override: str | None
     if override is not None:
         path = Path(override).expanduser()
         if path.exists():
-            return Base(model=str(path.resolve()), **more)
-        return Base(model=override, revision=recorded.get("revision") if override == recorded.get("model") else None, **more)
+            file = path / str(recorded.get("gguf_file"))
+            is_of_gguf = file.is_file() and not (path / "config.json").is_file()
+            return Base(model=str((file if is_of_gguf else path).resolve()), **more)
+        if override == recorded.get("model"):
+            more |= {"revision": recorded.get("revision"), "gguf_file": recorded.get("gguf_file")}
+        return Base(model=override, **more)
     local = read_local(folder).get("base")
-    if isinstance(local, str) and Path(local).is_dir():
+    if isinstance(local, str) and Path(local).exists():
         return Base(model=local, **more)
     if recorded.get("local", False) or not recorded.get("model"):
         raise InputError(
-            f"{folder}: its base model {recorded.get('model') or ''} was a local folder, which is not on this machine. Give it with --base PATH."
+            f"{folder}: its base model {recorded.get('model') or ''} was local, and is not on this machine. Give it with --base PATH."
         )
-    return Base(model=recorded["model"], revision=recorded.get("revision"), **more)
+    return Base(model=recorded["model"], revision=recorded.get("revision"), gguf_file=recorded.get("gguf_file"), **more)
 
 
 def is_converted(folder: Path) -> bool:
@@ -347,27 +343,35 @@ def same_outside_layers(converted: Any, base: Any) -> str | None:
 MAX_CONTEXT = 2**22  # tokens; longest block that an untrusted recipe may set
 
 
-def checkpoint_settings(folder: Path) -> tuple[int, bool]:
-    """Return (block length in tokens, whether to mask BOS and first positions) of the checkpoint's recipe.
+def checkpoint_settings(folder: Path) -> tuple[int, str]:
+    """Return (block length in tokens, `train.mask`: which tokens don't count) of the checkpoint's recipe.
 
-    Defaults: 128, True. The block length is at most the model's `max_position_embeddings`. Raises InputError if the recipe's
-    values are invalid.
+    Defaults: 128, bos. The block length is at most the model's `max_position_embeddings`. Raises InputError if the recipe's values
+    are invalid.
     """
-    limit = getattr(read_config(folder), "max_position_embeddings", None)
+    limit = getattr(read_config(folder).get_text_config(), "max_position_embeddings", None)
     path = folder / "recipe.yaml"
     recipe = read_recipe_yaml(path) if path.is_file() else {}
-    settings = {"data.context": 128, "train.mask_bos": True}
-    for key, default in settings.items():
-        section, _, name = key.partition(".")
-        keys = recipe.get(section, {})
-        if not isinstance(keys, dict):
-            raise InputError(f"{path}: {section} is {keys!r:.60}, not a section of a recipe. Correct the file or remove it.")
-        value = keys.get(name, default)
-        if type(value) is not type(default) or (key == "data.context" and not 2 <= value <= MAX_CONTEXT):
+    for section in ("data", "train"):
+        if not isinstance(recipe.get(section, {}), dict):
             raise InputError(
-                f"{path}: {key} is {value!r:.60}; expected {'true or false' if default is True else f'a number from 2 to {MAX_CONTEXT:,}'}."
-                " Remove the file to evaluate with blocks of 128 tokens."
+                f"{path}: {section} is {recipe[section]!r:.60}, not a section of a recipe. Correct the file or remove it."
             )
-        settings[key] = value
-    context, mask_bos = int(settings["data.context"]), bool(settings["train.mask_bos"])
-    return min(context, limit) if isinstance(limit, int) else context, mask_bos
+    context, train = recipe.get("data", {}).get("context", 128), recipe.get("train", {})
+    if type(context) is not int or not 2 <= context <= MAX_CONTEXT:
+        raise _wrong(path, "data.context", context, f"a number from 2 to {MAX_CONTEXT:,}")
+    if "mask_bos" in train:  # recipes before version 0.2
+        if type(train["mask_bos"]) is not bool:
+            raise _wrong(path, "train.mask_bos", train["mask_bos"], "true or false")
+        mask = "bos" if train["mask_bos"] else "none"
+    else:
+        mask = train.get("mask", "bos")
+        if not isinstance(mask, str) or mask not in MASKED:
+            raise _wrong(path, "train.mask", mask, ", ".join(MASKED))
+    return min(context, limit) if isinstance(limit, int) else context, mask
+
+
+def _wrong(path: Path, key: str, value: Any, expected: str) -> InputError:
+    return InputError(
+        f"{path}: {key} is {value!r:.60}; expected {expected}. Remove the file to evaluate with blocks of 128 tokens."
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def register() -> None:
     """Register config and model classes of every supported family. Imports torch and transformers, which takes seconds."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from mxd_convert.base_model.families import ARCHITECTURES, stem_of
     from mxd_convert.modeling import modeling_mxd
@@ -20,7 +20,10 @@ def register() -> None:
         config = config_class(stem)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, getattr(modeling_mxd, f"Mxd{stem}Model"), exist_ok=True)
-        AutoModelForCausalLM.register(config, getattr(modeling_mxd, f"Mxd{stem}ForCausalLM"), exist_ok=True)
+        model = getattr(modeling_mxd, f"Mxd{stem}ForCausalLM")
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+        if "text_config" in config.sub_configs:
+            AutoModelForImageTextToText.register(config, model, exist_ok=True)
 
 
 def is_our_program() -> bool:

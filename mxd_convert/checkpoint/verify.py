@@ -73,7 +73,7 @@ def foreign_code(folder: Path) -> list[str]:
 def token_ids(config: Any) -> list[list[int]]:
     """Return two fixed rows of random token ids, (2, T) with T at most 32."""
     generator = torch.Generator().manual_seed(0)
-    length = min(32, getattr(config, "max_position_embeddings", 32) or 32)
+    length = min(32, getattr(config.get_text_config(), "max_position_embeddings", 32) or 32)
     return torch.randint(0, config.get_text_config().vocab_size, (2, length), generator=generator).tolist()
 
 

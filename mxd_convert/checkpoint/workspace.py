@@ -21,7 +21,8 @@ from mxd_convert.checkpoint.read import REPORT, is_converted, read_local
 from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError, disk_guard, is_disk_full
 from mxd_convert.files import check_output, file_sha256, move_into_place, read_sealed, write_sealed, write_text
-from mxd_convert.recipe.schema import Recipe, is_local
+from mxd_convert.recipe.schema import Recipe
+from mxd_convert.recipe.section import is_local
 
 MARK = "fingerprint"  # file with the hashes of the recipe and of the files that the run reads
 REPLACING = "replacing"  # file that exists while --fresh replaces a finished output
@@ -224,9 +225,11 @@ class Workspace:
         These are the texts, and the base's weights, config, tokenizer and code. say: as for `claim`.
         """
         data, base = self.recipe.data, self.recipe.base.model
-        texts = [path for path in (data.train.path, data.eval.path) if path is not None and is_local(path)]
+        texts = [source.path for text in (data.train, data.eval) for _, source in text.entries() if is_local(source.path)]
         files = [file for path in texts for file in local_files(path)]
-        if is_local(base):
+        if self.recipe.base.gguf_file is not None and is_local(base):
+            files.append(Path(self.recipe.base.path))
+        elif is_local(base):
             files += _loaded_files(Path(base), self.recipe.base.trust_remote_code or is_trusted())
         size = sum(file.stat().st_size for file in files)
         if size > _LARGE_INPUT_BYTES:

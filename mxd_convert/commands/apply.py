@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from mxd_convert.base_model.load import untied_tensors
+from mxd_convert.base_model.load import stored_tensors
 from mxd_convert.checkpoint.delta import FULL, base_of_delta, has_hash, merged_tensors, read_delta, weight_file
 from mxd_convert.checkpoint.read import (
     LOCAL,
@@ -32,7 +32,7 @@ def apply(delta: str | Path, output: str | Path, base: str | None = None) -> Pat
     folder, output = Path(delta), Path(output)
     check_new(output, folder)
     content = read_delta(folder)
-    tensors = merged_tensors(folder, content, untied_tensors(base_of_delta(folder, content, base)))
+    tensors = merged_tensors(folder, content, stored_tensors(base_of_delta(folder, content, base)))
     with new_folder(output, folder) as work:
         weights = {entry["path"]: entry["header"] for entry in content["weights"]}
         for path in content["files"]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mxd_convert.base_model.load import untied_tensors
+from mxd_convert.base_model.load import stored_tensors
 from mxd_convert.checkpoint.delta import FORMAT_VERSION, FULL, LAYERS
 from mxd_convert.checkpoint.read import (
     DELTA,
@@ -67,8 +67,8 @@ def delta(checkpoint: str | Path, output: str | Path, base: str | None = None) -
     check_new(output, folder)
     config = read_config(folder)
     converted = load_checkpoint(folder)
-    theirs = untied_tensors(original_of(folder, converted, base))
-    ours = untied_tensors(converted)
+    theirs = stored_tensors(original_of(folder, converted, base))
+    ours = stored_tensors(converted)
     own = {name: tensor.contiguous() for name, tensor in ours.items() if not _same(tensor, theirs.get(name))}
     files = belonging(folder)
     weights = weight_files(folder)

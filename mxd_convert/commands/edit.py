@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.base_model.load import copy_processor, load_tokenizer
 from mxd_convert.checkpoint.labels import LABELS
 from mxd_convert.checkpoint.provenance import file_hashes
 from mxd_convert.checkpoint.read import (
@@ -77,6 +77,7 @@ def edit(
     with new_folder(output, Path(checkpoint)) as work:
         model.save_pretrained(work)
         load_tokenizer(str(checkpoint)).save_pretrained(work)
+        copy_processor(str(checkpoint), work)
         for name in _CARRIED:
             if (Path(checkpoint) / name).is_file():
                 shutil.copyfile(Path(checkpoint) / name, work / name)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from mxd_convert.base_model.load import quiet as without_noise
+from mxd_convert.base_model.checks import quiet as without_noise
 from mxd_convert.checkpoint.labels import LABELS
 from mxd_convert.checkpoint.read import (
     check_finite,
@@ -237,7 +237,7 @@ class _Job:
         model = load_checkpoint(self.checkpoint, dtype="float32")
         reference = parity.Reference(model)
         most = max(parity.LENGTHS) + max(parity.PASTS)
-        room = min(getattr(model.config, "max_position_embeddings", None) or most, most)
+        room = min(getattr(model.config.get_text_config(), "max_position_embeddings", None) or most, most)
         vocabulary = model.config.get_text_config().vocab_size
         steps = len(self.dtypes) * (len(parity.cases(room)) + parity.PROMPTS)
         with progress(steps, self.quiet, "comparing", "comparing with PyTorch on real text") as advance:
@@ -337,7 +337,7 @@ def _check(checkpoint: Path, config: Any, dtypes: Sequence[str], quantized: str 
 
 def _length_dependent(config: Any) -> str | None:
     """Return the type of a rotary position embedding that depends on the length of the text, or None for other types."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [entry.get("rope_type") for entry in (rope, *rope.values()) if isinstance(entry, dict)]
     return next((kind for kind in kinds if kind in ("dynamic", "longrope")), None)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxd_convert.base_model.load import load_errors, load_tokenizer, quiet
+from mxd_convert.base_model.checks import load_errors, quiet
+from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.steering import steered
@@ -127,7 +128,7 @@ def encode_prompt(tokenizer: Any, prompt: str, model: Any, new_tokens: int = 0) 
         if tokenizer.bos_token_id is None:
             raise InputError("--prompt: the prompt is empty, and the tokenizer has no BOS token to begin with. Give a prompt.")
         ids, mask = torch.tensor([[tokenizer.bos_token_id]]), torch.ones(1, 1, dtype=torch.long)
-    room, length = getattr(model.config, "max_position_embeddings", None), ids.shape[1]
+    room, length = getattr(model.config.get_text_config(), "max_position_embeddings", None), ids.shape[1]
     if isinstance(room, int) and length + new_tokens > room:
         added = f" and {new_tokens} new tokens" if new_tokens else ""
         raise InputError(

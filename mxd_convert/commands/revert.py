@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from mxd_convert.base_model import swap
-from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.base_model.load import copy_processor, load_tokenizer
 from mxd_convert.checkpoint.labels import read_labels, write_labels
 from mxd_convert.checkpoint.read import LOCAL, base_of, check_new, load_checkpoint, new_folder, original_of
 from mxd_convert.errors import InputError
@@ -44,8 +44,9 @@ def revert(checkpoint: str | Path, layers: list[int] | str, output: str | Path, 
         if (Path(checkpoint) / "recipe.yaml").is_file() and hasattr(model, "mxd_layers"):
             shutil.copyfile(Path(checkpoint) / "recipe.yaml", work / "recipe.yaml")  # evaluation reads the block length from it
         load_tokenizer(str(checkpoint)).save_pretrained(work)
+        copy_processor(str(checkpoint), work)
         if hasattr(model, "mxd_layers"):
             write_labels(work, [label for label in read_labels(checkpoint) if label.layer not in indices])
         if (Path(checkpoint) / LOCAL).is_file() and hasattr(model, "mxd_layers"):
-            write_json(work / LOCAL, {"base": base_of(checkpoint, base).model})
+            write_json(work / LOCAL, {"base": base_of(checkpoint, base).path})
     return output

@@ -149,6 +149,8 @@ def make_config(stem: str, base: Any, module: str = __name__, prefix: str = "mxd
                 "AutoModel": f"{models}.Mxd{stem}Model",
                 "AutoModelForCausalLM": f"{models}.Mxd{stem}ForCausalLM",
             }
+            if "text_config" in base.sub_configs:  # a model with images too
+                self.auto_map["AutoModelForImageTextToText"] = self.auto_map["AutoModelForCausalLM"]
         self.validate()  # a strict dataclass validates itself, but a subclass made by `type` does not
 
     # The base's tensor-parallel plan names the projections of MLPs, which may be replaced.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from .configuration_mxd import config_class
 from .layers_mxd import FactoredLayer, build_layer, position
@@ -253,6 +253,9 @@ def __getattr__(name: str) -> Any:
     for suffix, mapping in (("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING), ("Model", MODEL_MAPPING)):
         if name.startswith("Mxd") and name.endswith(suffix):
             config = config_class(name[len("Mxd") : -len(suffix)])
-            globals()[name] = make_model(config, mapping[config.__mro__[1]], f"Auto{suffix.replace('For', 'ModelFor')}")
+            base = config.__mro__[1]
+            # some models of transformers are causal LMs only as models with images
+            found = mapping if suffix == "Model" or base in mapping else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            globals()[name] = make_model(config, found[base], f"Auto{suffix.replace('For', 'ModelFor')}")
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mxd_convert.base_model.load import load_tokenizer, quiet
+from mxd_convert.base_model.checks import quiet
+from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.files import read_mapping, write_json, write_text
 from mxd_convert.onnx.runtime import FOLDER, GRAPHS, JS_TYPES
 

@@ -12,7 +12,7 @@ from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.files import temporary_sibling
 from mxd_convert.recipe.load import read_recipe_yaml, shipped_folder
-from mxd_convert.recipe.schema import EvalText
+from mxd_convert.recipe.texts import EvalText
 
 SHIPPED = "python-docs.jsonl.gz"
 

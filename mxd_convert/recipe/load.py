@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.files import kind_of
-from mxd_convert.recipe.schema import PRESET_KEYS, RENAMED, Recipe, Section
+from mxd_convert.recipe.presets import is_warm
+from mxd_convert.recipe.schema import GGUF, PRESET_KEYS, RENAMED, Recipe
+from mxd_convert.recipe.section import Section
 
 
 class _Loader(yaml.SafeLoader):
@@ -110,6 +112,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
             for key in keys:
                 if isinstance(content.get(section), dict):
                     content[section].pop(key, None)
+    _drop_replaced_texts(content, changes)
     content = _merge(content, changes)
     try:
         loaded = Recipe.model_validate(content)
@@ -242,6 +245,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             return
         path = Path(section[key]).expanduser()
         file_like = path.suffix in (".txt", ".jsonl", ".parquet", ".gz") or "*" in section[key]
+        file_like |= path.suffix == GGUF and section[key].count("/") != 2  # owner/name/model.gguf is on the Hub
         if always or file_like or section[key].startswith((".", "~", "/")) or (folder / path).exists():
             section[key] = os.path.normpath(folder / path)
         elif path.exists():  # the Hub's clients would read this path in the working directory instead of the Hub
@@ -253,9 +257,30 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     data = content.get("data")
     resolve(content.get("base"), "model")
     resolve(content.get("output"), "dir", always=True)
+    train = content.get("train")
+    if isinstance(train, dict) and isinstance(train.get("init"), str) and is_warm(train["init"]):
+        resolve(train, "init", always=True)
     if isinstance(data, dict):
-        resolve(data.get("train"), "path")
-        resolve(data.get("eval"), "path")
+        for split in ("train", "eval"):
+            if isinstance(data.get(split), list):  # the short form of several sources
+                data[split] = {"sources": data[split]}
+            text = data.get(split)
+            resolve(text, "path")
+            sources = text.get("sources") if isinstance(text, dict) else None
+            for source in sources if isinstance(sources, list) else ():
+                resolve(source, "path")
+
+
+def _drop_replaced_texts(content: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Remove the sources of a text for which the overrides give a path, and the path of one for which they give sources."""
+    for split in ("train", "eval"):
+        below, above = (
+            part.get("data", {}).get(split) if isinstance(part.get("data", {}), dict) else None for part in (content, changes)
+        )
+        if isinstance(below, dict) and isinstance(above, dict):
+            for given, replaced in (("path", "sources"), ("sources", "path")):
+                if given in above:
+                    below.pop(replaced, None)
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
@@ -286,11 +311,14 @@ def _suggest(name: str, known: list[str]) -> str:
 def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
     section: Any = Recipe
     for part in location:
+        if isinstance(part, int):  # an item of a list of sections
+            continue
         field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
-        parts = (
-            [] if field is None else [part for part in get_args(field.annotation) or [field.annotation] if part is not type(None)]
+        kinds = (
+            [] if field is None else [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not type(None)]
         )
-        section = parts[0] if len(parts) == 1 else None  # a section, possibly optional
+        kinds = [item for kind in kinds for item in (get_args(kind) or (kind,))]
+        section = kinds[0] if len(kinds) == 1 else None  # a section, possibly optional or in a list
     return section if isinstance(section, type) and issubclass(section, Section) else None
 
 
@@ -317,6 +345,7 @@ def _explain(error: ValidationError) -> str:
         message = f"{key}: missing, and it has no default. Set it."
     elif problem["type"] == "value_error":
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+        message = f"{key}.{message}" if location[:1] == ("data",) else message
     elif problem["type"].startswith("literal_error"):
         choices = [part.strip().strip("'") for part in re.split(r", | or ", problem["ctx"]["expected"])]
         message = f"{key}: {value!r} is not one of {', '.join(choices)}{_suggest(str(value), choices)}"
@@ -344,7 +373,7 @@ def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
 
 def _accepted(key: str) -> str:
     """Describe the accepted values of a renamed key of `train`."""
-    return {"train.init": "tokens or paper", "train.k_init": "a number of experts"}.get(
+    return {"train.mask": "none or bos", "train.init": "tokens or paper", "train.k_init": "a number of experts"}.get(
         key, "a share of the steps, from 0 to below 1"
     )
 

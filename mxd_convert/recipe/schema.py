@@ -5,29 +5,37 @@ The string below each key is its documentation, also in docs/recipe.schema.json 
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from mxd_convert.recipe.kinds import KINDS, Kind, check_kind
+from mxd_convert.recipe.section import Positive, Rate, Section, is_local
+from mxd_convert.recipe.texts import Data
 
-Positive = Annotated[int, Field(gt=0, le=10**13)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Keys that `train.preset` fills in, by section.
 PRESET_KEYS = {"layer": ("hidden",), "train": ("lr", "batch_tokens", "warmup_steps", "schedule", "init", "k_init", "joint")}
 
 # Old and new names of keys. Recipes before version 0.2, also those in checkpoints, have the old names.
-RENAMED = {"train.start": "train.init", "train.k_start": "train.k_init", "train.finish": "train.joint"}
+Mask = Literal["none", "bos", "special", "prompt"]
+MASKED: dict[str, str] = {
+    "none": "nothing",
+    "bos": "BOS tokens and the first position of each block",
+    "special": "special tokens and the first position of each block",
+    "prompt": "BOS tokens, the first position of each block, and the prompts of chats",
+}  # what each mask leaves out
+RENAMED = {
+    "train.mask_bos": "train.mask",
+    "train.start": "train.init",
+    "train.k_start": "train.k_init",
+    "train.finish": "train.joint",
+}
 
 
-class Section(BaseModel):
-    """Base class of all sections. Unknown keys and implicit type conversions are errors, and instances are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+GGUF = ".gguf"
 
 
 class Mlp(Section):
@@ -43,7 +51,7 @@ class Mlp(Section):
     """Name of a GLU's gate projection; null: not a GLU. If one matrix contains both, the gate first: the same name as `up`."""
     activation: str
     """Activation of the hidden units, by its transformers name: gelu, gelu_new, relu, silu."""
-    chain: list[str] = []
+    chain: list[str] = []  # noqa: RUF012 (pydantic copies it for each instance)
     """Modules that form the MLP, in execution order: [fc1, activation_fn, fc2]. Only needed if no single module is the MLP."""
     norm: str | None = None
     """Path of the model's final norm. Only needed to compute the effect of experts on the logits."""
@@ -67,9 +75,12 @@ class Base(Section):
     """The pretrained model to convert."""
 
     model: str
-    """Pretrained model: a Hub id (openai-community/gpt2) or a local folder."""
+    """Pretrained model: a Hub id (openai-community/gpt2), a local folder, or the path of a .gguf file."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub; null: the default branch."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the folder or Hub repository `model`; null: the model is in transformers' own format. Quantised
+    weights are dequantised once, into the cache."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Precision of the base model while activations are captured; auto: as it was saved. The checkpoint keeps the base's own."""
     trust_remote_code: bool = False
@@ -77,69 +88,39 @@ class Base(Section):
     mlp: Mlp | None = None
     """MLPs of a model family that mxd-convert does not know; null: the family is known."""
 
-
-class Text(Section):
-    """A text to train on."""
-
-    path: str = "Skylion007/openwebtext"
-    """A Hub dataset, or a local .txt, .jsonl (both also .gz) or .parquet file, a folder of such files, or a glob."""
-    config: str | None = None
-    """Configuration of a Hub dataset that has several (wikitext-103-raw-v1); null: the dataset's default."""
-    split: str | None = "train"
-    """Split of a Hub dataset; null: train."""
-    text: str = "text"
-    """Field that contains the text of a document (.jsonl, .parquet, Hub datasets)."""
-    missing: Literal["refuse", "skip"] = "refuse"
-    """Rows whose text is missing or null. refuse: stop with an error. skip: leave them out and report their number."""
+    @model_validator(mode="before")
+    @classmethod
+    def _split_path(cls, content: Any) -> Any:
+        """Split the path of a GGUF file into `model` and `gguf_file`, so that a path in `--set base.model` overrides both."""
+        model = content.get("model") if isinstance(content, dict) else None
+        if isinstance(model, str) and model.endswith(GGUF) and (is_local(model) or model.count("/") > 1):
+            folder, _, name = model.rpartition("/")
+            return {**content, "model": folder or "/", "gguf_file": name}
+        return content
 
     @model_validator(mode="after")
-    def _config_of_a_dataset(self) -> "Text":
-        _check_config("data.train", self.path, self.config)
+    def _file_in_the_model(self) -> "Base":
+        name = self.gguf_file
+        if name is not None and (not name.endswith(GGUF) or is_local(name) or ".." in name.split("/")):
+            raise ValueError(
+                f"base.gguf_file: {name!r:.80} is not the name of a {GGUF} file in {self.model}. Write it as in model-Q4_1.gguf."
+            )
         return self
 
+    @property
+    def is_local(self) -> bool:
+        """Return whether the model is local rather than on the Hub."""
+        return is_local(self.model)
 
-class EvalText(Section):
-    """A text to evaluate on."""
+    @property
+    def path(self) -> str:
+        """Return the model's folder, file or Hub id, from which `Base(model=path)` gives the same model."""
+        return self.model if self.gguf_file is None else f"{self.model}/{self.gguf_file}"
 
-    path: str | None = None
-    """As data.train.path, for evaluation; null: a tenth of the training documents, chosen by content, is held out."""
-    config: str | None = None
-    """Configuration of a Hub dataset that has several (wikitext-103-raw-v1); null: the dataset's default."""
-    split: str | None = None
-    """Split of a Hub dataset; null: train."""
-    text: str = "text"
-    """Field that contains the text of a document (.jsonl, .parquet, Hub datasets)."""
-    missing: Literal["refuse", "skip"] = "refuse"
-    """Rows whose text is missing or null. refuse: stop with an error. skip: leave them out and report their number."""
-    tokens: Positive = 262_144
-    """Number of tokens to evaluate on."""
-
-    @model_validator(mode="after")
-    def _config_of_a_dataset(self) -> "EvalText":
-        _check_config("data.eval", self.path, self.config)
-        return self
-
-
-def _check_config(section: str, path: str | None, config: str | None) -> None:
-    if config is not None and (path is None or is_local(path)):
-        text = "no dataset is named" if path is None else f"{path} is local, and only Hub datasets have configurations"
-        raise ValueError(
-            f"{section}.config: {config!r} is given, but {text}. Set {section}.config: null, or set {section}.path to a Hub dataset."
-        )
-
-
-class Data(Section):
-    """Text to train and to evaluate on."""
-
-    train: Text = Text()
-    """Training text."""
-    eval: EvalText = EvalText()
-    """Evaluation text. It never overlaps the training text."""
-    context: Annotated[int, Field(ge=2)] = 128
-    """Block length in tokens: the base model reads the text in blocks of this length."""
-    tokens: Positive = 480_000_000
-    """Number of tokens to train on. Blocks are drawn at random from that many tokens of the text, and from at least 4 million. A
-    shorter text is repeated in a new order."""
+    @property
+    def name(self) -> str:
+        """Return the name that is published: a Hub id, or the last component of a local path."""
+        return Path(self.path).name if self.is_local else self.model
 
 
 class Layer(Section):
@@ -216,23 +197,26 @@ class Train(Section):
     schedule: Literal["constant", "linear", "trapezoid", "cosine"] | None = None
     """Learning rate after the warm-up. trapezoid: constant, then linear to zero over the last fifth before the joint stage. null:
     set by the preset."""
-    init: Literal["tokens", "paper"] | None = None
-    """Initialisation. tokens: each expert is initialised from one training token; its gate detects the token's input, and its row
-    gives the token's output. Near-duplicate tokens are skipped. paper: random gate and experts, D at zero, and experts kept at
-    unit norm. null: set by the preset."""
+    init: str | None = None
+    """Initialisation: tokens, paper, or the folder of a converted model. tokens: each expert is initialised from one training
+    token; its gate detects the token's input, and its row gives the token's output. Near-duplicate tokens are skipped. paper:
+    random gate and experts, D at zero, and experts kept at unit norm. A folder: a warm start from its layers, of the same kind
+    and sizes; k, the text and the base's weights may differ. null: set by the preset."""
     k_init: Positive | None = None
     """Active experts per token at the first step. The number falls linearly to layer.k over the first half of the steps before
     the joint stage. null: set by the preset."""
     joint: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Joint stage: the share of the steps, at the end of the run, in which all layers are trained together in the model, to match
     the base's next-token distribution. 0: no joint stage; null: set by the preset."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the layers' matrix products. With bf16, weights and optimiser state stay in float32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Precision of the layers' matrix products. With bf16, weights and optimiser state stay in float32. auto: bf16, also for the
+    base while activations are captured (base.dtype), on devices that multiply bfloat16 matrices natively; fp32 elsewhere."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the initialisation and of the order of the text."""
-    mask_bos: bool = True
-    """Exclude BOS tokens and the first position of each block from the layers' losses. They are attention sinks, whose norms
-    dwarf all others. The KL divergence of the joint stage includes them."""
+    mask: Mask = "bos"
+    """Tokens that don't train the layers and don't count in the joint stage's loss. bos: BOS tokens and the first position of each
+    block, which are attention sinks, whose norms dwarf all others. special: those and all other special tokens. prompt: those of
+    `bos` and, in chats, all tokens but the assistant's replies. none: no token."""
     order: Literal["parallel", "sequential"] = "parallel"
     """Inputs of the layers. parallel: from the base model. sequential: from the model with all earlier layers replaced."""
     target: Literal["local", "teacher"] = "local"
@@ -345,10 +329,14 @@ class Recipe(Section):
     def published(self) -> dict[str, Any]:
         """Return all settings as published in the checkpoint: local paths reduced to the last component, ${VAR} not expanded."""
         content = self.model_dump()
-        for section, key in ((content["base"], "model"), (content["data"]["train"], "path"), (content["data"]["eval"], "path")):
+        texts = [content["data"][split] for split in ("train", "eval")]
+        sources = [source for text in texts for source in text["sources"] or ()]
+        for section, key in ((content["base"], "model"), *((text, "path") for text in (*texts, *sources))):
             if section[key] is not None and is_local(section[key]):
                 section[key] = Path(section[key]).name
         content["output"]["dir"] = Path(self.output.dir).name if self.output.dir else None
+        if content["train"]["init"] is not None:
+            content["train"]["init"] = Path(content["train"]["init"]).name
         content["output"]["push_to"] = None  # another user publishes to another repository
         for key, text in self.references.items():
             *sections, last = key.split(".")
@@ -380,14 +368,17 @@ def _deciding(content: dict[str, Any]) -> dict[str, Any]:
     # Newer keys are left out at their old meaning (null, 0), so that the fingerprints of older checkpoints stay valid.
     train = {key: value for key, value in content["train"].items() if key not in _MEANS}
     train = {key: value for key, value in train.items() if value or key not in ("init", "k_init", "joint")}
-    base = {key: value for key, value in content["base"].items() if key != "mlp" or value is not None}
+    if train["mask"] in ("bos", "none"):  # all that was possible before
+        train["mask_bos"] = train.pop("mask") == "bos"
+    base = {key: value for key, value in content["base"].items() if key not in ("mlp", "gguf_file") or value is not None}
     data = {**content["data"], **{name: _as_before(content["data"][name]) for name in ("train", "eval")}}
     return {**{key: value for key, value in content.items() if key != "output"}, "train": train, "base": base, "data": data}
 
 
 def _as_before(text: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a text without `config` and `missing` where they have their defaults."""
-    return {key: value for key, value in text.items() if (key, value) not in (("config", None), ("missing", "refuse"))}
+    """Return the settings of a text without newer keys where they have their defaults."""
+    defaults = (("config", None), ("missing", "refuse"), ("sources", None))
+    return {key: value for key, value in text.items() if (key, value) not in defaults}
 
 
 def _sha256(content: dict[str, Any]) -> str:
@@ -429,11 +420,6 @@ def layer_indices(layers: str | int | list[int], count: int | None) -> list[int]
                 + (f". The base model has layers 0 to {count - 1}." if count is not None else "")
             )
     return sorted(indices)
-
-
-def is_local(path: str) -> bool:
-    """Return whether `path` is local rather than a Hub id. In a resolved recipe, local paths are absolute."""
-    return os.path.isabs(path)
 
 
 def json_schema() -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Base(Section):
 
     model: Name
     revision: Name | None = None
+    gguf_file: Name | None = None
     sha256: Name | None = None
     own_code: bool = False
     mlp: dict[str, Any] | None = None
@@ -77,6 +78,23 @@ class Jacobian(Section):
     relative_squared_error_se: Figure = None
 
 
+class TokenKind(Section):
+    """Figures of one kind of token: text, special tokens, BOS, or the first position of a block.
+
+    Of the model: rise and KL of the predictions at these tokens. Of a layer: its squared error over the squared norm of the MLP's
+    output, and the size of that norm relative to text.
+    """
+
+    tokens: Count = None
+    delta_ce: Figure = None
+    delta_ce_se: Figure = None
+    kl: Figure = None
+    kl_se: Figure = None
+    relative_squared_error: Figure = None
+    relative_squared_error_se: Figure = None
+    norm: Figure = None
+
+
 class LayerFidelity(Section):
     """Fidelity of one layer. All layers are converted for the figures in place, only this one for the others.
 
@@ -102,6 +120,7 @@ class LayerFidelity(Section):
     recovered_mean: Figure = None
     recovered_mean_se: Figure = None
     jacobian: dict[str, Jacobian] | None = None
+    token_kinds: dict[str, TokenKind] | None = None
     reason: Name | None = None
 
 
@@ -151,6 +170,7 @@ class Fidelity(Section):
     compounding: Figure = None
     compounding_se: Figure = None
     reason: Name | None = None
+    token_kinds: dict[str, TokenKind] | None = None
     variants: Variants | None = None
     by_document: ByDocument | None = None
     layers: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], LayerFidelity], Field(min_length=1)]

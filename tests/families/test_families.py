@@ -8,11 +8,13 @@ import torch
 from conformance import BASE_FAILS, IDS, NAMES, NEW, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
 from project import ROOT
 from tiny_models import LAYERS, tiny_model
+from transformers import AutoModelForImageTextToText
 
 from mxd_convert import steer
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.capture import apply_mlp, harvest, recording
 from mxd_convert.base_model.families import ARCHITECTURES, find_sites, stem_of
+from mxd_convert.base_model.load import copy_processor
 from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.evaluation.suffix import Prefix
 from mxd_convert.layers import MxD
@@ -199,3 +201,22 @@ def test_the_classes_are_named_after_their_family():
         *("GPT2", "GPTNeoX", "Gemma3Text", "OPT", "StableLm"),
     ]
     assert Path(ROOT / "docs" / "add-a-family.md").is_file()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"], indirect=True)
+@torch.no_grad()
+def test_a_model_with_images_is_converted_as_a_whole(family, tmp_path):
+    """The language model inside is converted. The outer class loads the checkpoint, with the processor's settings."""
+    name, base, converted = family
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": "none"}')
+    theirs, ours = (AutoModelForImageTextToText.from_pretrained(folder).eval() for folder in (base, converted))
+    assert type(ours).base_class is type(theirs)
+    assert list(ours.mxd_layers()) == [1]
+    inputs = {"input_ids": torch.tensor([[7, 5, 5, 5, 5, 9]]), "pixel_values": torch.rand(1, 3, 28, 28)}
+    inputs |= {"image_sizes": torch.tensor([[28, 28]])} if name == "mistral3" else {}
+    with_image, other_image = ours(**inputs).logits, ours(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits
+    assert not torch.allclose(with_image, other_image)
+    reverted = swap.remove_layers(ours, theirs, [1])
+    assert torch.equal(reverted(**inputs).logits, theirs(**inputs).logits)
+    copy_processor(str(base), tmp_path)
+    assert (tmp_path / "preprocessor_config.json").read_text() == (base / "preprocessor_config.json").read_text()

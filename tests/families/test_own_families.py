@@ -97,7 +97,7 @@ def test_init_finds_the_row_of_a_known_family(family):
     assert found is not None
     ours = (found.module, found.up, found.gate, found.down, found.norm)
     assert ours == (row.mlp, row.up, row.gate, row.down, row.norm)
-    assert found.activation == getattr(model.config, row.activation)
+    assert found.activation == getattr(model.config.get_text_config(), row.activation)
 
 
 def test_wrong_descriptions_are_one_line_errors(tokenizer, text, tmp_path, refused):

@@ -6,6 +6,7 @@ Each check takes the folder of the base or of the converted model, and returns t
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,11 @@ from project import QUICKSTART, ROOT
 from safetensors.torch import load_file
 from small_runs import documents, small_recipe
 from tiny_models import VOCABULARY, save_tiny
-from transformers import AutoModelForCausalLM
 
 from mxd_convert.base_model import swap
+from mxd_convert.base_model.checks import quiet
 from mxd_convert.base_model.families import ARCHITECTURES, architecture_of, find_sites
-from mxd_convert.base_model.load import load_base, load_tokenizer, quiet
+from mxd_convert.base_model.load import auto_class, load_base, load_tokenizer
 from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.commands.export_onnx import export_onnx
 from mxd_convert.layers import MxD
@@ -35,7 +36,8 @@ Check = Callable[[Path], str | None]
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    return auto_class(model_type).from_pretrained(folder, **options).eval()
 
 
 @torch.no_grad()
@@ -50,9 +52,6 @@ def differs(ours: torch.Tensor, theirs: torch.Tensor, limit: float = 1e-5, relat
     most = theirs.float().abs().max().clamp_min(1) if relative else 1.0
     worst = float((ours.float() - theirs.float()).abs().max() / most)
     return None if worst <= limit else f"differs by {worst:.1e}"
-
-
-# --- the checks -----------------------------------------------------------------------------------------------------------------
 
 
 def saves(folder: Path) -> str | None:
@@ -140,10 +139,13 @@ def checkpoints(folder: Path) -> str | None:
             if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                 raise AssertionError("not enabled")
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-        missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        found = {
+            name: parameter.grad for name, parameter in model.named_parameters() if not re.search("vision|multi_modal", name)
+        }
+        missing = [name for name, gradient in found.items() if gradient is None]
         if missing:
             raise AssertionError(f"no gradient for {missing[0]}")
-        return {name: parameter.grad for name, parameter in model.named_parameters()}
+        return found
 
     plain, checkpointed = gradients(False), gradients(True)
     worst = max(
@@ -164,7 +166,7 @@ def offloads(folder: Path) -> str | None:
     plain = load(folder)
     layer = next(path for path, module in plain.named_modules() if path.endswith(".1")).rpartition(".")[0]
     with tempfile.TemporaryDirectory() as scratch:
-        whole = {name: "cpu" for name, _ in plain.named_modules() if name and not list(plain.get_submodule(name).children())}
+        whole = {name.rpartition(".")[0]: "cpu" for name in plain.state_dict()}
         within = {name: device for name, device in whole.items() if not name.startswith(f"{layer}.")}
         devices = {**within, f"{layer}.0": "cpu", f"{layer}.1": "disk"}
         spread = load(folder, device_map=devices, offload_folder=scratch)
@@ -235,7 +237,7 @@ def constant_gain_layer(base: Any, site: Any, k: int = 4, n_experts: int = 12) -
 def identity(base_folder: Path, _: Path) -> str | None:
     """The original weights with a constant gain give the base's logits, after saving and loading; zeroed MLPs do not."""
     base = load_base(Base(model=str(base_folder)))
-    sites = find_sites(base, base.config, range(base.config.num_hidden_layers))
+    sites = find_sites(base, base.config, range(base.config.get_text_config().num_hidden_layers))
     with tempfile.TemporaryDirectory() as scratch:
         swap.insert_layers(base, {site.index: constant_gain_layer(base, site) for site in sites}).save_pretrained(scratch)
         problem = differs(logits(load_checkpoint(scratch)), logits(base), relative=False)

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.data.blocks import prepare_eval
-from mxd_convert.recipe.schema import EvalText
+from mxd_convert.recipe.texts import EvalText
 
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 TEXT = "Document 3. The value 41 is returned when index 7 is given."
@@ -33,11 +33,11 @@ def _config(family: str, **changes):
         **changes,
     }
     if family == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=128, **common)
+        return GPT2Config(**{"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, **common})
     size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
     if family == "gpt_neox":
-        return GPTNeoXConfig(intermediate_size=64, **size, **common)
-    return LlamaConfig(intermediate_size=48, num_key_value_heads=2, **size, **common)
+        return GPTNeoXConfig(**{"intermediate_size": 64, **size, **common})
+    return LlamaConfig(**{"intermediate_size": 48, "num_key_value_heads": 2, **size, **common})
 
 
 def documents(count: int = 60) -> list[str]:

@@ -157,20 +157,20 @@ class Unembedding:
     @classmethod
     def of(cls, model: Any) -> "Unembedding":
         """Return the unembedding of a converted model. Raises InputError if the model's final norm or head isn't known."""
-        config, row = model.config, architecture_of(model.config)
+        text, row = model.config.get_text_config(), architecture_of(model.config)
         head_VO: Tensor = model.get_output_embeddings().weight.detach().float()
         last = _found(model, row.norm)
-        if last is None or head_VO.shape[1] != config.hidden_size:
+        if last is None or head_VO.shape[1] != text.hidden_size:
             named = ". Name the norm in base.mlp.norm." if row.norm is None else ""
             raise InputError(
                 f"the effect of experts on the logits is unknown: this model has no norm and head after its layers{named}"
             )
-        norm = Norm.of(last, config.hidden_size, str(row.norm))
-        factor = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        norm = Norm.of(last, text.hidden_size, str(row.norm))
+        factor = getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
         matrix_VO = head_VO * norm.weight_O.to(head_VO.device) * factor
         if norm.centred:  # the norm subtracts the mean of its input at every token
             matrix_VO = matrix_VO - matrix_VO.mean(-1, keepdim=True)
-        multiplier = float(getattr(config, row.scale)) if row.scale is not None else 1.0
+        multiplier = float(getattr(text, row.scale)) if row.scale is not None else 1.0
         after: dict[int, Norm] = {}
         outlet_O: dict[int, Tensor] = {}
         for index, layer in model.mxd_layers().items():
