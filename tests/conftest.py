@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel
+os.environ.setdefault("HF_ASSETS_CACHE", f"{tempfile.gettempdir()}/mxd-tests-assets-{os.getuid()}")  # not the user's own
 
 import pytest
 import torch
@@ -121,7 +123,7 @@ def source(models, text, tmp_path_factory):
             "steps": 8,
             "buffer_steps": 3,
             "seed": 5,
-            "mask_bos": True,
+            "mask": "bos",
             "below": {},
             "teacher": False,
         }

@@ -15,7 +15,8 @@ from mxd_convert.data.blocks import prepare
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.files import file_sha256
 from mxd_convert.recipe.load import read_recipe_yaml
-from mxd_convert.recipe.schema import RENAMED, Data, Recipe
+from mxd_convert.recipe.schema import RENAMED, Recipe
+from mxd_convert.recipe.texts import Data
 from mxd_convert.report.schema import Report
 
 _WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the card, made from the report; the report itself; and labels, which users add
@@ -137,8 +138,11 @@ def _texts(folder: Path, report: Report) -> Iterator[Check]:
     try:
         settings = read_recipe_yaml(folder / "recipe.yaml")["data"]
         for split in ("train", "eval"):
-            if settings[split]["path"] is not None:
-                settings[split]["path"] = paths[split]
+            several = settings[split].get("sources")
+            for text, path in zip(several or [settings[split]], _listed(paths.get(split)), strict=False):
+                text["path"] = path
+            if not paths.get(split) and (several or settings[split]["path"] is not None):
+                raise KeyError(split)
         with tempfile.TemporaryDirectory() as scratch:
             train, held_out = prepare(Data(**settings), load_tokenizer(str(folder)), Path(scratch))
             infos = (train.info, held_out.info)
@@ -161,6 +165,11 @@ def _texts(folder: Path, report: Report) -> Iterator[Check]:
         same = recorded is not None and recorded.fingerprint == info.fingerprint
         yield Check(name, same, "" if same else f"the fingerprint is now {info.fingerprint}")
     yield Check(names[2], infos[1].disjoint, "" if infos[1].disjoint else "some held-out documents are")
+
+
+def _listed(paths: Any) -> list[Any]:
+    """Return the paths of a text that `mxd_local.json` records: a list, or a single path in checkpoints before version 0.2."""
+    return paths if isinstance(paths, list) else [paths]
 
 
 __all__ = ["changed_files", "file_hashes", "verify_provenance"]

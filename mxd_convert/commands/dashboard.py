@@ -21,7 +21,8 @@ from mxd_convert.evaluation.experts.examples import AFTER, BEFORE
 from mxd_convert.evaluation.experts.statistics import SAMPLES, chosen_layers, collect
 from mxd_convert.evaluation.layer_figures import ALWAYS_ON
 from mxd_convert.files import move_into_place, temporary_sibling
-from mxd_convert.recipe.schema import EvalText, layer_indices
+from mxd_convert.recipe.schema import MASKED, layer_indices
+from mxd_convert.recipe.texts import EvalText
 
 STATIC = Path(__file__).parent.parent / "dashboard" / "static"
 _MARK = '<meta name="generator" content="mxd-convert dashboard">'
@@ -58,7 +59,7 @@ def make_dashboard(
     """
     output = Path(output).expanduser()
     check_output(output)
-    context, mask_bos = checkpoint_settings(Path(checkpoint))
+    context, mask = checkpoint_settings(Path(checkpoint))
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     try:
@@ -73,7 +74,7 @@ def make_dashboard(
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, tokenizer, Path(folder))
         name = Path(checkpoint).resolve().name
-        return write_dashboard(output, model, tokenizer, blocks, name, labels, indices, mask_bos, torch_device, quiet)
+        return write_dashboard(output, model, tokenizer, blocks, name, labels, indices, mask, torch_device, quiet)
 
 
 def write_dashboard(
@@ -84,7 +85,7 @@ def write_dashboard(
     name: str,
     labels: list[Label] | None = None,
     layers: list[int] | None = None,
-    mask_bos: bool = True,
+    mask: str = "bos",
     device: torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def write_dashboard(
         name: Name of the checkpoint shown on the pages.
         labels: Labels of experts.
         layers: Layer indices. None takes all layers that have experts.
-        mask_bos: Leave out BOS tokens and the first position of each block.
+        mask: Which tokens are left out: the recipe's `train.mask`.
         device: Torch device to run on. None takes the CPU.
         quiet: Print no progress.
 
@@ -110,7 +111,7 @@ def write_dashboard(
     with temporary_sibling(output) as scratch:
         folder = scratch / "dashboard"
         shutil.copytree(STATIC, folder, copy_function=shutil.copyfile)
-        records = collect(model, blocks, scratch / "records", layers, mask_bos, device, quiet)
+        records = collect(model, blocks, scratch / "records", layers, mask, device, quiet)
         unembedding = Unembedding.of(model)
         text = Tokens(tokenizer, len(unembedding.matrix_VO))
         source = Source(blocks, text, unembedding, min(len(tokenizer), len(unembedding.matrix_VO)))
@@ -121,7 +122,7 @@ def write_dashboard(
             pages.write(folder)
             about.append(pages.about())
         write_data(folder, "data/tokens", {"ids": text.ids, "texts": text.texts})
-        summary = _summary(model, blocks, name, labels or [], about, mask_bos)
+        summary = _summary(model, blocks, name, labels or [], about, mask)
         write_data(folder, "data/summary", summary)
         move_into_place(folder, output, scratch)
     figures = {
@@ -132,7 +133,7 @@ def write_dashboard(
 
 
 def _summary(
-    model: Any, blocks: Blocks, name: str, labels: list[Label], about: list[dict[str, Any]], mask_bos: bool
+    model: Any, blocks: Blocks, name: str, labels: list[Label], about: list[dict[str, Any]], mask: str
 ) -> dict[str, Any]:
     layers = model.mxd_layers()
     return {
@@ -145,7 +146,7 @@ def _summary(
             "tokens": about[0]["tokens"],
             "blocks": len(blocks),
             "context": blocks.context,
-            "masked": mask_bos,
+            "masked": None if mask == "none" else MASKED[mask],
         },
         "layers": about,
         "without": [about_layer(index, layer) for index, layer in layers.items() if layer.n_experts == 0],

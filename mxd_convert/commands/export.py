@@ -23,6 +23,7 @@ from mxd_convert.export.sparsify import Sparsify
 from mxd_convert.export.surrogate import ConditionalMeans, is_exact, surrogate_of
 from mxd_convert.files import temporary_sibling, write_json
 from mxd_convert.modeling.layers_mxd import Coefficients
+from mxd_convert.recipe.schema import MASKED
 
 FIGURES = "mxd_surrogate.json"
 LAYOUTS: dict[str, type[Layout]] = {layout.name: layout for layout in (Sparsify, CircuitTracer)}
@@ -72,14 +73,14 @@ def export_transcoder(
     form.check(config, entries)
     vocabulary = config.get_text_config().vocab_size
     with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, temporary_sibling(output) as scratch:
-        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
+        blocks, mask = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
         converted = load_converted(checkpoint)
         if converted.config.mxd.get("steering"):
             converted.set_steering([])
             notes.append("the checkpoint's steering preset is not included in the files or in the figures")
         original, missing = find_base(checkpoint, converted, base)
         target = pick_device(device)
-        job = Job(converted.to(target), original if original is None else original.to(target), blocks, mask_bos, list(entries))
+        job = Job(converted.to(target), original if original is None else original.to(target), blocks, mask, list(entries))
         with progress(job.steps, quiet, "surrogates", "estimating surrogates and measuring their losses") as advance:
             never = _write_all(form, folder, job, advance)
             surrogates = {i: form.read(folder, i, job.hookpoints[i], layer) for i, layer in job.layers.items()}
@@ -111,7 +112,7 @@ def _write_all(form: Layout, folder: Path, job: Job, advance: Any) -> dict[int, 
         means = {index: ConditionalMeans(job.layers[index]) for index in group}
         for batch in job.estimation:
             ids_BT = job.take(batch)
-            counted_BT = job.counted(ids_BT)
+            counted_BT = job.counted(batch)
             for index, activations in harvest(job.source, [job.sites[i] for i in group], ids_BT).items():
                 means[index].add(activations.inputs[counted_BT])
             advance()
@@ -164,8 +165,8 @@ def cache_activations(
         raise InputError(f"splits = {splits}: expected a whole number from 1 to the number of experts, {fewest}")
     vocabulary = config.get_text_config().vocab_size
     with memory_guard(NO_MEMORY), new_folder(output, checkpoint) as folder, temporary_sibling(output) as scratch:
-        blocks, mask_bos = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
-        mask = mask_bos if mask_first is None else mask_first
+        blocks, mask = read_text(checkpoint, data, tokens, text_field, vocabulary, scratch)
+        mask = mask if mask_first is None else ("bos" if mask_first else "none")
         model = load_converted(checkpoint)
         if model.config.mxd.get("steering"):
             notes.append("the checkpoint's steering preset was active, so it changes the activations of the layers above")
@@ -193,7 +194,7 @@ def cache_activations(
             cache.write(layer_folder, blocks)
             write_json(layer_folder / "config.json", settings)
             found[str(index)] = {"module": layer_folder.name, "n_experts": sizes[index], **cache.figures()}
-        masked = "BOS tokens and the first position of each block left out" if mask else "nothing left out"
+        masked = f"{MASKED[mask]} left out"
         content = {
             "layout": "delphi",
             "checkpoint": checkpoint.resolve().name,
@@ -211,13 +212,13 @@ def cache_activations(
     return content
 
 
-def _fill(model: Any, caches: Mapping[int, "LayerCache"], blocks: Blocks, mask: bool, n_experts: int, quiet: bool) -> None:
+def _fill(model: Any, caches: Mapping[int, "LayerCache"], blocks: Blocks, mask: str, n_experts: int, quiet: bool) -> None:
     layers = model.mxd_layers()
     steps = batches(0, len(blocks), blocks.context, len(blocks), n_experts)
     with progress(len(steps), quiet, "activations", "caching activations") as advance:
         for batch in steps:
             ids_BT = blocks.take(batch).to(model.device)
-            counted_BT = blocks.counted(ids_BT, mask)
+            counted_BT = blocks.counted(batch, mask).to(model.device)
             see = {index: partial(_add, cache, batch.start, counted_BT) for index, cache in caches.items()}
             observe(model, ids_BT, [(layers[index].expert_acts, see[index]) for index in caches])
             advance()

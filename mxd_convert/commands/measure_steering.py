@@ -22,7 +22,7 @@ from mxd_convert.errors import InputError
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.steering_effect import Effect, SteeringEffect, find_experts, measure
 from mxd_convert.files import check_output, move_into_place, replacing, temporary_sibling, write_csv, write_json
-from mxd_convert.recipe.schema import EvalText
+from mxd_convert.recipe.texts import EvalText
 from mxd_convert.report.plots import save_figure
 from mxd_convert.report.write import versions
 
@@ -87,7 +87,7 @@ def measure_steering(
     ):
         if number < least:
             raise InputError(f"{name} {number}: expected at least {least}")
-    context, mask_bos = checkpoint_settings(Path(checkpoint))
+    context, mask = checkpoint_settings(Path(checkpoint))
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     model, tokenizer = load_checkpoint(checkpoint, dtype="float32", finite=True), load_tokenizer(str(checkpoint))
@@ -97,7 +97,7 @@ def measure_steering(
         source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
         blocks = prepare_eval(source, context, tokenizer, Path(scratch))
         check_vocabulary(blocks.ids, original.config.get_text_config().vocab_size)
-        chosen = find_experts(model, blocks, experts, count, seed, mask_bos)
+        chosen = find_experts(model, blocks, experts, count, seed, mask)
         ids = blocks.take(slice(0, contexts))
         prompt_T = encode_prompt(tokenizer, prompt, model, new_tokens)["input_ids"][0]
         effect = SteeringEffect(model, original, ids, prompt_T, samples, new_tokens, seed)

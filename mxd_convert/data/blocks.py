@@ -9,107 +9,29 @@ Shape suffixes: B blocks, T tokens of a block.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mxd_convert.data.chats import Document
 from mxd_convert.data.documents import HELD_OUT_SHARE, is_held_out, read_documents
+from mxd_convert.data.token_files import Separators, TokenWriter, prompts_of, separators, token_dtype, writing_tokens
 from mxd_convert.errors import InputError
 from mxd_convert.files import file_sha256, read_sealed, replacing, write_sealed
-from mxd_convert.recipe.schema import Data, EvalText, is_local
+from mxd_convert.recipe.texts import Data, EvalText
 
 # Tokens of training text to read at least, so that a short run draws its blocks from many documents and not from the first few.
 MIN_TOKENS = 4_000_000
+# of a token: text; another special token; BOS; the first position of a block, which is an attention sink in many models
+TOKEN_KINDS = ("text", "special", "bos", "first")
 MANIFEST = "data.json"  # description and hashes of the other files
 STARTS = "eval.starts"  # offset of each document of the evaluation text in its token file, int64
-FILES = ("train.tokens", "eval.tokens", STARTS)
-_BATCH = 256  # documents tokenised at a time
-_CHARACTERS = 4  # characters per token, roughly: pending documents are tokenised when they may reach the limit
-
-
-@dataclass(frozen=True)
-class Separators:
-    """Token ids that go before and after every document, and the id of the BOS token, if any."""
-
-    before: list[int]
-    after: list[int]
-    bos: int | None
-
-
-def separators(tokenizer: Any) -> Separators:
-    """Return the special tokens that the tokenizer adds by default; if none, BOS before or else EOS after each document."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    plain, special = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
-    start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), None)
-    if start is not None and len(special) > len(plain):
-        return Separators(special[:start], special[start + len(plain) :], special[0] if start else bos)
-    if bos is not None:
-        return Separators([bos], [], bos)
-    return Separators([], [eos] if eos is not None else [], None)
-
-
-class _Writer:
-    """Tokenises documents into one flat file of at least `limit` tokens, whole documents only, with counts and fingerprint."""
-
-    def __init__(self, file: BinaryIO, tokenizer: Any, marks: Separators, limit: int) -> None:
-        self.file = file
-        self.tokenizer, self.marks, self.limit = tokenizer, marks, limit
-        self.dtype = token_dtype(len(tokenizer))
-        self.documents = self.tokens = self.characters = 0
-        self.digest, self.file_digest = hashlib.sha256(), hashlib.sha256()
-        self.seen: set[bytes] = set()  # hashes of the documents written
-        self.pending: list[str] = []
-        self.starts: list[int] = []  # offset of each document, in tokens
-
-    def full(self) -> bool:
-        """Return whether the limit is reached."""
-        return self.tokens >= self.limit
-
-    def add(self, document: str) -> None:
-        """Add a document. It is written with the next batch."""
-        self.pending.append(document)
-        self.characters += len(document)
-        if len(self.pending) >= _BATCH or self.characters > _CHARACTERS * (self.limit - self.tokens):
-            self.flush()
-
-    def flush(self) -> None:
-        """Tokenise and write the pending documents, up to the limit."""
-        if self.pending and not self.full():
-            encoded = self.tokenizer(self.pending, add_special_tokens=False, verbose=False)["input_ids"]
-            for document, plain in zip(self.pending, encoded, strict=True):
-                if self.full():
-                    break
-                ids = [*self.marks.before, *plain, *self.marks.after]
-                written = np.asarray(ids, dtype=self.dtype).tobytes()
-                self.file.write(written)
-                self.file_digest.update(written)
-                self.starts.append(self.tokens)
-                self.tokens += len(ids)
-                self.documents += 1
-                text = document.encode()
-                self.digest.update(len(text).to_bytes(8, "little") + text)
-                self.seen.add(hashlib.sha256(text).digest()[:16])
-        self.pending, self.characters = [], 0
-
-
-@contextmanager
-def _writing(path: Path, tokenizer: Any, marks: Separators, limit: int) -> Iterator[_Writer]:
-    """Yield a writer of a token file, which appears at `path` when the block succeeds."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        writer = _Writer(file, tokenizer, marks, limit)
-        yield writer
-        writer.flush()
-
-
-def token_dtype(vocabulary: int) -> np.dtype[Any]:
-    """Return the smaller of uint16 and uint32 that fits all token ids."""
-    return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+FILES = ("train.tokens", "train.prompts", "eval.tokens", "eval.prompts", STARTS)
 
 
 @dataclass(frozen=True)
@@ -140,12 +62,16 @@ class Blocks:
     """A text as blocks of token ids, (blocks, context), memory-mapped from disk.
 
     starts: for an evaluation text, the offset of each document in tokens; None for a training text.
+    special: ids of the special tokens.
+    prompts: whether a token is in the prompt of a chat, (blocks, context); None without chats.
     """
 
     ids: np.ndarray[Any, np.dtype[Any]]
     bos: int | None
     info: TextInfo
     starts: np.ndarray[Any, np.dtype[Any]] | None = None
+    special: tuple[int, ...] = ()
+    prompts: np.ndarray[Any, np.dtype[Any]] | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -172,17 +98,32 @@ class Blocks:
         at_BT = first_B[:, None] + np.arange(self.context)
         return torch.from_numpy(np.searchsorted(self.starts, at_BT, side="right") - 1)
 
-    def counted(self, ids_BT: Tensor, mask_bos: bool) -> Tensor:
-        """Return which positions count in losses and figures, (B, T) bool.
+    def counted(self, rows: np.ndarray[Any, Any] | slice, mask: str) -> Tensor:
+        """Return which positions of some rows count in losses and figures, (rows, context) bool.
 
-        With `mask_bos`, BOS tokens and the first position of each block don't count.
+        mask: the recipe's `train.mask`.
         """
-        counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        if mask_bos:
+        ids_BT = np.asarray(self.ids[rows])
+        counted_BT = np.ones(ids_BT.shape, dtype=bool)
+        if mask != "none":
             counted_BT[:, 0] = False
             if self.bos is not None:
                 counted_BT &= ids_BT != self.bos
-        return counted_BT
+        if mask == "special":
+            counted_BT &= ~np.isin(ids_BT, self.special)
+        if mask == "prompt" and self.prompts is not None:
+            counted_BT &= self.prompts[rows] == 0
+        return torch.from_numpy(counted_BT)
+
+    def kinds(self, rows: np.ndarray[Any, Any] | slice) -> Tensor:
+        """Return the kind of each token of some rows, (rows, context): its index in TOKEN_KINDS."""
+        ids_BT = np.asarray(self.ids[rows])
+        kinds_BT = np.zeros(ids_BT.shape, dtype=np.int64)
+        kinds_BT[np.isin(ids_BT, self.special)] = TOKEN_KINDS.index("special")
+        if self.bos is not None:
+            kinds_BT[ids_BT == self.bos] = TOKEN_KINDS.index("bos")
+        kinds_BT[:, 0] = TOKEN_KINDS.index("first")
+        return torch.from_numpy(kinds_BT)
 
 
 @functools.lru_cache(maxsize=2)
@@ -232,13 +173,13 @@ def prepare(data: Data, tokenizer: Any, folder: Path, notify: Callable[[str], No
         write_sealed(manifest, {**recorded, "files": {**made, **before}})
         if any(made[name] != before[name] for name in before):
             raise InputError(
-                f"data: {_shown(data.train.path)}: {folder / damaged[0]} is damaged, and the text no longer gives the tokens of this run."
+                f"data: {data.train.shown}: {folder / damaged[0]} is damaged, and the text no longer gives the tokens of this run."
                 " Restore the text, or use --fresh to start over."
             )
     dtype = token_dtype(len(tokenizer))
     limits = (-(-tokens_to_read(data) // data.context), data.eval.tokens // data.context)
     train, held_out = (
-        _open(folder / f"{name}.tokens", dtype, data.context, limit, marks.bos, TextInfo(**recorded[name]))
+        _open(folder / f"{name}.tokens", dtype, data.context, limit, marks, TextInfo(**recorded[name]))
         for name, limit in zip(("train", "eval"), limits, strict=True)
     )
     return train, replace(held_out, starts=np.fromfile(folder / STARTS, dtype=np.int64))
@@ -265,17 +206,16 @@ def prepare_eval(source: EvalText, context: int, tokenizer: Any, folder: Path, h
     held_out: use only the documents that a run holds out of the text. Raises InputError if the text is shorter than a block.
     """
     marks = separators(tokenizer)
-    with _writing(folder / "eval.tokens", tokenizer, marks, source.tokens) as writer:
-        for document in read_documents(source):
+    with writing_tokens(folder / "eval.tokens", tokenizer, marks, source.tokens) as writer:
+        for document in read_documents(source, tokenizer=tokenizer):
             if held_out and not is_held_out(document):
                 continue
             writer.add(document)
             if writer.full():
                 break
-    assert source.path is not None
-    _check_length(source.path, writer, context)
-    info = TextInfo(_shown(source.path), writer.digest.hexdigest(), writer.tokens, writer.documents)
-    blocks = _open(folder / "eval.tokens", writer.dtype, context, source.tokens // context, marks.bos, info)
+    _check_length(source.where, writer, context)
+    info = TextInfo(source.shown, writer.digest.hexdigest(), writer.tokens, writer.documents)
+    blocks = _open(folder / "eval.tokens", writer.dtype, context, source.tokens // context, marks, info)
     return replace(blocks, starts=np.asarray(writer.starts, dtype=np.int64))
 
 
@@ -288,21 +228,23 @@ def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notif
     """Write both token files. Return the manifest: the TextInfo of each text, and the SHA-256 of each file."""
     first, second = folder / "train.tokens", folder / "eval.tokens"
     with (
-        _writing(first, tokenizer, marks, tokens_to_read(data)) as train,
-        _writing(second, tokenizer, marks, data.eval.tokens) as held_out,
+        writing_tokens(first, tokenizer, marks, tokens_to_read(data)) as train,
+        writing_tokens(second, tokenizer, marks, data.eval.tokens) as held_out,
     ):
-        fill = _fill_separate if data.eval.path is not None else _fill_split
+        fill = _fill_separate if data.eval.is_given else _fill_split
         dropped = fill(data, train, held_out, notify)
-    _check_length(data.train.path, train, data.context)
-    _check_length(data.eval.path or f"the documents held out of {data.train.path}", held_out, data.context)
-    share = None if data.eval.path is not None else HELD_OUT_SHARE
-    shown = _shown(data.eval.path or data.train.path)
+    _check_length(data.train.where, train, data.context)
+    _check_length(data.eval.where or f"the documents held out of {data.train.where}", held_out, data.context)
+    share = None if data.eval.is_given else HELD_OUT_SHARE
+    shown = data.eval.shown or data.train.shown
     apart = train.seen.isdisjoint(held_out.seen)
     infos = (
-        TextInfo(_shown(data.train.path), train.digest.hexdigest(), train.tokens, train.documents, None, dropped),
+        TextInfo(data.train.shown, train.digest.hexdigest(), train.tokens, train.documents, None, dropped),
         TextInfo(shown, held_out.digest.hexdigest(), held_out.tokens, held_out.documents, share, disjoint=apart),
     )
-    files = {path.name: writer.file_digest.hexdigest() for path, writer in ((first, train), (second, held_out))}
+    files: dict[str, str] = {}
+    for path, writer in ((first, train), (second, held_out)):
+        files |= {path.name: writer.file_digest.hexdigest(), prompts_of(path).name: writer.prompts_digest.hexdigest()}
     starts = np.asarray(held_out.starts, dtype=np.int64).tobytes()
     with replacing(folder / STARTS) as temporary:
         temporary.write_bytes(starts)
@@ -310,19 +252,19 @@ def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notif
     return {"train": asdict(infos[0]), "eval": asdict(infos[1]), "files": files}
 
 
-def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
+def _fill_separate(data: Data, train: TokenWriter, held_out: TokenWriter, notify: Callable[[str], None]) -> int:
     """Fill both files from separate texts. Return the number of training documents dropped, which are in the evaluation text."""
-    notify(f"reading {_shown(data.eval.path or '')}")
+    notify(f"reading {data.eval.shown}")
     seen: set[bytes] = set()
-    for document in read_documents(data.eval, notify):
+    for document in read_documents(data.eval, notify, train.tokenizer):
         held_out.add(document)
         seen.add(hashlib.sha256(document.encode()).digest())
         if held_out.full():
             break
     held_out.flush()
-    notify(f"reading {_shown(data.train.path)}")
+    notify(f"reading {data.train.shown}")
     dropped = 0
-    for document in read_documents(data.train, notify):
+    for document in read_documents(data.train, notify, train.tokenizer):
         if hashlib.sha256(document.encode()).digest() in seen:
             dropped += 1
             continue
@@ -331,17 +273,17 @@ def _fill_separate(data: Data, train: _Writer, held_out: _Writer, notify: Callab
             break
     if train.documents == 0 and not train.pending and dropped:
         raise InputError(
-            f"data.train: {data.train.path}: all of its {dropped} documents are in the evaluation text too. Use another text for one of them."
+            f"data.train: {data.train.where}: all of its {dropped} documents are in the evaluation text too. Use another text for one of them."
         )
     return dropped
 
 
-def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[[str], None]) -> int:
+def _fill_split(data: Data, train: TokenWriter, held_out: TokenWriter, notify: Callable[[str], None]) -> int:
     """Fill both files from one text, of whose documents a tenth, chosen by content, is held out. Return 0, the number dropped."""
-    notify(f"reading {_shown(data.train.path)}, holding out a tenth of the documents")
-    waiting: list[str] = []  # until both files have a document: all of a few documents may belong to one file
+    notify(f"reading {data.train.shown}, holding out a tenth of the documents")
+    waiting: list[Document] = []  # until both files have a document: all of a few documents may belong to one file
     started = False
-    for document in read_documents(data.train, notify):
+    for document in read_documents(data.train, notify, train.tokenizer):
         if started:
             (held_out if is_held_out(document) else train).add(document)
         else:
@@ -357,7 +299,7 @@ def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[
     moved = min(set(waiting), key=lambda text: hashlib.sha256(text.encode()).digest())
     if all(text == moved for text in waiting):
         raise InputError(
-            f"data.train: {data.train.path}: a single document, so none can be held out to evaluate on. Add documents"
+            f"data.train: {data.train.where}: a single document, so none can be held out to evaluate on. Add documents"
             " (in .txt files, blank lines separate them), or set data.eval.path."
         )
     one, rest = (train, held_out) if is_held_out(waiting[0]) else (held_out, train)
@@ -366,7 +308,7 @@ def _fill_split(data: Data, train: _Writer, held_out: _Writer, notify: Callable[
     return 0
 
 
-def _check_length(path: str, writer: _Writer, context: int) -> None:
+def _check_length(path: str, writer: TokenWriter, context: int) -> None:
     if writer.documents == 0:
         raise InputError(f"data: {path}: the text is empty. Use another text.")
     if writer.tokens < context:
@@ -376,11 +318,14 @@ def _check_length(path: str, writer: _Writer, context: int) -> None:
         )
 
 
-def _shown(path: str) -> str:
-    return Path(path).name if is_local(path) else path
-
-
-def _open(path: Path, dtype: np.dtype[Any], context: int, limit: int, bos: int | None, info: TextInfo) -> Blocks:
+def _open(path: Path, dtype: np.dtype[Any], context: int, limit: int, marks: Separators, info: TextInfo) -> Blocks:
     """Return the first `limit` blocks of a token file. It ends with a whole document, and so may contain more."""
-    count = max(1, min(limit, path.stat().st_size // dtype.itemsize // context))
-    return Blocks(np.memmap(path, dtype=dtype, mode="r", shape=(count, context)), bos, info)
+    shape = max(1, min(limit, path.stat().st_size // dtype.itemsize // context)), context
+    prompts = prompts_of(path)
+    return Blocks(
+        np.memmap(path, dtype=dtype, mode="r", shape=shape),
+        marks.bos,
+        info,
+        special=tuple(marks.special),
+        prompts=np.memmap(prompts, dtype=np.uint8, mode="r", shape=shape) if prompts.stat().st_size else None,
+    )

@@ -7,15 +7,17 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from mxd_convert.data.chats import Document, rendered
 from mxd_convert.data.fields import TextField, listed, missing
 from mxd_convert.errors import InputError, first_line, is_disk_full, is_out_of_memory
-from mxd_convert.recipe.schema import EvalText, Text, is_local
+from mxd_convert.recipe.section import is_local
+from mxd_convert.recipe.texts import EvalText, Source, Text
 
 HELD_OUT_SHARE = 0.1  # share of the documents held out of the training text
 PLAIN = (".txt", ".txt.gz")
@@ -85,26 +87,76 @@ def _below(folder: Path) -> Iterator[Path]:
         seen.add(here)
 
 
-def read_documents(source: Text | EvalText, notify: Callable[[str], None] = lambda line: None) -> Iterator[str]:
-    """Yield the non-empty documents of a text in order. Raises InputError.
+def read_documents(
+    text: Text | EvalText, notify: Callable[[str], None] = lambda line: None, tokenizer: Any = None
+) -> Iterator[Document]:
+    """Yield the non-empty documents of a text in order, and of several sources in proportion to their weights. Raises InputError.
 
-    A document longer than MAX_DOCUMENT is yielded in pieces. notify: called with a message if rows without text were left out.
+    A document longer than MAX_DOCUMENT is yielded in pieces.
+
+    Args:
+        text: one text or several sources.
+        notify: called with a message if rows without text were left out, or a source with a weight ended.
+        tokenizer: whose chat template renders chats.
     """
-    assert source.path is not None
-    key = "data.train.text" if isinstance(source, Text) else "data.eval.text"
-    field = TextField(source.text, f"{key} or --text-field", source.missing == "skip")
-    name = Path(source.path).name if is_local(source.path) else source.path
+    section = "data.train" if isinstance(text, Text) else "data.eval"
+    readers = [_Reader(source, f"{section}.{key}", notify, tokenizer) for key, source in text.entries()]
     try:
-        for text in _read_local(source.path, field) if is_local(source.path) else _read_dataset(source, field):
-            for start in range(0, len(text), MAX_DOCUMENT):
-                document = clean(text[start : start + MAX_DOCUMENT])
-                if document.strip():
-                    yield document
-    except GeneratorExit:  # the caller has read enough
-        field.report(name, notify)
-        raise
-    field.check(source.path)
-    field.report(name, notify)
+        yield from _mixed(readers, notify)
+    finally:
+        for reader in readers:
+            reader.documents.close()  # reports the rows that were left out
+
+
+def _mixed(readers: Sequence["_Reader"], notify: Callable[[str], None]) -> Iterator[Document]:
+    """Yield the documents of several readers, each time of the one that is furthest behind its weight."""
+    left = list(readers)
+    while left:
+        reader = min(left, key=lambda one: one.characters / (one.source.weight or 1.0))
+        document = next(reader.documents, None)
+        if document is not None:
+            reader.characters += len(document)
+            yield document
+        elif reader.source.weight is not None and len(left) > 1:
+            notify(f"{reader.name} has ended. The other sources are read no further, which keeps the weights.")
+            return
+        else:
+            left.remove(reader)
+
+
+class _Reader:
+    """The documents of one source, and the number of characters that they had so far.
+
+    key: of the source in the recipe, with a trailing dot.
+    """
+
+    def __init__(self, source: Source, key: str, notify: Callable[[str], None], tokenizer: Any) -> None:
+        self.source, self.key, self.notify, self.tokenizer = source, key, notify, tokenizer
+        self.name = Path(source.path).name if is_local(source.path) else source.path
+        self.characters = 0
+        self.documents = self._read()
+
+    def _read(self) -> Generator[Document]:
+        path = self.source.path
+        field = TextField(self.source.text, f"{self.key}text or --text-field", self.source.missing == "skip", chats=True)
+        try:
+            for where, text in _read_local(path, field) if is_local(path) else _read_dataset(self.source, field, self.key):
+                yield from self._documents(where, text)
+        except GeneratorExit:  # the caller has read enough
+            field.report(self.name, self.notify)
+            raise
+        field.check(path)
+        field.report(self.name, self.notify)
+
+    def _documents(self, where: str, text: str | list[dict[str, Any]]) -> Iterator[Document]:
+        if not isinstance(text, str):
+            document = rendered(text, self.tokenizer, where)
+            yield Document(clean(document), document.prompts)
+            return
+        for start in range(0, len(text), MAX_DOCUMENT):
+            piece = clean(text[start : start + MAX_DOCUMENT])
+            if piece.strip():
+                yield Document(piece)
 
 
 def clean(text: str) -> str:
@@ -125,13 +177,15 @@ def readable(file: Path) -> Iterator[None]:
         raise InputError(f"data: {file}: can't be read ({first_line(error)}). Write or download it again.") from None
 
 
-def _read_local(path: str, field: TextField) -> Iterator[str]:
+def _read_local(path: str, field: TextField) -> Iterator[tuple[str, Any]]:
+    """Yield (where, text) of local files. A text may be a list of messages."""
     for file in local_files(path):
         with readable(file):
             if file.name.endswith(PLAIN):
-                yield from _paragraphs(file)
+                yield from ((str(file), text) for text in _paragraphs(file))
             else:
-                yield from (text for _, _, text in field.texts(rows_of(file, {field.name: field.option}), str(file)))
+                rows = rows_of(file, {field.name: field.option})
+                yield from ((where, text) for where, _, text in field.texts(rows, str(file)))
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
@@ -205,29 +259,29 @@ def _parquet_rows(file: Path, fields: dict[str, str]) -> Iterator[tuple[str, Any
         ) from None
 
 
-def _read_dataset(source: Text | EvalText, field: TextField) -> Iterator[str]:
-    """Yield the texts of a Hub dataset. It is streamed, so only the rows that are read are downloaded."""
+def _read_dataset(source: Source, field: TextField, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where, text) of a Hub dataset. It is streamed, so only the rows that are read are downloaded."""
     import datasets
 
-    assert source.path is not None
     split = source.split or "train"
     config = "" if source.config is None else f"config {source.config}, "
     name = f"{source.path} ({config}split {split})"
     try:
         rows: Iterable[Any] = datasets.load_dataset(source.path, name=source.config, split=split, streaming=True)
-        yield from (text for _, _, text in field.texts(((f"{name}, row {n}", row) for n, row in enumerate(rows, 1)), name))
+        numbered = ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+        yield from ((where, text) for where, _, text in field.texts(numbered, name))
     except InputError:
         raise
     except Exception as error:  # datasets, fsspec and the HTTP client each have their own types; the message has the cause
         if is_out_of_memory(error) or is_disk_full(error):
             raise
         if isinstance(error, ValueError):
-            _check_config(source)
+            _check_config(source, f"{key}config")
         reason = without_secrets(first_line(error))
         raise InputError(f"data: {name}: neither a local path nor a dataset that can be read from the Hub: {reason}") from None
 
 
-def _check_config(source: Text | EvalText) -> None:
+def _check_config(source: Source, key: str) -> None:
     """Raise InputError if a dataset needs a configuration and the recipe names none, or if it lacks the one that is named."""
     import datasets
 
@@ -235,7 +289,6 @@ def _check_config(source: Text | EvalText) -> None:
     with suppress(Exception):  # the caller then reports the original error
         names = datasets.get_dataset_config_names(source.path)
         default = datasets.get_dataset_default_config_name(source.path)
-    key = "data.train.config" if isinstance(source, Text) else "data.eval.config"
     if source.config is not None and names and source.config not in names:
         raise InputError(f"{key}: {source.path} has no configuration {source.config!r}. Set {key} to one of {listed(names, 40)}.")
     if source.config is None and default is None and len(names) > 1:

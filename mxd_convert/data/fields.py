@@ -20,14 +20,15 @@ class TextField:
         name: name of the field.
         option: recipe key or command-line option that sets the name, for error messages.
         skip: leave out rows without text instead of raising an error.
+        chats: accept lists of messages too.
     """
 
-    def __init__(self, name: str, option: str, skip: bool = False) -> None:
-        self.name, self.option, self.skip = name, option, skip
+    def __init__(self, name: str, option: str, skip: bool = False, chats: bool = False) -> None:
+        self.name, self.option, self.skip, self.chats = name, option, skip, chats
         self.rows = self.without = 0
 
-    def texts(self, rows: Iterable[tuple[str, Any]], source: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-        """Yield (where, row, text) for the rows of a file or dataset.
+    def texts(self, rows: Iterable[tuple[str, Any]], source: str) -> Iterator[tuple[str, dict[str, Any], Any]]:
+        """Yield (where, row, text) for the rows of a file or dataset. With `chats`, a text may also be a list of messages.
 
         Args:
             rows: (location, content) pairs.
@@ -54,7 +55,7 @@ class TextField:
                 elif not self.skip:
                     raise self._without_text(where, row)
                 continue
-            if not isinstance(text, str):
+            if not isinstance(text, str) and not (self.chats and _is_chat(text)):
                 raise InputError(f"data: {where}: no text in the field {self.name!r}: it holds {holds(text)}. {self._fix(text)}")
             if absent and not self.skip:
                 raise self._without_text(f"{source}, before {where}", {})
@@ -86,7 +87,11 @@ class TextField:
     def _fix(self, content: Any) -> str:
         turn = "Write its text there as a string"
         if isinstance(content, list) and content and _is_message(content[0]):
-            turn = "Write each conversation as one string (a tokenizer's apply_chat_template does it)"
+            turn = (
+                'Write each message as {"role": "user", "content": "..."}'
+                if self.chats
+                else "Write each conversation as one string"
+            )
         return f"{turn}, or name a field that holds text with {self.option}."
 
 
@@ -139,6 +144,15 @@ def _kind(content: Any) -> str:
     if isinstance(content, float):
         return "NaN" if math.isnan(content) else f"the number {content:g}"
     return kind_of(content)
+
+
+def _is_chat(content: Any) -> bool:
+    """Return whether a value is a list of messages in the format that chat templates take, with `role` and `content`."""
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(one, Mapping) and one.keys() & {"role", "content"} for one in content)
+    )
 
 
 def _is_message(content: Any) -> bool:

@@ -29,6 +29,7 @@ from mxd_convert.evaluation.by_document import Estimate, Sums, ratio
 from mxd_convert.evaluation.layer_figures import LayerFigures
 from mxd_convert.evaluation.progress import progress
 from mxd_convert.evaluation.suffix import Prefix
+from mxd_convert.evaluation.token_kinds import TokenKinds
 from mxd_convert.evaluation.verdict import NOT_APPLICABLE, sentence, verdict, verdict_of
 from mxd_convert.layers.losses import kl_terms
 from mxd_convert.modeling.layers_mxd import FactoredLayer
@@ -45,7 +46,7 @@ def evaluate_models(
     converted: Any,
     sites: list[Site],
     blocks: Blocks,
-    mask_bos: bool = True,
+    mask: str = "bos",
     device: torch.device | None = None,
     quiet: bool = False,
     twin: Any = None,
@@ -59,7 +60,7 @@ def evaluate_models(
         converted: the converted model, with layers of any kind at `sites`.
         sites: the MLPs that were replaced.
         blocks: the held-out text.
-        mask_bos: whether BOS tokens and the first position of each block are left out of the figures of layers.
+        mask: which tokens are left out of the figures of layers: the recipe's `train.mask`.
         device: where the models run; None for the CPU.
         quiet: whether to show no progress.
         twin: the dense twin as a separate model, if it was trained.
@@ -73,7 +74,7 @@ def evaluate_models(
     base, converted, twin = base.to(device), converted.to(device), None if twin is None else twin.to(device)
     layers = converted.mxd_layers()
     share = 0.0 if quick else variant_passes(base, sites, layers)[0] if variant_share is None else variant_share
-    evaluation = _Evaluation(base, converted, sites, layers, blocks, mask_bos, device, _chosen(len(blocks), share), quick)
+    evaluation = _Evaluation(base, converted, sites, layers, blocks, mask, device, _chosen(len(blocks), share), quick)
     rows = rows_a_batch(blocks.context, base.config.get_text_config().vocab_size)
     batches, chosen = (
         [some[start : start + rows] for start in range(0, len(some), rows)]
@@ -135,7 +136,7 @@ class _Evaluation:
     sites: list[Site]
     layers: dict[int, FactoredLayer]
     blocks: Blocks
-    mask_bos: bool
+    mask: str
     device: torch.device
     chosen: np.ndarray[Any, Any]
     quick: bool
@@ -150,15 +151,17 @@ class _Evaluation:
         documents = self.blocks.documents
         self.figures = {index: LayerFigures(layer, documents, self.quick) for index, layer in self.layers.items()}
         self.totals, self.variants = Sums(documents, self.device), Sums(documents, self.device)
+        self.kinds = TokenKinds(documents, self.device)
 
     def compare(self, rows: np.ndarray[Any, Any], advance: Callable[[], None]) -> None:
         """Run base and converted model on some blocks, and add the figures of all layers and of the whole model."""
         ids_BT, document_BT = self._take(rows)
-        counted_B, document_B = self.blocks.counted(ids_BT, self.mask_bos).flatten(), document_BT.flatten()
+        counted_B, document_B = self.blocks.counted(rows, self.mask).flatten().to(self.device), document_BT.flatten()
         with recording(self.base, self.sites) as originals:
             theirs_BTV = self.base(input_ids=ids_BT, use_cache=False).logits
+        kind_BT = self.blocks.kinds(rows).to(self.device)
         for index, one in originals.items():
-            self.figures[index].add(one.inputs.flatten(0, 1), one.outputs.flatten(0, 1), counted_B, document_B)
+            self.figures[index].add(one.inputs.flatten(0, 1), one.outputs.flatten(0, 1), counted_B, document_B, kind_BT.flatten())
         advance()
         in_place = [] if self.quick else self.sites
         with recording(self.converted, in_place) as seen:
@@ -174,7 +177,9 @@ class _Evaluation:
         chosen_P = torch.from_numpy(np.isin(rows, self.chosen)).to(self.device).repeat_interleave(ids_BT.shape[1] - 1)
         self.variants.add("converted", losses["converted"][chosen_P], document_P[chosen_P])
         theirs_PV, ours_PV = (_log_probs(logits_BTV) for logits_BTV in (theirs_BTV, ours_BTV))
-        self.totals.add("kl", kl_terms(theirs_PV, ours_PV).sum(-1), document_P)
+        losses["kl"] = kl_terms(theirs_PV, ours_PV).sum(-1)
+        self.totals.add("kl", losses["kl"], document_P)
+        self.kinds.add(losses, kind_BT[:, :-1].flatten(), document_P)
         self.totals.add("top1_agreement", theirs_PV.argmax(-1) == ours_PV.argmax(-1), document_P)
         advance()
 
@@ -195,7 +200,7 @@ class _Evaluation:
     def vary(self, rows: np.ndarray[Any, Any], advance: Callable[[], None]) -> None:
         """Add the cross-entropies of every layer's variants on some blocks, and the layers' Jacobian faithfulness."""
         ids_BT, document_BT = self._take(rows)
-        document_P, counted_B = document_BT[:, 1:].flatten(), self.blocks.counted(ids_BT, self.mask_bos).flatten()
+        document_P, counted_B = document_BT[:, 1:].flatten(), self.blocks.counted(rows, self.mask).flatten().to(self.device)
         prefix = Prefix.of(self.base, self.sites, ids_BT)
         self.blocks_run += len(rows)
         if self.whole is None:
@@ -263,7 +268,7 @@ class _Evaluation:
                 reliance[str(index)]["routing_necessity"], reliance[str(index)]["routing_necessity_se"] = necessity
         for name, layer in reliance.items():
             layer["verdict"] = verdict_of(layer) if KINDS[kinds[name]].is_product else NOT_APPLICABLE
-        fidelity |= {"layers": layers, "by_document": self._by_document()}
+        fidelity |= {"token_kinds": self.kinds.of_model(), "layers": layers, "by_document": self._by_document()}
         twin = self._twin() if "twin" in self.totals else None
         return {
             "fidelity": fidelity,

@@ -13,6 +13,7 @@ from mxd_convert.evaluation.attribution import Attribution
 from mxd_convert.evaluation.by_document import Sums
 from mxd_convert.evaluation.jacobian import Jacobian
 from mxd_convert.evaluation.moments import Moments, shares
+from mxd_convert.evaluation.token_kinds import TokenKinds
 from mxd_convert.evaluation.variance import Dimensions, Variance
 from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 
@@ -29,7 +30,7 @@ class LayerFigures:
         self.layer, self.quick = layer, quick
         device = layer.output_bias.device
         self.masked, self.all, self.local, self.teacher = (Variance(layer.d_out, device, documents) for _ in range(4))
-        self.sums = Sums(documents, device)
+        self.sums, self.kinds = Sums(documents, device), TokenKinds(documents, device)
         self.firings_N = torch.zeros(layer.n_experts, dtype=torch.int64, device=device)
         self.gain_dimensions, self.target_dimensions = Dimensions(device), Dimensions(device)
         self.moments = Moments(skip=layer.skip is not None)
@@ -37,8 +38,8 @@ class LayerFigures:
         self.jacobian = Jacobian(documents, device)
 
     @torch.no_grad()
-    def add(self, x_BI: Tensor, y_BO: Tensor, counted_B: Tensor, document_B: Tensor) -> None:
-        """Add the base's activations: the MLP's inputs and outputs, which tokens count, and the document of each."""
+    def add(self, x_BI: Tensor, y_BO: Tensor, counted_B: Tensor, document_B: Tensor, kind_B: Tensor | None = None) -> None:
+        """Add the base's activations: the MLP's inputs and outputs, which tokens count, and the document and kind of each."""
         layer = self.layer
         coefficients = layer.encode(x_BI)
         values = coefficients if isinstance(coefficients, Tensor) else coefficients[0]
@@ -48,6 +49,8 @@ class LayerFigures:
         whole_BO = product_BO if skip_BO is None else product_BO + skip_BO
         output_BO, y_BO = whole_BO + layer.output_bias.double(), y_BO.double()
         self.all.add(output_BO, y_BO, document_B)
+        if kind_B is not None:
+            self.kinds.add_errors(output_BO, y_BO, kind_B, document_B)
         self.masked.add(output_BO[counted_B], y_BO[counted_B], document_B[counted_B])
         if not self.quick:
             self.target_dimensions.add(y_BO[counted_B])
@@ -99,6 +102,7 @@ class LayerFigures:
         if found["fvu"] is None:
             what = "the output of the MLP or of the layer is constant or not finite"
             found["reason"] = what if self.masked.tokens else "no token counts"
+        found["token_kinds"] = self.kinds.of_layer()
         threshold = ALWAYS_ON * max(self.masked.tokens, 1)
         found["always_on"] = int((self.firings_N > threshold).sum()) if experts else None
         return found

@@ -61,7 +61,7 @@ class Effect:
 
 @torch.no_grad()
 def find_experts(
-    model: Any, blocks: Blocks, wanted: Sequence[tuple[int, int]], count: int, seed: int, mask_bos: bool = True
+    model: Any, blocks: Blocks, wanted: Sequence[tuple[int, int]], count: int, seed: int, mask: str = "bos"
 ) -> list[Expert]:
     """Return the experts to steer, with the unit of each, from one pass over the text.
 
@@ -71,7 +71,7 @@ def find_experts(
         wanted: (layer, expert) pairs; if empty, `count` experts are drawn from those that fire.
         count: number of experts to draw.
         seed: seed of the draw.
-        mask_bos: whether BOS tokens and the first position of each block are ignored.
+        mask: which tokens are ignored: the recipe's `train.mask`.
 
     Raises:
         InputError: a wanted expert doesn't exist or never fires, or no expert fires.
@@ -88,8 +88,8 @@ def find_experts(
             )
     found: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in layers}
     for start in range(0, len(blocks), _ROWS):
-        ids_BT = blocks.take(slice(start, start + _ROWS))
-        counted = blocks.counted(ids_BT, mask_bos).flatten()
+        batch = slice(start, start + _ROWS)
+        ids_BT, counted = blocks.take(batch), blocks.counted(batch, mask).flatten()
         with watching(layers) as seen:
             model(input_ids=ids_BT, use_cache=False)
         for index, layer in layers.items():

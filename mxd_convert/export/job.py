@@ -11,6 +11,7 @@ from mxd_convert.evaluation.fidelity import rows_a_batch
 from mxd_convert.export.sources import batches, hookpoint
 from mxd_convert.export.surrogate import is_exact
 from mxd_convert.modeling.layers_mxd import FactoredLayer
+from mxd_convert.recipe.schema import MASKED
 
 ESTIMATED = 0.75  # share of the text's blocks on which means are estimated; the rest is for measurement
 _SUMS = 2**30  # most bytes of float64 sums in memory at a time
@@ -27,8 +28,8 @@ class Job:
         measurement: batches of the other blocks, on which losses are measured.
     """
 
-    def __init__(self, converted: Any, original: Any, blocks: Blocks, mask_bos: bool, indices: list[int]) -> None:
-        self.converted, self.original, self.blocks, self.mask_bos = converted, original, blocks, mask_bos
+    def __init__(self, converted: Any, original: Any, blocks: Blocks, mask: str, indices: list[int]) -> None:
+        self.converted, self.original, self.blocks, self.mask = converted, original, blocks, mask
         self.source = converted if original is None else original
         self.layers: dict[int, FactoredLayer] = {index: converted.mxd_layers()[index] for index in indices}
         self.hookpoints = {index: hookpoint(converted, index) for index in indices}
@@ -82,13 +83,13 @@ class Job:
         """Return the number of the document of each token, (B, T), on the models' device."""
         return self.blocks.document_of(batch).to(self.source.device)
 
-    def counted(self, ids_BT: Tensor) -> Tensor:
+    def counted(self, batch: slice) -> Tensor:
         """Return a bool mask (B, T) of the positions that count in means, FVU and shares."""
-        return self.blocks.counted(ids_BT, self.mask_bos)
+        return self.blocks.counted(batch, self.mask).to(self.source.device)
 
     def text(self) -> dict[str, Any]:
         """Return the report's entry on the use of the text."""
-        masked = "BOS tokens and the first position of each block" if self.mask_bos else "nothing"
+        masked = MASKED[self.mask]
         return {
             "tokens_estimated": self.first * self.blocks.context,
             "tokens_measured": (len(self.blocks) - self.first) * self.blocks.context,

@@ -71,7 +71,7 @@ def measure(job: Job, surrogates: dict[int, Transcoder], advance: Callable[..., 
     paths = {index: site.path for index, site in job.sites.items()}
     for batch in job.measurement:
         ids_BT = job.take(batch)
-        counted_BT, document_P = job.counted(ids_BT), job.document_of(batch)[:, 1:].flatten()
+        counted_BT, document_P = job.counted(batch), job.document_of(batch)[:, 1:].flatten()
 
         def add(name: str, logits_BTV: Tensor, ids_BT: Tensor = ids_BT, document_P: Tensor = document_P) -> None:
             totals.add(name, cross_entropies(logits_BTV, ids_BT), document_P)

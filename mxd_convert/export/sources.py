@@ -8,7 +8,8 @@ from mxd_convert.base_model.swap import check_converted
 from mxd_convert.checkpoint.read import check_finite, checkpoint_settings, load_checkpoint, original_of
 from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
-from mxd_convert.recipe.schema import EvalText, layer_indices
+from mxd_convert.recipe.schema import layer_indices
+from mxd_convert.recipe.texts import EvalText
 
 NO_MEMORY = "out of memory while exporting. Free some memory, or export fewer --layers at a time."
 GATE_VALUES = 2**25  # most gate values per batch and layer: the gate is (B, N) before top-k
@@ -42,8 +43,8 @@ def chosen_layers(checkpoint: Path, config: Any, layers: str | list[int]) -> tup
 
 def read_text(
     checkpoint: Path, data: str | Path, tokens: int, text_field: str, vocabulary: int, folder: Path
-) -> tuple[Blocks, bool]:
-    """Return (blocks, mask_bos): the text in the checkpoint's evaluation blocks, and whether BOS and first positions are ignored.
+) -> tuple[Blocks, str]:
+    """Return (blocks, mask): the text in the checkpoint's evaluation blocks, and which tokens are ignored.
 
     Args:
         checkpoint: the converted checkpoint.
@@ -56,13 +57,13 @@ def read_text(
     Raises:
         InputError: if the text is unreadable or shorter than one block.
     """
-    context, mask_bos = checkpoint_settings(checkpoint)
+    context, mask = checkpoint_settings(checkpoint)
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     source = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
     blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), folder)
     check_vocabulary(blocks.ids, vocabulary)
-    return blocks, mask_bos
+    return blocks, mask
 
 
 def load_converted(checkpoint: Path) -> Any:

@@ -1,5 +1,7 @@
 """Presets: the values that `train.preset` gives to the keys that a recipe leaves at null."""
 
+from typing import Any
+
 from mxd_convert.recipe.schema import Recipe
 
 JOINT = 0.4  # share of the steps of `fast` in the joint stage
@@ -7,6 +9,11 @@ JOINT = 0.4  # share of the steps of `fast` in the joint stage
 BATCHES = {1_000_000: 256, 4_000_000: 512, 10_000_000: 1024, 40_000_000: 2048}
 K_INIT = 4  # active experts at the first step of `fast`, in multiples of layer.k
 HIDDEN = 4  # ratio of the MLP's hidden units to those of a layer with `fast`
+
+
+def is_warm(init: str | None) -> bool:
+    """Return whether a value of `train.init` is the folder of a converted model."""
+    return init not in (None, "tokens", "paper")
 
 
 def steps_of(tokens: int, batch_tokens: int, context: int) -> int:
@@ -22,6 +29,19 @@ def batch_of(tokens: int) -> int:
 def joint_steps(steps: int, share: float | None) -> int:
     """Return the number of steps in the joint stage. At least one step remains in which each layer is trained alone."""
     return min(steps - 1, round((share or 0.0) * steps))
+
+
+def resolve_precision(recipe: Recipe, native: bool) -> Recipe:
+    """Return the recipe with `train.precision: auto` replaced. bf16 then applies to the base too, unless it has a dtype of its own.
+
+    native: whether the device multiplies bfloat16 matrices natively.
+    """
+    if recipe.train.precision != "auto":
+        return recipe
+    update: dict[str, Any] = {"train": recipe.train.model_copy(update={"precision": "bf16" if native else "fp32"})}
+    if native and recipe.base.dtype == "float32":
+        update["base"] = recipe.base.model_copy(update={"dtype": "bfloat16"})
+    return recipe.model_copy(update=update)
 
 
 def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
@@ -42,7 +62,8 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
 
     `paper` gives the published settings. `fast` gives:
 
-    - experts initialised from training tokens, and four times layer.k active experts at the first step;
+    - experts initialised from training tokens, and four times layer.k active experts at the first step (but layer.k in a warm
+      start);
     - a batch size that grows with the token budget;
     - a peak learning rate that falls with the square root of the width;
     - warm-up over a twentieth of the steps before the joint stage, and a decay to zero over their last fifth;
@@ -65,7 +86,7 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         # The joint stage has no loss that limits the number of active experts.
         many = recipe.layer.sparsity == "l1" and recipe.layer.traits.has_experts
         joint = 0.0 if half or many else JOINT
-        k_init = max(recipe.layer.k, min(K_INIT * recipe.layer.k, n_experts))
+        k_init = recipe.layer.k if is_warm(train.init) else max(recipe.layer.k, min(K_INIT * recipe.layer.k, n_experts))
         warmup = -1
     batch = max(context, train.batch_tokens or batch)
     steps = steps_of(recipe.data.tokens, batch, context)

@@ -5,7 +5,8 @@ from typing import Any, get_args
 
 import yaml
 
-from mxd_convert.recipe.schema import Recipe, Section
+from mxd_convert.recipe.schema import Recipe
+from mxd_convert.recipe.section import Section
 
 _WIDTH = 118  # characters of a comment line
 

@@ -30,7 +30,7 @@ _PLOTS = {
     "plots/layers.png": "Rise in cross-entropy and reliance on the experts, by layer",
     "plots/training.png": "Training: FVU and idle experts",
 }
-_LOCAL = ("base.model", "data.train.path", "data.eval.path")  # keys of a recipe that may name local files
+_LOCAL = re.compile(r"base\.model|data\.(train|eval)\.(sources\.\d+\.)?path")  # keys of a recipe that may name local files
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEB = re.compile(r"https?://[^\s<>\"'`]+")
 NOT_MEASURED = "not measured"
@@ -115,7 +115,7 @@ def _filled(
         report=report,
         recipe=_Ours(recipe),
         fence=_Ours(fence(recipe)),
-        local=[_Ours(key) for key in report.local if key in _LOCAL],
+        local=[_Ours(key) for key in report.local if _LOCAL.fullmatch(key)],
         order=train.get("order"),
         joint=train.get("joint", train.get("finish")),  # older recipes call the key `finish`
         base_on_hub=base_on_hub,

@@ -10,7 +10,8 @@ import torch
 
 from mxd_convert.data.blocks import Blocks, TextInfo
 from mxd_convert.plan.resolve import Plan
-from mxd_convert.recipe.schema import Recipe, is_local
+from mxd_convert.recipe.schema import MASKED, Recipe
+from mxd_convert.recipe.section import is_local
 from mxd_convert.report.schema import Report
 from mxd_convert.training.loop import Trained
 
@@ -52,7 +53,7 @@ def build_report(
         figures: the evaluation of the checkpoint as loaded from disk.
     """
     available = len(train) * train.context
-    masked = "BOS tokens and the first position of each block" if plan.recipe.train.mask_bos else "nothing"
+    masked = MASKED[plan.recipe.train.mask]
     where = (
         "the loss, fvu, l0, dead_fraction, always_on, the shares and the jacobian; cross-entropies are over every predicted token"
     )
@@ -88,8 +89,10 @@ def build_report(
 
 def _local_keys(recipe: Recipe) -> list[str]:
     """Return the keys of the recipe that name something on this machine. They must be set to run it elsewhere."""
-    named = {"base.model": recipe.base.model, "data.train.path": recipe.data.train.path, "data.eval.path": recipe.data.eval.path}
-    return [key for key, value in named.items() if value is not None and is_local(value)]
+    named = {"base.model": recipe.base.model}
+    for split, text in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        named |= {f"data.{split}.{key}path": source.path for key, source in text.entries()}
+    return [key for key, value in named.items() if is_local(value)]
 
 
 def peak_rss_bytes() -> int:

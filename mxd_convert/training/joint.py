@@ -122,17 +122,17 @@ class JointStage(Stage):
         process, processes = self.source.process
         rows = self._rows(step)[process::processes]
         blocks = self.source.blocks
-        total = self._agree(blocks.counted(blocks.take(rows), self.source.mask_bos).sum().to(self.device), interrupt).clamp_min(1)
+        total = self._agree(blocks.counted(rows, self.source.mask).sum().to(self.device), interrupt).clamp_min(1)
         losses = {index: torch.zeros((), device=self.device) for index in self.layers}
         kl_of_step = torch.zeros_like(self.kl)
         for begin in range(0, len(rows), self._blocks_a_piece()):
             piece = rows[begin : begin + self._blocks_a_piece()]
             kl, own, counted = self._forward(piece, keep=True)
-            # both losses are means; weighted by their share of the step, they sum to its mean over all pieces and processes
-            share, rows_share = counted / total, len(piece) / self.source.rows_a_step
-            objective = kl * rows_share + self.weight * share * torch.stack(list(own.values())).sum()
+            # losses are means over the counted tokens; weighted by their share, they sum to the mean over all pieces and processes
+            share = counted / total
+            objective = share * (kl + self.weight * torch.stack(list(own.values())).sum())
             objective.backward()
-            kl_of_step += kl.detach() * rows_share
+            kl_of_step += kl.detach() * share
             for index, loss in own.items():
                 losses[index] += loss.detach() * share
         for index, loss in losses.items():
@@ -141,20 +141,21 @@ class JointStage(Stage):
         self.kl_steps += 1
 
     def _forward(self, rows: Any, keep: bool = False) -> tuple[Tensor, dict[int, Tensor], Tensor]:
-        """Return the losses on some blocks: mean KL over all tokens, own losses by layer, and the number of counted tokens.
+        """Return the losses on some blocks: mean KL, own losses by layer, and the number of tokens that count in all of them.
 
-        Only counted tokens enter the layers' own losses. keep: whether to add the figures to the log's windows.
+        keep: whether to add the figures to the log's windows.
         """
         source, base = self.source, self.source.base
         ids_BT = source.blocks.take(rows)
-        counted_B = source.blocks.counted(ids_BT, source.mask_bos).flatten().to(self.device)
+        counted_B = source.blocks.counted(rows, source.mask).flatten().to(self.device)
         ids_BT = ids_BT.to(self.device)
         with torch.no_grad(), recording(base, source.sites) as seen:
             base_log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
         layers_in_model = {index: LayerInModel(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
         with replaced_mlps(base, source.sites, layers_in_model):
             log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        kl = kl_terms(base_log_probs, log_probs).sum(-1).mean()
+        kl_B = kl_terms(base_log_probs, log_probs).sum(-1).flatten()
+        kl = (kl_B * counted_B).sum() / counted_B.sum().clamp_min(1)
         own: dict[int, Tensor] = {}
         for index, layer in layers_in_model.items():
             target_BO = seen[index].outputs.flatten(0, 1).float()

@@ -249,7 +249,7 @@ class Training:
             steps=steps,
             buffer_steps=buffer_steps(self.rows_a_step * self.job.blocks.context, self.job.sites),
             seed=train.seed,
-            mask_bos=train.mask_bos,
+            mask=train.mask,
             below=self.below,
             teacher=train.target == "teacher",
             process=self._process if self.together else (0, 1),

@@ -63,7 +63,7 @@ class Source:
     steps: int
     buffer_steps: int
     seed: int
-    mask_bos: bool
+    mask: str
     below: dict[str, nn.Module]
     teacher: bool
     process: tuple[int, int] = (0, 1)
@@ -96,7 +96,7 @@ class Activations:
     def read(self, rows: Any, indices: Iterable[int]) -> Batch:
         """Return the activations of the layers `indices` on the blocks `rows`, unshuffled, and all of them in every process."""
         ids_BT = self.source.blocks.take(rows)
-        counted_B = self.source.blocks.counted(ids_BT, self.source.mask_bos).flatten().to(self.device)
+        counted_B = self.source.blocks.counted(rows, self.source.mask).flatten().to(self.device)
         wanted = set(indices)
         seen = self._seen(ids_BT, [site for site in self.source.sites if site.index in wanted])
         return Batch({index: (x.to(self.device), y.to(self.device)) for index, (x, y) in seen.items()}, counted_B)
@@ -117,7 +117,9 @@ class Activations:
             start = time.perf_counter()
             ids_BT = source.blocks.take(mine[begin : begin + a_forward])
             position = torch.from_numpy(positions[begin : begin + a_forward].flatten()).to(self.device)
-            self._counted[position] = source.blocks.counted(ids_BT, source.mask_bos).flatten().to(self.device)
+            self._counted[position] = (
+                source.blocks.counted(mine[begin : begin + a_forward], source.mask).flatten().to(self.device)
+            )
             self.seconds["data"] += time.perf_counter() - start
             self._harvest(ids_BT, position, positions.size)
         self._first = first

@@ -19,7 +19,7 @@ from mxd_convert.training.stage import Figures, Stage
 def same_activations(recipe: Recipe) -> str:
     """Return a key that is equal for two runs if they read the same batches. recipe: resolved."""
     train = recipe.train
-    keys = (train.batch_tokens, train.seed, train.mask_bos, train.device, train.order, train.joint)
+    keys = (train.batch_tokens, train.seed, train.mask, train.device, train.order, train.joint)
     return repr((recipe.base, recipe.data, recipe.layers, keys))
 
 

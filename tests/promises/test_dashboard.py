@@ -29,10 +29,10 @@ def test_a_dashboard_holds_the_statistics_of_every_expert(converted, text, tmp_p
     assert [layer["layer"] for layer in summary["layers"]] == [0, 2]
     model, tokenizer = load_checkpoint(converted["llama"], dtype="float32"), load_tokenizer(str(converted["llama"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
-    expected = firings_by_loop(model, 2, blocks, mask_bos=True)
+    expected = firings_by_loop(model, 2, blocks, mask="bos")
     about, experts, rows = summary["layers"][1], experts_of(output, 2), data_of(output, "data/2/index")
     assert len(experts) == 24
-    assert about["tokens"] == summary["data"]["tokens"] == blocks.counted(blocks.take(slice(None)), True).sum()
+    assert about["tokens"] == summary["data"]["tokens"] == blocks.counted(slice(None), "bos").sum()
     rates = {n: len(fired) / about["tokens"] for n, fired in expected.items()}
     assert about["dead"] == 24 - len(rates)
     assert about["always_on"] == sum(rate > 0.5 for rate in rates.values())

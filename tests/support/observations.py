@@ -40,14 +40,14 @@ def active_expert(model, ids) -> int:
 
 
 @torch.no_grad()
-def firings_by_loop(model, index: int, blocks, mask_bos: bool) -> dict[int, list[tuple[int, float]]]:
+def firings_by_loop(model, index: int, blocks, mask: str) -> dict[int, list[tuple[int, float]]]:
     """Return (position, coefficient) of every firing, by expert, found token by token."""
     layer, found = model.mxd_layers()[index], {}
     for block in range(len(blocks)):
         ids = blocks.take(slice(block, block + 1))
         with watching({index: layer}) as observed:
             model(input_ids=ids)
-        parts, counted = decompose_layer(layer, observed[index].inputs), blocks.counted(ids, mask_bos)
+        parts, counted = decompose_layer(layer, observed[index].inputs), blocks.counted(slice(block, block + 1), mask)
         for position in range(blocks.context):
             if counted[0, position]:
                 for n, value in zip(parts.experts[0, position].tolist(), parts.values[0, position].tolist(), strict=True):

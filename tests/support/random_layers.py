@@ -53,7 +53,7 @@ def checkpoint_of(folder, model, layers):
     insert_layers(base, layers, origin).save_pretrained(folder)
     load_tokenizer(str(model)).save_pretrained(folder)
     (folder / "mxd_local.json").write_text(json.dumps({"base": str(model)}))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": {"context": CONTEXT}, "train": {"mask_bos": True}}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": {"context": CONTEXT}, "train": {"mask": "bos"}}))
     return folder
 
 

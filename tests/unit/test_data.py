@@ -19,7 +19,7 @@ from mxd_convert.data import blocks as data
 from mxd_convert.data.blocks import block_order, prepare, separators
 from mxd_convert.data.documents import is_held_out, read_documents
 from mxd_convert.errors import InputError
-from mxd_convert.recipe.schema import Data, EvalText, Text
+from mxd_convert.recipe.texts import Data, EvalText, Text
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +193,11 @@ def test_bos_and_the_first_position_are_excluded(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", documents(30))
     train, _ = prepare(Data(train=Text(path=str(path)), context=16, tokens=10**6), tokenizer, tmp_path / "w")
     ids = train.take(slice(None))
-    counted = train.counted(ids, mask_bos=True)
+    counted = train.counted(slice(None), mask="bos")
     assert not counted[:, 0].any()
     assert not counted[ids == tokenizer.bos_token_id].any()
     assert counted[:, 1:][ids[:, 1:] != tokenizer.bos_token_id].all()
-    assert train.counted(ids, mask_bos=False).all()
+    assert train.counted(slice(None), mask="none").all()
 
 
 def test_a_short_run_draws_its_blocks_from_the_whole_text(tmp_path, tokenizer, monkeypatch):

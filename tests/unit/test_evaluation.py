@@ -12,7 +12,8 @@ from mxd_convert.evaluation import layer_figures as layerwise
 from mxd_convert.evaluation.fidelity import evaluate_models
 from mxd_convert.evaluation.layer_figures import LayerFigures
 from mxd_convert.layers import MxD
-from mxd_convert.recipe.schema import Base, Data, EvalText, Text
+from mxd_convert.recipe.schema import Base
+from mxd_convert.recipe.texts import Data, EvalText, Text
 
 
 def random_layer(**settings) -> MxD:
@@ -151,11 +152,11 @@ def test_the_report_has_the_fields_of_the_contract(measured):
     fidelity, reliance = measured[-1]["fidelity"], measured[-1]["reliance"]
     figures = {"ce_base", "ce_converted", "delta_ce", "ce_zero_ablation", "ce_mean_ablation", "kl", "top1_agreement"}
     figures |= {"recovered_zero", "recovered_mean", "compounding"}
-    assert set(fidelity) == with_errors(figures) | {"tokens", "documents", "variants", "by_document", "layers"}
+    assert set(fidelity) == with_errors(figures) | {"tokens", "documents", "token_kinds", "variants", "by_document", "layers"}
     fvus = {"fvu", "fvu_with_bos", "fvu_in_place_local", "fvu_in_place_teacher"}
     for layer in fidelity["layers"].values():
         figures = fvus | {"delta_ce", "recovered_zero", "recovered_mean", "l0"}
-        assert set(layer) == with_errors(figures) | {"dead_fraction", "always_on", "jacobian"}
+        assert set(layer) == with_errors(figures) | {"dead_fraction", "always_on", "jacobian", "token_kinds"}
         for direction in ("data", "random"):
             assert set(layer["jacobian"][direction]) == with_errors({"cosine", "relative_squared_error"})
     shares = {"gate_share", "hidden_share", "product_share", "expert_share", "identity_share"}

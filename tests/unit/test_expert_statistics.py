@@ -29,16 +29,16 @@ ALL_KINDS = [(kind, {}) for kind in KINDS if kind != "dense_twin"] + [
 
 
 @pytest.mark.parametrize(("kind", "settings"), ALL_KINDS, ids=str)
-@pytest.mark.parametrize("mask_bos", [True, False])
-def test_figures_and_contexts_equal_an_explicit_loop(models, text, tmp_path, monkeypatch, kind, settings, mask_bos):
+@pytest.mark.parametrize("mask", ["bos", "none"])
+def test_figures_and_contexts_equal_an_explicit_loop(models, text, tmp_path, monkeypatch, kind, settings, mask):
     """The pass uses several batches, pieces and ranges of experts."""
     monkeypatch.setattr(expert_statistics, "_GATES", 40 * 32 * 7)
     monkeypatch.setattr(firings, "_PIECE", 1000)
     model, tokenizer = gpt2_with_layers(models, {1: (kind, settings)}), load_tokenizer(str(models["gpt2"]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text")
-    record = collect(model, blocks, tmp_path / "records", mask_bos=mask_bos, quiet=True)[1]
-    expected = firings_by_loop(model, 1, blocks, mask_bos)
-    assert record.tokens == blocks.counted(blocks.take(slice(None)), mask_bos).sum()
+    record = collect(model, blocks, tmp_path / "records", mask=mask, quiet=True)[1]
+    expected = firings_by_loop(model, 1, blocks, mask)
+    assert record.tokens == blocks.counted(slice(None), mask).sum()
     assert 0 < len(expected) <= 24
     ranges = list(record.firings.ranges(16, 3000))
     assert [first for first, _ in ranges] == [0, *(last for _, last in ranges[:-1])]
@@ -102,7 +102,7 @@ def test_promoted_tokens_follow_logit_effect(converted, text, tmp_path, family):
     """Mean and spread agree for every expert; frequent experts have the spread of a sample."""
     model, tokenizer = load_checkpoint(converted[family], dtype="float32"), load_tokenizer(str(converted[family]))
     blocks = blocks_of(text, tokenizer, tmp_path / "text", tokens=320)
-    records = collect(model, blocks, tmp_path / "records", mask_bos=False, quiet=True)
+    records = collect(model, blocks, tmp_path / "records", mask="none", quiet=True)
     assert set(records) == {0, 2}
     whole = blocks.take(slice(None))
     exact = 0
@@ -138,7 +138,7 @@ def test_samples_are_the_same_firings_for_any_batch_size(models, text, tmp_path,
     ids = blocks.take(slice(None))
     with watching({1: layer}) as seen, Unembedding.of(model).scales() as scales:
         model(input_ids=ids)
-    counted = blocks.counted(ids, mask_bos=True)
+    counted = blocks.counted(slice(None), mask="bos")
     parts, scaled = (
         decompose_layer(layer, seen[1].inputs[counted]),
         layer.linear(seen[1].inputs[counted]) * scales.of(1)[counted].unsqueeze(-1),

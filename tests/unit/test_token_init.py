@@ -24,9 +24,10 @@ CPU = torch.device("cpu")
 def tokens_of(source, index):
     """Return inputs and outputs of an MLP of the base for all counted tokens of the text."""
     blocks = source.blocks
-    ids = blocks.take(block_order(len(blocks), 0, len(blocks), source.seed))
+    rows = block_order(len(blocks), 0, len(blocks), source.seed)
+    ids = blocks.take(rows)
     seen = harvest(source.base, [site for site in source.sites if site.index == index], ids)[index]
-    counted = blocks.counted(ids, True).flatten()
+    counted = blocks.counted(rows, "bos").flatten()
     return seen.inputs.flatten(0, 1)[counted], seen.outputs.flatten(0, 1)[counted]
 
 

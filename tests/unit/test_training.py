@@ -37,15 +37,15 @@ def rows(*tensors):
 def test_a_buffer_returns_every_token_once_and_mixes_blocks(source):
     made = source()
     stream = Activations(made, CPU)
-    ids = made.blocks.take(block_order(len(made.blocks), 0, 12, 5))
-    seen = harvest(made.base, made.sites, ids)
+    first = block_order(len(made.blocks), 0, 12, 5)
+    seen = harvest(made.base, made.sites, made.blocks.take(first))
     batches = [stream.batch(step) for step in range(3)]
     assert [len(batch.counted_B) for batch in batches] == [128, 128, 128]
     for index in (0, 2):
         whole = rows(seen[index].inputs.flatten(0, 1), seen[index].outputs.flatten(0, 1))
         dealt = rows(*(torch.cat([batch.activations[index][part] for batch in batches]) for part in (0, 1)))
         assert np.abs(whole - dealt).max() < 1e-5
-    assert sum(int(batch.counted_B.sum()) for batch in batches) == int(made.blocks.counted(ids, True).sum())
+    assert sum(int(batch.counted_B.sum()) for batch in batches) == int(made.blocks.counted(first, "bos").sum())
     # the first step holds tokens of (nearly) all twelve blocks, not of four
     inputs = seen[0].inputs
     first = batches[0].activations[0][0]

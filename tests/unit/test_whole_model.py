@@ -18,7 +18,8 @@ from mxd_convert.evaluation.fidelity import evaluate_models
 from mxd_convert.evaluation.suffix import Prefix
 from mxd_convert.evaluation.variance import Variance
 from mxd_convert.layers import LayerSpec, new_layer
-from mxd_convert.recipe.schema import Base, Data, EvalText, Text
+from mxd_convert.recipe.schema import Base
+from mxd_convert.recipe.texts import Data, EvalText, Text
 
 KINDS = ["mxd", "transcoder", "skip_transcoder", "dense_twin"]
 
@@ -60,7 +61,7 @@ def evaluated(models, text, tmp_path_factory):
 def test_figures_equal_those_of_whole_forwards(evaluated, family, kind):
     base, converted, sites, blocks = evaluated(family, kind)
     expected = by_whole_passes(base, converted, {site.index: site.path for site in sites}, blocks, rows=8)
-    found = evaluate_models(base, converted, sites, blocks, mask_bos=False, quiet=True, variant_share=1.0)["fidelity"]
+    found = evaluate_models(base, converted, sites, blocks, mask="none", quiet=True, variant_share=1.0)["fidelity"]
     close = {"rel": 1e-6, "abs": 1e-9}
     for name, key in (
         ("base", "ce_base"),
@@ -86,7 +87,7 @@ def test_figures_equal_those_of_whole_forwards(evaluated, family, kind):
 def test_routing_necessity_equals_that_of_whole_forwards(evaluated, family):
     base, converted, sites, blocks = evaluated(family)
     expected = by_whole_passes(base, converted, {site.index: site.path for site in sites}, blocks, rows=8)
-    found = evaluate_models(base, converted, sites, blocks, mask_bos=False, quiet=True, variant_share=1.0)["reliance"]
+    found = evaluate_models(base, converted, sites, blocks, mask="none", quiet=True, variant_share=1.0)["reliance"]
     for site in sites:
         alone, zero = expected[f"{site.index}/alone"], expected[f"{site.index}/zero"]
         permuted = np.mean([expected[f"{site.index}/permuted{number}"] for number in range(3)])
@@ -101,11 +102,11 @@ def test_routing_necessity_equals_that_of_whole_forwards(evaluated, family):
 
 def test_variants_of_a_subset_are_those_of_its_blocks(evaluated):
     base, converted, sites, blocks = evaluated("llama")
-    found = evaluate_models(base, converted, sites, blocks, mask_bos=False, quiet=True, variant_share=0.3)["fidelity"]
+    found = evaluate_models(base, converted, sites, blocks, mask="none", quiet=True, variant_share=0.3)["fidelity"]
     rows = fidelity._chosen(len(blocks), 0.3)
     assert found["variants"]["tokens"] == len(rows) * (blocks.context - 1)
     assert 0 < len(rows) < len(blocks) / 2
-    whole = evaluate_models(base, converted, sites, blocks, mask_bos=False, quiet=True, variant_share=1.0)["fidelity"]
+    whole = evaluate_models(base, converted, sites, blocks, mask="none", quiet=True, variant_share=1.0)["fidelity"]
     assert found["delta_ce"] == whole["delta_ce"]
     assert found["layers"]["0"]["fvu"] == whole["layers"]["0"]["fvu"]
     ids = blocks.take(rows)

@@ -131,7 +131,7 @@ def collect(
     blocks: Blocks,
     folder: Path,
     layers: list[int] | None = None,
-    mask_bos: bool = True,
+    mask: str = "bos",
     device: torch.device | None = None,
     quiet: bool = False,
 ) -> dict[int, LayerRecord]:
@@ -142,7 +142,7 @@ def collect(
         blocks: the text.
         folder: where files of the records are written. The records need them as long as they are used.
         layers: indices of layers with experts; None for all of them.
-        mask_bos: whether BOS tokens and the first position of each block don't count.
+        mask: which tokens don't count: the recipe's `train.mask`.
         device: where the model runs; None for the CPU.
         quiet: whether to show no progress.
 
@@ -161,10 +161,11 @@ def collect(
     starts = range(0, len(blocks), rows)
     with progress(len(starts), quiet, "recording experts") as advance:
         for start in starts:
-            ids_BT = blocks.take(slice(start, start + rows)).to(device)
+            batch = slice(start, start + rows)
+            ids_BT = blocks.take(batch).to(device)
             with _watched(chosen) as (coefficients, linear), unembedding.scales() as scales:
                 model.base_model(input_ids=ids_BT, use_cache=False)  # the logits are not needed
-            counted_B = blocks.counted(ids_BT, mask_bos).flatten()
+            counted_B = blocks.counted(batch, mask).flatten().to(device)
             positions = start * blocks.context + counted_B.nonzero().squeeze(-1).cpu().numpy()
             for index, record in records.items():
                 record.add(coefficients[index], linear.get(index), scales.of(index).flatten(), counted_B, positions)

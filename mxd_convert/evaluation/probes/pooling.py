@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mxd_convert.base_model.capture import observe
 from mxd_convert.base_model.families import Site
-from mxd_convert.data.blocks import check_vocabulary, separators
+from mxd_convert.data.blocks import check_vocabulary
+from mxd_convert.data.token_files import separators
 from mxd_convert.layers.sparse_ops import sparse_gate
 from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 

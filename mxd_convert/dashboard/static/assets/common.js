@@ -105,7 +105,7 @@ const MXD = (() => {
 
   function source(summary) {
     const data = summary.data;
-    const left = data.masked ? ", without BOS tokens and the first position of each block" : "";
+    const left = data.masked ? `, without ${data.masked}` : "";
     return `${whole(data.tokens)} tokens of ${data.path}${left}`;
   }
 
