@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mxd_convert.commands.push import Push, push
     from mxd_convert.commands.revert import revert
     from mxd_convert.commands.run import Result, convert
+    from mxd_convert.commands.sample import Sample, sample
     from mxd_convert.commands.sweep import Sweep, parse_grid, sweep
     from mxd_convert.commands.verify import verify
     from mxd_convert.errors import InputError
@@ -59,6 +60,7 @@ _HOMES = {
     "Push": "commands.push",
     "Recipe": "recipe.schema",
     "Result": "commands.run",
+    "Sample": "commands.sample",
     "Sweep": "commands.sweep",
     "add_labels": "commands.label",
     "apply": "commands.apply",
@@ -96,6 +98,7 @@ _HOMES = {
     "read_labels": "checkpoint.labels",
     "record": "commands.edit",
     "revert": "commands.revert",
+    "sample": "commands.sample",
     "shipped_recipes": "recipe.load",
     "starter_recipe": "commands.init",
     "steer": "evaluation.steering",
@@ -117,6 +120,7 @@ __all__ = [
     "Push",
     "Recipe",
     "Result",
+    "Sample",
     "Sweep",
     "add_labels",
     "apply",
@@ -154,6 +158,7 @@ __all__ = [
     "read_labels",
     "record",
     "revert",
+    "sample",
     "shipped_recipes",
     "starter_recipe",
     "steer",

@@ -28,13 +28,13 @@ __all__ = ["main"]
 
 # modules of this package, in the order of `--help`
 COMMANDS = (
-    *("init", "plan", "run", "sweep", "evaluate", "verify", "revert", "edit", "label"),
+    *("init", "plan", "run", "sample", "sweep", "evaluate", "verify", "revert", "edit", "label"),
     *("generate", "inspect", "compare", "measure_steering", "probe", "dashboard"),
     *("export", "export_onnx", "push", "pull", "list", "delta", "apply"),
 )
 MIN_ADDRESS_SPACE = 3 * 2**29  # bytes; with less, importing scipy hangs, because its BLAS waits for memory
 SECONDS_FOR_THE_OTHERS = 10.0  # seconds to wait for another process to report its error; its exit also ends this process
-_RESUMABLE = ("run", "push", "pull", "sweep")
+_RESUMABLE = ("run", "push", "pull", "sample", "sweep")
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from mxd_convert.base_model.load import Spread, card_of, load_base, load_tokenizer
+from mxd_convert.base_model.gguf import from_gguf
+from mxd_convert.base_model.load import Spread, base_tokenizer, card_of, copy_processor, load_base
 from mxd_convert.base_model.remote_code import trusting
 from mxd_convert.checkpoint.assemble import assemble, origin_of
 from mxd_convert.checkpoint.provenance import file_hashes
@@ -39,7 +40,9 @@ from mxd_convert.plan.memory import (
 )
 from mxd_convert.plan.resolve import Plan, check_gradients, check_processes, check_space, make_plan, twin_of
 from mxd_convert.recipe.load import load_recipe
-from mxd_convert.recipe.schema import Recipe, is_local
+from mxd_convert.recipe.schema import Recipe
+from mxd_convert.recipe.section import is_local
+from mxd_convert.recipe.texts import Sources
 from mxd_convert.report.card import write_card
 from mxd_convert.report.plots import write_plots
 from mxd_convert.report.schema import Report
@@ -147,6 +150,7 @@ def convert(
         settings["output.dir"] = str(Path(output).expanduser().absolute())
     with once_per_machine():
         loaded = load_recipe(recipe, settings)
+        from_gguf(loaded.base, silent=quiet)  # once, with its own progress, before anything needs the model
     with trusting(loaded.base.trust_remote_code):
         return _convert(loaded, fresh, quiet)
 
@@ -230,8 +234,7 @@ def _check(run: Context) -> Any:
             check_memory(run.plan, run.processes, begun=resumed)
             for warning in run.plan.warnings:
                 run.say(f"warning: {warning}")
-        base = run.recipe.base
-        return load_tokenizer(base.model, base.revision, base.trust_remote_code)
+        return base_tokenizer(run.recipe.base)
 
 
 def _prepare(run: Context, tokenizer: Any) -> tuple[Blocks, Blocks]:
@@ -313,6 +316,8 @@ def _assemble(run: Context, trained: Trained, tokenizer: Any) -> Assembled:
     original = load_base(run.recipe.base, dtype="auto")
     origin = origin_of(run.recipe.base, original)
     folder = assemble(original, trained.layers, origin, run.workspace.folder / "checkpoint", tokenizer)
+    if original.config.get_text_config() is not original.config:  # a model with images too
+        copy_processor(run.recipe.base.model, folder, run.recipe.base.revision)
     twin = None
     if trained.twin is not None:
         twin = assemble(original, trained.twin.layers, origin, run.workspace.folder / TWIN / "checkpoint")
@@ -324,8 +329,8 @@ def _evaluate(run: Context, assembled: Assembled, held_out: Blocks) -> dict[str,
     converted = load_checkpoint(assembled.folder, dtype="float32")
     constant = None if assembled.twin is None else load_checkpoint(assembled.twin, dtype="float32")
     base = load_base(run.recipe.base, dtype="float32")
-    mask_bos, device = run.recipe.train.mask_bos, _evaluation_device(run)
-    return evaluate_models(base, converted, run.plan.sites, held_out, mask_bos, device, run.quiet, constant)
+    mask, device = run.recipe.train.mask, _evaluation_device(run)
+    return evaluate_models(base, converted, run.plan.sites, held_out, mask, device, run.quiet, constant)
 
 
 def _write_dashboard(run: Context, folder: Path, held_out: Blocks, tokenizer: Any) -> None:
@@ -338,7 +343,7 @@ def _write_dashboard(run: Context, folder: Path, held_out: Blocks, tokenizer: An
         tokenizer,
         held_out,
         run.plan.output.name,
-        mask_bos=run.recipe.train.mask_bos,
+        mask=run.recipe.train.mask,
         device=_evaluation_device(run),
         quiet=run.quiet,
     )
@@ -351,13 +356,13 @@ def _evaluation_device(run: Context) -> torch.device:
 
 def _write_report(run: Context, folder: Path, report: Report) -> None:
     """Write the recipe, log, plots, card and report into the checkpoint's folder."""
-    recipe, on_hub = run.recipe, not is_local(run.recipe.base.model)
+    recipe, on_hub = run.recipe, not run.recipe.base.is_local
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     shutil.copyfile(run.workspace.folder / "training_log.jsonl", folder / "training_log.jsonl")
-    texts = {"train": recipe.data.train.path, "eval": recipe.data.eval.path}
+    texts = {"train": recipe.data.train, "eval": recipe.data.eval}
     local = {
-        **({} if on_hub else {"base": recipe.base.model}),
-        "data": {split: path for split, path in texts.items() if path is not None and is_local(path)},
+        **({} if on_hub else {"base": recipe.base.path}),
+        "data": {split: [source.path for _, source in text.entries()] for split, text in texts.items() if _is_here(text)},
         "recipe": recipe.fingerprint(),
     }
     write_json(folder / LOCAL, local)
@@ -365,6 +370,11 @@ def _write_report(run: Context, folder: Path, report: Report) -> None:
     report.files = file_hashes(folder)
     write_card(folder, report, recipe.to_yaml(), base_on_hub=on_hub)
     write_json(folder / REPORT, report.to_dict())
+
+
+def _is_here(text: Sources) -> bool:
+    """Return whether a text is given, and all of it is on this machine."""
+    return text.is_given and all(is_local(source.path) for _, source in text.entries())
 
 
 def _publish(run: Context, result: Result) -> Result:

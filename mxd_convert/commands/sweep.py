@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mxd_convert.base_model.load import load_base, load_tokenizer
+from mxd_convert.base_model.load import base_tokenizer, load_base
 from mxd_convert.checkpoint.read import REPORT, read_report
 from mxd_convert.checkpoint.workspace import Workspace
 from mxd_convert.commands.run import convert
@@ -253,7 +253,7 @@ def _train_group(data: Path, group: list[_Run], say: _Say) -> dict[str, InputErr
     """Train runs that read the same activations in one pass. Return the errors by run."""
     recipe = group[0].plan.recipe
     data = _data_folder(data, recipe, Workspace(recipe, group[0].plan.output, fresh=False).inputs(say))
-    tokenizer = load_tokenizer(recipe.base.model, recipe.base.revision, recipe.base.trust_remote_code)
+    tokenizer = base_tokenizer(recipe.base)
     train, _ = prepare(recipe.data, tokenizer, data, say)
     check_vocabulary(train.ids, group[0].plan.vocabulary)
     say(f"training {len(group)} runs on the same activations: {', '.join(run.name for run in group)}")

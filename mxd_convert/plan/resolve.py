@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
+from mxd_convert.base_model.checks import load_errors
 from mxd_convert.base_model.detect import suggestion
 from mxd_convert.base_model.families import Architecture, Site, architecture_of, find_sites
-from mxd_convert.base_model.load import empty_model, likely_mlp, load_config, load_errors, pinned, untied_tensors
+from mxd_convert.base_model.load import empty_model, likely_mlp, load_config, pinned, untied_tensors
 from mxd_convert.base_model.remote_code import trusting
 from mxd_convert.data.blocks import tokens_to_read
 from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.files import check_free_space
 from mxd_convert.layers import LayerSpec
-from mxd_convert.recipe.presets import joint_steps, resolve_hidden, resolve_train, steps_of
-from mxd_convert.recipe.schema import Recipe, is_local, layer_indices
+from mxd_convert.recipe.presets import joint_steps, resolve_hidden, resolve_precision, resolve_train, steps_of
+from mxd_convert.recipe.schema import GGUF, Recipe, layer_indices
+from mxd_convert.recipe.section import is_local
+from mxd_convert.training.accelerator import multiplies_bfloat16
+from mxd_convert.training.warm_start import check_warm_start
 
 GROWTH_WARNING = 3.0  # times the base's parameters
 
@@ -122,14 +126,16 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _make_plan(recipe: Recipe) -> Plan:
     _check_settings(recipe)
-    recipe = recipe.model_copy(update={"base": pinned(recipe.base)})
+    native = multiplies_bfloat16("cpu" if recipe.train.device == "cpu" or not torch.cuda.is_available() else "cuda")
+    recipe = resolve_precision(recipe.model_copy(update={"base": pinned(recipe.base)}), native)
     config = load_config(recipe.base)
+    text = config.get_text_config()
     architecture = _architecture(recipe, config)
     try:
-        indices = layer_indices(recipe.layers, config.num_hidden_layers)
+        indices = layer_indices(recipe.layers, text.num_hidden_layers)
     except ValueError as error:
         raise InputError(str(error)) from None
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(text, "max_position_embeddings", None)
     if isinstance(limit, int) and recipe.data.context > limit:
         raise InputError(
             f"data.context: {recipe.data.context} tokens exceed the base model's {limit}. Set data.context to {limit} or less."
@@ -139,6 +145,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         sites = find_sites(model, config, indices, recipe.base.mlp)
     recipe = resolve_hidden(recipe, min(site.d_hidden for site in sites))
     layers = [_plan_layer(recipe, site, model) for site in sites]
+    check_warm_start(recipe.train.init, {layer.index: layer.shape for layer in layers})
     recipe = _complete(recipe, layers, _is_half(recipe, config))
     assert recipe.train.batch_tokens is not None
     step_tokens = recipe.train.batch_tokens // recipe.data.context * recipe.data.context
@@ -160,11 +167,11 @@ def _make_plan(recipe: Recipe) -> Plan:
                 for weight in model.get_submodule(architecture.layer.format(i=depth)).parameters()
                 if weight.ndim > 1
             )
-            for depth in range(config.num_hidden_layers)
+            for depth in range(text.num_hidden_layers)
         ],
-        vocabulary=config.get_text_config().vocab_size,
+        vocabulary=text.vocab_size,
         mlp=architecture.description(sites[0].activation),
-        warnings=_warnings(recipe, base_parameters, converted, steps),
+        warnings=_warnings(recipe, base_parameters, converted, steps) + _slow_dtype(recipe, config, native),
     )
     tokens = tokens_to_read(recipe.data) + recipe.data.eval.tokens
     return replace(plan, disk_bytes=_weights_on_disk(plan) + 4 * tokens)
@@ -218,12 +225,13 @@ def _check_settings(recipe: Recipe) -> None:
         raise InputError(
             f"layer.activation: {recipe.layer.activation!r} is unknown to transformers. Set it to, for example, gelu, relu or silu."
         )
-    for key, path in (("data.train", recipe.data.train.path), ("data.eval", recipe.data.eval.path)):
-        if path is not None and is_local(path):
-            try:
-                local_files(path)
-            except InputError as error:
-                raise InputError(str(error).replace("data:", f"{key}.path:", 1)) from None
+    for split, text in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for key, source in text.entries():
+            if is_local(source.path):
+                try:
+                    local_files(source.path)
+                except InputError as error:
+                    raise InputError(str(error).replace("data:", f"data.{split}.{key}path:", 1)) from None
     tracker = recipe.train.tracker
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise InputError(f"train.tracker: {tracker} is not installed. Run `pip install {tracker}`, or set train.tracker: none.")
@@ -279,7 +287,7 @@ def _complete(recipe: Recipe, layers: list[LayerPlan], half: bool) -> Recipe:
             f"train.k_init: {recipe.train.k_init} exceeds the {experts} experts. Set train.k_init to {experts} or less."
         )
     if recipe.output.dir is None:
-        folder = Path.cwd() / "runs" / f"{Path(recipe.base.model).name}-mxd"
+        folder = Path.cwd() / "runs" / f"{recipe.base.name.removesuffix(GGUF).split('/')[-1]}-mxd"
         recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder)})})
     return recipe
 
@@ -301,6 +309,17 @@ def _warnings(recipe: Recipe, base: int, converted: int, steps: int) -> list[str
             f"train.warmup_steps: {warmup} exceeds the {steps - joint} training steps{before}, so the learning rate never reaches its peak"
         )
     return found
+
+
+def _slow_dtype(recipe: Recipe, config: Any, native: bool) -> list[str]:
+    """Return a warning about a base in half precision on a device that emulates it. config: of the base."""
+    dtype = str(config.dtype).removeprefix("torch.") if recipe.base.dtype == "auto" else recipe.base.dtype
+    if native or dtype not in ("bfloat16", "float16"):
+        return []
+    return [
+        f"base.dtype: {recipe.base.dtype}: this machine emulates {dtype}, which takes many times as long as float32. Set base.dtype:"
+        " float32, or train.precision: auto"
+    ]
 
 
 def check_gradients(recipe: Recipe, half: bool) -> None:

@@ -27,6 +27,14 @@ def _check_launch() -> None:
         )
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Return whether a device (cpu or cuda) multiplies bfloat16 matrices natively. Emulation is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check is not None and check() for check in checks)
+
+
 def new_accelerator(train: Train, logs: Path) -> Accelerator:
     """Set up the devices and processes of a run.
 

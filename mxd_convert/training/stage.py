@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mxd_convert.errors import NotFinite
 from mxd_convert.layers import LayerSpec, Trainable, new_layer, normalised_mse
+from mxd_convert.recipe.presets import is_warm
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.log import NAME, append_line, cut_log
@@ -22,6 +23,7 @@ from mxd_convert.training.state import drop_damaged, load_state, save_state
 from mxd_convert.training.stream import Activations, Source
 from mxd_convert.training.token_init import init_from_tokens
 from mxd_convert.training.tracking import track
+from mxd_convert.training.warm_start import copy_layers
 from mxd_convert.training.window import Window
 
 SAVE_SECONDS = 60.0  # between two saves, unless `checkpoint_every` comes first
@@ -174,9 +176,11 @@ class Stage:
         return train.lr, train.warmup_steps, train.schedule
 
     def _initialise(self) -> None:
-        """Initialise the experts from tokens, if the recipe says so. Called for a stage that has no saved state."""
-        start = time.monotonic()
-        if self.recipe.train.init == "tokens":
+        """Initialise from tokens or from another conversion, if the recipe says so. Called for a stage that has no saved state."""
+        start, init = time.monotonic(), self.recipe.train.init
+        if init is not None and is_warm(init):
+            copy_layers(self.layers, init)
+        if init == "tokens":
             self._choose_k(0)
             if not self.quiet and any(layer.n_experts for layer in self.layers.values()):
                 print("initialising experts from tokens", file=sys.stderr, flush=True)

@@ -84,12 +84,16 @@ def test_unsupported_architectures_are_refused(refused, recipe, tmp_path, conver
     refused("run", recipe(base={"model": str(folder)}), words=words)
 
 
-def test_a_quantised_base_is_refused(refused, recipe, tmp_path, models):
+def test_a_quantised_base_that_transformers_cant_dequantise_is_refused(refused, recipe, tmp_path, models):
     folder = Path(shutil.copytree(models["gpt2"], tmp_path / "quantised"))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    refused("run", recipe(base={"model": str(folder)}), words=("quantised", "unquantised"))
+    refused(
+        "run",
+        recipe(base={"model": str(folder)}),
+        words=("is quantised", "c_attn becomes a Linear, not a Conv1D", "Give the unquantised model"),
+    )
 
 
 def lose_a_tensor(folder):

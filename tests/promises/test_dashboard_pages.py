@@ -19,7 +19,7 @@ from mxd_convert.base_model.load import load_tokenizer
 from mxd_convert.dashboard.pages import write_data
 from mxd_convert.data.blocks import prepare_eval
 from mxd_convert.data.documents import is_held_out
-from mxd_convert.recipe.schema import EvalText
+from mxd_convert.recipe.texts import EvalText
 
 needs_browser = pytest.mark.skipif(
     browser.program() is None, reason="needs a browser: none of chromium, chromium-browser, google-chrome is installed"

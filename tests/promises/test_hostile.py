@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import mxd_convert
-from mxd_convert.base_model.load import check_config, load_config
+from mxd_convert.base_model.checks import check_config
+from mxd_convert.base_model.load import load_config
 from mxd_convert.checkpoint import verify as verification
 from mxd_convert.checkpoint.fresh_process import differ
 from mxd_convert.checkpoint.read import load_checkpoint

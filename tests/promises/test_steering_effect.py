@@ -14,7 +14,7 @@ from mxd_convert.base_model.load import load_base, load_tokenizer
 from mxd_convert.checkpoint.read import base_of
 from mxd_convert.data.blocks import prepare_eval
 from mxd_convert.evaluation.steering_effect import SteeringEffect, find_experts, ngram_overlap
-from mxd_convert.recipe.schema import EvalText
+from mxd_convert.recipe.texts import EvalText
 
 
 @pytest.fixture(scope="module")

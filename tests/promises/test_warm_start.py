@@ -1,0 +1,78 @@
+"""The promise: a conversion can start from another one's layers, with another k, more tokens or a fine-tuned base."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_runs import small_recipe
+
+import mxd_convert
+from mxd_convert.checkpoint.read import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def first(models, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first") / "converted"
+    mxd_convert.convert(small_recipe(models["llama"], text, folder, layers=[0, 2], train={"init": "tokens"}), quiet=True)
+    return folder
+
+
+def warm(models, text, folder, first, **sections) -> dict:
+    train = {"init": str(first), **sections.pop("train", {})}
+    return small_recipe(models["llama"], text, folder, **{"layers": [2], **sections}, train=train)
+
+
+def first_line(folder: Path) -> dict:
+    return json.loads((folder / "training_log.jsonl").read_text().splitlines()[0])["layers"]["2"]
+
+
+def test_layers_are_those_of_the_other_conversion_before_the_first_step(first, models, text, tmp_path):
+    recipe = warm(models, text, tmp_path / "warm", first, train={"lr": 1e-12})
+    mxd_convert.convert(recipe, quiet=True)
+    theirs, ours = (load_checkpoint(folder).mxd_layers()[2].state_dict() for folder in (first, tmp_path / "warm"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+def test_another_k_starts_from_what_was_learnt(first, models, text, tmp_path):
+    for name, init in (("warm", str(first)), ("cold", "tokens")):
+        mxd_convert.convert(warm(models, text, tmp_path / name, init, layer={"k": 6}), quiet=True)
+    assert first_line(tmp_path / "warm")["fvu"] < 0.9 * first_line(tmp_path / "cold")["fvu"]
+    assert load_checkpoint(tmp_path / "warm").mxd_layers()[2].k == 6
+
+
+def test_a_warm_start_keeps_the_final_k_from_the_first_step(first, models, text, tmp_path):
+    recipe = warm(models, text, tmp_path / "fast", first, train={"lr": None, "batch_tokens": None})
+    train = mxd_convert.make_plan(mxd_convert.load_recipe(recipe)).recipe.train
+    assert (train.k_init, train.init) == (4, str(first))
+
+
+def test_the_folder_stays_on_this_machine(first, models, text, tmp_path):
+    recipe = warm(models, text, tmp_path / "warm", first, data={"tokens": 1024})
+    mxd_convert.convert(recipe, quiet=True)
+    assert yaml.safe_load((tmp_path / "warm" / "recipe.yaml").read_text())["train"]["init"] == first.name
+    for file in (tmp_path / "warm").rglob("*"):
+        if file.is_file() and file.name != "mxd_local.json":
+            assert str(first.parent).encode() not in file.read_bytes(), file
+    assert mxd_convert.verify_provenance(tmp_path / "warm").ok
+
+
+def test_layers_that_dont_fit_are_refused(first, models, text, tmp_path, refused):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(warm(models, text, tmp_path / "out", first)))
+    (tmp_path / "empty").mkdir()
+    for settings, words in {
+        ("layer.experts=25",): ("n_experts 24 there", "Set layer.experts: 24"),
+        ("layer.hidden=7",): ("has d_hidden", "Set layer.hidden"),
+        ("layer.skip=true",): ("skip False there", "Set layer.skip: false"),
+        ("layer.kind=transcoder",): ("kind mxd there", "Set layer.kind: mxd"),
+        ("layers=[1]",): ("layer 1 is not converted there", "0, 2"),
+        (f"base.model={models['gpt2']}",): ("layer 2 has",),
+        ("train.init=token",): ("token: no such folder", "tokens, paper, or the folder"),
+        (f"train.init={tmp_path / 'empty'}",): ("train.init:", "not a checkpoint"),
+    }.items():
+        options = [part for setting in settings for part in ("--set", setting)]
+        refused("run", path, *options, words=words)
+    assert not (tmp_path / "out").exists()
