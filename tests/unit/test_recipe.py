@@ -176,7 +176,9 @@ def test_the_recipes_of_the_paper_have_its_settings():
         recipe = load_recipe(name)
         assert (recipe.layers, recipe.layer.experts, recipe.layer.k) == ([layer], experts, 32)
         assert (recipe.data.tokens, recipe.data.context, recipe.train.preset) == (480_000_000, 128, "paper")
-    assert set(expected) | {"quickstart", "stories260k", "prose-neox", "gpt2-all-layers"} == set(shipped_recipes())
+    assert set(expected) | {"quickstart", "stories260k", "prose-neox", "gpt2-all-layers", "smollm2-135m"} == set(
+        shipped_recipes()
+    )
 
 
 def test_recipes_found_by_name_write_into_the_working_directory(tmp_path, monkeypatch):
