@@ -244,3 +244,11 @@ def test_a_gradient_of_autograd_adds_to_the_one_stored_by_row():
         optimiser.step(0)
     for mine, theirs in zip(*(layer.parameters() for layer in layers), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 40, 2**16, 2**16 + 1, 300_000])
+def test_the_order_of_experts_is_torchs_stable_sort(n):
+    keys = torch.randint(0, n, (5000,), generator=torch.Generator().manual_seed(n))
+    keys[:2] = n - 1
+    assert torch.equal(reference.stable_order(keys, n), keys.argsort(stable=True))
+    assert reference.stable_order(keys[:0], n).shape == (0,)

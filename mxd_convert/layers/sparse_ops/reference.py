@@ -4,6 +4,7 @@ import functools
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,10 +44,24 @@ def _fuses_bias() -> bool:
 def route(weights_BK: Tensor, indices_BK: Tensor, n_experts: int) -> Routing:
     """Return the pairs sorted by expert. The sort is stable, so sums are always taken in the same order."""
     flat_M = indices_BK.flatten()
-    pairs_M = flat_M.argsort(stable=True)
+    pairs_M = stable_order(flat_M, n_experts)
     starts_N1 = flat_M.new_zeros(n_experts + 1)
     starts_N1[1:] = flat_M.bincount(minlength=n_experts).cumsum(0)
     return Routing(pairs_M // max(indices_BK.shape[1], 1), weights_BK.flatten()[pairs_M], starts_N1)
+
+
+def stable_order(keys_M: Tensor, n: int) -> Tensor:
+    """Return the order that sorts integers from 0 to n - 1, (M). Equal ones keep their order.
+
+    On the CPU numpy sorts 16 bits at a time by radix, which takes a small part of the time of torch's sort.
+    """
+    if keys_M.device.type != "cpu":
+        return keys_M.argsort(stable=True)
+    keys = keys_M.numpy()
+    order = np.argsort(keys.astype(np.uint16), kind="stable")  # by the lower 16 bits
+    if n > 2**16:
+        order = order[np.argsort((keys >> 16)[order].astype(np.uint16), kind="stable")]
+    return torch.from_numpy(order)
 
 
 def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
