@@ -69,7 +69,7 @@ def _file_of(base: Base) -> Path:
 def _metadata(file: Path) -> dict[str, Any]:
     """Return the metadata of a GGUF file. Raises InputError if it can't be converted."""
     try:
-        metadata, _ = read_gguf_metadata(str(file))
+        metadata, _ = read_gguf_metadata(str(file), ("general.languages",))
     except Exception as error:  # the reader checks nothing: a damaged file can raise anything
         raise InputError(f"base.model: {file}: not a readable GGUF file ({first_line(error)}). Download it again.") from None
     parts = metadata.get("split.count", 1)
@@ -142,6 +142,7 @@ def _dtype_of(file: Path) -> str:
 def _write_card(path: Path, metadata: dict[str, Any]) -> None:
     """Write the licence and languages that the file records as the front matter of a model card."""
     card = {name: metadata[key] for key, name in _CARD.items() if key in metadata}
+    card |= {"language": metadata["general.languages"]} if "general.languages" in metadata else {}
     write_text(path, f"---\n{yaml.safe_dump(card)}---\n" if card else "")
 
 

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mxd_convert.base_model.checks import load_errors, quiet
-from mxd_convert.base_model.load import base_tokenizer, load_base, load_config, pick_device
+from mxd_convert.base_model.checks import load_errors
+from mxd_convert.base_model.checks import quiet as without_noise
+from mxd_convert.base_model.load import base_tokenizer, load_base, load_config, pick_device, pinned
 from mxd_convert.data.chats import open_chat
 from mxd_convert.data.documents import local_files, opened, readable, rows_of
 from mxd_convert.data.fields import TextField
@@ -46,6 +47,7 @@ class _Settings:
     base: str
     revision: str | None
     prompts: str | None  # SHA-256 of the file
+    text_field: str
     tokens: int
     temperature: float
     max_new_tokens: int
@@ -67,7 +69,7 @@ def sample(
     seed: int = 0,
     device: str | None = None,
     fresh: bool = False,
-    silent: bool = False,
+    quiet: bool = False,
 ) -> Sample:
     """Write text sampled from a base model to a .jsonl file, or resume an unfinished sample.
 
@@ -78,7 +80,8 @@ def sample(
         base_model: Hub id, folder or GGUF file of the model.
         output: file to write.
         tokens: number of tokens that the model writes at least.
-        prompts: .jsonl file of texts or chats, or .txt file with a prompt per line. Without it, each text begins with BOS.
+        prompts: .jsonl file of texts or chats, or .txt file with a prompt per line; the first 100,000 are read. Without it, each
+            text begins with BOS.
         text_field: field of the .jsonl file.
         temperature: sampling temperature.
         max_new_tokens: most tokens of one continuation.
@@ -87,28 +90,37 @@ def sample(
         seed: seed of the sampling.
         device: to run on. Default: CUDA if available.
         fresh: start over, and replace the output.
-        silent: write nothing to stderr.
+        quiet: write nothing to stderr.
 
     Raises:
         InputError: if an argument is out of range, or the model or the prompts can't be used.
     """
     output = Path(output)
     _check(tokens, temperature, max_new_tokens, batch, seed, output, fresh)
-    base = load_recipe({"base": {"model": base_model}}).base
+    base = pinned(load_recipe({"base": {"model": base_model}}).base)
     load_config(base)
     tokenizer = base_tokenizer(base)
     is_chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
     found = _read_prompts(Path(prompts), text_field, tokenizer, is_chat) if prompts is not None else [_Prompt("", None)]
     digest = None if prompts is None else file_sha256(Path(prompts))
     settings = _Settings(
-        base.name, base.revision, digest, tokens, temperature, max_new_tokens, is_chat and prompts is not None, batch, seed
+        base.path,
+        base.revision,
+        digest,
+        text_field,
+        tokens,
+        temperature,
+        max_new_tokens,
+        is_chat and prompts is not None,
+        batch,
+        seed,
     )
     with disk_guard(output), memory_guard("out of memory while sampling. Lower --batch or --max-new-tokens."):
         file = _Output(output, settings, fresh)
-        if file.documents and not silent:
+        if file.documents and not quiet:
             say(f"resumed after {file.tokens:,} tokens")
         model = load_base(base).to(pick_device(device))
-        _sample(model, tokenizer, found, settings, file, silent)
+        _sample(model, tokenizer, found, settings, file, quiet)
         return Sample(output, file.documents, file.tokens)
 
 
@@ -213,9 +225,9 @@ def _is_line(line: bytes) -> bool:
         return False
 
 
-def _sample(model: Any, tokenizer: Any, prompts: list[_Prompt], settings: _Settings, file: _Output, silent: bool) -> None:
+def _sample(model: Any, tokenizer: Any, prompts: list[_Prompt], settings: _Settings, file: _Output, quiet: bool) -> None:
     """Continue prompts, batch by batch, until there are enough tokens."""
-    with _progress(settings.tokens, file.tokens, silent) as advance:
+    with _progress(settings.tokens, file.tokens, quiet) as advance:
         for number in itertools.count(file.documents // settings.batch):
             if file.tokens >= settings.tokens:
                 break
@@ -238,7 +250,7 @@ def _continued(model: Any, tokenizer: Any, prompts: list[_Prompt], settings: _Se
     if length < 1:
         raise InputError(f"--prompts: a prompt has {ids_BT.shape[1]} tokens, and the model has room for {room}. Shorten it.")
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
-    with quiet(), load_errors("the text", settings.base, "sampled"), torch.no_grad():
+    with without_noise(), load_errors("the text", settings.base, "sampled"), torch.no_grad():
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
@@ -277,14 +289,14 @@ def _padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 @contextmanager
-def _progress(total: int, done: int, silent: bool) -> Iterator[Any]:
+def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
     """Yield the function that shows how many tokens are written: a bar on a terminal, a line every few batches elsewhere."""
     console = Console(stderr=True)
-    if silent or not console.is_terminal:
+    if quiet or not console.is_terminal:
         calls = itertools.count(1)
 
         def line(tokens: int) -> None:
-            if not silent and (next(calls) % SAY_EVERY == 0 or tokens >= total):
+            if not quiet and (next(calls) % SAY_EVERY == 0 or tokens >= total):
                 say(f"sampled {tokens:,} of {total:,} tokens")
 
         yield line

@@ -308,6 +308,10 @@ class Recipe(Section):
                 f"train.twin: true can't be used with layer.kind: {self.layer.kind}, which has no dense twin."
                 " Set train.twin: false or layer.kind: mxd."
             )
+        if train.twin and train.init not in (None, "tokens", "paper"):
+            raise ValueError(
+                f"train.twin: true can't be used with train.init: {train.init}, whose layers are no dense twins. Set train.twin: false."
+            )
         if train.order == "sequential" and train.distribute == "layers":
             raise ValueError(
                 "train.distribute: layers can't be used with train.order: sequential, in which each layer needs the layers below it."

@@ -23,7 +23,7 @@ def prompts(tmp_path):
 
 
 def sampled(output, prompts, **options):
-    settings = {"tokens": 300, "max_new_tokens": 12, "batch": 4, "silent": True, **options}
+    settings = {"tokens": 300, "max_new_tokens": 12, "batch": 4, "quiet": True, **options}
     return mxd_convert.sample(str(QUICKSTART), output, prompts=prompts, **settings)
 
 
@@ -104,14 +104,14 @@ def test_an_instruct_model_replies_to_messages(prompts, tmp_path):
         "{% if add_generation_prompt %}# assistant\n{% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    mxd_convert.sample(str(folder), tmp_path / "chats.jsonl", 200, prompts, max_new_tokens=12, batch=4, silent=True)
+    mxd_convert.sample(str(folder), tmp_path / "chats.jsonl", 200, prompts, max_new_tokens=12, batch=4, quiet=True)
     made = rows(tmp_path / "chats.jsonl")
     assert [message["role"] for message in made[0]["messages"]] == ["user", "assistant"]
     assert made[0]["messages"][0]["content"] == PROMPTS[0]
     blocks = prepare_eval(EvalText(path=str(tmp_path / "chats.jsonl"), text="messages", tokens=100), 10, tokenizer, tmp_path)
     assert "# assistant" in tokenizer.decode(blocks.take(slice(None)).flatten())
     plain = mxd_convert.sample(
-        str(folder), tmp_path / "plain.jsonl", 50, prompts, max_new_tokens=12, batch=4, chat=False, silent=True
+        str(folder), tmp_path / "plain.jsonl", 50, prompts, max_new_tokens=12, batch=4, chat=False, quiet=True
     )
     assert "text" in rows(plain.output)[0]
 

@@ -70,6 +70,7 @@ def test_layers_that_dont_fit_are_refused(first, models, text, tmp_path, refused
         ("layer.kind=transcoder",): ("kind mxd there", "Set layer.kind: mxd"),
         ("layers=[1]",): ("layer 1 is not converted there", "0, 2"),
         (f"base.model={models['gpt2']}",): ("layer 2 has",),
+        ("train.twin=true",): ("train.twin: true can't be used with train.init",),
         ("train.init=token",): ("token: no such folder", "tokens, paper, or the folder"),
         (f"train.init={tmp_path / 'empty'}",): ("train.init:", "not a checkpoint"),
     }.items():
