@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -139,18 +140,15 @@ def checkpoints(folder: Path) -> str | None:
             if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
                 raise AssertionError("not enabled")
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-        found = {
-            name: parameter.grad for name, parameter in model.named_parameters() if not re.search("vision|multi_modal", name)
-        }
-        missing = [name for name, gradient in found.items() if gradient is None]
-        if missing:
+        text = {name: parameter for name, parameter in model.named_parameters() if not re.search("vision|multi_modal", name)}
+        found = {name: parameter.grad for name, parameter in text.items()}
+        if missing := [name for name, gradient in found.items() if gradient is None]:
             raise AssertionError(f"no gradient for {missing[0]}")
         return found
 
     plain, checkpointed = gradients(False), gradients(True)
-    worst = max(
-        ((plain[name] - checkpointed[name]).abs().max() / plain[name].abs().max().clamp_min(1e-3)).item() for name in plain
-    )
+    sizes = {name: gradient.abs().max().clamp_min(1e-3) for name, gradient in plain.items()}
+    worst = max(((plain[name] - checkpointed[name]).abs().max() / size).item() for name, size in sizes.items())
     return None if worst <= 1e-4 else f"gradients differ by {worst:.1e}"
 
 
@@ -357,12 +355,12 @@ def outcome(check: str, base: Path, converted: Path) -> str:
 
 
 def page(cells: dict[tuple[str, str], str]) -> str:
-    """Return docs/families.md. cells: by family and check."""
+    """Return docs/families.md, with all lines but those of the table wrapped. cells: by family and check."""
     lines = [
         "# Families",
         "",
-        "What can be converted, and what was tried with it: a tiny random model of each family, one of two layers converted by the whole",
-        "pipeline. Written by `make families`; `tests/families/test_families.py` makes every cell again and wants the same.",
+        "Each family was tried with a tiny random model: one of two layers is converted by the whole pipeline. `make families` writes this"
+        " table, and `tests/families/test_families.py` makes every cell again.",
         "",
         f"| model_type | MLP | {' | '.join(NAMES)} |",
         "|---|---|" + "---|" * len(NAMES),
@@ -374,12 +372,15 @@ def page(cells: dict[tuple[str, str], str]) -> str:
     lines += [f"- **{name}**: {what}" for name, what in NAMES.items()]
     lines += [
         "",
-        f"*{BASE_FAILS}*: transformers' own class of the family does not pass that check either. Variants within families, such as Falcon's",
-        "three arrangements of attention and MLP, are in `tests/families/test_families.py`.",
+        f"*{BASE_FAILS}*: transformers' own class of the family does not pass that check either. Variants within families, such as Falcon's"
+        " three arrangements of attention and MLP, are in `tests/families/test_families.py`.",
         "",
         "A family that is not here: [how to add one](add-a-family.md).",
     ]
-    return "\n".join(lines) + "\n"
+    pieces = [
+        [line] if line[:1] in ("|", "") else textwrap.wrap(line, 100, subsequent_indent="  " * (line[0] == "-")) for line in lines
+    ]
+    return "".join(f"{piece}\n" for each in pieces for piece in each)
 
 
 def main() -> None:
