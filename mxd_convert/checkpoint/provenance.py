@@ -9,14 +9,14 @@ from pydantic import ValidationError
 
 from mxd_convert.base_model.load import load_base, load_tokenizer, model_sha256
 from mxd_convert.checkpoint.labels import LABELS
-from mxd_convert.checkpoint.read import REPORT, base_of, belonging, read_config, read_local, read_report, recorded_base
+from mxd_convert.checkpoint.read import REPORT, base_of, belonging, read_config, read_report, recorded_base
+from mxd_convert.checkpoint.texts import recorded_data
 from mxd_convert.checkpoint.verify import Check, Verification, foreign_code
 from mxd_convert.data.blocks import prepare
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.files import file_sha256
 from mxd_convert.recipe.load import read_recipe_yaml
 from mxd_convert.recipe.schema import RENAMED, Recipe
-from mxd_convert.recipe.texts import Data
 from mxd_convert.report.schema import Report
 
 _WITHOUT_HASH = ("README.md", REPORT, LABELS)  # the card, made from the report; the report itself; and labels, which users add
@@ -134,30 +134,13 @@ def _texts(folder: Path, report: Report) -> Iterator[Check]:
         "the held-out text has the recorded fingerprint",
         "no held-out document is in the training text",
     )
-    paths = read_local(folder).get("data") or {}
     try:
-        settings = read_recipe_yaml(folder / "recipe.yaml")["data"]
-        for split in ("train", "eval"):
-            several = settings[split].get("sources")
-            for text, path in zip(several or [settings[split]], _listed(paths.get(split)), strict=False):
-                text["path"] = path
-            if not paths.get(split) and (several or settings[split]["path"] is not None):
-                raise KeyError(split)
+        data = recorded_data(folder)
         with tempfile.TemporaryDirectory() as scratch:
-            train, held_out = prepare(Data(**settings), load_tokenizer(str(folder)), Path(scratch))
+            train, held_out = prepare(data, load_tokenizer(str(folder)), Path(scratch))
             infos = (train.info, held_out.info)
             del train, held_out
-    except KeyError:
-        yield from (
-            Check(
-                name,
-                None,
-                "the paths of the texts are not recorded on this machine. Run the recipe with the texts to recompute the fingerprints.",
-            )
-            for name in names
-        )
-        return
-    except (InputError, OSError, ValidationError, TypeError, AttributeError) as error:
+    except (InputError, OSError) as error:
         yield from (Check(name, None, first_line(error)) for name in names)
         return
     for name, split, info in zip(names, ("train", "eval"), infos, strict=False):
@@ -165,11 +148,6 @@ def _texts(folder: Path, report: Report) -> Iterator[Check]:
         same = recorded is not None and recorded.fingerprint == info.fingerprint
         yield Check(name, same, "" if same else f"the fingerprint is now {info.fingerprint}")
     yield Check(names[2], infos[1].disjoint, "" if infos[1].disjoint else "some held-out documents are")
-
-
-def _listed(paths: Any) -> list[Any]:
-    """Return the paths of a text that `mxd_local.json` records: a list, or a single path in checkpoints before version 0.2."""
-    return paths if isinstance(paths, list) else [paths]
 
 
 __all__ = ["changed_files", "file_hashes", "verify_provenance"]

@@ -2,28 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mxd_convert.base_model.load import load_tokenizer
-from mxd_convert.checkpoint.read import checkpoint_settings, read_local
+from mxd_convert.checkpoint.read import checkpoint_settings
+from mxd_convert.checkpoint.texts import recorded_data
 from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.files import temporary_sibling
-from mxd_convert.recipe.load import read_recipe_yaml, shipped_folder
+from mxd_convert.recipe.load import shipped_folder
 from mxd_convert.recipe.texts import EvalText
 
 SHIPPED = "python-docs.jsonl.gz"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A text. held_out: whether to read only the tenth of its documents that a run holds out of training."""
-
-    path: str
-    field: str = "text"
-    held_out: bool = False
 
 
 @contextmanager
@@ -51,35 +41,30 @@ def opened(
     if tokens < context:
         raise InputError(f"--tokens {tokens}: fewer than one block of {context} tokens. Set --tokens to {context} or more.")
     tokenizer = load_tokenizer(str(checkpoint))
-    shipped = Source(str(shipped_folder().parent / "examples" / SHIPPED))
-    sources = [Source(str(Path(data).expanduser().absolute()), text_field)] if data else [*_recorded(checkpoint), shipped]
+    recorded, held_out_only = (None, False) if data else _recorded(checkpoint, tokens)
+    last = EvalText(path=str(shipped_folder().parent / "examples" / SHIPPED), tokens=tokens)
+    if data:
+        last = EvalText(path=str(Path(data).expanduser().absolute()), text=text_field, tokens=tokens)
     with temporary_sibling(output) as scratch:
-        for source in sources:
-            wanted = EvalText(path=source.path, text=source.field, tokens=tokens)
+        for text in (recorded, last) if recorded else (last,):
             try:
-                blocks = prepare_eval(wanted, context, tokenizer, scratch, source.held_out)
+                blocks = prepare_eval(text, context, tokenizer, scratch, held_out_only and text is recorded)
             except InputError:
-                if source is sources[-1]:
+                if text is last:
                     raise
                 continue
             check_vocabulary(blocks.ids, vocabulary)
-            yield blocks, None if data or source is shipped else True
+            yield blocks, True if text is recorded else None
             return
 
 
-def _recorded(checkpoint: Path) -> Iterator[Source]:
-    """Yield the evaluation and training texts of the checkpoint's run, if it was on this machine."""
-    recorded = read_local(checkpoint).get("data")
-    paths: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-    for split in ("eval", "train"):
-        if isinstance(paths.get(split), str):
-            yield Source(paths[split], _field(checkpoint, split), held_out=split == "train")
-
-
-def _field(checkpoint: Path, split: str) -> str:
-    """Return the text field in the checkpoint's recipe for a split, by default "text"."""
-    path = checkpoint / "recipe.yaml"
-    data = read_recipe_yaml(path).get("data") if path.is_file() else None
-    source = data.get(split) if isinstance(data, dict) else None
-    field = source.get("text") if isinstance(source, dict) else None
-    return field if isinstance(field, str) else "text"
+def _recorded(checkpoint: Path, tokens: int) -> tuple[EvalText | None, bool]:
+    """Return (text, whether only a part of its documents was held out of training) of the checkpoint's run, or (None, False)."""
+    try:
+        data = recorded_data(checkpoint)
+    except InputError:
+        return None, False
+    given = data.eval.is_given
+    text = data.eval if given else data.train
+    fields = text.model_dump(exclude={"tokens"} if text.sources is None else {"tokens", "path"})
+    return EvalText.model_validate({**fields, "tokens": tokens}), not given

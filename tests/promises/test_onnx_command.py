@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from onnx_exports import other_rows, spoilt
 from project import ROOT
 from small_runs import TEXT, small_recipe
@@ -138,6 +139,18 @@ def test_an_export_without_data_is_compared_on_held_out_text(converted, tmp_path
     assert done.report["data"]["path"] == "python-docs.jsonl.gz"
 
 
+def test_an_export_of_a_run_on_several_texts_is_compared_on_what_they_held_out(converted, tmp_path, text):
+    folder = shutil.copytree(converted["gpt_neox"], tmp_path / "copy")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["data"]["train"] = {"sources": [{"path": text.name}, {"path": text.name}]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    local = json.loads((folder / "mxd_local.json").read_text())
+    (folder / "mxd_local.json").write_text(json.dumps({**local, "data": {"train": [str(text), str(text)]}}))
+    done = export_onnx(folder, tmp_path / "out", tokens=256, quiet=True)
+    assert done.report["data"]["path"] == f"{text.name} + {text.name}"
+    assert done.report["data"]["held_out"] is True
+
+
 def test_a_text_of_too_few_documents_is_replaced_by_the_shipped_one(models, tmp_path):
     """No document of the text is held out."""
     from mxd_convert.data.documents import is_held_out
@@ -153,8 +166,6 @@ def test_a_text_of_too_few_documents_is_replaced_by_the_shipped_one(models, tmp_
 
 
 def test_a_recipe_can_export(models, text, tmp_path, mxd, monkeypatch):
-    import yaml
-
     path = tmp_path / "recipe.yaml"
     content = small_recipe(models["gpt2"], text, tmp_path / "run", layers=[1], output={"onnx": True})
     path.write_text(yaml.safe_dump(content))

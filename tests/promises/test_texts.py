@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from project import QUICKSTART
 from small_runs import documents, small_recipe
 
 import mxd_convert
 from mxd_convert.base_model.load import load_tokenizer
+from mxd_convert.checkpoint.texts import recorded_data
 from mxd_convert.data.blocks import TOKEN_KINDS, prepare, prepare_eval
 from mxd_convert.data.chats import rendered
 from mxd_convert.data.documents import read_documents
@@ -226,3 +228,23 @@ def test_a_conversion_from_several_sources_says_so_and_is_reproducible(models, t
     assert mxd_convert.verify_provenance(tmp_path / "out").ok
     published = (tmp_path / "out" / "recipe.yaml").read_text() + (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in published
+
+
+def test_the_texts_of_a_checkpoint_are_found_on_this_machine(tmp_path):
+    """The recipe in a checkpoint has names only. The paths are in a file that stays on the machine."""
+    a, b = (written(tmp_path / f"{name}.jsonl", [{"text": document} for document in documents(30)]) for name in "ab")
+    settings = {"train": {"sources": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}, "eval": {"path": None}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": settings}))
+    with pytest.raises(InputError, match="the paths of the texts are not recorded on this machine"):
+        recorded_data(tmp_path)
+    (tmp_path / "mxd_local.json").write_text(json.dumps({"data": {"train": [a, b]}}))
+    data = recorded_data(tmp_path)
+    assert [source.path for _, source in data.train.entries()] == [a, b]
+    assert not data.eval.is_given
+    (tmp_path / "mxd_local.json").write_text(json.dumps({"data": {"train": [a]}}))
+    with pytest.raises(InputError, match=r"recipe.yaml: its texts can't be read"):
+        recorded_data(tmp_path)
+    settings["train"] = {"path": "a.jsonl"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": settings}))
+    (tmp_path / "mxd_local.json").write_text(json.dumps({"data": {"train": a}}))  # before version 0.2
+    assert recorded_data(tmp_path).train.path == a
