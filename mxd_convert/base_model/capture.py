@@ -19,7 +19,7 @@ class Activations:
     outputs: Tensor
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised by the hook of the last module of interest to stop the forward there."""
 
 
@@ -52,7 +52,7 @@ def recording(model: nn.Module, sites: Sequence[Site], stop_early: bool = False)
         def record(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             seen[index] = Activations(inputs.pop(index), _kept(output, lead[index]))
             if stop_early and len(seen) == len(sites):
-                raise _Enough
+                raise Enough
 
         return record
 
@@ -109,7 +109,7 @@ def watching(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Activations
 @torch.no_grad()
 def harvest(model: nn.Module, sites: list[Site], ids_BT: Tensor) -> dict[int, Activations]:
     """Return the activations of all sites, by layer index, from one forward that stops after the last site."""
-    with recording(model, sites, stop_early=True) as seen, suppress(_Enough):
+    with recording(model, sites, stop_early=True) as seen, suppress(Enough):
         model(input_ids=ids_BT, use_cache=False)
     return seen
 
@@ -127,13 +127,13 @@ def observe(model: nn.Module, ids_BT: Tensor, watched: Sequence[tuple[nn.Module,
             see(arguments[0], output)
             waiting.discard(number)
             if not waiting:
-                raise _Enough
+                raise Enough
 
         return look
 
     handles = [module.register_forward_hook(hook(number, see)) for number, (module, see) in enumerate(watched)]
     try:
-        with suppress(_Enough):
+        with suppress(Enough):
             model(input_ids=ids_BT, use_cache=False)
     finally:
         for handle in handles:

@@ -5,8 +5,8 @@ one forward. `run` then starts at the layer: all layers below return at once, an
 Shape suffixes: B blocks, T tokens of a block, H hidden width, V vocabulary, I input width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from mxd_convert.base_model.capture import Activations, recording
 from mxd_convert.base_model.families import Site
 from mxd_convert.base_model.swap import replaced_mlps
-
-TOLERANCE = 1e-4  # largest relative difference between the logits of a suffix and of a whole forward
+from mxd_convert.base_model.tail import TOLERANCE, decoder_layers, skipping
 
 
 class Copies(nn.Module):
@@ -53,7 +52,7 @@ class Prefix:
     @classmethod
     def of(cls, model: Any, sites: Sequence[Site], ids_BT: Tensor) -> "Prefix":
         """Run the model on token ids (B, T), and keep the hidden states at the input of the sites' decoder layers."""
-        layers = list(model.get_submodule(sites[0].layer.rpartition(".")[0]))
+        layers = decoder_layers(model, sites[0])
         wanted = {site.index for site in sites}
         hidden: dict[int, Tensor] = {}
         lengths: dict[int, int] = {}
@@ -90,7 +89,9 @@ class Prefix:
             if function is not None:
                 stack.enter_context(replaced_mlps(self.model, [site], {site.index: Copies(copies, function)}))
             if not self.whole:
-                stack.enter_context(self._skipped(site.index, copies))
+                hidden = self.hidden[site.index]
+                hidden = hidden.repeat(copies, *(1,) * (hidden.dim() - 1))
+                stack.enter_context(skipping(self.layers[: site.index], self.lengths, hidden))
             logits = self.model(input_ids=self.ids_BT.repeat(copies, 1), use_cache=False).logits
         return logits.view(copies, *self.ids_BT.shape, -1)
 
@@ -102,26 +103,3 @@ class Prefix:
             return False
         difference = (logits_BTV - self.logits_BTV).abs().max()
         return bool(difference <= TOLERANCE * self.logits_BTV.abs().max().clamp_min(1e-30))
-
-    @contextmanager
-    def _skipped(self, index: int, copies: int) -> Iterator[None]:
-        """Let the decoder layers below `index` return at once: the first returns the kept hidden states, the others their input."""
-        hidden = self.hidden[index].repeat(copies, *(1,) * (self.hidden[index].dim() - 1))
-
-        def skip(number: int) -> Any:
-            def forward(*arguments: Any, **keywords: Any) -> Any:
-                passed = hidden if number == 0 else arguments[0] if arguments else keywords["hidden_states"]
-                return (passed, *(None,) * (self.lengths[number] - 1)) if self.lengths[number] else passed
-
-            return forward
-
-        before = [layer.__dict__.get("forward") for layer in self.layers[:index]]  # accelerate sets one
-        for number, layer in enumerate(self.layers[:index]):
-            layer.__dict__["forward"] = skip(number)
-        try:
-            yield
-        finally:
-            for layer, forward in zip(self.layers, before, strict=False):
-                layer.__dict__.pop("forward")
-                if forward is not None:
-                    layer.__dict__["forward"] = forward

@@ -18,6 +18,7 @@ from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.plan.resolve import LayerPlan, Plan, twin_of
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.joint import piece_tokens
+from mxd_convert.training.joint_loss import chunk_tokens
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
 from mxd_convert.training.stream import FORWARD_TOKENS, buffer_steps
 
@@ -86,12 +87,13 @@ def _joint(plan: Plan, processes: int) -> int:
     if not plan.joint_steps:
         return 0
     step_tokens = plan.tokens // plan.steps // processes
-    tokens = min(step_tokens, max(piece_tokens(device_of(recipe), plan.vocabulary), recipe.data.context))
+    tokens = min(step_tokens, max(piece_tokens(device_of(recipe)), recipe.data.context))
     width = _WIDTHS.get(recipe.base.dtype, 4)
     kept = sum(4 * tokens * ((6 if s.glu else 4) * s.d_hidden + 10 * s.d_out + 2 * s.d_in) for s in plan.shapes.values())
     widest = max(plan.sites, key=lambda site: site.d_hidden)
     base = width * tokens * len(plan.depth_weights) * (20 * widest.d_in + 2 * widest.d_hidden)
-    logits = 6 * 4 * tokens * plan.vocabulary
+    logits = 6 * 4 * min(tokens, chunk_tokens(device_of(recipe), plan.vocabulary)) * plan.vocabulary
+    logits += 3 * width * tokens * max(site.d_out for site in plan.sites)  # hidden states of both models, and a gradient
     # kept over a whole step to compute the gradients of gate and experts
     sources = 4 * step_tokens * sum(shape.d_in + shape.d_out + 6 * shape.active for shape in plan.shapes.values())
     held = _held(recipe, plan.layers, processes > 1) + _chunk_of_the_optimiser(recipe, plan.layers)

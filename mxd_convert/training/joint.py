@@ -15,24 +15,26 @@ from torch import Tensor, nn
 
 from mxd_convert.base_model.capture import recording
 from mxd_convert.base_model.swap import replaced_mlps
+from mxd_convert.base_model.tail import Tail
 from mxd_convert.data.blocks import block_order
 from mxd_convert.layers import LayerSpec, Trainable, normalised_mse
 from mxd_convert.layers.losses import kl_terms
 from mxd_convert.modeling.layers_mxd import Coefficients
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
+from mxd_convert.training.joint_loss import chunk_tokens, summed_kl
 from mxd_convert.training.stage import Pass, Stage
 from mxd_convert.training.stream import Source
 
 RATE = 0.2  # of the peak learning rate: above a third, layers lose what they have learnt
 WARMUP = 0.1  # share of the joint stage's steps; the rate then falls linearly to 0
-PIECE_TOKENS = 1024  # per forward, at least one block: gradients are accumulated over a step
-GPU_PIECE_TOKENS, GPU_LOGITS = 4096, 2**27  # limits of tokens and logits per forward on a GPU, which larger pieces use better
+# tokens per forward of the model, at least one block: gradients are accumulated over a step
+PIECE_TOKENS, GPU_PIECE_TOKENS = 1024, 4096
 
 
-def piece_tokens(device: str, vocabulary: int) -> int:
+def piece_tokens(device: str) -> int:
     """Return the number of tokens per forward of the model."""
-    return PIECE_TOKENS if device == "cpu" else max(PIECE_TOKENS, min(GPU_PIECE_TOKENS, GPU_LOGITS // vocabulary))
+    return PIECE_TOKENS if device == "cpu" else GPU_PIECE_TOKENS
 
 
 class LayerInModel(nn.Module):
@@ -73,6 +75,8 @@ class JointStage(Stage):
     ) -> None:
         self.trained, self.first_step = trained, first_step
         self.weight = 0.0  # of the layers' own losses
+        self.tail = Tail(source.base, source.sites[0])
+        self.in_chunks: bool | None = None  # whether the KL can be computed in chunks, once a forward has shown it
         self.kl, self.kl_steps = torch.zeros((), dtype=torch.float64, device=accelerator.device), 0  # since the last log line
         together = source.process[1] > 1
         super().__init__(recipe, source, shapes, folder, accelerator, together, quiet, Pass("all layers together", 1, 1))
@@ -111,8 +115,7 @@ class JointStage(Stage):
         self.kl.fill_(math.nan if facts["kl"] is None else facts["kl"])  # JSON has no NaN or infinity
 
     def _blocks_a_piece(self) -> int:
-        config: Any = self.source.base.config
-        return max(1, piece_tokens(self.device.type, config.get_text_config().vocab_size) // self.source.blocks.context)
+        return max(1, piece_tokens(self.device.type) // self.source.blocks.context)
 
     def _rows(self, step: int) -> Any:
         source = self.source
@@ -149,13 +152,21 @@ class JointStage(Stage):
         ids_BT = source.blocks.take(rows)
         counted_B = source.blocks.counted(rows, source.mask).flatten().to(self.device)
         ids_BT = ids_BT.to(self.device)
+        if self.in_chunks is None:
+            self.in_chunks = self.tail.is_exact(ids_BT[:1])
+        forward = self.tail.hidden if self.in_chunks else self._log_probs
         with torch.no_grad(), recording(base, source.sites) as seen:
-            base_log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+            base_output = forward(ids_BT)
         layers_in_model = {index: LayerInModel(layer, self.recipe.train.precision) for index, layer in self.layers.items()}
         with replaced_mlps(base, source.sites, layers_in_model):
-            log_probs = base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
-        kl_B = kl_terms(base_log_probs, log_probs).sum(-1).flatten()
-        kl = (kl_B * counted_B).sum() / counted_B.sum().clamp_min(1)
+            output = forward(ids_BT)
+        counted_BT = counted_B.view_as(ids_BT)
+        if self.in_chunks:
+            chunk = chunk_tokens(self.device.type, self._vocabulary())
+            kl = summed_kl(self.tail, base_output, output, counted_BT, chunk)
+        else:
+            kl = (kl_terms(base_output, output).sum(-1) * counted_BT).sum()
+        kl = kl / counted_B.sum().clamp_min(1)
         own: dict[int, Tensor] = {}
         for index, layer in layers_in_model.items():
             target_BO = seen[index].outputs.flatten(0, 1).float()
@@ -163,3 +174,12 @@ class JointStage(Stage):
             if keep:
                 self.windows[index].add(own[index].detach(), layer.output.detach(), target_BO, layer.coefficients, counted_B)
         return kl, own, counted_B.sum()
+
+    def _log_probs(self, ids_BT: Tensor) -> Tensor:
+        """Return the log-probabilities (B, T, V) of the next token, from a whole forward."""
+        log_probs: Tensor = self.source.base(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1)
+        return log_probs
+
+    def _vocabulary(self) -> int:
+        config: Any = self.source.base.config
+        return int(config.get_text_config().vocab_size)

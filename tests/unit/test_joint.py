@@ -22,7 +22,7 @@ from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import LayerSpec, new_layer, normalised_mse
 from mxd_convert.plan import memory
 from mxd_convert.training.interrupt import Interrupt
-from mxd_convert.training.joint import JointStage, LayerInModel, piece_tokens
+from mxd_convert.training.joint import JointStage, LayerInModel
 from mxd_convert.training.loop import JOINT, Training, memory_advice
 
 SHARE = {"joint": 0.4}
@@ -186,14 +186,6 @@ def test_the_joint_stage_is_independent_of_groups_and_order(models, text, tmp_pa
         assert found[-1] < found[0]
         ends.append(found[-1])
     assert ends[0] == pytest.approx(ends[1], rel=0.2)
-
-
-@pytest.mark.parametrize(
-    ("device", "vocabulary", "tokens"),
-    [("cpu", 512, 1024), ("cuda", 512, 4096), ("cuda", 50_257, 2670), ("cuda", 128_256, 1046), ("cuda", 262_144, 1024)],
-)
-def test_a_gpu_uses_larger_pieces_if_their_logits_fit(device, vocabulary, tokens):
-    assert piece_tokens(device, vocabulary) == tokens
 
 
 IN_PIECES = """
