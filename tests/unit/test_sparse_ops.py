@@ -1,5 +1,10 @@
 """The sparse operations equal dense autograd in float64 in less memory; the optimiser's single pass equals its separate steps."""
 
+import math
+import os
+import signal
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxd_convert.layers import MxD
-from mxd_convert.layers.sparse_ops import RowGradient, autograd, reference, sparse_gate, top_k, weighted_rows
+from mxd_convert.layers.sparse_ops import RowGradient, autograd, reference, selection, sparse_gate, top_k, weighted_rows
 from mxd_convert.layers.trainable import Trainable, normalise
 from mxd_convert.training.optimiser import Optimiser
 
@@ -105,16 +110,38 @@ def test_gate_values_equal_those_of_linear(tokens, dtype):
 
 
 @pytest.mark.parametrize("width", [1, 31, 1780, 4096, 5000, 21_490])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_k_is_exact(width, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_top_k_is_exact(width, dtype, threads, monkeypatch):
+    monkeypatch.setattr(selection, "MIN_VALUES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(width)
     gate = torch.randn(9, width).to(dtype)
     gate[0] = 1.0  # all gates tie
+    gate[1] = -gate[1].abs()
+    gate[2, ::3] = math.inf
+    gate[3, ::2] = -math.inf
+    gate[4, ::5] = -0.0
     for k in {1, min(32, width), min(300, width), width if width < 5000 else 7}:
         values, indices = top_k(gate, k)
         assert torch.equal(values.sort(-1).values, gate.topk(k, dim=-1).values.sort(-1).values)
         assert torch.equal(gate.gather(1, indices), values)
         assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_top_k_works_in_a_fork_of_a_process_that_used_it(monkeypatch):
+    """A child has none of the threads of its parent."""
+    monkeypatch.setattr(selection, "MIN_VALUES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    gate = np.random.default_rng(0).random((8, 50), dtype=np.float32)
+    expected = np.sort(selection.largest(torch.from_numpy(gate), 5).numpy())
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = (np.sort(selection.largest(torch.from_numpy(gate), 5).numpy()) == expected).all()
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 class Largest(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """The sparse primitives in torch, used on CPUs and as the reference for the Triton kernels."""
 
 import functools
+import math
 import warnings
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+from mxd_convert.layers.sparse_ops import selection
 
-GROUPED_FROM = 4096  # experts from which top-k uses groups of 8
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 class Routing(NamedTuple):
@@ -73,28 +74,34 @@ def top_k(gate_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n_experts = gate_BN.shape[-1]
     group = _group(n_experts, k)
     columns = n_experts // group  # group c has the experts c, c + columns, ...: the maximum then vectorises over groups
-    if group == 1 or k > columns // 2:
-        return gate_BN.topk(k, dim=-1, sorted=False)
+    if group == 1 or k > columns:
+        indices_BK = _largest(gate_BN, k)
+        return gate_BN.gather(1, indices_BK), indices_BK
     body = columns * group
-    maxima_BC = gate_BN[:, :body].unflatten(1, (group, columns)).amax(1)
-    groups_BK = maxima_BC.topk(k, dim=-1, sorted=False).indices
+    groups_BK = _largest(gate_BN[:, :body].unflatten(1, (group, columns)).amax(1), k)
     members_G = torch.arange(0, body, columns, device=gate_BN.device)
     candidates = (groups_BK.unsqueeze(1) + members_G.unsqueeze(-1)).flatten(1)
     if body < n_experts:  # experts that don't fill a group
         rest = torch.arange(body, n_experts, device=gate_BN.device).expand(len(gate_BN), -1)
         candidates = torch.cat((candidates, rest), dim=1)
-    values_BK, chosen_BK = gate_BN.gather(1, candidates).topk(k, dim=-1, sorted=False)
-    return values_BK, candidates.gather(1, chosen_BK)
+    values = gate_BN.gather(1, candidates)
+    chosen_BK = _largest(values, k)
+    return values.gather(1, chosen_BK), candidates.gather(1, chosen_BK)
 
 
 def _group(n_experts: int, k: int) -> int:
-    """Return the number of experts per group; 1 for a single stage.
+    """Return the number of experts per group, a power of two; 1 for a single stage.
 
-    torch's top-k on a CPU uses a heap, which is fast, for rows of at least 64 k values. Otherwise it partitions the row.
+    The stages search N / group and k * group values, which are equally many for a group of sqrt(N / k).
     """
-    if n_experts >= GROUPED_FROM:
-        return 8
-    return 4 if 64 * k > n_experts else 1
+    return 1 << (math.isqrt(max(1, n_experts // max(1, k))).bit_length() - 1)
+
+
+def _largest(values_BN: Tensor, k: int) -> Tensor:
+    """Return the columns of the k largest values of each row, unordered, (B, K)."""
+    if values_BN.device.type == "cpu" and values_BN.numel() and k:
+        return selection.largest(values_BN, k)
+    return values_BN.topk(k, dim=-1, sorted=False).indices
 
 
 def sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_ND: Tensor) -> Tensor:
