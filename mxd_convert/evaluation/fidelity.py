@@ -4,7 +4,8 @@ All forwards see the same blocks, so differences in cross-entropy are paired. St
 the models passed in; `evaluate` loads both from disk.
 
 1. Per batch: the base model, the converted one, the base without its MLPs, and the dense twin.
-2. Per batch: the base with every MLP replaced by its mean output, which is known after 1.
+2. Per batch: the base with every MLP replaced by its mean output, which is known after 1. (Where one layer is converted, 3 has both
+   ablations if it runs on all blocks.)
 3. Per batch of a subset of the blocks: the base, whose hidden states are kept, and from each layer on the layer's variants:
    converted, ablated to zero and to its mean, and converted with permuted experts. Jacobian faithfulness is measured here too.
 
@@ -80,15 +81,17 @@ def evaluate_models(
         [some[start : start + rows] for start in range(0, len(some), rows)]
         for some in (np.arange(len(blocks)), evaluation.chosen)
     )
-    whole = [] if quick else [("zero", base)] + ([("twin", twin)] if twin is not None else [])
+    # the ablations of a single layer are among its variants, if these run on all blocks
+    ablated = not quick and (len(sites) > 1 or len(evaluation.chosen) < len(blocks))
+    whole = ([("zero", base)] if ablated else []) + ([("twin", twin)] if twin is not None and not quick else [])
     start = time.monotonic()
-    with progress(len(batches) * (2 + len(whole) + (not quick)) + len(chosen) * (1 + len(sites)), quiet) as advance:
+    with progress(len(batches) * (2 + len(whole) + ablated) + len(chosen) * (1 + len(sites)), quiet) as advance:
         for batch in batches:
             evaluation.compare(batch, advance)
             for name, model in whole:
                 evaluation.ablate(name, model, batch)
                 advance()
-        for batch in batches if not quick else ():
+        for batch in batches if ablated else ():
             evaluation.ablate("mean", base, batch)
             advance()
         for batch in chosen:
@@ -298,11 +301,12 @@ class _Evaluation:
         alone_D = sum(variants[f"{index}/alone"] - variants["base"] for index in self.layers)
         assert isinstance(alone_D, Tensor)
         compounding = ratio(variants["converted"] - variants["base"], alone_D)
+        zero_D, mean_D = (totals[name] if name in totals else variants[f"{self.sites[0].index}/{name}"] for name in ("zero", "mean"))
         figures = {
-            "ce_zero_ablation": totals.mean("zero"),
-            "ce_mean_ablation": totals.mean("mean"),
-            "recovered_zero": _recovered(rise_D, totals["zero"] - totals["base"]),
-            "recovered_mean": _recovered(rise_D, totals["mean"] - totals["base"]),
+            "ce_zero_ablation": ratio(zero_D, totals["tokens"]),
+            "ce_mean_ablation": ratio(mean_D, totals["tokens"]),
+            "recovered_zero": _recovered(rise_D, zero_D - totals["base"]),
+            "recovered_mean": _recovered(rise_D, mean_D - totals["base"]),
             "compounding": compounding if alone_D.sum() > 0 else (None, None),
         }
         tokens_D = variants["tokens"]

@@ -24,10 +24,20 @@ def _through(plan: Plan) -> int:
     They are the forwards of base and converted model, and the backward down to the lowest layer, whose input needs no gradient.
     """
     head = 2 * plan.vocabulary * plan.sites[-1].d_out
-    base = _forward(plan, len(plan.depth_weights) - 1, alone=True) + head
+    base = _whole(plan)
     kept = base - sum(_of_the_mlp(site) for site in plan.sites)
     back = head + 2 * sum(plan.depth_weights[plan.layers[0].index + 1 :]) - sum(_of_the_mlp(site) for site in plan.sites[1:])
     return base + kept + back + sum(layer.shape.input_flops for layer in plan.layers[1:])
+
+
+def joint_forwards(plan: Plan) -> float:
+    """Return the work of a joint step without the layers' own steps, in forwards of the base on as many tokens."""
+    return _through(plan) / _whole(plan)
+
+
+def _whole(plan: Plan) -> int:
+    """Return the operations per token of a forward of the base, with its head."""
+    return _forward(plan, len(plan.depth_weights) - 1, alone=True) + 2 * plan.vocabulary * plan.sites[-1].d_out
 
 
 def _forward(plan: Plan, last: int, alone: bool = False) -> int:

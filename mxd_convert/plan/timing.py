@@ -15,6 +15,7 @@ import torch
 from mxd_convert.base_model.load import empty_model, load_config
 from mxd_convert.evaluation.fidelity import PERMUTATIONS, VARIANT_PASSES
 from mxd_convert.layers import LayerSpec
+from mxd_convert.plan.flops import joint_forwards
 from mxd_convert.plan.memory import budget, device_of, groups
 from mxd_convert.plan.resolve import LayerPlan, Plan
 from mxd_convert.training.allocator import kept_memory
@@ -53,7 +54,7 @@ def _measure(plan: Plan) -> MachineTiming:
     passes = groups(plan, [layer.index for layer in plan.layers], budget(plan.recipe))
     device = torch.device(device_of(plan.recipe))
     step_tokens = plan.tokens // plan.steps
-    a_layer, head = _forward_seconds(plan, device)
+    a_layer, head = _forward_seconds(plan, device, plan.recipe.base.dtype)
     teacher = plan.recipe.train.target == "teacher"
     depths = sum(max(group) + 1 for group in passes) + (sum(max(group) + 1 for group in passes[1:]) if teacher else 0)
     base = a_layer * depths * step_tokens
@@ -69,21 +70,24 @@ def _measure(plan: Plan) -> MachineTiming:
     initialising = read * (a_layer * depths + compared)
     depth = int(load_config(plan.recipe.base).get_text_config().num_hidden_layers)
     whole = a_layer * depth + head
+    joint = plan.joint_steps
+    joint_step = joint_forwards(plan) * whole * step_tokens if joint else 0.0
+    seconds = initialising + (plan.steps - joint) * (base + learning) + joint * (joint_step + learning)
+    if plan.recipe.base.dtype != "float32":  # in which models are evaluated
+        a_layer, head = _forward_seconds(plan, device, "float32")
+        whole = a_layer * depth + head
     # every variant of a layer starts at the layer, and runs on a share of the text that costs VARIANT_PASSES forwards at most
     suffixes = sum((3 + PERMUTATIONS) * (a_layer * (depth - layer.index) + head) / whole for layer in plan.layers)
     share = min(1.0, VARIANT_PASSES / suffixes)
     # forwards: the base, the converted model, two ablations and the dense twin, and the base again on the variants' tokens; each layer's
     # work: in the converted model, and three times as much for its statistics; in the variants, and in two directions of the Jacobian
-    forward = (4 + plan.recipe.train.twin + share * (1 + suffixes)) * whole + (4 + share * (PERMUTATIONS + 5)) * evaluating
-    joint = plan.joint_steps
-    # forward of the base; forward of the converted model, and a backward of twice its time
-    joint_step = 4 * whole * step_tokens
-    seconds = initialising + (plan.steps - joint) * (base + learning) + joint * (joint_step + learning)
+    ablations = 0 if len(plan.layers) == 1 and share == 1.0 else 2  # else among the variants
+    forward = (2 + ablations + plan.recipe.train.twin + share * (1 + suffixes)) * whole + (4 + share * (PERMUTATIONS + 5)) * evaluating
     return MachineTiming(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
 
 
-def _forward_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
-    """Return seconds per token of one decoder layer of the base, and of the embedding and head together."""
+def _forward_seconds(plan: Plan, device: torch.device, dtype: str) -> tuple[float, float]:
+    """Return seconds per token of one decoder layer of the base in a dtype, and of the embedding and head together."""
     config = load_config(plan.recipe.base)
     context = plan.recipe.data.context
     rows = max(1, min(plan.tokens // plan.steps, 2048) // context)
@@ -91,7 +95,7 @@ def _forward_seconds(plan: Plan, device: torch.device) -> tuple[float, float]:
     depths = (1, 2) if config.get_text_config().num_hidden_layers > 1 else (1,)
     times = []
     for depth in depths:
-        model = _shallow(config, depth, plan.recipe.base.dtype).to_empty(device=device)
+        model = _shallow(config, depth, dtype).to_empty(device=device)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.is_floating_point():

@@ -12,8 +12,8 @@ from mxd_convert.base_model.load import load_base
 from mxd_convert.base_model.swap import replaced_mlps
 from mxd_convert.errors import InputError
 from mxd_convert.layers import normalised_mse
-from mxd_convert.plan import memory
-from mxd_convert.plan.flops import flops_per_token
+from mxd_convert.plan import memory, timing
+from mxd_convert.plan.flops import flops_per_token, joint_forwards
 from mxd_convert.plan.memory import check_memory, shares
 from mxd_convert.plan.resolve import check_processes
 from mxd_convert.training.joint import LayerInModel
@@ -173,3 +173,33 @@ def test_refusals_name_the_key_that_sets_the_number_of_experts(models, text, tmp
     settings = {"layer": layer, "train": {"memory_gib": 0.1}}
     with pytest.raises(InputError, match=rf"train.memory_gib: 0.1 GiB.* Lower {words}"):
         convert(small_recipe(models["gpt2"], text, tmp_path / "out", **settings), quiet=True)
+
+
+def test_an_evaluation_is_timed_in_float32_whatever_the_base(planned, monkeypatch):
+    timed = []
+
+    def forward_seconds(plan, device, dtype):
+        timed.append(dtype)
+        return {"bfloat16": 1e-4, "float32": 1e-3}[dtype], 0.0
+
+    monkeypatch.setattr(timing, "_forward_seconds", forward_seconds)
+    monkeypatch.setattr(timing, "_layer_seconds", lambda *arguments: (1e-3, 1e-6))
+    half, full = (timing.measure_machine(planned(base={"dtype": dtype})) for dtype in ("bfloat16", "float32"))
+    assert timed == ["bfloat16", "float32", "float32"]
+    assert half.evaluation_seconds == full.evaluation_seconds
+    assert half.training_seconds < full.training_seconds
+
+
+def test_the_joint_stage_is_timed_by_its_products(planned, monkeypatch):
+    """With all MLPs converted, the converted model's forward and backward are those of attention, head and layers."""
+    monkeypatch.setattr(timing, "_forward_seconds", lambda *arguments: (1.0, 0.0))
+    monkeypatch.setattr(timing, "_layer_seconds", lambda *arguments: (0.0, 0.0))
+    train = {"joint": 0.5, "init": "paper"}
+    plan, alone = planned(layers="all", train=train), planned(layers="all", train={**train, "joint": 0.0})
+    joint, without = (timing.measure_machine(one).training_seconds for one in (plan, alone))
+    depth = len(plan.depth_weights)
+    a_step = plan.tokens // plan.steps
+    expected = (plan.steps - plan.joint_steps) * depth * a_step + plan.joint_steps * joint_forwards(plan) * depth * a_step
+    assert joint == pytest.approx(expected)
+    assert without == pytest.approx(plan.steps * depth * a_step)
+    assert 1.0 < joint_forwards(plan) < 4.0

@@ -12,7 +12,7 @@ from mxd_convert.base_model import swap
 from mxd_convert.base_model.families import find_sites
 from mxd_convert.base_model.load import load_base, load_tokenizer
 from mxd_convert.data.blocks import prepare
-from mxd_convert.evaluation import fidelity
+from mxd_convert.evaluation import fidelity, suffix
 from mxd_convert.evaluation.by_document import Sums, ratio
 from mxd_convert.evaluation.fidelity import evaluate_models
 from mxd_convert.evaluation.suffix import Prefix
@@ -30,9 +30,9 @@ def evaluated(models, text, tmp_path_factory):
     settings = Data(train=Text(path=str(text)), eval=EvalText(tokens=1000), context=20, tokens=1000)
     _, blocks = prepare(settings, load_tokenizer(str(QUICKSTART)), tmp_path_factory.mktemp("blocks"))
 
-    def make(family, kind="mxd"):
+    def make(family, kind="mxd", indices=(0, 2)):
         base = load_base(Base(model=str(models[family]))).double()
-        sites = find_sites(base, base.config, [0, 2])
+        sites = find_sites(base, base.config, list(indices))
         torch.manual_seed(0)
         layers = {}
         for site in sites:
@@ -81,6 +81,21 @@ def test_figures_equal_those_of_whole_forwards(evaluated, family, kind):
             assert layer[f"recovered_{name}"] == pytest.approx(recovered, rel=1e-5), name
     if found["compounding"] is not None:
         assert found["compounding"] == pytest.approx((expected["converted"] - expected["base"]) / rises, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_ablations_of_a_single_layer_equal_those_of_whole_forwards(evaluated, share):
+    """If its variants run on all blocks, they have the ablations of the whole model too, which are not run again."""
+    base, converted, sites, blocks = evaluated("llama", indices=(2,))
+    expected = by_whole_passes(base, converted, {2: sites[0].path}, blocks, rows=8)
+    found = evaluate_models(base, converted, sites, blocks, mask="none", quiet=True, variant_share=share)
+    rise = expected["converted"] - expected["base"]
+    for name in ("zero", "mean"):
+        assert found["fidelity"][f"ce_{name}_ablation"] == pytest.approx(expected[name], rel=1e-6)
+        recovered = 1 - rise / (expected[name] - expected["base"])
+        assert found["fidelity"][f"recovered_{name}"] == pytest.approx(recovered, rel=1e-5)
+    passes = found["cost"]["evaluation"]["full_passes"]
+    assert passes == 3.0 if share == 1.0 else 4.0 < passes < 5.0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -150,13 +165,8 @@ def test_a_model_whose_layers_pass_on_more_than_hidden_states_is_run_whole(evalu
     """Suffixes that differ from the whole forward are noticed, and whole forwards give the same figures."""
     base, converted, sites, blocks = evaluated("llama")
     plain = evaluate_models(base, converted, sites, blocks, quiet=True)
-    skipped = Prefix._skipped
-
-    def spoilt(self, index, copies):
-        self.hidden[index] = self.hidden[index] + 1.0
-        return skipped(self, index, copies)
-
-    monkeypatch.setattr(Prefix, "_skipped", spoilt)
+    skipping = suffix.skipping
+    monkeypatch.setattr(suffix, "skipping", lambda layers, lengths, hidden: skipping(layers, lengths, hidden + 1.0))
     whole = evaluate_models(base, converted, sites, blocks, quiet=True)
     for index in ("0", "2"):
         assert whole["fidelity"]["layers"][index]["delta_ce"] == pytest.approx(
