@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mxd_convert.commands.revert import revert
     from mxd_convert.commands.run import Result, convert
     from mxd_convert.commands.sample import Sample, sample
-    from mxd_convert.commands.sweep import Sweep, parse_grid, sweep
+    from mxd_convert.commands.sweep import Sweep, parse_arm, parse_grid, sweep
     from mxd_convert.commands.verify import verify
     from mxd_convert.errors import InputError
     from mxd_convert.evaluation.experts.decomposition import decompose, expert_rank, logit_effect
@@ -87,6 +87,7 @@ _HOMES = {
     "measure_steering": "commands.measure_steering",
     "forecast": "commands.plan",
     "parse_expert": "commands.generate",
+    "parse_arm": "commands.sweep",
     "parse_grid": "commands.sweep",
     "parse_numbers": "commands.generate",
     "parse_overrides": "recipe.load",
@@ -147,6 +148,7 @@ __all__ = [
     "measure_steering",
     "forecast",
     "parse_expert",
+    "parse_arm",
     "parse_grid",
     "parse_numbers",
     "parse_overrides",

@@ -12,6 +12,7 @@ from mxd_convert.cli.app import JsonOption, RecipeArgument, app, console, figure
 
 @app.command(
     epilog="Example: `mxd-convert sweep quickstart --set layer.k=4,8,16 --set layer.kind=mxd,transcoder,dense_twin --output sweeps/quickstart`\n\n"
+    "Each kind at its own learning rate: `--arm 'layer.kind=mxd train.lr=5e-3' --arm 'layer.kind=transcoder train.lr=1e-2'`\n\n"
     "The same command resumes an interrupted sweep."
 )
 def sweep(
@@ -21,6 +22,14 @@ def sweep(
         Optional[list[str]],
         typer.Option("--set", metavar="KEY=VALUE,VALUE,...", help="Recipe key and the values to try; repeatable."),
     ] = None,
+    arms: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--arm",
+            metavar="'KEY=VALUE KEY=VALUE ...'",
+            help="Settings that belong together, such as a kind of layer and its learning rate; repeatable.",
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replacing an earlier sweep in the output folder.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -28,7 +37,8 @@ def sweep(
 
     The plots show faithfulness against sparsity and against reliance on the experts.
     """
-    found = mxd_convert.sweep(recipe, mxd_convert.parse_grid(settings or []), output, fresh=fresh)
+    parsed = [mxd_convert.parse_arm(arm) for arm in arms or []]
+    found = mxd_convert.sweep(recipe, mxd_convert.parse_grid(settings or []), output, fresh=fresh, arms=parsed)
     if as_json:
         print_json({"output": str(found.output), "runs": found.rows})
         return

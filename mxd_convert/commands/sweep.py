@@ -28,7 +28,7 @@ from mxd_convert.errors import InputError, NotFinite, disk_guard
 from mxd_convert.files import check_free_space, read_mapping, read_sealed, write_sealed
 from mxd_convert.plan.memory import budget, check_memory, fitting_together
 from mxd_convert.plan.resolve import Plan, check_gradients, make_plan
-from mxd_convert.recipe.load import load_recipe, parse_list
+from mxd_convert.recipe.load import load_recipe, parse_list, parse_overrides
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.report.difference import behind_best
 from mxd_convert.report.frontier import row_of, write_frontier, write_table
@@ -69,12 +69,21 @@ def parse_grid(settings: Sequence[str]) -> dict[str, list[Any]]:
     return {key: values for setting in settings for key, values in [parse_list(setting)]}
 
 
+def parse_arm(settings: str) -> dict[str, Any]:
+    """Return the settings of an `--arm` option. Raises InputError for a setting without a key or a value.
+
+    Example: `"layer.kind=transcoder train.lr=1e-2"` gives `{"layer.kind": "transcoder", "train.lr": 0.01}`.
+    """
+    return parse_overrides(settings.split(), "--arm")
+
+
 def sweep(
     recipe: Recipe | str | Path | Mapping[str, Any],
     grid: Mapping[str, Sequence[Any]],
     output: str | Path,
     fresh: bool = False,
     quiet: bool = False,
+    arms: Sequence[Mapping[str, Any]] = (),
 ) -> Sweep:
     """Run a recipe for every combination of the grid's values, or resume an unfinished sweep.
 
@@ -88,6 +97,7 @@ def sweep(
         output: the sweep's folder.
         fresh: start over, and replace an earlier sweep in the folder.
         quiet: write nothing to stderr.
+        arms: settings that belong together, such as a kind of layer and its learning rate. Each is combined with all of the grid.
 
     Returns:
         The finished sweep. A run whose loss is not finite has the error in its row; the other runs continue.
@@ -96,7 +106,7 @@ def sweep(
         InputError: if a recipe or the folder can't be used. Raised before any training.
     """
     folder = Path(output).expanduser().absolute()
-    runs = _runs(recipe, grid, folder)
+    runs = _runs(recipe, grid, arms, folder)
     mark = _claim(folder, runs, fresh)
     say = _Say(quiet)
     with disk_guard(folder):
@@ -128,17 +138,20 @@ class _Say:
 # --- runs of the grid -----------------------------------------------------------------------------------------------------------
 
 
-def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], folder: Path) -> list[_Run]:
-    """Return one run per distinct combination of the grid's values, with its plan checked against the memory."""
-    if not grid:
+def _runs(recipe: Any, grid: Mapping[str, Sequence[Any]], arms: Sequence[Mapping[str, Any]], folder: Path) -> list[_Run]:
+    """Return one run per distinct combination of arm and grid values, with its plan checked against the memory."""
+    if not grid and not arms:
         raise InputError(
             "--set: the sweep has no grid. Give at least one key with several values, for example --set layer.k=8,16,32."
         )
-    swept = [key for key, values in grid.items() if len(values) > 1]
+    twice = sorted({key for arm in arms for key in arm} & set(grid))
+    if twice:
+        raise InputError(f"--set {twice[0]}: an --arm sets this key too. Remove one of them.")
+    swept = {key for arm in arms for key in arm if len(arms) > 1} | {key for key, values in grid.items() if len(values) > 1}
     found: dict[str, _Run] = {}
-    for values in itertools.product(*grid.values()):
+    for arm, values in itertools.product(arms or [{}], itertools.product(*grid.values())):
         # every run would train the same twin; a sweep has the twin as a kind instead
-        settings = {"train.twin": False, **dict(zip(grid, values, strict=True))}
+        settings = {"train.twin": False, **arm, **dict(zip(grid, values, strict=True))}
         layer = load_recipe(recipe, settings).layer
         if not layer.traits.has_experts:
             settings = {key: value for key, value in settings.items() if key not in _OF_EXPERTS}

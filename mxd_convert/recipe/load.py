@@ -122,26 +122,28 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     return loaded
 
 
-def parse_overrides(settings: list[str]) -> dict[str, Any]:
+def parse_overrides(settings: list[str], option: str = "--set") -> dict[str, Any]:
     """Parse KEY=VALUE settings into overrides: `["train.lr=1e-3"]` gives `{"train.lr": 0.001}`.
 
-    Values are read as YAML. Raises InputError.
+    Values are read as YAML. Raises InputError that names the option.
     """
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise InputError(f"--set {_short(setting)}: not of the form KEY=VALUE. Write it as in --set train.lr=1e-3.")
+            raise InputError(f"{option} {_short(setting)}: not of the form KEY=VALUE. Write it as in {option} train.lr=1e-3.")
         try:
             overrides[key.strip()] = parse_yaml(value)
         except yaml.YAMLError:
             raise InputError(
-                f"--set {_short(setting)}: the value is not valid YAML. Put text with special characters in quotes."
+                f"{option} {_short(setting)}: the value is not valid YAML. Put text with special characters in quotes."
             ) from None
         except RecursionError:
-            raise InputError(f"--set {_short(setting)}: the value is nested too deeply. Give a plain value or a list.") from None
+            raise InputError(
+                f"{option} {_short(setting)}: the value is nested too deeply. Give a plain value or a list."
+            ) from None
         except ValueError as error:  # Python's limit on the digits of an integer
-            raise InputError(f"--set {_short(setting)}: the value can't be read ({first_line(error, 80)})") from None
+            raise InputError(f"{option} {_short(setting)}: the value can't be read ({first_line(error, 80)})") from None
     return overrides
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_runs import small_recipe
 
-from mxd_convert import InputError, convert, load_recipe, make_plan, parse_grid, sweep
+from mxd_convert import InputError, convert, load_recipe, make_plan, parse_arm, parse_grid, sweep
 from mxd_convert.base_model import capture as harvest
 from mxd_convert.plan.memory import estimate, fitting_together
 from mxd_convert.training import stage
@@ -145,9 +145,35 @@ def test_grids_are_parsed():
         parse_grid(["layer.k="])
 
 
+def test_each_arm_is_combined_with_all_of_the_grid(base_recipe, tmp_path, mxd):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(base_recipe))
+    arms = ("--arm", "layer.kind=mxd train.lr=1e-2 layer.k=2", "--arm", "layer.kind=dense_twin train.lr=0.02")
+    status, _, err = mxd("sweep", path, *arms, "--set", "train.seed=0,1", "--output", tmp_path / "sweep")
+    assert status == 0, err
+    assert "training 2 runs on the same activations" in err
+    runs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
+    settings = [{key: run[key] for key in ("layer.kind", "train.lr", "train.seed")} for run in runs]
+    assert settings == [
+        {"layer.kind": kind, "train.lr": lr, "train.seed": seed}
+        for kind, lr in (("mxd", 0.01), ("dense_twin", 0.02))
+        for seed in (0, 1)
+    ]
+    recipe = load_recipe(tmp_path / "sweep" / "runs" / "kind-mxd_lr-0.01_k-2_seed-0" / "recipe.yaml")
+    assert (recipe.layer.k, recipe.train.lr) == (2, 0.01)
+
+
+def test_arms_are_parsed():
+    assert parse_arm("layer.kind=mxd  train.lr=1e-3") == {"layer.kind": "mxd", "train.lr": 0.001}
+    with pytest.raises(InputError, match=r"--arm layer.kind: not of the form KEY=VALUE"):
+        parse_arm("layer.kind mxd")
+
+
 def test_mistakes_are_reported_before_any_work(recipe, refused, tmp_path):
     path, out = recipe(), tmp_path / "sweep"
     refused("sweep", path, "--output", out, words=("--set", "layer.k=8,16,32"))
+    twice = ("--arm", "layer.k=2", "--set", "layer.k=2,3")
+    refused("sweep", path, *twice, "--output", out, words=("--set layer.k", "--arm sets this key too"))
     refused("sweep", path, "--set", "layer.q=1,2", "--output", out, words=("layer.q", "unknown key"))
     refused("sweep", path, "--set", "layer.k=2,99", "--output", out, words=("layer.k", "99"))
     refused("sweep", path, "--set", "layer.kind=mxd,coder", "--output", out, words=("layer.kind", "coder"))
