@@ -35,7 +35,8 @@ from mxd_convert.base_model.families import architecture_of, is_mixture
 from mxd_convert.base_model.gguf import from_gguf
 from mxd_convert.base_model.quantised import dequantised, unquantised
 from mxd_convert.base_model.remote_code import is_trusted
-from mxd_convert.errors import InputError
+from mxd_convert.errors import InputError, first_line
+from mxd_convert.escaping import printable
 from mxd_convert.files import check_pointer, read_mapping
 from mxd_convert.recipe.load import parse_yaml
 from mxd_convert.recipe.schema import GGUF, Base, Mlp
@@ -213,8 +214,18 @@ def _check_dequantised(model: Any, empty: Any, name: str) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device of that name; without a name a CUDA device if there is one, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device of that name; without a name a CUDA device if there is one, else the CPU.
+
+    Raises InputError if this machine or torch has no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"--device {printable(name)[:40]}: can't be used ({first_line(error, 80)}). Try cpu or cuda.") from None
+    return device
 
 
 def empty_model(config: Any) -> Any:

@@ -25,6 +25,7 @@ from mxd_convert.errors import InputError, disk_guard, memory_guard
 from mxd_convert.escaping import say
 from mxd_convert.files import file_sha256, read_sealed, write_sealed
 from mxd_convert.recipe.load import load_recipe
+from mxd_convert.training.accelerator import multiplies_bfloat16
 
 MAX_PROMPTS = 100_000
 BATCH = 32  # prompts continued at a time
@@ -74,7 +75,8 @@ def sample(
     """Write text sampled from a base model to a .jsonl file, or resume an unfinished sample.
 
     Each prompt is continued in turn, and all of them again, until the model has written `tokens` tokens. The tokens are drawn from
-    the model's whole distribution. A line has `messages` (a chat) or `text`, and `tokens`, the number of tokens written.
+    the model's whole distribution, computed in bfloat16 where the device multiplies it natively. A line has `messages` (a chat) or
+    `text`, and `tokens`, the number of tokens written.
 
     Args:
         base_model: Hub id, folder or GGUF file of the model.
@@ -97,7 +99,9 @@ def sample(
     """
     output = Path(output)
     _check(tokens, temperature, max_new_tokens, batch, seed, output, fresh)
-    base = pinned(load_recipe({"base": {"model": base_model}}).base)
+    torch_device = pick_device(device)
+    dtype = "bfloat16" if multiplies_bfloat16(torch_device.type) else "float32"
+    base = pinned(load_recipe({"base": {"model": base_model, "dtype": dtype}}).base)
     load_config(base)
     tokenizer = base_tokenizer(base)
     is_chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
@@ -119,7 +123,7 @@ def sample(
         file = _Output(output, settings, fresh)
         if file.documents and not quiet:
             say(f"resumed after {file.tokens:,} tokens")
-        model = load_base(base).to(pick_device(device))
+        model = load_base(base).to(torch_device)
         _sample(model, tokenizer, found, settings, file, quiet)
         return Sample(output, file.documents, file.tokens)
 
@@ -250,6 +254,8 @@ def _continued(model: Any, tokenizer: Any, prompts: list[_Prompt], settings: _Se
     if length < 1:
         raise InputError(f"--prompts: a prompt has {ids_BT.shape[1]} tokens, and the model has room for {room}. Shorten it.")
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    if getattr(model, "_can_compile_fullgraph", False):  # other caches are copied at every step
+        sampling["cache_implementation"] = "static"
     with without_noise(), load_errors("the text", settings.base, "sampled"), torch.no_grad():
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),

@@ -128,6 +128,8 @@ def test_bad_input_is_refused_in_one_line(prompts, tmp_path, refused):
         ({"--tokens": 0}, ("--tokens 0",)),
         ({"--temperature": 0}, ("--temperature 0", "above 0")),
         ({"--output": tmp_path / "text.txt"}, (".jsonl",)),
+        ({"--device": "gpu0"}, ("--device gpu0", "Try cpu or cuda")),
+        ({"--device": "meta"}, ("--device meta", "can't be used")),
         ({"--output": tmp_path / "there.jsonl"}, ("exists already", "--fresh")),
     ):
         options = [part for pair in {**good, **change}.items() for part in pair]
