@@ -301,7 +301,9 @@ class _Evaluation:
         alone_D = sum(variants[f"{index}/alone"] - variants["base"] for index in self.layers)
         assert isinstance(alone_D, Tensor)
         compounding = ratio(variants["converted"] - variants["base"], alone_D)
-        zero_D, mean_D = (totals[name] if name in totals else variants[f"{self.sites[0].index}/{name}"] for name in ("zero", "mean"))
+        zero_D, mean_D = (
+            totals[name] if name in totals else variants[f"{self.sites[0].index}/{name}"] for name in ("zero", "mean")
+        )
         figures = {
             "ce_zero_ablation": ratio(zero_D, totals["tokens"]),
             "ce_mean_ablation": ratio(mean_D, totals["tokens"]),

@@ -82,7 +82,9 @@ def _measure(plan: Plan) -> MachineTiming:
     # forwards: the base, the converted model, two ablations and the dense twin, and the base again on the variants' tokens; each layer's
     # work: in the converted model, and three times as much for its statistics; in the variants, and in two directions of the Jacobian
     ablations = 0 if len(plan.layers) == 1 and share == 1.0 else 2  # else among the variants
-    forward = (2 + ablations + plan.recipe.train.twin + share * (1 + suffixes)) * whole + (4 + share * (PERMUTATIONS + 5)) * evaluating
+    forward = (2 + ablations + plan.recipe.train.twin + share * (1 + suffixes)) * whole + (
+        4 + share * (PERMUTATIONS + 5)
+    ) * evaluating
     return MachineTiming(base, learning, plan.tokens / seconds, seconds, forward * plan.recipe.data.eval.tokens)
 
 

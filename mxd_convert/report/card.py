@@ -100,7 +100,7 @@ def _filled(
     plots: list[tuple[str, str]],
 ) -> str:
     """Return the filled template."""
-    indices = list(config["layers"])
+    indices = sorted(config["layers"], key=int)
     entry = config["layers"][indices[0]]
     title = f"{report.base.model} with {KINDS[entry['kind']].family} layers"
     environment = Environment(  # noqa: S701 (Markdown)
@@ -184,7 +184,7 @@ def _training_of(path: Path, recipe_yaml: str) -> Mapping[str, Any]:
 
 
 def _metadata(report: Report, config: Mapping[str, Any], title: str, base_on_hub: bool, delta: bool) -> ModelCardData:
-    base, indices = report.base, list(config["layers"])
+    base, indices = report.base, sorted(config["layers"], key=int)
     entry = config["layers"][indices[0]]
     text = report.data.train.path if report.data and report.data.train else None
     on_hub = "data.train.path" not in report.local and _REPOSITORY.fullmatch(str(text))

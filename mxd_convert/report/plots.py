@@ -9,6 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -17,6 +19,7 @@ from mxd_convert.report.difference import known
 from mxd_convert.report.schema import Report
 
 SHARES = ("gate_share", "hidden_share")
+MANY_LAYERS = 16  # more have no legend, and their panels are one above the other
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 160) -> None:
@@ -67,8 +70,11 @@ def _training(lines: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
     axes[1].set_ylim(0, 1)
-    if 0 < len(indices) <= 16:
+    if 0 < len(indices) <= MANY_LAYERS:
         axes[0].legend(fontsize=7, frameon=False, ncols=2)
+    elif indices:
+        scale = ScalarMappable(Normalize(int(indices[0]), int(indices[-1])), colours)
+        figure.colorbar(scale, ax=axes[1], label="layer")
     save_figure(figure, path, dpi=130)
 
 
@@ -77,9 +83,10 @@ def _layers(report: Report, path: Path) -> None:
     assert report.reliance is not None
     fidelity, reliance = report.fidelity.layers, report.reliance.layers
     indices = list(fidelity)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    many = len(indices) > MANY_LAYERS
+    figure, axes = plt.subplots(*((2, 1) if many else (1, 2)), figsize=(9, 6.4 if many else 3.4), layout="constrained")
     rises, errors = ([getattr(fidelity[index], name) or 0.0 for index in indices] for name in ("delta_ce", "delta_ce_se"))
-    axes[0].bar(indices, rises, yerr=errors, color="#31688e", ecolor="#222222", capsize=2)
+    axes[0].bar(range(len(indices)), rises, yerr=errors, color="#31688e", ecolor="#222222", capsize=2)
     axes[0].set_title("rise in cross-entropy, this layer alone (nats per token)", fontsize=10)
     colours = {"gate_share": "#440154", "hidden_share": "#b5367a", "product_share": "#fb8861", "routing_necessity": "#35b779"}
     for number, (name, colour) in enumerate(colours.items()):
@@ -88,11 +95,12 @@ def _layers(report: Report, path: Path) -> None:
             positions = [at + (number - 1.5) * 0.2 for at in range(len(indices))]
             label = name.replace("_", " ")
             axes[1].bar(positions, [value or 0.0 for value in values], width=0.19, label=label, color=colour)
-    axes[1].set_xticks(range(len(indices)), indices)
     axes[1].set_title("reliance on each side of the product", fontsize=10)
     axes[1].set_ylim(top=1.2 * axes[1].get_ylim()[1])  # room for the legend
     axes[1].legend(fontsize=7, frameon=False, ncols=4, loc="upper center")
     for axis in axes:
+        axis.set_xticks(range(len(indices)), indices)
+        axis.set_xlim(-0.7, len(indices) - 0.3)
         axis.set_xlabel("layer")
         axis.set_axisbelow(True)
         axis.grid(alpha=0.3, axis="y")
