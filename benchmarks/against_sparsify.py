@@ -48,6 +48,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=None, help="ours; default: the fast preset's")
     parser.add_argument("--their-lr", type=float, default=None, help="theirs; default: sparsify's")
     parser.add_argument("--optimizer", default="adam", choices=["adam", "signum", "muon"])
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="ours; sparsify is in float32 on a CPU"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
@@ -64,7 +67,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         },
         "layers": [args.layer],
         "layer": {"kind": "skip_transcoder" if args.skip else "transcoder", "k": args.k, "expansion": args.expansion},
-        "train": {"joint": 0.0, "batch_tokens": args.batch, "lr": args.lr, "precision": "auto", "device": "cpu"},
+        "train": {"joint": 0.0, "batch_tokens": args.batch, "lr": args.lr, "precision": args.precision, "device": "cpu"},
         "output": {"dir": "unused"},
     }
     plan = make_plan(load_recipe(recipe))
@@ -128,7 +131,7 @@ def theirs(plan: Plan, base: Any, train: Blocks, args: argparse.Namespace) -> tu
             save_dir=folder,
             save_every=10**9,
         )
-        trainer = Trainer(config, blocks, base)
+        trainer = Trainer(config, blocks, base.base_model)  # as its command line does: no head
         start = time.perf_counter()
         trainer.fit()
         seconds = time.perf_counter() - start
@@ -155,12 +158,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train, held_out = prepare(plan.recipe.data, base_tokenizer(plan.recipe.base), Path(folder))
         base = load_base(plan.recipe.base)
+        # sparsify's layers refuse bfloat16 inputs on a CPU
+        whole = base if base.dtype == torch.float32 else load_base(plan.recipe.base.model_copy(update={"dtype": "float32"}))
         found: dict[str, list[tuple[float, float]]] = {"ours": [], "sparsify": []}
         for _ in range(args.rounds):
             layer, seconds = ours(plan, base, train)
-            found["ours"].append((plan.tokens / seconds, fvu(plan, base, held_out, layer)))
-            coder, seconds = theirs(plan, base, train, args)
-            found["sparsify"].append((plan.tokens / seconds, fvu(plan, base, held_out, lambda x, coder=coder: coder(x).sae_out)))
+            found["ours"].append((plan.tokens / seconds, fvu(plan, whole, held_out, layer)))
+            coder, seconds = theirs(plan, whole, train, args)
+            found["sparsify"].append((plan.tokens / seconds, fvu(plan, whole, held_out, lambda x, coder=coder: coder(x).sae_out)))
     shape = plan.layers[0].shape
     print(
         f"{plan.recipe.base.name}, layer {args.layer}: {shape}; {plan.tokens:,} tokens, base in {base.dtype}, {torch.get_num_threads()} threads\n"
