@@ -165,7 +165,7 @@ def test_each_arm_is_combined_with_all_of_the_grid(base_recipe, tmp_path, mxd):
 
 def test_arms_are_parsed():
     assert parse_arm("layer.kind=mxd  train.lr=1e-3") == {"layer.kind": "mxd", "train.lr": 0.001}
-    with pytest.raises(InputError, match=r"--arm layer.kind: not of the form KEY=VALUE"):
+    with pytest.raises(InputError, match=r"--arm 'layer.kind': not of the form KEY=VALUE"):
         parse_arm("layer.kind mxd")
 
 

@@ -176,9 +176,15 @@ def test_the_recipes_of_the_paper_have_its_settings():
         recipe = load_recipe(name)
         assert (recipe.layers, recipe.layer.experts, recipe.layer.k) == ([layer], experts, 32)
         assert (recipe.data.tokens, recipe.data.context, recipe.train.preset) == (480_000_000, 128, "paper")
-    assert set(expected) | {"quickstart", "stories260k", "prose-neox", "gpt2-all-layers", "smollm2-135m"} == set(
-        shipped_recipes()
-    )
+
+
+def test_every_shipped_recipe_is_valid_and_says_whether_it_was_run():
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        assert recipe.output.dir.endswith(name)
+        on_hub = not recipe.base.is_local
+        second = (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines()[1]
+        assert on_hub == ("Not run yet." in second or "Run: docs/results/" in second), name
 
 
 def test_recipes_found_by_name_write_into_the_working_directory(tmp_path, monkeypatch):
