@@ -253,7 +253,7 @@ def _continued(model: Any, tokenizer: Any, prompts: list[_Prompt], settings: _Se
     length = settings.max_new_tokens if not isinstance(room, int) else min(settings.max_new_tokens, room - ids_BT.shape[1])
     if length < 1:
         raise InputError(f"--prompts: a prompt has {ids_BT.shape[1]} tokens, and the model has room for {room}. Shorten it.")
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     if getattr(model, "_can_compile_fullgraph", False):  # other caches are copied at every step
         sampling["cache_implementation"] = "static"
     with without_noise(), load_errors("the text", settings.base, "sampled"), torch.no_grad():

@@ -32,7 +32,7 @@ def summed_kl(tail: Tail, base_BTH: Tensor, hidden_BTH: Tensor, counted_BT: Tens
         counted_BT: which tokens count, bool.
         chunk: most tokens whose logits are computed at once.
     """
-    return _SummedKL.apply(hidden_BTH, base_BTH, counted_BT, tail, chunk)  # type: ignore[no-untyped-call, no-any-return]
+    return _SummedKL.apply(hidden_BTH, base_BTH, counted_BT, tail, chunk)  # type: ignore[no-untyped-call]
 
 
 class _SummedKL(torch.autograd.Function):
