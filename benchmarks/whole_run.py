@@ -9,7 +9,6 @@ what they need. Evaluation counts forwards of the model only. Nothing else shoul
 
 import argparse
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -65,20 +64,17 @@ def main() -> None:
     predicted = json.loads(found.stdout)
     plan = make_plan(load_recipe(arguments.recipe, settings))
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command("run", arguments.recipe, settings, "--output", str(arguments.output), "--fresh"), env=environment()
+    done = subprocess.run(
+        command("run", arguments.recipe, settings, "--output", str(arguments.output), "--fresh"), env=environment(), check=False
     )
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
+    if done.returncode:
         raise SystemExit(1)
     seconds = time.perf_counter() - start
-    _show(plan, predicted, json.loads((arguments.output / "mxd_report.json").read_text()), rates, seconds, used.ru_maxrss * 1024)
+    _show(plan, predicted, json.loads((arguments.output / "mxd_report.json").read_text()), rates, seconds)
     _show_stages(arguments.output / "training_log.jsonl")
 
 
-def _show(
-    plan: Plan, predicted: dict[str, Any], report: dict[str, Any], rates: dict[str, float], seconds: float, peak: int
-) -> None:
+def _show(plan: Plan, predicted: dict[str, Any], report: dict[str, Any], rates: dict[str, float], seconds: float) -> None:
     cost = report["cost"]
     training, evaluating = cost["train_seconds"], cost["evaluation"]["seconds"]
     ideal = ideal_seconds(plan, predicted["groups"], report, rates)
@@ -87,7 +83,7 @@ def _show(
         ("training, s", training, predicted["speed"]["training_seconds"]),
         ("evaluation, s", evaluating, predicted["speed"]["evaluation_seconds"]),
         ("whole run, s", seconds, predicted["speed"]["seconds"]),
-        ("peak memory, MiB", peak / 2**20, predicted["memory_bytes"]["peak"] / 2**20),
+        ("peak memory, MiB", cost["peak_rss_bytes"] / 2**20, predicted["memory_bytes"]["peak"] / 2**20),
     ):
         print(f"| {name} | {real:,.0f} | {said:,.0f} | {said / real:.2f} |")
     print(f"\nMatmul rates: float32 {rates['float32'] / 1e9:,.0f}, bfloat16 {rates['bfloat16'] / 1e9:,.0f} GFLOP/s.")

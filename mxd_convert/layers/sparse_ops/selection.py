@@ -1,6 +1,7 @@
 """Columns of the largest values of each row, on a CPU, by numpy's partition.
 
-It uses vector instructions, and takes a third to a seventh of the time of torch's top-k. Shape suffixes: B rows, N columns, K chosen.
+It uses vector instructions. On one thread the two stages of `reference.top_k` are 1.5 to 10 times as fast with it as torch's top-k
+(benchmarks/top_k.py). Shape suffixes: B rows, N columns, K chosen.
 """
 
 import functools
