@@ -178,14 +178,14 @@ def test_refusals_name_the_key_that_sets_the_number_of_experts(models, text, tmp
 def test_an_evaluation_is_timed_in_float32_whatever_the_base(planned, monkeypatch):
     timed = []
 
-    def forward_seconds(plan, device, dtype):
+    def forward_seconds(plan, device, dtype, rows):
         timed.append(dtype)
         return {"bfloat16": 1e-4, "float32": 1e-3}[dtype], 0.0
 
     monkeypatch.setattr(timing, "_forward_seconds", forward_seconds)
     monkeypatch.setattr(timing, "_layer_seconds", lambda *arguments: (1e-3, 1e-6))
     half, full = (timing.measure_machine(planned(base={"dtype": dtype})) for dtype in ("bfloat16", "float32"))
-    assert timed == ["bfloat16", "float32", "float32"]
+    assert timed == ["bfloat16", "float32", "float32", "float32"]  # training and evaluation of each
     assert half.evaluation_seconds == full.evaluation_seconds
     assert half.training_seconds < full.training_seconds
 
