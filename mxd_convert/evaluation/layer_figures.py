@@ -33,7 +33,7 @@ class LayerFigures:
         self.sums, self.kinds = Sums(documents, device), TokenKinds(documents, device)
         self.firings_N = torch.zeros(layer.n_experts, dtype=torch.int64, device=device)
         self.gain_dimensions, self.target_dimensions = Dimensions(device), Dimensions(device)
-        self.moments = Moments(skip=layer.skip is not None)
+        self.moments = Moments(layer.has_dense_path)
         self.attribution = Attribution(layer.n_experts, layer.d_out, device)
         self.jacobian = Jacobian(documents, device)
 
@@ -45,8 +45,8 @@ class LayerFigures:
         values = coefficients if isinstance(coefficients, Tensor) else coefficients[0]
         gain_BO, linear_BO = layer.gain_of(coefficients).double(), layer.linear(x_BI).double()
         product_BO = gain_BO * linear_BO
-        skip_BO = None if layer.skip is None else layer.skip(x_BI).double()
-        whole_BO = product_BO if skip_BO is None else product_BO + skip_BO
+        dense_BO = layer.dense_path(x_BI)
+        whole_BO = product_BO if dense_BO is None else product_BO + dense_BO.double()
         output_BO, y_BO = whole_BO + layer.output_bias.double(), y_BO.double()
         self.all.add(output_BO, y_BO, document_B)
         if kind_B is not None:
@@ -63,8 +63,8 @@ class LayerFigures:
             self.firings_N += torch.bincount(coefficients[1][firing], minlength=layer.n_experts)
         strength_B1 = values.double().sum(-1, keepdim=True)
         features = {"g": gain_BO, "u": linear_BO, "v": strength_B1 * linear_BO, "y": product_BO}
-        if skip_BO is not None:
-            features |= {"w": skip_BO, "t": whole_BO}
+        if dense_BO is not None:
+            features |= {"w": dense_BO.double(), "t": whole_BO}
         self.moments.add({name: feature_BO[counted_B] for name, feature_BO in features.items()})
         if layer.n_experts and counted_B.any() and not self.quick:
             u_BO = linear_BO[counted_B]
@@ -120,7 +120,7 @@ class LayerFigures:
         found, reason = shares(self.moments)
         if reason is None and self.layer.n_experts == 0:
             found |= {"gate_share": 0.0, "hidden_share": 1.0, "product_share": 0.0, "expert_share": 0.0}
-        elif reason is None and self.layer.decoder is None:
+        elif reason is None and not self.layer.is_product:
             found |= {"gate_share": 1.0, "hidden_share": 0.0, "product_share": 0.0}
         if self.layer.n_experts == 0:
             found["identity_share"] = None

@@ -1,7 +1,8 @@
 """Covariances of a layer's factors and output, streamed over tokens, and the shares of variance that follow from them.
 
-Per output dimension, summed over dimensions: let g = C^T a be the gain, u = D^T z the linear factor, y = g * u the product,
-s = sum_n a_n, w the output of the skip path, and t = y + w. A share is the variance that least squares with an intercept leaves:
+Per output dimension, summed over dimensions: let g = C^T a be the gain, u = D^T z the linear factor, y = g * u the product and
+s = sum_n a_n. The dense path is the skip path, or `D^T z` where it is added (then u = 1). Let w be its output and t = y + w. A share
+is the variance that least squares with an intercept leaves:
 
 - gate share: of y, on u. Near 0, the layer is dense, with a constant gain.
 - hidden share: of y, on g. Near 0, the layer is a transcoder.
@@ -27,18 +28,18 @@ FEATURES = {
     "expert_share": ("u", "w"),
 }
 _PAIRS = ("gg", "gu", "gy", "uu", "uv", "uy", "vv", "vy", "yy")
-_PAIRS_WITH_SKIP = (*_PAIRS, "tt", "tu", "tw", "uw", "ww")
+_PAIRS_WITH_DENSE = (*_PAIRS, "tt", "tu", "tw", "uw", "ww")
 
 
 class Moments:
     """First and second moments of features with one value per token and output, (B, O), in float64.
 
-    Features are named by a letter: g, u, v = s u, y, and with a skip path w and t. Each is shifted by its mean over the first
+    Features are named by a letter: g, u, v = s u, y, and with a dense path w and t. Each is shifted by its mean over the first
     batch, so that a mean much larger than the deviation costs no digits.
     """
 
-    def __init__(self, skip: bool) -> None:
-        self.tokens, self.pairs = 0, _PAIRS_WITH_SKIP if skip else _PAIRS
+    def __init__(self, dense_path: bool) -> None:
+        self.tokens, self.pairs = 0, _PAIRS_WITH_DENSE if dense_path else _PAIRS
         self.shift: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._products: dict[str, Tensor] = {}
@@ -68,14 +69,14 @@ class Moments:
 
 def shares(moments: Moments) -> tuple[dict[str, float | None], str | None]:
     """Return the shares by name, and why some are None: a product or output that is constant or not finite."""
-    skip, found = "tt" in moments.pairs, dict[str, float | None](dict.fromkeys(FEATURES))
+    dense_path, found = "tt" in moments.pairs, dict[str, float | None](dict.fromkeys(FEATURES))
     if not moments.tokens:
         return found, "no token counts"
     reason = None
     for name, features in FEATURES.items():
-        target = "t" if name == "expert_share" and skip else "y"
-        what = "product" if skip and target == "y" else "output"
-        used = [feature for feature in features if skip or feature != "w"]
+        target = "t" if name == "expert_share" and dense_path else "y"
+        what = "product" if dense_path and target == "y" else "output"
+        used = [feature for feature in features if dense_path or feature != "w"]
         variance_O = moments.covariance(target, target).clamp_min(0)
         total = variance_O.sum()
         if not total.isfinite():

@@ -8,6 +8,7 @@ from mxd_convert.base_model.swap import check_converted
 from mxd_convert.checkpoint.read import check_finite, checkpoint_settings, load_checkpoint, original_of
 from mxd_convert.data.blocks import Blocks, check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
+from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.schema import layer_indices
 from mxd_convert.recipe.texts import EvalText
 
@@ -34,11 +35,22 @@ def chosen_layers(checkpoint: Path, config: Any, layers: str | list[int]) -> tup
         raise InputError(f"--{error}") from None
     for index in indices:
         check_converted(index, entries, "--layers: ")
-    dense = [index for index in indices if not entries[str(index)].get("n_experts")]
-    if dense == indices:
-        raise InputError(f"{checkpoint}: every selected layer is a dense_twin, which has no experts to export")
-    notes = [f"layer {', '.join(map(str, dense))}: left out, because a dense_twin has no experts"] if dense else []
-    return {index: entries[str(index)] for index in indices if index not in dense}, notes
+    obstacles = {index: _obstacle(entries[str(index)]["kind"]) for index in indices}
+    left_out = {index: obstacle for index, obstacle in obstacles.items() if obstacle}
+    if len(left_out) == len(indices):
+        raise InputError(f"{checkpoint}: no selected layer can be exported: {', '.join(sorted(set(left_out.values())))}")
+    notes = [
+        f"layer {', '.join(str(index) for index, found in left_out.items() if found == obstacle)}: left out, because {obstacle}"
+        for obstacle in sorted(set(left_out.values()))
+    ]
+    return {index: entries[str(index)] for index in indices if index not in left_out}, notes
+
+
+def _obstacle(kind: str) -> str | None:
+    """Return why layers of a kind have no transcoder's form; None if they have one or are approximated by one."""
+    if not KINDS[kind].has_experts:
+        return f"a {kind} has no experts"
+    return f"a {kind} has hidden units beside its experts" if KINDS[kind].adds else None
 
 
 def read_text(

@@ -67,7 +67,7 @@ def active_pairs(coefficients: Coefficients) -> tuple[Tensor, Tensor]:
 
 def is_exact(layer: FactoredLayer) -> bool:
     """Return whether the layer is a static transcoder, so that its surrogate is exact."""
-    return layer.decoder is None
+    return not layer.is_product
 
 
 def surrogate_of(layer: FactoredLayer, decoder_NO: Tensor) -> Transcoder:

@@ -68,7 +68,7 @@ class Trainable(FactoredLayer):
             normalise(self.experts)
         elif self.experts is not None:
             nn.init.zeros_(self.experts)
-            if self.decoder is not None:
+            if self.is_product:
                 self._init_constant_linear()
 
     def _init_constant_linear(self) -> None:

@@ -36,6 +36,7 @@ KINDS = {
     "random_gate": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
     "transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
     "skip_transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
+    "dense_assisted": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
     "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, "skip": False, "dropout": 0.0}),
 }
 MAX_SIZE = 2**31  # largest width or number of experts; larger tensors can't be indexed

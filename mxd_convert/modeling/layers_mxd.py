@@ -77,10 +77,11 @@ def _is_steered_at(positions: str, tokens: int, device: torch.device) -> Tensor:
 class FactoredLayer(nn.Module):
     """A layer that replaces an MLP: `y = gain * linear + b`, with gain `C^T a` and linear factor `D^T z`.
 
-    Some kinds of layers have only one of the two.
+    Some kinds of layers have only one of the two, or add them.
 
     Attributes:
         kind: kind of layer, as in config.json.
+        adds: whether `D^T z` is added to the gain instead of multiplying it.
         d_in, d_hidden, d_out: input width, number of hidden units, output width. `d_hidden` is 0 without a linear factor.
         n_experts, k: number of experts, and of active experts per token. Both are 0 without a gain.
         steering: the checkpoint's steering orders, applied in order. Each has "expert", "positions", and one of "add", "set",
@@ -89,6 +90,7 @@ class FactoredLayer(nn.Module):
     """
 
     kind: str
+    adds = False
     encoder: Any  # Linear or None
     encoder_gate: Any  # Linear or None
     decoder: Any  # Linear or None
@@ -168,9 +170,28 @@ class FactoredLayer(nn.Module):
             return self.act(self.encoder_gate(x_BI)) * self.encoder(x_BI)
         return self.act(self.encoder(x_BI))
 
+    @property
+    def is_product(self) -> bool:
+        """Return whether the gain is multiplied by a linear factor."""
+        return self.experts is not None and self.decoder is not None and not self.adds
+
     def linear(self, x_BI: Tensor) -> Tensor:
-        """Return the linear factor `u = D^T z`, (..., O); ones in a layer without hidden units."""
-        return x_BI.new_ones((*x_BI.shape[:-1], self.d_out)) if self.decoder is None else self.decoder(self.hidden(x_BI))
+        """Return the linear factor `u = D^T z`, (..., O); ones in a layer without one."""
+        if self.decoder is None or self.adds:
+            return x_BI.new_ones((*x_BI.shape[:-1], self.d_out))
+        return self.decoder(self.hidden(x_BI))
+
+    def dense_path(self, x_BI: Tensor) -> Tensor | None:
+        """Return what is added beside gain and linear factor, (..., O): the skip path, and `D^T z` in a layer that adds it."""
+        hidden_BO = self.decoder(self.hidden(x_BI)) if self.adds else None
+        if self.skip is None:
+            return hidden_BO
+        return self.skip(x_BI) if hidden_BO is None else hidden_BO + self.skip(x_BI)
+
+    @property
+    def has_dense_path(self) -> bool:
+        """Return whether anything is added beside gain and linear factor."""
+        return self.skip is not None or self.adds
 
     def gain_of(self, coefficients: Coefficients) -> Tensor:
         """Return the gain `g = C^T a`, (..., O), from the result of `encode`, with steering; ones in a layer without experts."""
@@ -180,13 +201,14 @@ class FactoredLayer(nn.Module):
 
     def combine(self, x_BI: Tensor, coefficients: Coefficients) -> Tensor:
         """Return the layer's output, (..., O), for given coefficients."""
-        if self.decoder is None:
-            y_BO = self.gain_of(coefficients) + self.output_bias
+        if self.is_product:
+            y_BO = self.gain_of(coefficients) * self.linear(x_BI) + self.output_bias
         elif self.experts is None:
             y_BO = self.linear(x_BI) + self.output_bias
         else:
-            y_BO = self.gain_of(coefficients) * self.linear(x_BI) + self.output_bias
-        return self.dropout(y_BO if self.skip is None else y_BO + self.skip(x_BI))
+            y_BO = self.gain_of(coefficients) + self.output_bias
+        dense_BO = self.dense_path(x_BI)
+        return self.dropout(y_BO if dense_BO is None else y_BO + dense_BO)
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return the layer's output, (..., O)."""
@@ -218,7 +240,29 @@ class FactoredLayer(nn.Module):
         return f"kind={self.kind}, n_experts={self.n_experts}, k={self.k}"
 
 
-class MxD(FactoredLayer):
+class _LinearAndGain(FactoredLayer):
+    """A layer with both hidden units and experts. The arguments are those of MxD."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_hidden: int,
+        d_out: int,
+        n_experts: int,
+        k: int,
+        activation: str = "gelu",
+        glu: bool = False,
+        sparsity: str = "topk",
+        skip: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(d_in, d_out, skip, dropout)
+        self._add_linear(d_hidden, activation, glu)
+        self._add_gain(n_experts, k, sparsity)
+        self.init_rows()
+
+
+class MxD(_LinearAndGain):
     """A sparse mixture of N linear experts that replaces an MLP: `y = (C^T a) * (D^T z) + b` (paper, section 3).
 
     The product equals `sum_n a_n W_n^T z` with `W_n = D diag(c_n)` (Lemma 2). `a` are the coefficients of the experts and `z` the
@@ -241,24 +285,6 @@ class MxD(FactoredLayer):
     """
 
     kind = "mxd"
-
-    def __init__(
-        self,
-        d_in: int,
-        d_hidden: int,
-        d_out: int,
-        n_experts: int,
-        k: int,
-        activation: str = "gelu",
-        glu: bool = False,
-        sparsity: str = "topk",
-        skip: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(d_in, d_out, skip, dropout)
-        self._add_linear(d_hidden, activation, glu)
-        self._add_gain(n_experts, k, sparsity)
-        self.init_rows()
 
     @torch.no_grad()
     def expert_weight(self, n: int) -> Tensor:
@@ -296,6 +322,16 @@ class SkipTranscoder(Transcoder):
     has_skip = True
 
 
+class DenseAssisted(_LinearAndGain):
+    """A transcoder beside a narrow MLP: `y = C^T a + D^T z + b`. It is the baseline for the product of an MxD.
+
+    The arguments are those of MxD.
+    """
+
+    kind = "dense_assisted"
+    adds = True
+
+
 class DenseTwin(FactoredLayer):
     """An MxD with constant gain, which is an MLP: `y = D^T z + b`. It is the baseline for the experts.
 
@@ -319,7 +355,9 @@ class DenseTwin(FactoredLayer):
         self.init_rows()
 
 
-LAYERS: dict[str, type[FactoredLayer]] = {layer.kind: layer for layer in (MxD, RandomGate, Transcoder, SkipTranscoder, DenseTwin)}
+LAYERS: dict[str, type[FactoredLayer]] = {
+    layer.kind: layer for layer in (MxD, RandomGate, Transcoder, SkipTranscoder, DenseAssisted, DenseTwin)
+}
 
 
 def build_layer(entry: Mapping[str, Any]) -> FactoredLayer:

@@ -20,7 +20,8 @@ class Kind:
         colour: colour in plots, as #rrggbb.
         marker: matplotlib marker in plots.
         unit: name of one row of the gate, "expert" or "latent".
-        has_linear: whether the layer has hidden units and a linear factor.
+        has_linear: whether the layer has hidden units and `D^T z`.
+        adds: whether `D^T z` is added to the gain instead of multiplying it.
         has_experts: whether the layer has a gate and experts.
         learns_gate: whether the gate is trained.
         unit_norm: whether experts keep unit norm in training with `train.init: paper`.
@@ -35,6 +36,7 @@ class Kind:
     marker: str
     unit: str = "expert"
     has_linear: bool = True
+    adds: bool = False
     has_experts: bool = True
     learns_gate: bool = True
     unit_norm: bool = True
@@ -43,7 +45,7 @@ class Kind:
     @property
     def is_product(self) -> bool:
         """Return whether the layer's output is the product of a gain and a linear factor."""
-        return self.has_linear and self.has_experts
+        return self.has_linear and self.has_experts and not self.adds
 
 
 _MXD = Kind("mxd", "MxD", "Mixture-of-Decoders", ("mxd", "mixture-of-decoders"), colour="#7b2d8b", marker="o")
@@ -69,6 +71,17 @@ _SKIP_TRANSCODER = replace(
     colour="#5aa64b",
     marker="D",
 )
+_DENSE_ASSISTED = replace(
+    _TRANSCODER,
+    name="dense_assisted",
+    title="additive control",
+    family="dense-assisted transcoder",
+    tags=("dense-assisted-transcoder",),
+    has_linear=True,
+    adds=True,
+    colour="#b5485d",
+    marker="P",
+)
 _DENSE_TWIN = Kind(
     "dense_twin",
     "dense twin (constant gain)",
@@ -78,7 +91,9 @@ _DENSE_TWIN = Kind(
     colour="#555555",
     marker="*",
 )
-KINDS: dict[str, Kind] = {row.name: row for row in (_MXD, _TRANSCODER, _SKIP_TRANSCODER, _DENSE_TWIN, _RANDOM_GATE)}
+KINDS: dict[str, Kind] = {
+    row.name: row for row in (_MXD, _TRANSCODER, _SKIP_TRANSCODER, _DENSE_ASSISTED, _DENSE_TWIN, _RANDOM_GATE)
+}
 
 
 def check_kind(name: str) -> str:

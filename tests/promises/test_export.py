@@ -220,16 +220,17 @@ def test_a_steering_preset_is_left_out_and_reported(copy, text, tmp_path):
     assert same_tensors(tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "steered"), atol=0, rtol=0)
 
 
-def test_a_dense_twin_is_left_out(models, text, tmp_path, refused):
-    layers = {0: model_layer("dense_twin"), 1: model_layer("transcoder")}
+@pytest.mark.parametrize(("kind", "why"), [("dense_twin", "no experts"), ("dense_assisted", "hidden units beside")])
+def test_a_layer_without_a_transcoder_s_form_is_left_out(models, text, tmp_path, refused, kind, why):
+    layers = {0: model_layer(kind), 1: model_layer("transcoder")}
     folder = checkpoint_of(tmp_path / "checkpoint", models["llama"], layers)
     found = export_transcoder(folder, tmp_path / "out", "sparsify", text, tokens=512, quiet=True)
     assert list(found["layers"]) == ["1"]
-    assert "dense_twin" in found["notes"][0]
+    assert kind in found["notes"][0]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"layers.1.mlp", "mxd_surrogate.json"}
     arguments = ("export", folder, tmp_path / "none", "--data", text)
     for layout in ("sparsify", "delphi"):
-        refused(*arguments, "--to", layout, "--layers", "0", words=("dense_twin", "no experts"))
+        refused(*arguments, "--to", layout, "--layers", "0", words=(kind, why))
 
 
 def test_the_command_prints_the_losses(mxd, converted, text, tmp_path, models):

@@ -187,9 +187,10 @@ def test_steering_applies_to_the_prompt_or_the_generation(exported, converted):
         {"experts": 24, "sparsity": "l1"},
         {"experts": 24, "kind": "transcoder"},
         {"experts": 24, "kind": "skip_transcoder"},
+        {"experts": 24, "kind": "dense_assisted"},
         {"kind": "dense_twin"},
     ],
-    ids=["skip", "l1", "transcoder", "skip_transcoder", "dense_twin"],
+    ids=["skip", "l1", "transcoder", "skip_transcoder", "dense_assisted", "dense_twin"],
 )
 def test_every_kind_of_layer_is_exported(models, text, tmp_path, layer):
     checkpoint = of_kind(models, text, tmp_path / "run", **layer)

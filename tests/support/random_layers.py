@@ -10,7 +10,7 @@ from mxd_convert.base_model.swap import insert_layers
 from mxd_convert.layers import LayerSpec, new_layer
 from mxd_convert.recipe.schema import Base
 
-KINDS = ("mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate")
+KINDS = ("mxd", "transcoder", "skip_transcoder", "dense_assisted", "dense_twin", "random_gate")
 I, H, O, N, K = 7, 11, 5, 13, 4
 """Sizes of a small layer, which fits no model."""
 WIDTH, EXPERTS, ACTIVE, CONTEXT = 32, 24, 4, 32

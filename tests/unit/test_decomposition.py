@@ -22,7 +22,7 @@ def test_the_parts_of_every_kind_sum_to_the_output(kind, settings):
     parts = decompose_layer(layer, x)
     assert (parts.output - layer(x)).abs().max() < 1e-12
     n = int(parts.experts[0, 0, 0])  # one part by its definition: a_n times the expert's own linear map
-    z = layer.hidden(x[0, 0]) if "coder" not in kind else None
+    z = layer.hidden(x[0, 0]) if layer.is_product else None
     expected = z @ layer.expert_weight(n) if z is not None else layer.experts[n]
     assert torch.allclose(parts.contributions[0, 0, 0], parts.values[0, 0, 0] * expected, atol=1e-12)
 

@@ -32,7 +32,8 @@ def definition(layer, x):
         y = a @ layer.experts
     if "coder" not in layer.kind:
         z = torch.nn.functional.gelu(x @ layer.encoder.weight.T + layer.encoder.bias)
-        y = y * (z @ layer.decoder.weight.T)
+        u = z @ layer.decoder.weight.T
+        y = y + u if layer.kind == "dense_assisted" else y * u
     return y + layer.output_bias + (x @ layer.skip.weight.T if layer.skip is not None else 0)
 
 
@@ -107,7 +108,7 @@ def test_every_kind_passes_through_the_same_engine(finished, mxd, kind):
         assert reliance["routing_necessity"] is not None
     if kind == "transcoder":
         assert [reliance[name] for name in SHARES] == [1.0, 0.0, 0.0, 1.0]
-    if kind == "skip_transcoder":
+    if kind in ("skip_transcoder", "dense_assisted"):
         assert [reliance[name] for name in SHARES[:3]] == [1.0, 0.0, 0.0]
         assert 0 < reliance["expert_share"] < 1
     assert all(0 <= reliance[name] <= 1 for name in SHARES)

@@ -29,7 +29,7 @@ class Decomposition:
     """The decomposition of a layer's output at each token.
 
     values: coefficients, (..., K); 0 means not active. experts: their indices, (..., K). directions: `c_n * u`, the contribution
-    of a coefficient of 1, (..., K, O). rest: output bias and skip path, (..., O).
+    of a coefficient of 1, (..., K, O). rest: output bias and dense path, (..., O).
     """
 
     values: Tensor
@@ -63,10 +63,11 @@ def decompose_layer(layer: FactoredLayer, x_BI: Tensor) -> Decomposition:
         values_BK = torch.cat([values_BK, change_B.to(values_BK.dtype).unsqueeze(-1)], -1)
         experts_BK = torch.cat([experts_BK, torch.full_like(experts_BK[..., :1], n)], -1)
     directions = layer.experts[experts_BK].to(values_BK.dtype)
-    if layer.decoder is not None:
+    if layer.is_product:
         directions = directions * layer.linear(x_BI).unsqueeze(-2)
     rest_BO = layer.output_bias.expand(*x_BI.shape[:-1], -1)
-    return Decomposition(values_BK, experts_BK, directions, rest_BO if layer.skip is None else rest_BO + layer.skip(x_BI))
+    dense_BO = layer.dense_path(x_BI)
+    return Decomposition(values_BK, experts_BK, directions, rest_BO if dense_BO is None else rest_BO + dense_BO)
 
 
 def sparse(coefficients: Coefficients) -> tuple[Tensor, Tensor]:

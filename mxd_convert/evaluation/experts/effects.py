@@ -99,7 +99,7 @@ class Weights:
 @torch.no_grad()
 def weights(layer: FactoredLayer) -> Weights | None:
     """Return rank (see `expert_rank`) and norm of all experts' weights; None for transcoders, which have no weight matrices."""
-    if layer.decoder is None:
+    if not layer.is_product:
         return None
     decoder_OH = layer.decoder.weight.double()
     squares_O = decoder_OH.square().sum(-1)

@@ -51,7 +51,7 @@ class LayerRecord:
     @classmethod
     def create(cls, layer: FactoredLayer, folder: Path) -> "LayerRecord":
         """Create the record's files in a new folder. Raises OSError if the disk has no room for the samples."""
-        n, width = layer.n_experts, 1 if layer.decoder is None else layer.d_out
+        n, width = layer.n_experts, layer.d_out if layer.is_product else 1
         firings = Firings.create(folder, n)
         written_NO = torch.zeros(n, width, device=layer.experts.device)
         size = n * SAMPLES * width
@@ -214,7 +214,7 @@ def _watched(layers: dict[int, FactoredLayer]) -> Iterator[tuple[dict[int, Coeff
     handles = []
     for index, layer in layers.items():
         handles.append(layer.expert_acts.register_forward_hook(note_codes(index)))
-        if layer.decoder is not None:
+        if layer.is_product:
             handles.append(layer.decoder.register_forward_hook(note_linear(index)))
     try:
         yield coefficients, linear
