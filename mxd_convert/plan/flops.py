@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mxd_convert.base_model.families import Site
 from mxd_convert.plan.resolve import Plan
+from mxd_convert.training.derivatives import EVERY
 
 
 def flops_per_token(plan: Plan, groups: Sequence[Sequence[int]]) -> int:
@@ -14,6 +15,8 @@ def flops_per_token(plan: Plan, groups: Sequence[Sequence[int]]) -> int:
     """
     learning = sum(layer.shape.step_flops for layer in plan.layers)
     alone = learning + sum(_forward(plan, max(group)) for group in groups)
+    if plan.recipe.train.jacobian:  # some tokens take a step, in a layer and in its MLP
+        alone += (learning + sum(_of_the_mlp(site) for site in plan.sites)) // EVERY
     joint = plan.joint_steps
     return (alone * (plan.steps - joint) + (learning + _through(plan)) * joint) // plan.steps
 

@@ -17,6 +17,7 @@ from mxd_convert.evaluation.variance import MAX_GROUPS
 from mxd_convert.layers.sparse_ops.autograd import rows_a_chunk
 from mxd_convert.plan.resolve import LayerPlan, Plan, twin_of
 from mxd_convert.recipe.schema import Recipe
+from mxd_convert.training.derivatives import EVERY
 from mxd_convert.training.joint import piece_tokens
 from mxd_convert.training.joint_loss import chunk_tokens
 from mxd_convert.training.optimiser import GPU_CHUNK_ELEMENTS
@@ -116,7 +117,10 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
     steps = min(plan.steps, buffer_steps(step_tokens, plan.sites))
     a_token = width * sum(layer.shape.d_in + layer.shape.d_out for layer in group)
     buffer = (steps + 1) * tokens * a_token  # one step more while it is harvested
-    step = max(_step(recipe, layer, tokens) for layer in group)
+    # tokens that take a step: every layer keeps their inputs after it, and the changes of the MLP's output
+    moved = tokens // EVERY if recipe.train.jacobian else 0
+    step = max(_step(recipe, layer, tokens + moved) for layer in group)
+    step += 4 * moved * sum(layer.shape.d_in + layer.shape.d_out for layer in group)
     widest = max(plan.sites, key=lambda site: site.d_hidden)  # the base's hidden width, not the layers'
     a_forward = width * (6 * widest.d_hidden + 12 * widest.d_in)  # per token
     context = recipe.data.context  # a forward takes at least one block

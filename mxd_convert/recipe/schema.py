@@ -128,7 +128,8 @@ class Layer(Section):
 
     kind: Annotated[str, AfterValidator(check_kind), Field(json_schema_extra={"enum": list(KINDS)})] = "mxd"
     """Kind of layer. mxd: Mixture of Decoders. Baselines: transcoder (TopK), skip_transcoder (a transcoder with a linear skip
-    path), dense_twin (an MxD with constant gain) and random_gate (an MxD with a random, untrained gate)."""
+    path), dense_assisted (a transcoder beside a narrow MLP), dense_twin (an MxD with constant gain) and random_gate (an MxD with
+    a random, untrained gate)."""
     k: Positive = 32
     """Active experts (for a transcoder: latents) per token. Not used with `sparsity: l1`."""
     experts: Positive | Literal["auto"] = "auto"
@@ -208,6 +209,11 @@ class Train(Section):
     joint: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Joint stage: the share of the steps, at the end of the run, in which all layers are trained together in the model, to match
     the base's next-token distribution. 0: no joint stage; null: set by the preset."""
+    joint_lr: Rate | None = None
+    """Peak learning rate of the joint stage; null: a fifth of `lr`."""
+    jacobian: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of the matching of derivatives before the joint stage: the change of a layer's output along a small step towards another
+    token's input has to match that of the MLP. 0: no matching."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Precision of the layers' matrix products. With bf16, weights and optimiser state stay in float32. auto: bf16, also for the
     base while activations are captured (base.dtype), on devices that multiply bfloat16 matrices natively; fp32 elsewhere."""
@@ -366,12 +372,13 @@ class Recipe(Section):
 
 # Keys of `train` that don't change the result, except by rounding. They may change when a run resumes.
 _MEANS = ("distribute", "memory_gib", "checkpoint_every", "tracker")
+_NEWER = ("init", "k_init", "joint", "joint_lr", "jacobian")
 
 
 def _deciding(content: dict[str, Any]) -> dict[str, Any]:
     # Newer keys are left out at their old meaning (null, 0), so that the fingerprints of older checkpoints stay valid.
     train = {key: value for key, value in content["train"].items() if key not in _MEANS}
-    train = {key: value for key, value in train.items() if value or key not in ("init", "k_init", "joint")}
+    train = {key: value for key, value in train.items() if value or key not in _NEWER}
     if train["mask"] in ("bos", "none"):  # all that was possible before
         train["mask_bos"] = train.pop("mask") == "bos"
     base = {key: value for key, value in content["base"].items() if key not in ("mlp", "gguf_file") or value is not None}

@@ -26,7 +26,7 @@ from mxd_convert.training.joint_loss import chunk_tokens, summed_kl
 from mxd_convert.training.stage import Pass, Stage
 from mxd_convert.training.stream import Source
 
-RATE = 0.2  # of the peak learning rate: above a third, layers lose what they have learnt
+RATE = 0.2  # of the peak learning rate, unless the recipe sets it: above a third, layers lose what they have learnt
 WARMUP = 0.1  # share of the joint stage's steps; the rate then falls linearly to 0
 # tokens per forward of the model, at least one block: gradients are accumulated over a step
 PIECE_TOKENS, GPU_PIECE_TOKENS = 1024, 4096
@@ -82,9 +82,10 @@ class JointStage(Stage):
         super().__init__(recipe, source, shapes, folder, accelerator, together, quiet, Pass("all layers together", 1, 1))
 
     def _rates(self) -> tuple[float, int, str]:
-        lr = self.recipe.train.lr
-        assert lr is not None
-        return RATE * lr, max(1, round(WARMUP * self.steps)), "linear"
+        train = self.recipe.train
+        assert train.lr is not None
+        lr = RATE * train.lr if train.joint_lr is None else train.joint_lr
+        return lr, max(1, round(WARMUP * self.steps)), "linear"
 
     def _make_layers(self, shapes: dict[int, LayerSpec]) -> dict[int, Trainable]:
         return {index: self.trained[index].to(self.device) for index in sorted(self.trained)}
@@ -99,7 +100,7 @@ class JointStage(Stage):
         return {}  # base and layers run in the same forward
 
     def _advice(self) -> str:
-        return f"Lower train.lr ({self.recipe.train.lr:g}) or train.joint ({self.recipe.train.joint:g})"
+        return f"Lower train.joint_lr ({self._rates()[0]:g}) or train.joint ({self.recipe.train.joint:g})"
 
     def _extra_figures(self) -> dict[str, float]:
         mean = self.kl.item() / self.kl_steps

@@ -12,10 +12,11 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from mxd_convert.errors import NotFinite
-from mxd_convert.layers import LayerSpec, Trainable, new_layer, normalised_mse
+from mxd_convert.layers import LayerSpec, Trainable, new_layer
 from mxd_convert.recipe.presets import is_warm
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.training.interrupt import Interrupt
+from mxd_convert.training.layer_step import forward_backward
 from mxd_convert.training.log import NAME, append_line, cut_log
 from mxd_convert.training.optimiser import Optimiser
 from mxd_convert.training.progress import TrainingProgress
@@ -43,41 +44,6 @@ def active_experts(step: int, steps: int, first: int, last: int) -> int:
     A single step has `last`, because later stages keep the value of the last step.
     """
     return last if steps == 1 else last + round((first - last) * max(0.0, 1.0 - 2.0 * step / steps))
-
-
-def forward_backward(
-    layer: Trainable,
-    x_BI: Tensor,
-    y_BO: Tensor,
-    counted_B: Tensor,
-    precision: str,
-    l1: float,
-    share: Tensor | None,
-    window: Window,
-) -> Tensor:
-    """Run forward and backward of one layer on one batch, and add the step to its window.
-
-    Args:
-        layer: whose gradients are accumulated.
-        x_BI: inputs of the MLP, float32.
-        y_BO: outputs of the MLP, float32.
-        counted_B: which tokens count, bool.
-        precision: "bf16" for autocast.
-        l1: weight of the L1 penalty, for layers without top-k.
-        share: this process's share of the counted tokens, which weights the gradients; None for 1.
-        window: receives the figures for the log.
-
-    Returns:
-        The loss, a scalar.
-    """
-    with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        coefficients = layer.encode(x_BI)
-        output_BO = layer.combine(x_BI, coefficients)
-    loss = normalised_mse(output_BO, y_BO, counted_B)
-    objective = loss + l1 * layer.penalty(coefficients, counted_B) if isinstance(coefficients, Tensor) else loss
-    (objective if share is None else objective * share).backward()
-    window.add(loss.detach(), output_BO.detach(), y_BO, coefficients, counted_B)
-    return loss.detach()
 
 
 @dataclass(frozen=True)
@@ -195,12 +161,16 @@ class Stage:
         counted_B = batch.counted_B
         total = self._agree(counted_B.sum(), interrupt)
         self._choose_k(step)
+        train, l1 = self.recipe.train, self.recipe.layer.l1
+        moved = self.activations.moved(step) if train.jacobian else {}
+        # a mean over this process's tokens, weighted by its share of them: the sum over processes is the mean over all
+        share = counted_B.sum() / total if self.together else None
         for index, layer in self.layers.items():
             x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
-            # a mean over this process's tokens, weighted by its share of them: the sum over processes is the mean over all
-            share = counted_B.sum() / total if self.together else None
-            precision, l1 = self.recipe.train.precision, self.recipe.layer.l1
-            self.losses[index].append(forward_backward(layer, x_BI, y_BO, counted_B, precision, l1, share, self.windows[index]))
+            loss = forward_backward(
+                layer, x_BI, y_BO, counted_B, train.precision, l1, share, self.windows[index], train.jacobian, moved.get(index)
+            )
+            self.losses[index].append(loss)
 
     def _advice(self) -> str:
         """Return the advice for a loss that is not finite."""

@@ -5,6 +5,7 @@ many more documents than it has blocks. A batch depends only on the seed and the
 buffer harvests that buffer again.
 """
 
+import functools
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mxd_convert.base_model.capture import harvest
+from mxd_convert.base_model.capture import apply_mlp, harvest
 from mxd_convert.base_model.families import Site
 from mxd_convert.base_model.swap import replaced
 from mxd_convert.data.blocks import Blocks, block_order
+from mxd_convert.training.derivatives import EVERY, Moved, move
 
 BUFFER_BYTES = 2**28  # of a buffer, in float32
 FORWARD_TOKENS = 4096  # per forward of the base
@@ -81,6 +83,9 @@ class Activations:
         self._first = -1  # first step of the buffer
         self._bounds = np.zeros(0, dtype=np.int64)
         self._counted = torch.zeros(0, dtype=torch.bool)
+        # position of the token towards whose input a token takes a step; -1 for no step
+        self._partners = torch.zeros(0, dtype=torch.int64)
+        self._moved: tuple[int, dict[int, Moved]] = (-1, {})  # step and its moved inputs
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def batch(self, step: int) -> Batch:
@@ -91,6 +96,26 @@ class Activations:
         tokens = slice(*self._bounds[step - first : step - first + 2].tolist())
         activations = {index: (inputs[tokens], outputs[tokens]) for index, (inputs, outputs) in self._buffers.items()}
         return Batch(activations, self._counted[tokens])
+
+    @torch.no_grad()
+    def moved(self, step: int) -> dict[int, Moved]:
+        """Return the moved inputs of a step by layer index, for the matching of derivatives. Several stages may ask for them."""
+        if self._moved[0] != step:
+            batch = self.batch(step)
+            begin = int(self._bounds[step - self._first])
+            partner_B = self._partners[begin : begin + len(batch.counted_B)]
+            rows_S = (batch.counted_B & (partner_B >= 0) & self._counted[partner_B]).nonzero().squeeze(1)
+            moved = {}
+            for site in self.source.sites:
+                x_BI, y_BO = batch.activations[site.index]
+                x_SI, mlp = x_BI[rows_S], functools.partial(self._mlp, site)
+                y_SO = mlp(x_SI) if self.source.teacher and self.source.below else y_BO[rows_S]
+                moved[site.index] = move(x_SI, self._buffers[site.index][0][partner_B[rows_S]], y_SO, rows_S, mlp)
+            self._moved = step, moved
+        return self._moved[1]
+
+    def _mlp(self, site: Site, x_SI: Tensor) -> Tensor:
+        return apply_mlp(self.source.base, site, x_SI.unsqueeze(0)).squeeze(0).to(self.device)
 
     @torch.no_grad()
     def read(self, rows: Any, indices: Iterable[int]) -> Batch:
@@ -108,7 +133,8 @@ class Activations:
         steps = min(source.buffer_steps, source.steps - first)
         rows = block_order(len(source.blocks), first * source.rows_a_step, steps * source.rows_a_step, source.seed)
         process, processes = source.process
-        positions, self._bounds = _deal(len(rows), source.blocks.context, steps, first, source.seed, process, processes)
+        positions, partners, self._bounds = _deal(len(rows), source.blocks.context, steps, first, source.seed, process, processes)
+        self._partners = torch.from_numpy(partners).to(self.device)
         mine = rows[process::processes]
         a_forward = max(1, min(-(-source.rows_a_step // processes), FORWARD_TOKENS // source.blocks.context))
         self._counted = torch.zeros(positions.size, dtype=torch.bool, device=self.device)
@@ -157,14 +183,26 @@ class Activations:
 
 def _deal(
     rows: int, context: int, steps: int, first: int, seed: int, process: int, processes: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the position in the buffer of each token of this process's rows, (rows, context), and the bounds of the steps.
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return where the tokens of this process's rows are in the buffer, and how the steps are bounded.
 
-    The tokens of all processes are permuted together, so that the step of a token does not depend on the number of processes.
+    The tokens of all processes are permuted together, so that neither the step of a token nor its partner depends on the number of
+    processes.
+
+    Returns:
+        The position in the buffer of each token, (rows, context); at each position that of the token's partner, another token of its
+        block, or -1 for a token without one; and the bounds of the steps.
     """
-    slots = np.random.default_rng([seed, first, 1]).permutation(rows * context).reshape(rows, context)[process::processes]
+    random = np.random.default_rng([seed, first, 1])
+    slots = random.permutation(rows * context).reshape(rows, context)
+    shifts = random.integers(1, max(2, context), rows)
+    slots, shifts = slots[process::processes], shifts[process::processes]
     order = slots.flatten().argsort()
     positions = np.empty(order.size, dtype=np.int64)
     positions[order] = np.arange(order.size)
     bounds = np.searchsorted(slots.flatten()[order], np.arange(steps + 1) * (rows // steps) * context)
-    return positions.reshape(slots.shape), bounds
+    positions = positions.reshape(slots.shape)
+    turned = (np.arange(context) + shifts[:, None]) % context
+    partners = np.empty(order.size, dtype=np.int64)
+    partners[positions] = np.where(slots % EVERY == 0, np.take_along_axis(positions, turned, 1), -1)
+    return positions, partners, bounds

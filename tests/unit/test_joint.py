@@ -164,6 +164,14 @@ def test_a_joint_stage_that_was_interrupted_resumes_and_ends_the_same(models, te
     assert_the_same(done, whole)
 
 
+@pytest.mark.parametrize(("settings", "peak"), [({"lr": 1e-2}, 2e-3), ({"lr": 1e-2, "joint_lr": 5e-4}, 5e-4)])
+def test_the_rate_of_the_joint_stage_is_a_fifth_of_the_layers_own_or_its_own_key(models, text, tmp_path, settings, peak):
+    settings = {"train": {**SHARE, **settings, "log_every": 1}, "data": {"tokens": 4096}}
+    result = convert(small_recipe(models["llama"], text, tmp_path / "out", **settings), quiet=True)
+    lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]
+    assert max(line["lr"] for line in lines if "kl" in line) == pytest.approx(peak)
+
+
 def test_the_joint_stage_is_independent_of_groups_and_order(models, text, tmp_path, monkeypatch):
     settings = {"data": {"tokens": 8192}}
     whole = convert(small_recipe(models["llama"], text, tmp_path / "whole", **settings, train=SHARE), quiet=True)

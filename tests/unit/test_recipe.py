@@ -196,3 +196,13 @@ def test_recipes_found_by_name_write_into_the_working_directory(tmp_path, monkey
 
 def test_the_schema_in_docs_is_current():
     assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == json_schema()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "stories260k"])
+def test_a_new_key_leaves_the_hash_of_earlier_recipes_as_it_was(name):
+    """The committed cards were made before the newest keys; `verify` compares these hashes."""
+    folder = ROOT / "model_cards" / name
+    recorded = json.loads((folder / "mxd_report.json").read_text())["recipe_sha256"]
+    assert load_recipe(folder / "recipe.yaml").published_sha256() == recorded
+    for changes in ({"train.jacobian": 0.1}, {"train.joint_lr": 1e-3}):
+        assert load_recipe(folder / "recipe.yaml", changes).published_sha256() != recorded
