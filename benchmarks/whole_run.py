@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mxd_convert.plan.flops import flops_per_token
 from mxd_convert.plan.resolve import Plan, make_plan
-from mxd_convert.recipe.load import load_recipe
+from mxd_convert.recipe.load import load_recipe, parse_overrides
 from runs import command, environment
 
 SIZE = 4096  # of the matrices
@@ -56,7 +55,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    settings = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in arguments.changes)}
+    settings = parse_overrides(arguments.changes)
     rates = {"float32": rate(torch.float32), "bfloat16": rate(torch.bfloat16)}
     found = subprocess.run(
         command("plan", arguments.recipe, settings, "--json"), env=environment(), capture_output=True, check=True
