@@ -21,9 +21,8 @@ from mxd_convert.training.stream import FORWARD_TOKENS, Activations
 GATE_NORM = 0.8
 DUPLICATE_COSINE = 0.9  # cosine of two inputs minus the mean; above it they are near-duplicates
 MAX_TOKENS_PER_EXPERT = 8  # per expert, that are read: some layers never see as many distinct inputs as they have experts
-CHUNK_TOKENS = (
-    64  # tokens per comparison; a near-duplicate of any earlier one in it is skipped, even if that one was skipped itself
-)
+# tokens per comparison; a near-duplicate of any earlier one in it is skipped, even if that one was skipped itself
+CHUNK_TOKENS = 64
 FIT_EVERY = 8  # one in this many tokens is kept for the fit of the experts' scale
 
 
