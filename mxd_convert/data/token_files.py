@@ -29,7 +29,7 @@ class Separators:
 def separators(tokenizer: Any) -> Separators:
     """Return the special tokens that the tokenizer adds by default; if none, BOS before or else EOS after each document."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    everything = sorted(set(tokenizer.all_special_ids))
+    everything = special_ids(tokenizer)
     plain, special = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
     start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), None)
     if start is not None and len(special) > len(plain):
@@ -37,6 +37,12 @@ def separators(tokenizer: Any) -> Separators:
     if bos is not None:
         return Separators([bos], [], bos, everything)
     return Separators([], [eos] if eos is not None else [], None, everything)
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of all special tokens, in order: those with a role, such as EOS, and those that chat templates write."""
+    added = tokenizer.added_tokens_decoder.items()  # some of them are in no list of the tokenizer
+    return sorted({*tokenizer.all_special_ids, *(number for number, token in added if token.special)})
 
 
 class TokenWriter:

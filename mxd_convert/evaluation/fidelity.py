@@ -61,7 +61,7 @@ def evaluate_models(
         converted: the converted model, with layers of any kind at `sites`.
         sites: the MLPs that were replaced.
         blocks: the held-out text.
-        mask: which tokens are left out of the figures of layers: the recipe's `train.mask`.
+        mask: which tokens are left out of the figures of layers, as in `train.mask`; `figure_mask` gives it for a recipe.
         device: where the models run; None for the CPU.
         quiet: whether to show no progress.
         twin: the dense twin as a separate model, if it was trained.

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from mxd_convert.errors import InputError, first_line
 from mxd_convert.files import kind_of
 from mxd_convert.recipe.presets import is_warm
-from mxd_convert.recipe.schema import GGUF, PRESET_KEYS, RENAMED, Recipe
+from mxd_convert.recipe.schema import GGUF, MASKED, PRESET_KEYS, RENAMED, Recipe
 from mxd_convert.recipe.section import Section
 
 
@@ -375,7 +375,7 @@ def _unknown_key(location: tuple[Any, ...], problems: list[Any]) -> str:
 
 def _accepted(key: str) -> str:
     """Describe the accepted values of a renamed key of `train`."""
-    return {"train.mask": "none or bos", "train.init": "tokens or paper", "train.k_init": "a number of experts"}.get(
+    return {"train.mask": ", ".join(MASKED), "train.init": "tokens or paper", "train.k_init": "a number of experts"}.get(
         key, "a share of the steps, from 0 to below 1"
     )
 

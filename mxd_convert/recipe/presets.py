@@ -32,7 +32,7 @@ def joint_steps(steps: int, share: float | None) -> int:
 
 
 def resolve_precision(recipe: Recipe, native: bool) -> Recipe:
-    """Return the recipe with `train.precision: auto` replaced. bf16 then applies to the base too, unless it has a dtype of its own.
+    """Return the recipe with `train.precision: auto` replaced. bf16 then applies to a float32 base too.
 
     native: whether the device multiplies bfloat16 matrices natively.
     """

@@ -27,6 +27,16 @@ MASKED: dict[str, str] = {
     "special": "special tokens and the first position of each block",
     "prompt": "BOS tokens, the first position of each block, and the prompts of chats",
 }  # what each mask leaves out
+
+
+def figure_mask(mask: str) -> str:
+    """Return which tokens are left out of the figures of layers, for a `train.mask`. BOS and first positions always are.
+
+    An attention sink there is so large that FVU and shares of its layer would tell of nothing else.
+    """
+    return "bos" if mask == "none" else mask
+
+
 RENAMED = {
     "train.mask_bos": "train.mask",
     "train.start": "train.init",

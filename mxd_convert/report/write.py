@@ -10,7 +10,8 @@ import torch
 
 from mxd_convert.data.blocks import Blocks, TextInfo
 from mxd_convert.plan.resolve import Plan
-from mxd_convert.recipe.schema import MASKED, Recipe
+from mxd_convert.recipe.presets import is_warm
+from mxd_convert.recipe.schema import MASKED, Recipe, figure_mask
 from mxd_convert.recipe.section import is_local
 from mxd_convert.report.schema import Report
 from mxd_convert.training.loop import Trained
@@ -53,10 +54,8 @@ def build_report(
         figures: the evaluation of the checkpoint as loaded from disk.
     """
     available = len(train) * train.context
-    masked = MASKED[plan.recipe.train.mask]
-    where = (
-        "the loss, fvu, l0, dead_fraction, always_on, the shares and the jacobian; cross-entropies are over every predicted token"
-    )
+    masked = MASKED[figure_mask(plan.recipe.train.mask)]
+    where = "fvu, l0, dead_fraction, always_on, the shares and the jacobian; cross-entropies are over every predicted token"
     content = {
         "base": {key: value for key, value in origin.items() if key != "local"},
         "recipe_sha256": plan.recipe.published_sha256(),
@@ -92,7 +91,8 @@ def _local_keys(recipe: Recipe) -> list[str]:
     named = {"base.model": recipe.base.model}
     for split, text in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         named |= {f"data.{split}.{key}path": source.path for key, source in text.entries()}
-    return [key for key, value in named.items() if is_local(value)]
+    init = ["train.init"] if is_warm(recipe.train.init) else []
+    return [key for key, value in named.items() if is_local(value)] + init
 
 
 def peak_rss_bytes() -> int:

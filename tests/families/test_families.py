@@ -1,5 +1,6 @@
 """The converted model of every family passes the checks that its base class passes, as docs/families.md says."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,14 +8,15 @@ import pytest
 import torch
 from conformance import BASE_FAILS, IDS, NAMES, NEW, PASSED, SLOW, constant_gain_layer, differs, logits, make, outcome
 from project import ROOT
+from small_runs import documents, small_recipe
 from tiny_models import LAYERS, tiny_model
 from transformers import AutoModelForImageTextToText
 
+import mxd_convert
 from mxd_convert import steer
 from mxd_convert.base_model import swap
 from mxd_convert.base_model.capture import apply_mlp, harvest, recording
 from mxd_convert.base_model.families import ARCHITECTURES, find_sites, stem_of
-from mxd_convert.base_model.load import copy_processor
 from mxd_convert.checkpoint.read import load_checkpoint
 from mxd_convert.evaluation.suffix import Prefix
 from mxd_convert.layers import MxD
@@ -218,5 +220,7 @@ def test_a_model_with_images_is_converted_as_a_whole(family, tmp_path):
     assert not torch.allclose(with_image, other_image)
     reverted = swap.remove_layers(ours, theirs, [1])
     assert torch.equal(reverted(**inputs).logits, theirs(**inputs).logits)
-    copy_processor(str(base), tmp_path)
-    assert (tmp_path / "preprocessor_config.json").read_text() == (base / "preprocessor_config.json").read_text()
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents()))
+    mxd_convert.convert(small_recipe(base, text, tmp_path / "again", layers=[1]), quiet=True)
+    assert (tmp_path / "again" / "preprocessor_config.json").read_text() == (base / "preprocessor_config.json").read_text()

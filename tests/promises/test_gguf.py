@@ -1,7 +1,9 @@
 """The promise: a GGUF file is a base model like any other."""
 
+import io
 import json
 import os
+import sys
 
 import gguf
 import pytest
@@ -86,6 +88,22 @@ def test_dequantisation_says_what_it_does(models, text, tmp_path, capfd, silent)
     assert said.err == ("" if silent else "dequantising new.gguf into the cache\n")
 
 
+def test_a_terminal_shows_a_bar_with_a_clock(models, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    number = int.from_bytes(os.urandom(2), "big")
+    file = write_gguf(models["llama"], tmp_path / "new.gguf", "Q8_0", general__quantization_version=number)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    from_gguf(Base(model=str(file)))
+    shown = sys.stderr.getvalue()
+    assert "dequantising new.gguf into the cache" in shown
+    assert "100%" in shown
+    assert "0:00:0" in shown
+
+
 def test_the_licence_is_the_files_own(files):
     assert card_of(Base(model=str(files["Q4_1"]))) == {"license": "apache-2.0"}
 
@@ -124,8 +142,8 @@ def test_a_gguf_path_in_an_override_replaces_file_and_folder(files, tmp_path):
     assert load_recipe({"base": {"model": "owner/name/tiny.gguf"}}).base.model == "owner/name"
 
 
-def _cut(file, path):
-    path.write_bytes(file.read_bytes()[: os.path.getsize(file) // 2])
+def _cut(file, path, size):
+    path.write_bytes(file.read_bytes()[:size])
     return path
 
 
@@ -135,13 +153,15 @@ def test_bad_files_are_refused_in_one_line(files, models, tmp_path, refused):
     bad = {
         write_gguf(models["llama"], tmp_path / "unknown.gguf", architecture="weird"): "architecture 'weird'",
         write_gguf(models["llama"], tmp_path / "split.gguf", split__count=3): "one of 3 parts of a split GGUF file",
-        _cut(files["Q4_1"], tmp_path / "cut.gguf"): "truncated: it has",
+        _cut(files["Q4_1"], tmp_path / "cut.gguf", os.path.getsize(files["Q4_1"]) // 2): "truncated: it has",
+        _cut(files["Q4_1"], tmp_path / "header.gguf", 200): "not a readable GGUF file",
         tmp_path / "text.gguf": "not a readable GGUF file",
         tmp_path / "missing.gguf": "no such file",
         files["F32"].parent: "Set base.gguf_file to tiny-F16.gguf or tiny-F32.gguf or tiny-Q4_1.gguf",
     }
     for path, message in bad.items():
-        refused("plan", "quickstart", "--set", f"base.model={path}", words=(message, str(path)))
+        said = refused("plan", "quickstart", "--set", f"base.model={path}", words=(message, str(path)))
+        assert len(said.strip().splitlines()) == 1
 
 
 def test_a_file_on_the_hub_is_named_by_its_repository(hub, program, files, text, tmp_path):
@@ -163,5 +183,4 @@ def test_a_file_on_the_hub_is_named_by_its_repository(hub, program, files, text,
     )
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "bob/tiny-gguf"
     assert program("push", tmp_path / "out", "alice/of-a-gguf").status == 0  # verified against the base from the Hub
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "quantization_config" not in config
+    assert "quantization_config" not in json.loads(hub.files("alice/of-a-gguf")["config.json"])

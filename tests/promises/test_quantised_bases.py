@@ -76,7 +76,14 @@ def test_a_packed_linear_map_is_read_out_by_its_values():
         torch.testing.assert_close(linear(x), packed(x), rtol=1e-4, atol=1e-3)
 
 
-def test_a_method_that_cant_be_dequantised_is_refused(models, tmp_path, refused):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_method": "spqr", "bits": 2}, ("quantised with spqr", "GPTQ, AWQ and GGUF")),
+        ({"quant_method": "awq", "bits": 4}, ("the model can't be loaded", "pip install gptqmodel")),
+    ],
+)
+def test_a_method_that_cant_be_dequantised_is_refused(models, tmp_path, refused, settings, words):
     config = json.loads((models["llama"] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "spqr", "bits": 2}}))
-    refused("plan", "quickstart", "--set", f"base.model={tmp_path}", words=("quantised with spqr", "GPTQ, AWQ and GGUF"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    refused("plan", "quickstart", "--set", f"base.model={tmp_path}", words=words)

@@ -1,6 +1,7 @@
 """The promise: a base model writes its own training text, in batches, resumable to the byte."""
 
 import json
+import shutil
 from unittest import mock
 
 import pytest
@@ -135,3 +136,26 @@ def test_bad_input_is_refused_in_one_line(prompts, tmp_path, refused):
         options = [part for pair in {**good, **change}.items() for part in pair]
         refused("sample", QUICKSTART, *options, words=words)
     refused("sample", tmp_path / "nothing", *[part for pair in good.items() for part in pair], words=("no such folder",))
+
+
+def test_a_chat_template_that_fails_is_refused_in_one_line(prompts, tmp_path, refused):
+    base = shutil.copytree(QUICKSTART, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    command_line = ("sample", base, "--prompts", prompts, "--output", tmp_path / "chats.jsonl", "--tokens", 50)
+    said = refused(*command_line, words=("chat template fails (no)",))
+    assert len(said.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("chats*"))
+
+
+def test_a_low_temperature_draws_likelier_tokens(prompts, tmp_path):
+    surprise = {}
+    tokenizer, model = AutoTokenizer.from_pretrained(QUICKSTART), AutoModelForCausalLM.from_pretrained(QUICKSTART).float().eval()
+    for temperature in (0.3, 1.0):
+        sampled(tmp_path / f"{temperature}.jsonl", prompts, temperature=temperature)
+        losses = []
+        for row in rows(tmp_path / f"{temperature}.jsonl"):
+            ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                losses.append(model(ids, labels=ids).loss.item())
+        surprise[temperature] = sum(losses) / len(losses)
+    assert surprise[0.3] < surprise[1.0] - 0.2

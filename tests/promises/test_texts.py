@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 from project import QUICKSTART
 from small_runs import documents, small_recipe
+from transformers import AddedToken
 
 import mxd_convert
 from mxd_convert.base_model.load import load_tokenizer
@@ -116,6 +119,33 @@ def test_a_mask_leaves_out_what_it_names(tokenizer, chats, tmp_path, mask):
     assert torch.equal(kinds[:, 1:] == TOKEN_KINDS.index("bos"), ids[:, 1:] == tokenizer.bos_token_id)
 
 
+def test_special_tokens_are_also_those_that_only_the_template_writes(chats, tmp_path):
+    """Such as Llama 3's <|start_header_id|>, which no list of the tokenizer names."""
+    tokenizer = load_tokenizer(str(QUICKSTART))
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    tokenizer.chat_template = TEMPLATE.replace("<|endoftext|>{{", "<|endoftext|><|turn|>{{")
+    blocks = prepare_eval(EvalText(path=chats, text="messages", tokens=400), 16, tokenizer, tmp_path)
+    inside = slice(1, None)  # of a block
+    turns = (blocks.take(slice(None)) == tokenizer.convert_tokens_to_ids("<|turn|>"))[:, inside]
+    counted = {mask: blocks.counted(slice(None), mask)[:, inside] for mask in ("none", "bos", "special")}
+    assert turns.any()
+    assert counted["bos"][turns].all()
+    assert not counted["special"][turns].any()
+    assert torch.equal(counted["special"] | turns, counted["bos"])
+    assert torch.equal(blocks.kinds(slice(None))[:, inside] == TOKEN_KINDS.index("special"), turns)
+
+
+def test_without_a_mask_figures_still_leave_out_first_positions(models, text, tmp_path):
+    report = mxd_convert.convert(
+        small_recipe(models["llama"], text, tmp_path / "out", layers=[1], train={"mask": "none"}), quiet=True
+    ).report
+    layer = report["fidelity"]["layers"]["1"]
+    assert report["data"]["masked"].startswith("BOS tokens and the first position of each block left out")
+    assert layer["fvu"] != layer["fvu_with_bos"]
+    counted = report["fidelity"]["token_kinds"]["text"]["tokens"]
+    assert counted < report["fidelity"]["tokens"]
+
+
 def test_texts_without_chats_have_no_prompts(tokenizer, tmp_path):
     path = written(tmp_path / "a.jsonl", [{"text": document} for document in documents(30)])
     blocks = prepare_eval(EvalText(path=path, tokens=400), 16, tokenizer, tmp_path)
@@ -154,6 +184,21 @@ def test_bad_chats_are_refused_with_their_row(tmp_path, row, words):
     for word in words:
         assert word in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "words"),
+    [
+        ([{"content": "hello"}], TEMPLATE, ("line 1", "'role' is missing")),
+        (chat(1), "{{ raise_exception('no') }}", ("line 1", "chat template fails (no)")),
+    ],
+)
+def test_a_run_refuses_bad_chats_in_one_line(models, recipe, refused, tmp_path, messages, template, words):
+    base = shutil.copytree(models["gpt2"], tmp_path / "base")
+    (base / "chat_template.jinja").write_text(template)
+    path = written(tmp_path / "chats.jsonl", [{"messages": messages}])
+    recipe = recipe(base={"model": str(base)}, data={"train": {"path": path, "text": "messages"}})
+    assert len(refused("run", recipe, words=(path, *words)).strip().splitlines()) == 1
 
 
 def test_a_chat_without_a_template_is_refused(tmp_path):
@@ -197,6 +242,34 @@ def test_a_list_is_short_for_sources_and_a_path_replaces_it(tmp_path):
         ({"path": "a.txt", "config": "c"}, "data.train.config: 'c' is given"),
     ],
 )
+def test_sources_are_lists_or_sections_and_an_override_replaces_them():
+    data = {
+        "train": [{"path": "a.txt"}],
+        "eval": {"sources": [{"path": "b.txt", "weight": 2.0}, {"path": "c.txt"}], "tokens": 64},
+    }
+    recipe = {"base": {"model": str(QUICKSTART)}, "data": data}
+    found = load_recipe(recipe).data
+    assert [source.weight for _, source in found.eval.entries()] == [2.0, 1.0]
+    assert found.eval.tokens == 64
+    listed = load_recipe({**recipe, "data": {"eval": data["eval"]["sources"]}}).data
+    assert list(listed.eval.entries()) == list(found.eval.entries())
+    replaced = load_recipe(recipe, {"data.eval.path": "d.txt", "data.train.path": "e.txt"}).data
+    assert [Path(source.path).name for text in (replaced.train, replaced.eval) for _, source in text.entries()] == [
+        "e.txt",
+        "d.txt",
+    ]
+
+
+def test_evaluation_sources_are_mixed_by_weight(tokenizer, tmp_path):
+    rows = {name: [{"text": f"{name}{number} " * 20} for number in range(200)] for name in "ab"}
+    sources = [
+        {"path": written(tmp_path / f"{name}.jsonl", rows[name]), "weight": weight} for name, weight in (("a", 3), ("b", 1))
+    ]
+    blocks = prepare_eval(EvalText(sources=sources, tokens=4000), 16, tokenizer, tmp_path / "work")
+    text = tokenizer.decode(blocks.take(slice(None)).flatten())
+    assert text.count("a") / text.count("b") == pytest.approx(3, rel=0.2)
+
+
 def test_bad_sources_are_refused_by_key(train, words):
     with pytest.raises(InputError) as error:
         load_recipe({"base": {"model": str(QUICKSTART)}, "data": {"train": train}})

@@ -1,15 +1,19 @@
 """The promise: a conversion can start from another one's layers, with another k, more tokens or a fine-tuned base."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from interruptions import interrupted_run
 from small_runs import small_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxd_convert
 from mxd_convert.checkpoint.read import load_checkpoint
+from mxd_convert.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,29 @@ def test_another_k_starts_from_what_was_learnt(first, models, text, tmp_path):
     assert load_checkpoint(tmp_path / "warm").mxd_layers()[2].k == 6
 
 
+def test_a_fine_tuned_base_starts_from_the_layers_of_the_other(first, models, text, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(models["llama"]), AutoTokenizer.from_pretrained(models["llama"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "tuned")
+    for name, init in (("warm", str(first)), ("cold", "tokens")):
+        recipe = warm(models, text, tmp_path / name, init, base={"model": str(tmp_path / "tuned")})
+        mxd_convert.convert(recipe, quiet=True)
+    assert first_line(tmp_path / "warm")["fvu"] < 0.9 * first_line(tmp_path / "cold")["fvu"]
+    assert mxd_convert.verify_provenance(tmp_path / "warm").ok
+
+
+def test_a_run_does_not_resume_from_another_start(first, models, text, tmp_path):
+    start = Path(shutil.copytree(first, tmp_path / "start"))
+    recipe = warm(models, text, tmp_path / "out", start)
+    interrupted_run(recipe, 4)
+    mxd_convert.convert(small_recipe(models["llama"], text, start, layers=[0, 2], train={"seed": 9}), fresh=True, quiet=True)
+    with pytest.raises(InputError, match=r"start/\S+ has changed since it began"):
+        mxd_convert.convert(recipe, quiet=True)
+
+
 def test_a_warm_start_keeps_the_final_k_from_the_first_step(first, models, text, tmp_path):
     recipe = warm(models, text, tmp_path / "fast", first, train={"lr": None, "batch_tokens": None})
     train = mxd_convert.make_plan(mxd_convert.load_recipe(recipe)).recipe.train
@@ -53,6 +80,7 @@ def test_the_folder_stays_on_this_machine(first, models, text, tmp_path):
     recipe = warm(models, text, tmp_path / "warm", first, data={"tokens": 1024})
     mxd_convert.convert(recipe, quiet=True)
     assert yaml.safe_load((tmp_path / "warm" / "recipe.yaml").read_text())["train"]["init"] == first.name
+    assert "train.init" in json.loads((tmp_path / "warm" / "mxd_report.json").read_text())["local"]
     for file in (tmp_path / "warm").rglob("*"):
         if file.is_file() and file.name != "mxd_local.json":
             assert str(first.parent).encode() not in file.read_bytes(), file

@@ -86,12 +86,13 @@ FULL = (
     r"test_further_checkpoints_are_compared",
     r"test_random_labels_score_at_chance_with_any_number_of_experts",
 )
-FULL_FILES = ("test_onnx_clients", "test_real_model")
+FULL_FILES = ("test_onnx_clients", "test_real_model", "test_smollm2")
 
 # Tests that share slow fixtures run in one worker. pytest-xdist's mark xdist_group has no effect under pytest 9.2 (xdist 3.8 sets an
 # attribute that is no longer read).
 _TOGETHER = {
     **dict.fromkeys(("test_onnx_clients", "test_real_model", "test_deltas", "test_dashboard_pages"), "real models"),
+    "test_smollm2": "SmolLM2",
 }
 _BY_FILE = {
     *("test_data", "test_evaluation", "test_kernels", "test_kinds", "test_other_tools", "test_own_families", "test_probe"),

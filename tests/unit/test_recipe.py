@@ -8,7 +8,7 @@ from project import ROOT
 
 from mxd_convert.errors import InputError
 from mxd_convert.recipe.load import load_recipe, parse_overrides, shipped_recipes
-from mxd_convert.recipe.presets import resolve_hidden, resolve_train
+from mxd_convert.recipe.presets import resolve_hidden, resolve_precision, resolve_train
 from mxd_convert.recipe.schema import PRESET_KEYS, Recipe, json_schema, layer_indices
 
 MINIMAL = {"base": {"model": "openai-community/gpt2"}}
@@ -31,6 +31,27 @@ def test_every_key_except_the_base_has_a_default():
     assert recipe.train.preset == "fast"
     with pytest.raises(InputError, match=r"base: missing"):
         load_recipe({})
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "native", "expected"),
+    [
+        ("auto", "float32", True, ("bf16", "bfloat16")),
+        ("auto", "float32", False, ("fp32", "float32")),
+        ("auto", "float16", True, ("bf16", "float16")),
+        ("fp32", "float32", True, ("fp32", "float32")),
+        ("bf16", "float32", False, ("bf16", "float32")),
+    ],
+)
+def test_auto_is_bfloat16_where_the_device_multiplies_it(precision, dtype, native, expected):
+    recipe = load_recipe({"base": {"model": "openai-community/gpt2", "dtype": dtype}, "train": {"precision": precision}})
+    resolved = resolve_precision(recipe, native)
+    assert (resolved.train.precision, resolved.base.dtype) == expected
+
+
+def test_a_renamed_key_is_named_with_its_values():
+    refused({"train": {"mask_bos": True}}, "this key is now train.mask", "none, bos, special, prompt")
+    refused({"train": {"start": "tokens"}}, "this key is now train.init", "tokens or paper")
 
 
 def test_mistakes_are_named_with_a_suggestion():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mxd_convert.base_model.capture import observe
 from mxd_convert.base_model.families import Site
 from mxd_convert.data.blocks import check_vocabulary
-from mxd_convert.data.token_files import separators
+from mxd_convert.data.token_files import separators, special_ids
 from mxd_convert.layers.sparse_ops import sparse_gate
 from mxd_convert.modeling.layers_mxd import Coefficients, FactoredLayer
 
@@ -84,7 +84,7 @@ def encode_documents(texts: list[str], tokenizer: Any, tokens: int, vocabulary: 
     """
     marks = separators(tokenizer)
     before = len(marks.before)
-    special = np.asarray(sorted(tokenizer.all_special_ids))
+    special = np.asarray(special_ids(tokenizer))
     found, kept = Documents([], []), []
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     for number, plain in enumerate(encoded):
