@@ -53,7 +53,6 @@ from mxd_convert.training.loop import Job, Trained, train_layers
 from mxd_convert.training.tracking import finish_tracker, start_tracker
 
 TWIN = "twin"  # folder of the dense twin, in the workspace
-MANY_PASSES = 2  # over the training text; a run with more of them warns
 
 
 @dataclass(frozen=True)
@@ -248,12 +247,6 @@ def _prepare(run: Context, tokenizer: Any) -> tuple[Blocks, Blocks]:
                 check_vocabulary(found[0][0].ids, run.plan.vocabulary)
     [(train, held_out)] = found
     run.say(_summary(run, train, held_out))
-    passes = run.plan.tokens / (len(train) * train.context)
-    if passes > MANY_PASSES:
-        run.say(
-            f"warning: {run.plan.tokens:,} tokens of training are {passes:.0f} passes over this text, so layers may learn it by heart."
-            " Add text, or lower data.tokens."
-        )
     return train, held_out
 
 

@@ -27,6 +27,7 @@ from mxd_convert.recipe.texts import Data, EvalText
 
 # Tokens of training text to read at least, so that a short run draws its blocks from many documents and not from the first few.
 MIN_TOKENS = 4_000_000
+MANY_PASSES = 2  # over the training text: longer training warns
 # of a token: text; another special token; BOS; the first position of a block, which is an attention sink in many models
 TOKEN_KINDS = ("text", "special", "bos", "first")
 MANIFEST = "data.json"  # description and hashes of the other files
@@ -235,6 +236,11 @@ def _tokenise(data: Data, tokenizer: Any, marks: Separators, folder: Path, notif
         dropped = fill(data, train, held_out, notify)
     _check_length(data.train.where, train, data.context)
     _check_length(data.eval.where or f"the documents held out of {data.train.where}", held_out, data.context)
+    if data.tokens > MANY_PASSES * train.tokens:
+        notify(
+            f"warning: data.tokens: {data.tokens:,} tokens are {data.tokens / train.tokens:.0f} passes over the text, which has"
+            f" {train.tokens:,}. Layers may learn it by heart. Add text, or lower data.tokens."
+        )
     share = None if data.eval.is_given else HELD_OUT_SHARE
     shown = data.eval.shown or data.train.shown
     apart = train.seen.isdisjoint(held_out.seen)

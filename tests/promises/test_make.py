@@ -1,5 +1,6 @@
 """The promise: `make real` converts a model that people use, on the shared text or on text that the model writes itself."""
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -22,7 +23,7 @@ def recipe_of(commands: str) -> Recipe:
     """Return the recipe that the `run` among some commands resolves to."""
     [line] = [line for line in commands.replace("\\\n", " ").splitlines() if "mxd-convert run" in line]
     words = shlex.split(line)
-    changes = [after for word, after in zip(words, words[1:], strict=False) if word == "--set"]
+    changes = [after for word, after in itertools.pairwise(words) if word == "--set"]
     return load_recipe(str(ROOT / words[2]), parse_overrides(changes))
 
 

@@ -135,6 +135,15 @@ def test_special_tokens_are_also_those_that_only_the_template_writes(chats, tmp_
     assert torch.equal(blocks.kinds(slice(None))[:, inside] == TOKEN_KINDS.index("special"), turns)
 
 
+def test_training_on_many_passes_over_a_text_warns_once(tokenizer, tmp_path):
+    path = written(tmp_path / "a.jsonl", [{"text": document} for document in documents(30)])
+    data, said = Data(train={"path": path}, context=16, tokens=10**6), []
+    for _ in range(2):
+        train, _ = prepare(data, tokenizer, tmp_path / "w", said.append)
+    [line] = [line for line in said if line.startswith("warning:")]
+    assert f"{10**6 / train.info.tokens:.0f} passes over the text, which has {train.info.tokens:,}" in line
+
+
 def test_without_a_mask_figures_still_leave_out_first_positions(models, text, tmp_path):
     report = mxd_convert.convert(
         small_recipe(models["llama"], text, tmp_path / "out", layers=[1], train={"mask": "none"}), quiet=True
@@ -231,26 +240,15 @@ def test_a_list_is_short_for_sources_and_a_path_replaces_it(tmp_path):
     assert load_recipe(loaded, {"data.train": [{"path": "d.txt"}]}).data.train.sources[0].path.endswith("d.txt")
 
 
-@pytest.mark.parametrize(
-    ("train", "words"),
-    [
-        ([], "data.train.sources: the list is empty"),
-        ([{"path": "a.txt", "weight": 1.0}, {"path": "b.txt"}], "source 1 has no weight"),
-        ({"path": "a.txt", "sources": [{"path": "b.txt"}]}, "and sources too"),
-        ([{"path": "a.txt", "wieght": 1.0}], "did you mean 'weight'"),
-        ([{"weight": 1.0}], "data.train.sources.0.path: missing"),
-        ({"path": "a.txt", "config": "c"}, "data.train.config: 'c' is given"),
-    ],
-)
 def test_sources_are_lists_or_sections_and_an_override_replaces_them():
     data = {
         "train": [{"path": "a.txt"}],
-        "eval": {"sources": [{"path": "b.txt", "weight": 2.0}, {"path": "c.txt"}], "tokens": 64},
+        "eval": {"sources": [{"path": "b.txt", "weight": 2.0}, {"path": "c.txt", "weight": 1.0}], "tokens": 640},
     }
     recipe = {"base": {"model": str(QUICKSTART)}, "data": data}
     found = load_recipe(recipe).data
     assert [source.weight for _, source in found.eval.entries()] == [2.0, 1.0]
-    assert found.eval.tokens == 64
+    assert found.eval.tokens == 640
     listed = load_recipe({**recipe, "data": {"eval": data["eval"]["sources"]}}).data
     assert list(listed.eval.entries()) == list(found.eval.entries())
     replaced = load_recipe(recipe, {"data.eval.path": "d.txt", "data.train.path": "e.txt"}).data
@@ -265,11 +263,22 @@ def test_evaluation_sources_are_mixed_by_weight(tokenizer, tmp_path):
     sources = [
         {"path": written(tmp_path / f"{name}.jsonl", rows[name]), "weight": weight} for name, weight in (("a", 3), ("b", 1))
     ]
-    blocks = prepare_eval(EvalText(sources=sources, tokens=4000), 16, tokenizer, tmp_path / "work")
+    blocks = prepare_eval(EvalText(sources=sources, tokens=4000), 16, tokenizer, tmp_path)
     text = tokenizer.decode(blocks.take(slice(None)).flatten())
     assert text.count("a") / text.count("b") == pytest.approx(3, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ([], "data.train.sources: the list is empty"),
+        ([{"path": "a.txt", "weight": 1.0}, {"path": "b.txt"}], "source 1 has no weight"),
+        ({"path": "a.txt", "sources": [{"path": "b.txt"}]}, "and sources too"),
+        ([{"path": "a.txt", "wieght": 1.0}], "did you mean 'weight'"),
+        ([{"weight": 1.0}], "data.train.sources.0.path: missing"),
+        ({"path": "a.txt", "config": "c"}, "data.train.config: 'c' is given"),
+    ],
+)
 def test_bad_sources_are_refused_by_key(train, words):
     with pytest.raises(InputError) as error:
         load_recipe({"base": {"model": str(QUICKSTART)}, "data": {"train": train}})
