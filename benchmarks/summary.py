@@ -1,9 +1,10 @@
-"""One line per kind of a sweep over a single layer, with the mean over seeds: what docs/results/ shows.
+"""The tables of docs/results/: one line per kind of sweeps over a single layer, or one per layer of a conversion.
 
     python benchmarks/summary.py SWEEP [SWEEP ...]
+    python benchmarks/summary.py CHECKPOINT
 
-An error is the larger of two standard errors: over documents (the mean of the seeds'), and over seeds, where there are several. Shares and
-Jacobian errors are given as the range over seeds.
+Of sweeps, the mean over seeds. An error is the larger of two standard errors: over documents (the mean of the seeds'), and over seeds, where
+there are several. Shares and Jacobian errors are given as the range over seeds.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+REPORT = "mxd_report.json"
 HEAD = (
     "layer",
     "seeds",
@@ -27,16 +29,42 @@ HEAD = (
 )
 
 
+OF_A_LAYER = (
+    *("layer", "rise alone", "FVU", "dead", "gate share", "hidden share", "expert share", "routing necessity"),
+    *("Jacobian error, data / random", "experts for half of the output"),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, nargs="+")
-    arguments = parser.parse_args()
+    parser.add_argument("folder", type=Path, nargs="+")
+    folders = parser.parse_args().folder
+    if (folders[0] / REPORT).is_file():
+        _show_layers(json.loads((folders[0] / REPORT).read_text()))
+    else:
+        _show_sweeps(folders)
+
+
+def _show_layers(report: dict[str, Any]) -> None:
+    print(f"| {' | '.join(OF_A_LAYER)} |\n|{'---|' * len(OF_A_LAYER)}")
+    for index, layer in report["fidelity"]["layers"].items():
+        reliance, jacobian = report["reliance"]["layers"][index], layer["jacobian"]
+        cells = [
+            *(index, _mean([layer], "delta_ce", "+.3f"), f"{layer['fvu']:.2f}", f"{layer['dead_fraction']:.2f}"),
+            *(f"{reliance[name]:.2f}" for name in ("gate_share", "hidden_share", "expert_share", "routing_necessity")),
+            " / ".join(f"{jacobian[along]['relative_squared_error']:.2f}" for along in ("data", "random")),
+            f"{reliance['experts_50']:,}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+def _show_sweeps(folders: Sequence[Path]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
-    for folder in arguments.sweep:
+    for folder in folders:
         for row in json.loads((folder / "sweep.json").read_text())["runs"]:
             if "error" in row:
                 continue
-            report = json.loads((folder / "runs" / row["name"] / "mxd_report.json").read_text())
+            report = json.loads((folder / "runs" / row["name"] / REPORT).read_text())
             settings = {key.rpartition(".")[2]: value for key, value in row.items() if "." in key and key != "train.seed"}
             groups.setdefault(", ".join(f"{key} {value}" for key, value in settings.items()), []).append(report)
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")

@@ -4,7 +4,7 @@
 
 The rates are of products of square matrices, in float32 and in bfloat16, measured before the run. A product of the base counts against
 the rate of the base's dtype, one of a layer against that of `train.precision`; gradients of experts and gate, which are sparse, count as
-what they need. Evaluation counts forwards of the model only. Nothing else should run on the machine.
+what they need. Evaluation counts forwards of the model, and from a layer on for variants of that layer. Nothing else should run on the machine.
 """
 
 import argparse
@@ -45,7 +45,11 @@ def ideal_seconds(plan: Plan, groups: list[list[int]], report: dict[str, Any], r
     base = flops_per_token(plan, groups) - learning
     training = plan.tokens * (base / of_base + learning / of_layers)
     whole = 2 * (sum(plan.depth_weights) + plan.vocabulary * plan.sites[-1].d_out)
-    evaluation = report["cost"]["evaluation"]["full_passes"] * report["fidelity"]["tokens"] * whole / rates["float32"]
+    cost, fidelity = report["cost"]["evaluation"], report["fidelity"]
+    # a variant of a layer runs from that layer to the end
+    suffixes = [whole - 2 * sum(plan.depth_weights[: site.index]) for site in plan.sites]
+    variants = cost["suffix_passes"] / len(suffixes) * sum(suffixes) * fidelity["variants"]["tokens"]
+    evaluation = (cost["full_passes"] * fidelity["tokens"] * whole + variants) / rates["float32"]
     return training, evaluation
 
 

@@ -36,8 +36,17 @@ def write_plots(folder: Path, report: Report, log: Path) -> None:
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    _training(lines, plots / "training.png")
+    _training(_whole_windows(lines), plots / "training.png")
     _layers(report, plots / "layers.png")
+
+
+def _whole_windows(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of the log without those of a few steps, at the end of a stage, whose figures are too noisy to show."""
+    before = [0, *(line["tokens"] for line in lines)]
+    windows = [
+        line["tokens"] - start if line["tokens"] > start else line["tokens"] for line, start in zip(lines, before, strict=False)
+    ]
+    return [line for line, window in zip(lines, windows, strict=True) if 2 * window >= max(windows)]
 
 
 def _training(lines: list[dict[str, Any]], path: Path) -> None:

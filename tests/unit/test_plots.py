@@ -36,3 +36,11 @@ def test_every_layer_has_its_label(layers, rows, tmp_path, monkeypatch):
     assert len(figures["training.png"].axes) == 3 + (rows == 2)  # a scale of colours instead
     for figure in figures.values():
         plt.close(figure)
+
+
+def test_lines_of_a_few_steps_are_not_plotted():
+    lines = [{"tokens": tokens} for tokens in (100, 200, 300, 310, 410, 510, 520)]
+    assert [line["tokens"] for line in plots._whole_windows(lines)] == [100, 200, 300, 410, 510]
+    assert plots._whole_windows(lines[:1]) == lines[:1]
+    groups = [{"tokens": tokens} for tokens in (100, 200, 100, 200)]  # of one group of layers after the other
+    assert plots._whole_windows(groups) == groups
