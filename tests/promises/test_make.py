@@ -45,4 +45,4 @@ def test_the_model_writes_its_text_where_there_is_none(tmp_path):
     commands = printed(tmp_path / "nothing", tmp_path)
     recipe = recipe_of(commands)
     assert commands.index("pip install") < commands.index("mxd-convert sample") < commands.index("mxd-convert run")
-    assert (recipe.data.train.path, recipe.data.train.text) == (str(tmp_path / "chats.jsonl"), "messages")
+    assert (recipe.data.train.path, recipe.data.train.text) == (str(tmp_path / "chats-80000.jsonl"), "messages")
