@@ -32,7 +32,7 @@ def insert_layers(base: Any, layers: Mapping[int, layers_mxd.FactoredLayer], ori
     row = architecture_of(base.config, kept_mlp(origin))
     dropout = float(getattr(base.config.get_text_config(), row.dropout)) if row.dropout is not None else 0.0
     entries = {str(index): {**layers[index].entry(), "dropout": dropout} for index in sorted(layers)}
-    mxd: dict[str, Any] = {"format_version": format_version(row.bypassed), "mlp": row.path}
+    mxd: dict[str, Any] = {"format_version": format_version(row.bypassed, entries), "mlp": row.path}
     mxd |= {"then": list(row.bypassed)} if row.bypassed else {}
     mxd |= {"flat": row.flat} if row.flat else {}
     mxd |= {"layers": entries, **({"base": origin} if origin else {})}

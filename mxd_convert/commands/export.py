@@ -119,7 +119,7 @@ def _write_all(form: Layout, folder: Path, job: Job, advance: Any) -> dict[int, 
         for index in group:
             layer, estimate = job.layers[index], means.pop(index)
             never[index] = estimate.never
-            form.write(folder, index, job.hookpoints[index], surrogate_of(layer, estimate.decoder()))
+            form.write(folder, index, job.hookpoints[index], surrogate_of(layer, estimate.decoder(), estimate.dense()))
     return never
 
 

@@ -1,7 +1,8 @@
 """The shares of single experts in a layer's output.
 
 Expert n adds `a_n (c_n * u)` to the product y. The covariance of that contribution with y, summed over outputs, is the expert's
-share of y's variance; the shares of all experts sum to 1. Shape suffixes: B tokens, K active experts, N experts, O output width.
+share of y's variance. The shares of all experts sum to 1; a shared expert has no share.
+Shape suffixes: B tokens, K active experts, N experts, O output width.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Figures of one layer on the base model's activations, streamed over the evaluation's tokens.
 
-Let g = C^T a, u = D^T z, y = g * u and s = sum_n a_n. Sums are float64.
+Let g be the gain, u the linear factor, y = g * u and s = sum_n a_n (see moments.py). Sums are float64.
 Shape suffixes: B tokens, I input width, O output width, N experts.
 """
 

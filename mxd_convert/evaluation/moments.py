@@ -1,8 +1,8 @@
 """Covariances of a layer's factors and output, streamed over tokens, and the shares of variance that follow from them.
 
-Per output dimension, summed over dimensions: let g = C^T a be the gain, u = D^T z the linear factor, y = g * u the product and
-s = sum_n a_n. The dense path is the skip path, or `D^T z` where it is added (then u = 1). Let w be its output and t = y + w. A share
-is the variance that least squares with an intercept leaves:
+Per output dimension, summed over dimensions: let g be the gain, C^T a and a shared expert's row, u = D^T z the linear factor,
+y = g * u the product and s = sum_n a_n. The dense path is the skip path, or `D^T z` where it is added (then u = 1). Let w be its output
+and t = y + w. A share is the variance that least squares with an intercept leaves:
 
 - gate share: of y, on u. Near 0, the layer is dense, with a constant gain.
 - hidden share: of y, on g. Near 0, the layer is a transcoder.

@@ -21,6 +21,7 @@ class LayerSpec:
     glu: bool = False
     sparsity: str = "topk"
     skip: bool = False
+    shared_expert: bool = False
 
     @property
     def traits(self) -> Kind:
@@ -41,10 +42,11 @@ class LayerSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters: encoders, decoder, gate, experts, output bias and the optional skip path."""
+        """Number of parameters: encoders, decoder, gate, experts, output bias, and the optional shared expert and skip path."""
         linear = (2 if self.glu else 1) * self.d_hidden * (self.d_in + 1) + self.d_hidden * self.d_out
         gain = self.n_experts * (self.d_in + 1 + self.d_out)
-        return linear + gain + self.d_out + (self.d_in * self.d_out if self.skip else 0)
+        shared = self.d_out if self.shared_expert else 0
+        return linear + gain + shared + self.d_out + (self.d_in * self.d_out if self.skip else 0)
 
     @property
     def forward_flops(self) -> int:
@@ -95,7 +97,7 @@ class LayerSpec:
 
     def dense_twin(self) -> "LayerSpec":
         """Return the spec of the dense twin: the same linear factor with a constant gain."""
-        return replace(self, kind="dense_twin", n_experts=0, k=0, sparsity="topk")
+        return replace(self, kind="dense_twin", n_experts=0, k=0, sparsity="topk", shared_expert=False)
 
     def __str__(self) -> str:
         name = self.kind.replace("_", " ")

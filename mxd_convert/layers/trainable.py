@@ -32,10 +32,11 @@ class Trainable(FactoredLayer):
     | decoder (D)             | (O,H)       | 0, so the layer returns its output bias            |
     | experts (C)             | (N,O)       | uniform, then unit-norm rows; 0 for a transcoder   |
     | output bias, skip       | (O) (O,I)   | 0                                                  |
+    | shared expert           | (O)         | 0                                                  |
 
     With `init: tokens` an MxD is initialised as a transcoder. The rows of C are 0 and have no norm constraint.
     The linear factor is u = 1: the first hidden unit is constant, and D reads only that unit.
-    `training/token_init.py` then initialises gate and experts from training tokens.
+    `training/token_init.py` then initialises gate, experts and skip path from training tokens.
     """
 
     def __init__(self, *args: Any, init: str = "paper", **kwargs: Any) -> None:
@@ -62,6 +63,8 @@ class Trainable(FactoredLayer):
             if projection is not None:
                 nn.init.zeros_(projection.weight)
         nn.init.zeros_(self.output_bias)
+        if self.shared_expert is not None:
+            nn.init.zeros_(self.shared_expert)
         if self.experts is not None and self.unit_norm:
             bound = self.d_out**-0.5
             nn.init.uniform_(self.experts, -bound, bound)
@@ -97,7 +100,7 @@ class Trainable(FactoredLayer):
             return super().gain_of(coefficients)
         values_BK, indices_BK = (tensor.reshape(-1, self.k) for tensor in coefficients)
         sums_BO = weighted_rows(values_BK, indices_BK, self.experts, self.sinks.get(self.experts))
-        return sums_BO.view(*coefficients[0].shape[:-1], self.d_out)
+        return self._with_shared(sums_BO.view(*coefficients[0].shape[:-1], self.d_out))
 
     def defer_row_gradients(self) -> None:
         """Accumulate the gradients of the gate's weight and the experts in `sinks`, instead of dense tensors in `.grad`."""

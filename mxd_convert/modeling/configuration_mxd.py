@@ -27,17 +27,19 @@ from transformers import PretrainedConfig
 
 from .steering_mxd import read_steering
 
-FORMAT_VERSION = 2  # version 2 adds `then` to the `mxd` entry, which readers of version 1 would ignore
+# Version 2 adds `then` to the `mxd` entry, which readers of version 1 would ignore. Version 3 adds `shared_expert` to layers.
+FORMAT_VERSION = 3
 _LINEAR = {"activation": "gelu", "glu": False}  # default settings of the linear factor
 _GAIN = {"sparsity": "topk"}  # default settings of the gain
+_PATHS = {"skip": False, "dropout": 0.0}  # default settings of what follows
 # For each kind: the sizes that an entry must have, and the defaults of its other settings.
 KINDS = {
-    "mxd": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
-    "random_gate": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
+    "mxd": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, **_PATHS, "shared_expert": False}),
+    "random_gate": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, **_PATHS, "shared_expert": False}),
     "transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
     "skip_transcoder": ({"d_in", "d_out", "n_experts", "k"}, {**_GAIN, "dropout": 0.0}),
-    "dense_assisted": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, "skip": False, "dropout": 0.0}),
-    "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, "skip": False, "dropout": 0.0}),
+    "dense_assisted": ({"d_in", "d_hidden", "d_out", "n_experts", "k"}, {**_LINEAR, **_GAIN, **_PATHS}),
+    "dense_twin": ({"d_in", "d_hidden", "d_out"}, {**_LINEAR, **_PATHS}),
 }
 MAX_SIZE = 2**31  # largest width or number of experts; larger tensors can't be indexed
 
@@ -95,7 +97,12 @@ def _read_layer(index: str, entry: Any) -> dict[str, Any]:
         types = (int, float) if isinstance(default, float) else (type(default),)
         if type(layer[key]) not in types or (key == "dropout" and not 0 <= layer[key] < 1):
             raise ValueError(f"{where}.{key} is {layer[key]!r:.80}; expected a value such as {default!r}")
-    return layer
+    return without_newer(layer)
+
+
+def without_newer(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer's entry without keys of later format versions that have their defaults, for readers of earlier versions."""
+    return {key: value for key, value in layer.items() if key != "shared_expert" or value}
 
 
 def _is_path(path: Any) -> bool:
@@ -103,9 +110,9 @@ def _is_path(path: Any) -> bool:
     return isinstance(path, str) and re.fullmatch(r"(\w+\.)*\{i\}(\.\w+)*", path, re.ASCII) is not None
 
 
-def format_version(then: Sequence[str]) -> int:
-    """Return the oldest format version that supports an entry with this `then`."""
-    return 2 if then else 1
+def format_version(then: Sequence[str], layers: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the oldest format version that supports an `mxd` entry with this `then` and these layers."""
+    return 3 if any(layer.get("shared_expert") for layer in layers.values()) else 2 if then else 1
 
 
 def mlp_paths(mxd: Mapping[str, Any], index: int | str) -> tuple[str, ...]:

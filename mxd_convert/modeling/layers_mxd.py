@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .configuration_mxd import KINDS
+from .configuration_mxd import KINDS, without_newer
 from .steering_mxd import orders_of
 
 ORDER = ("d_in", "d_hidden", "d_out", "n_experts", "k")  # order of the sizes in an entry
@@ -77,7 +77,7 @@ def _is_steered_at(positions: str, tokens: int, device: torch.device) -> Tensor:
 class FactoredLayer(nn.Module):
     """A layer that replaces an MLP: `y = gain * linear + b`, with gain `C^T a` and linear factor `D^T z`.
 
-    Some kinds of layers have only one of the two, or add them.
+    Some kinds of layers have only one of the two, or add them. The row of a shared expert is added to the gain.
 
     Attributes:
         kind: kind of layer, as in config.json.
@@ -96,12 +96,14 @@ class FactoredLayer(nn.Module):
     decoder: Any  # Linear or None
     gate: Any  # Linear or None
     experts: Any  # Parameter or None
+    shared_expert: Any  # Parameter or None
 
     def __init__(self, d_in: int, d_out: int, skip: bool, dropout: float) -> None:
         super().__init__()
         self.d_in, self.d_hidden, self.d_out, self.n_experts = d_in, 0, d_out, 0
         self.encoder = self.encoder_gate = self.decoder = self.gate = None
         self.register_parameter("experts", None)
+        self.register_parameter("shared_expert", None)
         self.skip = nn.Linear(d_in, d_out, bias=False) if skip else None
         self.output_bias = nn.Parameter(torch.empty(d_out))
         self.dropout = nn.Dropout(dropout)
@@ -144,17 +146,17 @@ class FactoredLayer(nn.Module):
     def entry(self) -> dict[str, Any]:
         """Return the layer's entry in `config.mxd["layers"]`, from which `build_layer` creates an equal layer."""
         sizes, defaults = KINDS[self.kind]
-        values = {"skip": self.skip is not None, "dropout": self.dropout.p}
-        return {
-            "kind": self.kind,
-            **{key: values.get(key, getattr(self, key)) for key in (*ORDER, *defaults) if key in sizes | defaults.keys()},
-        }
+        values = {"skip": self.skip is not None, "dropout": self.dropout.p, "shared_expert": self.shared_expert is not None}
+        keys = [key for key in (*ORDER, *defaults) if key in sizes | defaults.keys()]
+        return without_newer({"kind": self.kind, **{key: values.get(key, getattr(self, key)) for key in keys}})
 
     @torch.no_grad()
     def init_rows(self) -> None:
         """Initialise the parameters outside of Linear modules: experts and output bias."""
         if self.experts is not None:
             init.normal_(self.experts, std=self.d_out**-0.5)
+        if self.shared_expert is not None:
+            init.zeros_(self.shared_expert)
         init.zeros_(self.output_bias)
 
     def encode(self, x_BI: Tensor) -> Coefficients:
@@ -194,19 +196,30 @@ class FactoredLayer(nn.Module):
         return self.skip is not None or self.adds
 
     def gain_of(self, coefficients: Coefficients) -> Tensor:
-        """Return the gain `g = C^T a`, (..., O), from the result of `encode`, with steering; ones in a layer without experts."""
+        """Return the gain `g = C^T a`, (..., O), from the result of `encode`, with steering and shared expert; else ones."""
         if self.experts is None:
             return coefficients[0].new_ones((*coefficients[0].shape[:-1], self.d_out))
-        return self.gain(coefficients, self.experts, self.changes(coefficients))
+        return self._with_shared(self.gain(coefficients, self.experts, self.changes(coefficients)))
+
+    def _with_shared(self, gain_BO: Tensor) -> Tensor:
+        """Return the gain with the row of the shared expert, whose coefficient is 1 at every token."""
+        return gain_BO if self.shared_expert is None else gain_BO + self.shared_expert.to(gain_BO.dtype)
 
     def combine(self, x_BI: Tensor, coefficients: Coefficients) -> Tensor:
         """Return the layer's output, (..., O), for given coefficients."""
-        if self.is_product:
-            y_BO = self.gain_of(coefficients) * self.linear(x_BI) + self.output_bias
-        elif self.experts is None:
-            y_BO = self.linear(x_BI) + self.output_bias
-        else:
-            y_BO = self.gain_of(coefficients) + self.output_bias
+        return self.join(x_BI, *self.factors(x_BI, coefficients))
+
+    def factors(self, x_BI: Tensor, coefficients: Coefficients) -> tuple[Tensor | None, Tensor | None]:
+        """Return gain and linear factor, (..., O) each; None for the one that the layer doesn't have."""
+        return (
+            None if self.experts is None else self.gain_of(coefficients),
+            None if self.decoder is None or self.adds else self.linear(x_BI),
+        )
+
+    def join(self, x_BI: Tensor, gain_BO: Tensor | None, linear_BO: Tensor | None) -> Tensor:
+        """Return the layer's output, (..., O), for given factors."""
+        both = [factor_BO for factor_BO in (gain_BO, linear_BO) if factor_BO is not None]
+        y_BO = (both[0] if len(both) == 1 else both[0] * both[1]) + self.output_bias
         dense_BO = self.dense_path(x_BI)
         return self.dropout(y_BO if dense_BO is None else y_BO + dense_BO)
 
@@ -255,10 +268,13 @@ class _LinearAndGain(FactoredLayer):
         sparsity: str = "topk",
         skip: bool = False,
         dropout: float = 0.0,
+        shared_expert: bool = False,
     ) -> None:
         super().__init__(d_in, d_out, skip, dropout)
         self._add_linear(d_hidden, activation, glu)
         self._add_gain(n_experts, k, sparsity)
+        if shared_expert:
+            self.shared_expert = nn.Parameter(torch.empty(d_out))
         self.init_rows()
 
 
@@ -266,7 +282,8 @@ class MxD(_LinearAndGain):
     """A sparse mixture of N linear experts that replaces an MLP: `y = (C^T a) * (D^T z) + b` (paper, section 3).
 
     The product equals `sum_n a_n W_n^T z` with `W_n = D diag(c_n)` (Lemma 2). `a` are the coefficients of the experts and `z` the
-    hidden units: `z = act(encoder(x))`, or `z = act(encoder_gate(x)) * encoder(x)` for GLUs.
+    hidden units: `z = act(encoder(x))`, or `z = act(encoder_gate(x)) * encoder(x)` for GLUs. A shared expert c_0 has coefficient 1 at
+    every token: `y = (c_0 + C^T a) * (D^T z) + b`.
 
     Args:
         d_in: input width I.
@@ -279,6 +296,7 @@ class MxD(_LinearAndGain):
         sparsity: "topk" (the k largest gate values, where positive) or "l1" (all positive gate values; k is not used).
         skip: whether to add a linear skip path from input to output.
         dropout: dropout on the output in training mode, as in the base's MLP.
+        shared_expert: whether to add a shared expert. It is not counted in N and K, and can't be steered.
 
     Raises:
         ValueError: if the arguments don't describe a layer.

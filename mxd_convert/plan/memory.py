@@ -130,6 +130,8 @@ def _training(plan: Plan, group: Sequence[LayerPlan], processes: int, room: int 
         read = max(context, FORWARD_TOKENS)  # for any batch size
         widths = [layer.shape.d_in + layer.shape.d_out for layer in group]
         initialisation = read * (max(a_forward, sum(widths) // 2 + 7 * max(widths)) + a_token)
+        # sums in float64 for the fit of the skip paths
+        initialisation += sum(8 * s.d_in * (s.d_in + s.d_out) for s in (layer.shape for layer in group) if s.skip)
     base = base_bytes(plan) if room is None else base_room(plan, room) or base_bytes(plan)
     return _libraries(recipe) + base + int(SPARE * (held + max(initialisation, buffer + max(step, forward))))
 
@@ -142,7 +144,8 @@ def _libraries(recipe: Recipe) -> int:
 def _step(recipe: Recipe, layer: LayerPlan, tokens: int) -> int:
     """Return the peak of intermediate tensors in one layer's forward and backward."""
     hidden = 4 * tokens * (6 if layer.shape.glu else 4) * layer.shape.d_hidden
-    outputs = 4 * tokens * (10 * layer.shape.d_out + 2 * layer.shape.d_in)
+    factors = 10 if recipe.train.balance and layer.shape.traits.is_product else 0  # centred and weighted, for the balance term
+    outputs = 4 * tokens * ((10 + factors) * layer.shape.d_out + 2 * layer.shape.d_in)
     gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk(device_of(recipe), 4 * layer.shape.n_experts))
     return hidden + outputs + 4 * gates * layer.shape.n_experts * (3 if recipe.layer.sparsity == "l1" else 1)
 

@@ -269,6 +269,8 @@ def _shape(recipe: Recipe, site: Site) -> LayerSpec:
     gain: dict[str, Any] = {"n_experts": 0, "k": 0, "sparsity": "topk"}
     if layer.traits.has_experts:
         gain = {"n_experts": experts, "k": layer.k, "sparsity": layer.sparsity}
+    if layer.traits.is_product:
+        gain["shared_expert"] = layer.shared_expert
     return LayerSpec(kind=layer.kind, d_in=site.d_in, d_out=site.d_out, skip=layer.has_skip, **linear, **gain)
 
 

@@ -3,8 +3,6 @@
 The string below each key is its documentation, also in docs/recipe.schema.json and in recipes that `init` writes.
 """
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from mxd_convert.recipe.fingerprint import sha256_of
 from mxd_convert.recipe.kinds import KINDS, Kind, check_kind
 from mxd_convert.recipe.section import Positive, Rate, Section, is_local
 from mxd_convert.recipe.texts import Data
@@ -156,7 +155,9 @@ class Layer(Section):
     l1: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0e-3
     """Weight of the L1 penalty. Only used with `sparsity: l1`."""
     skip: bool = False
-    """Add a linear skip path from the layer's input to its output."""
+    """Add a linear skip path from the layer's input to its output. `train.init: tokens` fits it to the MLP by least squares."""
+    shared_expert: bool = False
+    """Add an expert that is active at every token, with coefficient 1. For kinds with a product: mxd and random_gate."""
 
     @property
     def traits(self) -> Kind:
@@ -183,6 +184,15 @@ class Layer(Section):
         if self.kind == "transcoder" and self.skip:
             raise ValueError(
                 "layer.skip: true can't be used with layer.kind: transcoder. Set layer.kind: skip_transcoder, or layer.skip: false."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_expert_of_a_product(self) -> "Layer":
+        if self.shared_expert and not self.traits.is_product:
+            raise ValueError(
+                f"layer.shared_expert: true can't be used with layer.kind: {self.kind}, which has no product of gain and linear factor."
+                " Set layer.shared_expert: false or layer.kind: mxd."
             )
         return self
 
@@ -224,6 +234,9 @@ class Train(Section):
     jacobian: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of the matching of derivatives before the joint stage: the change of a layer's output along a small step towards another
     token's input has to match that of the MLP. 0: no matching."""
+    balance: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of the balance term, which keeps gate, hidden, product and identity share of an MxD above fixed floors. A larger weight
+    favours the shares over the loss. 0: no such term. With `init: tokens`, use it with `layer.shared_expert`."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Precision of the layers' matrix products. With bf16, weights and optimiser state stay in float32. auto: bf16, also for the
     base while activations are captured (base.dtype), on devices that multiply bfloat16 matrices natively; fp32 elsewhere."""
@@ -373,37 +386,11 @@ class Recipe(Section):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all settings that determine the result, with full local paths. It must match to resume a run."""
-        return _sha256(_deciding(self.model_dump()))
+        return sha256_of(self.model_dump())
 
     def published_sha256(self) -> str:
         """Return the SHA-256 of the published settings that determine the result: the report's `recipe_sha256`."""
-        return _sha256(_deciding(self.published()))
-
-
-# Keys of `train` that don't change the result, except by rounding. They may change when a run resumes.
-_MEANS = ("distribute", "memory_gib", "checkpoint_every", "tracker")
-_NEWER = ("init", "k_init", "joint", "joint_lr", "jacobian")
-
-
-def _deciding(content: dict[str, Any]) -> dict[str, Any]:
-    # Newer keys are left out at their old meaning (null, 0), so that the fingerprints of older checkpoints stay valid.
-    train = {key: value for key, value in content["train"].items() if key not in _MEANS}
-    train = {key: value for key, value in train.items() if value or key not in _NEWER}
-    if train["mask"] in ("bos", "none"):  # all that was possible before
-        train["mask_bos"] = train.pop("mask") == "bos"
-    base = {key: value for key, value in content["base"].items() if key not in ("mlp", "gguf_file") or value is not None}
-    data = {**content["data"], **{name: _as_before(content["data"][name]) for name in ("train", "eval")}}
-    return {**{key: value for key, value in content.items() if key != "output"}, "train": train, "base": base, "data": data}
-
-
-def _as_before(text: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a text without newer keys where they have their defaults."""
-    defaults = (("config", None), ("missing", "refuse"), ("sources", None))
-    return {key: value for key, value in text.items() if (key, value) not in defaults}
-
-
-def _sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_of(self.published())
 
 
 MAX_LAYERS = 100_000  # largest layer index in a range

@@ -38,12 +38,13 @@ def piece_tokens(device: str) -> int:
 
 
 class LayerInModel(nn.Module):
-    """A layer inside the model, with float32 parameters for any dtype of the model. Keeps its last output and coefficients."""
+    """A layer inside the model, with float32 parameters for any dtype of the model. Keeps its last output, factors and coefficients."""
 
     def __init__(self, layer: Trainable, precision: str) -> None:
         super().__init__()
         self.layer, self.precision = layer, precision
         self.output: Tensor
+        self.factors: tuple[Tensor | None, Tensor | None]
         self.coefficients: Coefficients
 
     def forward(self, x_BTI: Tensor) -> Tensor:
@@ -51,7 +52,8 @@ class LayerInModel(nn.Module):
         with torch.autocast(x_BTI.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             x_BI = x_BTI.float().flatten(0, -2)
             self.coefficients = self.layer.encode(x_BI)
-            self.output = self.layer.combine(x_BI, self.coefficients)
+            self.factors = self.layer.factors(x_BI, self.coefficients)
+            self.output = self.layer.join(x_BI, *self.factors)
         # a copy: some families add to the output of an MLP in place
         return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype, copy=True)
 
@@ -93,7 +95,7 @@ class JointStage(Stage):
     def _initialise(self) -> None:
         """Set the weight of the layers' own losses from the first blocks, which are the same in all processes."""
         with torch.no_grad():
-            kl, own, _ = self._forward(self._rows(0)[: self._blocks_a_piece()])
+            kl, own, *_ = self._forward(self._rows(0)[: self._blocks_a_piece()])
         self.weight = (kl / torch.stack(list(own.values())).sum().clamp_min(1e-12)).item()
 
     def _shares(self, seconds: float) -> dict[str, float]:
@@ -131,23 +133,25 @@ class JointStage(Stage):
         kl_of_step = torch.zeros_like(self.kl)
         for begin in range(0, len(rows), self._blocks_a_piece()):
             piece = rows[begin : begin + self._blocks_a_piece()]
-            kl, own, counted = self._forward(piece, keep=True)
+            kl, own, terms, counted = self._forward(piece, keep=True)
             # losses are means over the counted tokens; weighted by their share, they sum to the mean over all pieces and processes
             share = counted / total
-            objective = share * (kl + self.weight * torch.stack(list(own.values())).sum())
+            objective = share * (kl + self.weight * torch.stack([*own.values(), *terms]).sum())
             objective.backward()
             kl_of_step += kl.detach() * share
             for index, loss in own.items():
                 losses[index] += loss.detach() * share
         for index, loss in losses.items():
             self.losses[index].append(loss)
+        for balance in self.balances.values():
+            balance.settle()  # the slopes of the next step: its own would need a forward of all pieces first
         self.kl += self._sum_over_processes(kl_of_step)
         self.kl_steps += 1
 
-    def _forward(self, rows: Any, keep: bool = False) -> tuple[Tensor, dict[int, Tensor], Tensor]:
-        """Return the losses on some blocks: mean KL, own losses by layer, and the number of tokens that count in all of them.
+    def _forward(self, rows: Any, keep: bool = False) -> tuple[Tensor, dict[int, Tensor], list[Tensor], Tensor]:
+        """Return the losses on some blocks: mean KL, own losses by layer, balance terms, and the number of tokens that count.
 
-        keep: whether to add the figures to the log's windows.
+        keep: whether the blocks belong to a step, and add to the log's windows and to the balance of the layers.
         """
         source, base = self.source, self.source.base
         ids_BT = source.blocks.take(rows)
@@ -169,12 +173,18 @@ class JointStage(Stage):
             kl = (kl_terms(base_output, output).sum(-1) * counted_BT).sum()
         kl = kl / counted_B.sum().clamp_min(1)
         own: dict[int, Tensor] = {}
+        terms: list[Tensor] = []
         for index, layer in layers_in_model.items():
             target_BO = seen[index].outputs.flatten(0, 1).float()
             own[index] = normalised_mse(layer.output, target_BO, counted_B)
+            gain, linear = layer.factors
+            if keep and gain is not None and linear is not None and (balance := self.balances.get(index)) is not None:
+                coefficients = layer.coefficients
+                strength_B = (coefficients if isinstance(coefficients, Tensor) else coefficients[0]).sum(-1)
+                terms.append(balance.term(balance.measure(gain, linear, strength_B, own[index], counted_B)))
             if keep:
                 self.windows[index].add(own[index].detach(), layer.output.detach(), target_BO, layer.coefficients, counted_B)
-        return kl, own, counted_B.sum()
+        return kl, own, terms, counted_B.sum()
 
     def _log_probs(self, ids_BT: Tensor) -> Tensor:
         """Return the log-probabilities (B, T, V) of the next token, from a whole forward."""

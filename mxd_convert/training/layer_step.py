@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mxd_convert.layers import Trainable, normalised_mse
+from mxd_convert.training.balance import Balance
 from mxd_convert.training.derivatives import Moved, derivative_loss
 from mxd_convert.training.window import Window
 
@@ -19,6 +20,7 @@ def forward_backward(
     window: Window,
     jacobian: float = 0.0,
     moved: Moved | None = None,
+    balance: Balance | None = None,
 ) -> Tensor:
     """Run forward and backward of one layer on one batch, and add the step to its window.
 
@@ -33,6 +35,7 @@ def forward_backward(
         window: receives the figures for the log.
         jacobian: weight of the matching of derivatives.
         moved: the steps along which derivatives are matched; None for no matching.
+        balance: the balance term; None for none.
 
     Returns:
         The loss without further terms, a scalar.
@@ -41,7 +44,8 @@ def forward_backward(
     inputs = x_BI if moved is None else torch.cat([x_BI, moved.inputs_SI])  # one call for both, so that rows get one gradient
     with torch.autocast(x_BI.device.type, torch.bfloat16, enabled=precision == "bf16"):
         coefficients = layer.encode(inputs)
-        outputs = layer.combine(inputs, coefficients)
+        gain, linear = layer.factors(inputs, coefficients)
+        outputs = layer.join(inputs, gain, linear)
     output_BO = outputs if moved is None else outputs[:tokens]
     loss = objective = normalised_mse(output_BO, y_BO, counted_B)
     if isinstance(coefficients, Tensor):
@@ -51,6 +55,11 @@ def forward_backward(
         coefficients = coefficients[0][:tokens], coefficients[1][:tokens]
     if moved is not None:
         objective = objective + jacobian * derivative_loss(output_BO, outputs[tokens:], moved, y_BO, counted_B)
+    if balance is not None and gain is not None and linear is not None:
+        strength_B = (coefficients if isinstance(coefficients, Tensor) else coefficients[0]).sum(-1)
+        moments = balance.measure(gain[:tokens], linear[:tokens], strength_B, loss, counted_B)
+        balance.settle()
+        objective = objective + balance.term(moments)
     (objective if share is None else objective * share).backward()
     window.add(loss.detach(), output_BO.detach(), y_BO, coefficients, counted_B)
     return loss.detach()

@@ -12,7 +12,13 @@ from mxd_convert.layers import LayerSpec, Trainable
 from mxd_convert.recipe.presets import is_warm
 
 _FREE = ("k", "dropout", "sparsity")  # settings that may differ, because no parameter's shape or meaning depends on them
-_FIXES = {"n_experts": "layer.experts", "d_hidden": "layer.hidden", "activation": "layer.activation", "skip": "layer.skip"}
+_FIXES = {
+    "n_experts": "layer.experts",
+    "d_hidden": "layer.hidden",
+    "activation": "layer.activation",
+    "skip": "layer.skip",
+    "shared_expert": "layer.shared_expert",
+}
 
 
 def check_warm_start(init: str | None, shapes: Mapping[int, LayerSpec]) -> None:

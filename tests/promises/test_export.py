@@ -135,7 +135,17 @@ def test_the_surrogate_of_an_mxd_equals_its_formula_and_its_losses(family, setti
             row = layer.experts[n].double() * (u[fires].mean(0) if fires.any() else u.mean(0))
             assert torch.allclose(tensors["W_dec"][n].double(), row, atol=1e-5, rtol=1e-4), n
         assert torch.equal(tensors["encoder.weight"], layer.gate.weight)
-        assert torch.equal(tensors["b_dec"], layer.output_bias)
+        if layer.shared_expert is None:
+            assert torch.equal(tensors["b_dec"], layer.output_bias)
+        else:  # what it adds at every token is replaced by a linear fit, or by its mean
+            always = u * layer.shared_expert
+            kept = x @ (tensors["W_skip"] - layer.skip.weight).T if layer.skip is not None else torch.zeros(len(x), 1)
+            fitted = kept.double() + tensors["b_dec"] - layer.output_bias
+            assert torch.allclose(fitted.mean(0), always.mean(0), atol=1e-4, rtol=1e-3)
+            if layer.skip is not None:
+                ones = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+                best = ones @ torch.linalg.lstsq(ones, always).solution
+                assert fvu(fitted, always) < 1.01 * fvu(best, always) < 0.99
         figures = found["layers"][str(index)]
         assert figures["never_fired"] == never
         assert never > 0 or index == 0

@@ -183,7 +183,7 @@ def test_steering_applies_to_the_prompt_or_the_generation(exported, converted):
 @pytest.mark.parametrize(
     "layer",
     [
-        {"experts": 24, "skip": True},
+        {"experts": 24, "skip": True, "shared_expert": True},
         {"experts": 24, "sparsity": "l1"},
         {"experts": 24, "kind": "transcoder"},
         {"experts": 24, "kind": "skip_transcoder"},

@@ -28,9 +28,12 @@ def finish_in_two(recipe: Path, folder: Path) -> None:
     assert json.loads((folder / "mxd_report.json").read_text())["cost"]["resumed_at_steps"]
 
 
-def test_two_processes_train_the_layers_of_one_even_if_interrupted(models, text, tmp_path):
+@pytest.mark.parametrize("terms", [{}, {"balance": 0.5, "jacobian": 0.02}], ids=["plain", "balanced"])
+def test_two_processes_train_the_layers_of_one_even_if_interrupted(models, text, tmp_path, terms):
     """Each of two processes takes half of every batch; the layers equal those of one process."""
-    settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3, "init": "tokens"}}
+    settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3, "init": "tokens", **terms}}
+    if terms:
+        settings["layer"] = {"skip": True, "shared_expert": True}
     one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))

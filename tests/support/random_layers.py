@@ -17,10 +17,15 @@ WIDTH, EXPERTS, ACTIVE, CONTEXT = 32, 24, 4, 32
 """Sizes of a layer of the tiny models, and the context length in the recipe of its checkpoint."""
 
 
+def defaults_of(kind: str) -> dict[str, bool]:
+    """Return whether a layer of a kind has a skip path and a shared expert, unless a test says otherwise."""
+    return {"skip": kind == "skip_transcoder", "shared_expert": kind == "mxd"}
+
+
 def shape_of(kind: str, **settings) -> LayerSpec:
     hidden = 0 if "coder" in kind else H
     experts = (0, 0) if kind == "dense_twin" else (N, K)
-    return LayerSpec(kind, I, hidden, O, *experts, **{"skip": kind == "skip_transcoder", **settings})
+    return LayerSpec(kind, I, hidden, O, *experts, **{**defaults_of(kind), **settings})
 
 
 def small_layer(kind: str, **settings):
@@ -38,8 +43,7 @@ def model_layer(kind: str, seed: int = 0, **settings):
     torch.manual_seed(seed)
     hidden = 0 if "coder" in kind else 40
     experts = (0, 0) if kind == "dense_twin" else (settings.pop("n_experts", EXPERTS), settings.pop("k", ACTIVE))
-    settings = {"skip": kind == "skip_transcoder", **settings}
-    layer = new_layer(LayerSpec(kind, WIDTH, hidden, WIDTH, *experts, **settings))
+    layer = new_layer(LayerSpec(kind, WIDTH, hidden, WIDTH, *experts, **{**defaults_of(kind), **settings}))
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.normal_(std=1.0 if "bias" in name else 0.3)
@@ -65,9 +69,7 @@ def gpt2_with_layers(models, entries: dict[int, tuple[str, dict]]):
         torch.manual_seed(index)
         hidden = 0 if "coder" in kind else 48
         experts = (0, 0) if kind == "dense_twin" else (40, 4)
-        shape = LayerSpec(
-            kind, WIDTH, hidden, WIDTH, *experts, activation="gelu_new", **{"skip": kind == "skip_transcoder", **settings}
-        )
+        shape = LayerSpec(kind, WIDTH, hidden, WIDTH, *experts, activation="gelu_new", **{**defaults_of(kind), **settings})
         layers[index] = new_layer(shape)
         with torch.no_grad():
             for parameter in layers[index].parameters():

@@ -62,7 +62,7 @@ def test_the_losses_equal_those_of_the_checkpoint(joint_stage):
     stage = joint_stage()
     source = stage.source
     rows = stage._rows(0)[:3]
-    kl, own, counted = stage._forward(rows)
+    kl, own, _, counted = stage._forward(rows)
     ids = source.blocks.take(rows)
     converted = insert_layers(source.base, stage.layers)
     logs = [model(input_ids=ids).logits.double().log_softmax(-1) for model in (source.base, converted)]
@@ -98,7 +98,7 @@ def test_the_gradients_equal_those_of_the_whole_step(joint_stage):
     sinks = {index: layer.sinks for index, layer in stage.layers.items()}
     for layer in stage.layers.values():
         layer.sinks = {}  # all gradients whole, by autograd
-    kl, own, _ = stage._forward(stage._rows(0))
+    kl, own, *_ = stage._forward(stage._rows(0))
     whole = torch.autograd.grad(kl + stage.weight * torch.stack(list(own.values())).sum(), parameters)
     for index, layer in stage.layers.items():
         layer.sinks = sinks[index]
@@ -115,10 +115,10 @@ def test_the_gradients_equal_those_of_the_whole_step(joint_stage):
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate"])
 def test_the_joint_stage_reduces_the_kl_to_the_base(joint_stage, kind):
     stage = joint_stage(kind)
-    before, _, _ = stage._forward(stage._rows(0))
+    before, *_ = stage._forward(stage._rows(0))
     still = stage.layers[0].gate.weight.clone() if kind == "random_gate" else None
     stage.train(Interrupt())
-    after, _, _ = stage._forward(stage._rows(0))
+    after, *_ = stage._forward(stage._rows(0))
     assert after < 0.7 * before
     line = json.loads(stage.log_path.read_text().splitlines()[-1])
     assert after.item() / 2 < line["kl"] < before.item()
@@ -130,7 +130,7 @@ def test_the_joint_stage_reduces_the_kl_to_the_base(joint_stage, kind):
 def test_both_losses_have_the_same_weight_at_first(joint_stage):
     stage = joint_stage()
     stage.prepare()
-    kl, own, _ = stage._forward(stage._rows(0)[: stage._blocks_a_piece()])
+    kl, own, *_ = stage._forward(stage._rows(0)[: stage._blocks_a_piece()])
     assert stage.weight * sum(loss.item() for loss in own.values()) == pytest.approx(kl.item(), rel=1e-4)
 
 

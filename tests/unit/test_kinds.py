@@ -30,6 +30,8 @@ def definition(layer, x):
         if layer.sparsity == "topk":
             a = a * (a >= a.sort(descending=True).values[:, K - 1 : K])
         y = a @ layer.experts
+        if layer.shared_expert is not None:
+            y = y + layer.shared_expert
     if "coder" not in layer.kind:
         z = torch.nn.functional.gelu(x @ layer.encoder.weight.T + layer.encoder.bias)
         u = z @ layer.decoder.weight.T

@@ -1,6 +1,7 @@
 """The layer equals the explicit sum over its experts, and has the paper's initialisation and loss."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def random_layer(**settings) -> MxD:
 
 
 def explicit_sum(layer: MxD, x: torch.Tensor) -> torch.Tensor:
-    """Return sum_n a_n W_n^T z + b with every W_n materialised (paper, equations 2 to 4)."""
+    """Return sum_n a_n W_n^T z + b with every W_n materialised (paper, equations 2 to 4). The shared expert has coefficient 1."""
     gate = torch.relu(x @ layer.gate.weight.T + layer.gate.bias)
     if layer.sparsity == "topk":
         kept = torch.zeros_like(gate)
@@ -40,6 +41,8 @@ def explicit_sum(layer: MxD, x: torch.Tensor) -> torch.Tensor:
     for n in range(layer.n_experts):
         weight = layer.decoder.weight.T @ torch.diag(layer.experts[n])
         y = y + gate[:, n : n + 1] * (z @ weight)
+    if layer.shared_expert is not None:
+        y = y + z @ (layer.decoder.weight.T @ torch.diag(layer.shared_expert))
     y = y + layer.output_bias
     return y if layer.skip is None else y + x @ layer.skip.weight.T
 
@@ -47,9 +50,11 @@ def explicit_sum(layer: MxD, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("glu", [False, True])
 @pytest.mark.parametrize("sparsity", ["topk", "l1"])
 @pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("shared_expert", [False, True])
 @torch.no_grad()
-def test_the_layer_equals_the_explicit_sum_over_experts(glu, sparsity, skip):
-    layer, x = random_layer(glu=glu, sparsity=sparsity, skip=skip), torch.randn(6, I, dtype=torch.float64)
+def test_the_layer_equals_the_explicit_sum_over_experts(glu, sparsity, skip, shared_expert):
+    settings = {"glu": glu, "sparsity": sparsity, "skip": skip, "shared_expert": shared_expert}
+    layer, x = random_layer(**settings), torch.randn(6, I, dtype=torch.float64)
     assert (layer(x) - explicit_sum(layer, x)).abs().max() < 1e-10
 
 
@@ -178,8 +183,13 @@ def test_all_kinds_match_the_parameters_of_one_transcoder(kind, skip):
     assert LayerSpec("dense_twin", 64, 172, 64, 0, 0).match_parameters(32).n_experts == 0
 
 
-@pytest.mark.parametrize("settings", [{"glu": True}, {"skip": True}, {"sparsity": "l1"}, {}])
-@pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *product(("mxd", "random_gate", "dense_twin"), ({"glu": True}, {"skip": True}, {"sparsity": "l1"}, {})),
+        *product(("mxd", "random_gate"), ({"shared_expert": True},)),
+    ],
+)
 def test_counted_parameters_equal_those_of_the_layer(kind, settings):
     shape = LayerSpec(kind, I, H, O, *((0, 0) if kind == "dense_twin" else (N, K)), **settings)
     assert shape.parameters == sum(parameter.numel() for parameter in new_layer(shape).parameters())

@@ -180,6 +180,12 @@ def test_the_preset_sets_the_hidden_width_to_a_quarter(kind):
     assert resolve_hidden(load_recipe({**MINIMAL, "layer": {"kind": kind, "hidden": 99}}), 172).layer.hidden == 99
 
 
+def test_only_a_product_can_have_a_shared_expert():
+    refused(
+        {"layer": {"kind": "transcoder", "shared_expert": True}}, "layer.shared_expert: true", "transcoder", "layer.kind: mxd"
+    )
+
+
 def test_a_preset_on_the_command_line_takes_precedence_over_the_hidden_width_of_the_file():
     plain = load_recipe({**MINIMAL, "layer": {"hidden": 40}}, {"train.preset": "paper"})
     assert plain.layer.hidden is None
@@ -225,5 +231,5 @@ def test_a_new_key_leaves_the_hash_of_earlier_recipes_as_it_was(name):
     folder = ROOT / "model_cards" / name
     recorded = json.loads((folder / "mxd_report.json").read_text())["recipe_sha256"]
     assert load_recipe(folder / "recipe.yaml").published_sha256() == recorded
-    for changes in ({"train.jacobian": 0.1}, {"train.joint_lr": 1e-3}):
+    for changes in ({"train.jacobian": 0.1}, {"train.joint_lr": 1e-3}, {"train.balance": 0.5}, {"layer.shared_expert": True}):
         assert load_recipe(folder / "recipe.yaml", changes).published_sha256() != recorded

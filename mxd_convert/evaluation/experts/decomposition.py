@@ -1,7 +1,7 @@
 """The exact decomposition of a layer's output into experts, and each expert's direct effect on the next token's logits.
 
-An expert contributes `a_n (c_n * u)` to a layer's output, with u = D^T z (ones in a transcoder). The contributions, the output
-bias and the skip path sum to the output. The direct effect of an expert on the logits bypasses all later layers: its
+An expert contributes `a_n (c_n * u)` to a layer's output, with u = D^T z (ones in a transcoder). The contributions, the shared expert,
+the output bias and the skip path sum to the output. The direct effect of an expert on the logits bypasses all later layers: its
 contribution, multiplied by the final norm's weight and its scale at that token, then by the unembedding.
 Shape suffixes: B batch (any leading dimensions), T tokens, K active experts, I input width, O output width, V vocabulary.
 """
@@ -29,7 +29,7 @@ class Decomposition:
     """The decomposition of a layer's output at each token.
 
     values: coefficients, (..., K); 0 means not active. experts: their indices, (..., K). directions: `c_n * u`, the contribution
-    of a coefficient of 1, (..., K, O). rest: output bias and dense path, (..., O).
+    of a coefficient of 1, (..., K, O). rest: output bias, dense path and shared expert, (..., O).
     """
 
     values: Tensor
@@ -63,9 +63,12 @@ def decompose_layer(layer: FactoredLayer, x_BI: Tensor) -> Decomposition:
         values_BK = torch.cat([values_BK, change_B.to(values_BK.dtype).unsqueeze(-1)], -1)
         experts_BK = torch.cat([experts_BK, torch.full_like(experts_BK[..., :1], n)], -1)
     directions = layer.experts[experts_BK].to(values_BK.dtype)
-    if layer.is_product:
-        directions = directions * layer.linear(x_BI).unsqueeze(-2)
     rest_BO = layer.output_bias.expand(*x_BI.shape[:-1], -1)
+    if layer.is_product:
+        linear_BO = layer.linear(x_BI)
+        directions = directions * linear_BO.unsqueeze(-2)
+        if layer.shared_expert is not None:
+            rest_BO = rest_BO + layer.shared_expert * linear_BO
     dense_BO = layer.dense_path(x_BI)
     return Decomposition(values_BK, experts_BK, directions, rest_BO if dense_BO is None else rest_BO + dense_BO)
 

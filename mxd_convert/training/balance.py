@@ -1,0 +1,117 @@
+"""The balance term: it keeps both factors of a product at work while a layer is trained.
+
+Let y = g * u be the product of gain and linear factor, and v = s u with s = sum_n a_n. The loss alone is as low, or lower, if g or u is
+nearly constant. The balance term is the shortfall of gate, hidden, product and identity share (evaluation/moments.py) below `FLOORS`,
+times the layer's loss.
+
+The term that is differentiated is linear in the moments of the tokens: its coefficients are the slopes of the shortfall at the moments
+of the whole step. Its gradients therefore add up over processes and over the pieces of a step.
+Shape suffixes: B tokens, O output width, M moments.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# With a margin above what a genuine Mixture of Decoders should have on held-out text: .5, .3, .1 and .5.
+FLOORS = {"gate": 0.55, "hidden": 0.35, "product": 0.13, "identity": 0.55}
+# A factor whose variance is below this share of its mean square counts as constant. The slopes would be too steep at the first steps,
+# in which the linear factor has hardly begun to vary.
+CONSTANT = 1e-3
+MOMENTS = 13  # means of g, u, y, v, gg, uu, yy, vv, gu, gy, uy, uv, vy, with each feature minus its shift
+
+
+class Balance:
+    """The balance term of one layer in one stage.
+
+    Args:
+        d_out: output width of the layer.
+        weight: weight of the term.
+        total: sums a tensor over the processes that share a batch.
+        device: device of the layer.
+    """
+
+    def __init__(self, d_out: int, weight: float, total: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self.weight, self.total = weight, total
+        self.shift_4O = torch.zeros(4, d_out, device=device)  # means of g, u, y and v in the first step: moments are about them
+        self.slopes_MO = torch.zeros(MOMENTS, d_out, device=device)  # of the shortfall, by the moments
+        self.loss = torch.zeros((), device=device)  # of the layer in the step of the slopes
+        self._is_first = True
+        self._sums_MO, self._counted = torch.zeros_like(self.slopes_MO), torch.zeros_like(self.loss)
+        self._loss = torch.zeros_like(self.loss)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a saved state has to contain."""
+        return {"shift": self.shift_4O, "slopes": self.slopes_MO, "loss": self.loss}
+
+    def measure(self, gain_BO: Tensor, linear_BO: Tensor, strength_B: Tensor, loss: Tensor, counted_B: Tensor) -> Tensor:
+        """Return the moments of some tokens of a step, (M, O), and add these tokens to the step.
+
+        strength: the sum of the coefficients. loss: of the layer on these tokens.
+        """
+        gain_BO, linear_BO = gain_BO.float(), linear_BO.float()
+        features = gain_BO, linear_BO, gain_BO * linear_BO, strength_B.float().unsqueeze(-1) * linear_BO
+        g, u, y, v = (feature - mean for feature, mean in zip(features, self.shift_4O, strict=True))
+        counted = counted_B.sum()
+        share_B1 = (counted_B / counted.clamp_min(1)).unsqueeze(-1)
+        wg, wu, wy, wv = (feature * share_B1 for feature in (g, u, y, v))
+        squares = wg * g, wu * u, wy * y, wv * v
+        moments_MO = torch.stack([term.sum(0) for term in (wg, wu, wy, wv, *squares, wg * u, wg * y, wu * y, wu * v, wv * y)])
+        self._sums_MO += moments_MO.detach() * counted
+        self._loss += loss.detach() * counted
+        self._counted += counted
+        return moments_MO
+
+    def settle(self) -> None:
+        """Compute the slopes at the moments of the step, and begin the next step."""
+        counted = self.total(self._counted).clamp_min(1)
+        moments_MO = self.total(self._sums_MO) / counted
+        self.loss = self.total(self._loss) / counted
+        if self._is_first and not self.shift_4O.any():
+            # moments about zero: float32 is too coarse for the variance of a large mean
+            self.shift_4O = moments_MO[:4].clone()
+        else:
+            self.slopes_MO = _slopes(moments_MO, self.shift_4O)
+            self._is_first = False
+        for sums in (self._sums_MO, self._loss, self._counted):
+            sums.zero_()
+
+    def term(self, moments_MO: Tensor) -> Tensor:
+        """Return the balance term for moments from `measure`, with the slopes of the last `settle`: a scalar."""
+        return self.weight * self.loss * (self.slopes_MO * moments_MO).sum()
+
+
+def shortfall(moments_MO: Tensor, shift_4O: Tensor) -> Tensor:
+    """Return by how much the shares are below `FLOORS`, summed: a scalar.
+
+    moments: see `MOMENTS`.
+    """
+    g, u, y, v = moments_MO[:4]
+    products = torch.stack([g * g, u * u, y * y, v * v, g * u, g * y, u * y, u * v, v * y])
+    gg, uu, yy, vv, gu, gy, uy, uv, vy = moments_MO[4:] - products
+    whole = yy.sum().clamp_min(1e-30)
+    gg, uu, vv = (
+        variance + CONSTANT * (variance + (mean + shift).square()) + 1e-30
+        for variance, mean, shift in ((gg, g, shift_4O[0]), (uu, u, shift_4O[1]), (vv, v, shift_4O[3]))
+    )
+    explained = {
+        "gate": uy.square() / uu,
+        "hidden": gy.square() / gg,
+        "product": _by_both(gg, uu, gu, gy, uy),
+        "identity": _by_both(vv, uu, uv, vy, uy),
+    }
+    return torch.stack([F.relu(FLOORS[name] - 1 + part_O.sum() / whole) for name, part_O in explained.items()]).sum()
+
+
+def _by_both(aa: Tensor, bb: Tensor, ab: Tensor, ay: Tensor, by: Tensor) -> Tensor:
+    """Return the variance of y that a regression on a and b explains, (O), from their covariances."""
+    return (ay.square() * bb - 2 * ay * by * ab + by.square() * aa) / (aa * bb - ab.square()).clamp_min(CONSTANT * aa * bb)
+
+
+def _slopes(moments_MO: Tensor, shift_4O: Tensor) -> Tensor:
+    with torch.enable_grad():
+        at = moments_MO.detach().requires_grad_()
+        (slopes_MO,) = torch.autograd.grad(shortfall(at, shift_4O), at)
+    return slopes_MO

@@ -1,0 +1,144 @@
+"""The balance term keeps gate, hidden, product and identity share above their floors."""
+
+import json
+
+import pytest
+import torch
+from comparisons import assert_the_same
+from interruptions import interrupted_run
+from small_runs import small_recipe
+
+import mxd_convert
+from mxd_convert.evaluation.moments import Moments, shares
+from mxd_convert.training import balance
+from mxd_convert.training.balance import FLOORS, Balance
+from mxd_convert.training.joint import JointStage
+from mxd_convert.training.stage import Stage
+
+CPU = torch.device("cpu")
+TOKENS, WIDTH = 600, 5
+COUNTED = torch.arange(TOKENS) % 3 > 0
+STRENGTH = 2 + torch.randn(TOKENS, generator=torch.Generator().manual_seed(1)).square()
+
+
+def factors(spread: float, dtype=torch.float32):
+    """Return gain and linear factor, both far from mean zero, and the parameters that they depend on."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, TOKENS, WIDTH, generator=generator, dtype=dtype)
+    parameters = torch.tensor([0.4, spread], dtype=dtype, requires_grad=True)
+    return 2 + parameters[0] * noise[0], -3 + parameters[1] * (noise[1] + 0.5 * noise[0]), parameters
+
+
+def settled(gain, linear, loss=2.0, pieces=((0, TOKENS),), weight=0.5, counted=COUNTED):
+    """Return the balance term of a step, summed over pieces, as the training does. The first step measures the shift."""
+    one = Balance(WIDTH, weight, lambda tensor: tensor, CPU)
+    for _ in range(2):
+        moments = [
+            one.measure(gain[a:b], linear[a:b], STRENGTH[a:b], torch.tensor(loss), counted[a:b])
+            * (counted[a:b].sum() / counted.sum())
+            for a, b in pieces
+        ]
+        one.settle()
+        terms = [one.term(part) for part in moments]
+    return torch.stack(terms).sum()
+
+
+def exact(gain, linear, loss=2.0, weight=0.5):
+    """Return the term by its definition, from covariances that autograd can follow."""
+    g, u = gain[COUNTED].double(), linear[COUNTED].double()
+    features = g, u, g * u, STRENGTH[COUNTED].double().unsqueeze(-1) * u
+    means = torch.stack([feature.mean(0) for feature in features])
+    g, u, y, v = (feature - mean for feature, mean in zip(features, means, strict=True))
+    zero = torch.zeros(4, WIDTH, dtype=torch.float64)
+    pairs = [(a * b).mean(0) for a, b in ((g, g), (u, u), (y, y), (v, v), (g, u), (g, y), (u, y), (u, v), (v, y))]
+    return weight * loss * balance.shortfall(torch.stack([*zero, *pairs]), means)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.4, 2.0])
+def test_the_shares_are_those_of_the_evaluation(spread, monkeypatch):
+    monkeypatch.setattr(balance, "CONSTANT", 0.0)
+    gain, linear, _ = factors(spread, torch.float64)
+    found = Moments(dense_path=False)
+    found.add({"g": gain, "u": linear, "v": STRENGTH.double().unsqueeze(-1) * linear, "y": gain * linear})
+    reference, _ = shares(found)
+    expected = sum(max(0.0, floor - reference[f"{name}_share"]) for name, floor in FLOORS.items())
+    g, u, y, v = gain, linear, gain * linear, STRENGTH.double().unsqueeze(-1) * linear
+    terms = g, u, y, v, g * g, u * u, y * y, v * v, g * u, g * y, u * y, u * v, v * y
+    moments = torch.stack([term.mean(0) for term in terms])
+    assert balance.shortfall(moments, torch.zeros(4, WIDTH, dtype=torch.float64)).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.4])
+def test_its_gradient_is_that_of_the_shortfall(spread):
+    gain, linear, parameters = factors(spread)
+    (found,) = torch.autograd.grad(settled(gain, linear), parameters)
+    gain, linear, parameters = factors(spread)
+    (expected,) = torch.autograd.grad(exact(gain, linear), parameters)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_its_gradients_add_up_over_the_pieces_of_a_step():
+    whole, parts = factors(0.1), factors(0.1)
+    (expected,) = torch.autograd.grad(settled(*whole[:2]), whole[2])
+    (found,) = torch.autograd.grad(settled(*parts[:2], pieces=((0, 100), (100, 130), (130, TOKENS))), parts[2])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_it_is_zero_above_the_floors_and_without_tokens():
+    gain, linear, _ = factors(3.0)
+    assert settled(gain - 2, linear + 3).item() == 0.0
+    nobody = torch.zeros(TOKENS, dtype=torch.bool)
+    one = Balance(WIDTH, 1.0, lambda tensor: tensor, CPU)
+    for _ in range(2):
+        moments = one.measure(gain, linear, STRENGTH, torch.tensor(1.0), nobody)
+        one.settle()
+    assert one.term(moments).isfinite()
+
+
+def test_a_constant_linear_factor_gives_finite_gradients():
+    """An MxD with `init: tokens` begins with u = 1."""
+    gain, _, parameters = factors(0.1)
+    linear = torch.ones_like(gain) + 0.0 * parameters[1]
+    assert torch.autograd.grad(settled(gain, linear), parameters)[0].isfinite().all()
+
+
+BALANCED = {"skip": True, "shared_expert": True, "hidden": 36}
+
+
+def balanced(models, text, folder, layer=BALANCED, **train):
+    """Return a recipe whose layers have a shared expert and a skip path, both initialised from tokens."""
+    settings = {"layers": [0, 1], "train": {"init": "tokens", "lr": 1e-2, "joint": 0.3, **train}, "data": {"tokens": 24_576}}
+    recipe = small_recipe(models["llama"], text, folder, **settings)
+    recipe["layer"] |= layer
+    return recipe
+
+
+def test_training_with_it_raises_the_shares_that_are_too_low(models, text, tmp_path):
+    lowest = {}
+    for weight in (0.0, 2.0):
+        result = mxd_convert.convert(balanced(models, text, tmp_path / str(weight), balance=weight), quiet=True)
+        layers = result.report["reliance"]["layers"].values()
+        lowest[weight] = [min(layer[f"{name}_share"] / floor for name, floor in FLOORS.items()) for layer in layers]
+    assert max(lowest[0.0]) < 0.7
+    assert all(after > before for before, after in zip(lowest[0.0], lowest[2.0], strict=True))
+
+
+@pytest.mark.parametrize(("step", "stage"), [(33, Stage), (11, JointStage)])
+def test_an_interrupted_run_with_it_ends_like_one_that_was_not(models, text, tmp_path, step, stage):
+    settings = {"balance": 1.0, "jacobian": 0.1, "checkpoint_every": 8}
+    whole = mxd_convert.convert(balanced(models, text, tmp_path / "whole", **settings), quiet=True)
+    recipe = balanced(models, text, tmp_path / "stopped", **settings)
+    interrupted_run(recipe, step, stage)
+    assert_the_same(whole, mxd_convert.convert(recipe, quiet=True))
+
+
+def test_a_checkpoint_with_a_shared_expert_names_its_format(models, text, tmp_path):
+    """Readers of version 2 would refuse the key, and layers without it are written as before."""
+    versions = {}
+    for shared in (True, False):
+        layer = {**BALANCED, "shared_expert": shared}
+        output = mxd_convert.convert(balanced(models, text, tmp_path / str(shared), layer), quiet=True).output
+        mxd = json.loads((output / "config.json").read_text())["mxd"]
+        versions[shared] = mxd["format_version"], {"shared_expert" in entry for entry in mxd["layers"].values()}
+    assert versions == {True: (3, {True}), False: (1, {False})}
