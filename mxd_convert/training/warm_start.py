@@ -9,6 +9,7 @@ import torch
 from mxd_convert.checkpoint.read import load_checkpoint, read_config
 from mxd_convert.errors import InputError
 from mxd_convert.layers import LayerSpec, Trainable
+from mxd_convert.modeling.configuration_mxd import KINDS
 from mxd_convert.recipe.presets import is_warm
 
 _FREE = ("k", "dropout", "sparsity")  # settings that may differ, because no parameter's shape or meaning depends on them
@@ -45,8 +46,9 @@ def check_warm_start(init: str | None, shapes: Mapping[int, LayerSpec]) -> None:
 
 
 def _check_layer(init: str, index: int, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    _, defaults = KINDS[str(theirs["kind"])]
     for key, value in ours.items():
-        other = theirs.get(key)
+        other = theirs.get(key, defaults.get(key))
         if key in _FREE or other == value:
             continue
         if key == "kind":

@@ -91,7 +91,8 @@ def test_every_block_about_hooks_runs(page):
     assert list(outputs)[:2] == ["gate", "gain"]  # in the order in which nnsight meets them
     assert outputs["gate"].shape == (*shape, 24)
     assert outputs["gain"].shape == outputs["decoder"].shape == (*shape, 32)
-    assert torch.allclose(outputs["gain"] * outputs["decoder"] + layer.output_bias, outputs["y"], atol=1e-6)
+    gain = outputs["gain"] if layer.shared_expert is None else outputs["gain"] + layer.shared_expert
+    assert torch.allclose(gain * outputs["decoder"] + layer.output_bias, outputs["y"], atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
