@@ -20,7 +20,7 @@ from mxd_convert.plan.flops import joint_forwards
 from mxd_convert.plan.memory import budget, device_of, groups
 from mxd_convert.plan.resolve import LayerPlan, Plan
 from mxd_convert.training.allocator import kept_memory
-from mxd_convert.training.balance import Balance
+from mxd_convert.training.balance import balances_of
 from mxd_convert.training.derivatives import EVERY, Moved
 from mxd_convert.training.layer_step import forward_backward
 from mxd_convert.training.optimiser import Optimiser
@@ -146,11 +146,7 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
         if recipe.train.jacobian:
             rows_S = torch.arange(0, count, EVERY, device=device)
             moved = Moved(rows_S, x_BI[rows_S], y_BO[rows_S])
-        balance = (
-            Balance(module.d_out, recipe.train.balance, lambda sums: sums, device)
-            if recipe.train.balance and module.is_product
-            else None
-        )
+        balance = balances_of({0: module}, recipe.train.balance, lambda sums: sums, device).get(0)
 
         def step() -> None:
             train, l1 = recipe.train, recipe.layer.l1

@@ -9,11 +9,13 @@ of the whole step. Its gradients therefore add up over processes and over the pi
 Shape suffixes: B tokens, O output width, M moments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mxd_convert.layers import Trainable
 
 # With a margin above what a genuine Mixture of Decoders should have on held-out text: .5, .3, .1 and .5.
 FLOORS = {"gate": 0.55, "hidden": 0.35, "product": 0.13, "identity": 0.55}
@@ -81,6 +83,20 @@ class Balance:
     def term(self, moments_MO: Tensor) -> Tensor:
         """Return the balance term for moments from `measure`, with the slopes of the last `settle`: a scalar."""
         return self.weight * self.loss * (self.slopes_MO * moments_MO).sum()
+
+
+def balances_of(
+    layers: Mapping[int, Trainable], weight: float, total: Callable[[Tensor], Tensor], device: torch.device
+) -> dict[int, Balance]:
+    """Return the balance terms of the layers with a product, by index; none for a weight of 0. The arguments are those of Balance."""
+    return {index: Balance(layer.d_out, weight, total, device) for index, layer in layers.items() if layer.is_product and weight}
+
+
+def tensors_of(balances: Mapping[int, Balance]) -> dict[str, Tensor]:
+    """Return what a saved state has to contain of these balance terms, by name."""
+    return {
+        f"{index}/balance/{name}": tensor for index, balance in balances.items() for name, tensor in balance.tensors().items()
+    }
 
 
 def shortfall(moments_MO: Tensor, shift_4O: Tensor) -> Tensor:

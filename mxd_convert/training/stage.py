@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mxd_convert.errors import NotFinite
 from mxd_convert.layers import LayerSpec, Trainable, new_layer
 from mxd_convert.recipe.presets import is_warm
 from mxd_convert.recipe.schema import Recipe
-from mxd_convert.training.balance import Balance
+from mxd_convert.training.balance import balances_of, tensors_of
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.layer_step import forward_backward
 from mxd_convert.training.log import NAME, append_line, cut_log
@@ -99,11 +98,7 @@ class Stage:
         self.steps, self.step_tokens = source.steps, source.rows_a_step * source.blocks.context
         self.layers = self._make_layers(shapes)
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
-        self.balances = {
-            index: Balance(layer.d_out, train.balance, self._sum_over_processes, self.device)
-            for index, layer in self.layers.items()
-            if layer.is_product and train.balance
-        }
+        self.balances = balances_of(self.layers, train.balance, self._sum_over_processes, self.device)
         self.losses: dict[int, list[Tensor]] = {index: [] for index in self.layers}  # of the steps since the last log line
         lr, warmup, schedule = self._rates()
         self.optimiser = Optimiser(
@@ -174,19 +169,8 @@ class Stage:
         share = counted_B.sum() / total if self.together else None
         for index, layer in self.layers.items():
             x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
-            loss = forward_backward(
-                layer,
-                x_BI,
-                y_BO,
-                counted_B,
-                train.precision,
-                l1,
-                share,
-                self.windows[index],
-                train.jacobian,
-                moved.get(index),
-                self.balances.get(index),
-            )
+            terms = train.jacobian, moved.get(index), self.balances.get(index)
+            loss = forward_backward(layer, x_BI, y_BO, counted_B, train.precision, l1, share, self.windows[index], *terms)
             self.losses[index].append(loss)
 
     def _advice(self) -> str:
@@ -355,7 +339,7 @@ class Stage:
         if self.writes:
             tensors: dict[str, Tensor] = {name: parameter.detach() for parameter, name in self.names.items()}
             if self.done < self.steps:  # finished layers need only their parameters
-                tensors |= self.optimiser.tensors(self.names) | windows | dict(self._balance_tensors())
+                tensors |= self.optimiser.tensors(self.names) | windows | tensors_of(self.balances)
             facts = {
                 "steps": self.steps,
                 "seconds": self.seconds,
@@ -397,17 +381,11 @@ class Stage:
                 for name, tensor in window.tensors().items():
                     tensor.copy_(tensors[f"{index}/window/{name}"])
             self.optimiser.restore(self.names, tensors)
-            for name, tensor in self._balance_tensors():
+            for name, tensor in tensors_of(self.balances).items():
                 tensor.copy_(tensors[name])
         self.seconds = facts["seconds"]
         self.resumed_at, self.began = [*facts["resumed_at_steps"], step], step
         self.unsent = facts.get("unsent", [])
-
-    def _balance_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of the balance terms that a saved state contains, by name."""
-        for index, balance in self.balances.items():
-            for name, tensor in balance.tensors().items():
-                yield f"{index}/balance/{name}", tensor
 
     def _drop_damaged(self, step: int, then: str) -> None:
         """Remove the states after `step`, which are damaged, and report it. then: the consequence, for the message."""
