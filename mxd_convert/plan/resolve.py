@@ -18,11 +18,11 @@ from mxd_convert.data.documents import local_files
 from mxd_convert.errors import InputError
 from mxd_convert.files import check_free_space
 from mxd_convert.layers import LayerSpec
-from mxd_convert.recipe.presets import joint_steps, resolve_hidden, resolve_precision, resolve_train, steps_of
+from mxd_convert.recipe.presets import joint_steps, resolve_layer, resolve_precision, resolve_train, steps_of
 from mxd_convert.recipe.schema import GGUF, Recipe, layer_indices
 from mxd_convert.recipe.section import is_local
 from mxd_convert.training.accelerator import multiplies_bfloat16
-from mxd_convert.training.warm_start import check_warm_start
+from mxd_convert.training.warm_start import check_warm_start, fill_open_keys
 
 GROWTH_WARNING = 3.0  # times the base's parameters
 
@@ -143,7 +143,7 @@ def _make_plan(recipe: Recipe) -> Plan:
     with load_errors("its config", recipe.base.model):
         model = empty_model(config)
         sites = find_sites(model, config, indices, recipe.base.mlp)
-    recipe = resolve_hidden(recipe, min(site.d_hidden for site in sites))
+    recipe = resolve_layer(fill_open_keys(recipe), min(site.d_hidden for site in sites))
     layers = [_plan_layer(recipe, site, model) for site in sites]
     check_warm_start(recipe.train.init, {layer.index: layer.shape for layer in layers})
     recipe = _complete(recipe, layers, _is_half(recipe, config))
@@ -270,7 +270,7 @@ def _shape(recipe: Recipe, site: Site) -> LayerSpec:
     if layer.traits.has_experts:
         gain = {"n_experts": experts, "k": layer.k, "sparsity": layer.sparsity}
     if layer.traits.is_product:
-        gain["shared_expert"] = layer.shared_expert
+        gain["shared_expert"] = bool(layer.shared_expert)
     return LayerSpec(kind=layer.kind, d_in=site.d_in, d_out=site.d_out, skip=layer.has_skip, **linear, **gain)
 
 

@@ -146,11 +146,11 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
         if recipe.train.jacobian:
             rows_S = torch.arange(0, count, EVERY, device=device)
             moved = Moved(rows_S, x_BI[rows_S], y_BO[rows_S])
-        balance = balances_of({0: module}, recipe.train.balance, lambda sums: sums, device).get(0)
+        balance = balances_of({0: module}, recipe.train.balance or 0.0, lambda sums: sums, device).get(0)
 
         def step() -> None:
-            train, l1 = recipe.train, recipe.layer.l1
-            forward_backward(module, x_BI, y_BO, counted_B, train.precision, l1, None, window, train.jacobian, moved, balance)
+            train, terms = recipe.train, (recipe.train.jacobian or 0.0, moved, balance)
+            forward_backward(module, x_BI, y_BO, counted_B, train.precision, recipe.layer.l1, None, window, *terms)
             optimiser.step(1)
 
         return step

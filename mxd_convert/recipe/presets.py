@@ -1,6 +1,6 @@
 """Presets: the values that `train.preset` gives to the keys that a recipe leaves at null."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from mxd_convert.recipe.schema import Recipe
 
@@ -8,10 +8,11 @@ JOINT = 0.4  # share of the steps of `fast` in the joint stage
 # Tokens per step of `fast` for token budgets below each key. Larger budgets use 4,096.
 BATCHES = {1_000_000: 256, 4_000_000: 512, 10_000_000: 1024, 40_000_000: 2048}
 K_INIT = 4  # active experts at the first step of `fast`, in multiples of layer.k
+JOINT_RATE = 0.2  # peak learning rate of the joint stage, as a share of `lr`: above a third, layers lose what they have learnt
 HIDDEN = 4  # ratio of the MLP's hidden units to those of a layer with `fast`
 
 
-def is_warm(init: str | None) -> bool:
+def is_warm(init: str | None) -> TypeGuard[str]:
     """Return whether a value of `train.init` is the folder of a converted model."""
     return init not in (None, "tokens", "paper")
 
@@ -44,17 +45,20 @@ def resolve_precision(recipe: Recipe, native: bool) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def resolve_hidden(recipe: Recipe, d_hidden: int) -> Recipe:
-    """Return the recipe with `layer.hidden` set. `fast` uses a quarter of the MLP's hidden units.
+def resolve_layer(recipe: Recipe, d_hidden: int) -> Recipe:
+    """Return the recipe with all keys of `layer` that are null set by the preset.
 
-    With all of the MLP's hidden units, long training converges to the MLP itself, and the experts lose their effect.
+    Neither preset gives a shared expert. `paper` leaves `hidden` at null: all of the MLP's hidden units. `fast` gives a quarter of
+    them. With all, long training converges to the MLP itself, and the experts lose their effect.
 
     d_hidden: hidden units of the narrowest MLP to convert.
     """
     layer = recipe.layer
-    if recipe.train.preset == "paper" or layer.hidden is not None or not layer.traits.has_linear:
-        return recipe
-    return recipe.model_copy(update={"layer": layer.model_copy(update={"hidden": max(1, d_hidden // HIDDEN)})})
+    hidden = layer.hidden
+    if recipe.train.preset == "fast" and hidden is None and layer.traits.has_linear:
+        hidden = max(1, d_hidden // HIDDEN)
+    shared = bool(layer.shared_expert)
+    return recipe.model_copy(update={"layer": layer.model_copy(update={"hidden": hidden, "shared_expert": shared})})
 
 
 def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False) -> Recipe:
@@ -68,6 +72,8 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
     - a peak learning rate that falls with the square root of the width;
     - warm-up over a twentieth of the steps before the joint stage, and a decay to zero over their last fifth;
     - a joint stage over the last two fifths of the run.
+
+    Both give the joint stage a fifth of the learning rate, and neither matches derivatives or has a balance term.
 
     Args:
         recipe: the recipe to complete.
@@ -93,15 +99,17 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
     share = joint if train.joint is None else train.joint
     alone = steps - joint_steps(steps, share)
     warmup = max(1, alone // 20) if warmup < 0 else warmup
-    resolved = train.model_copy(
-        update={
-            "lr": lr if train.lr is None else train.lr,
-            "batch_tokens": batch,
-            "warmup_steps": warmup if train.warmup_steps is None else train.warmup_steps,
-            "schedule": schedule if train.schedule is None else train.schedule,
-            "init": init if train.init is None else train.init,
-            "k_init": k_init if train.k_init is None else train.k_init,
-            "joint": joint if train.joint is None else train.joint,
-        }
-    )
-    return recipe.model_copy(update={"train": resolved})
+    lr = lr if train.lr is None else train.lr
+    defaults = {
+        "lr": lr,
+        "warmup_steps": warmup,
+        "schedule": schedule,
+        "init": init,
+        "k_init": k_init,
+        "joint": joint,
+        "joint_lr": float(f"{JOINT_RATE * lr:.3g}"),
+        "jacobian": 0.0,
+        "balance": 0.0,
+    }
+    open_keys = {key: value for key, value in defaults.items() if getattr(train, key) is None}
+    return recipe.model_copy(update={"train": train.model_copy(update={**open_keys, "batch_tokens": batch})})

@@ -16,7 +16,10 @@ from mxd_convert.recipe.section import Positive, Rate, Section, is_local
 from mxd_convert.recipe.texts import Data
 
 # Keys that `train.preset` fills in, by section.
-PRESET_KEYS = {"layer": ("hidden",), "train": ("lr", "batch_tokens", "warmup_steps", "schedule", "init", "k_init", "joint")}
+PRESET_KEYS = {
+    "layer": ("hidden", "shared_expert"),
+    "train": ("lr", "batch_tokens", "warmup_steps", "schedule", "init", "k_init", "joint", "joint_lr", "jacobian", "balance"),
+}
 
 # Old and new names of keys. Recipes before version 0.2, also those in checkpoints, have the old names.
 Mask = Literal["none", "bos", "special", "prompt"]
@@ -156,8 +159,9 @@ class Layer(Section):
     """Weight of the L1 penalty. Only used with `sparsity: l1`."""
     skip: bool = False
     """Add a linear skip path from the layer's input to its output. `train.init: tokens` fits it to the MLP by least squares."""
-    shared_expert: bool = False
-    """Add an expert that is active at every token, with coefficient 1. For kinds with a product: mxd and random_gate."""
+    shared_expert: bool | None = None
+    """Add an expert that is active at every token, with coefficient 1. For kinds with a product: mxd and random_gate. null: set by
+    the preset, to false."""
 
     @property
     def traits(self) -> Kind:
@@ -230,13 +234,14 @@ class Train(Section):
     """Joint stage: the share of the steps, at the end of the run, in which all layers are trained together in the model, to match
     the base's next-token distribution. 0: no joint stage; null: set by the preset."""
     joint_lr: Rate | None = None
-    """Peak learning rate of the joint stage; null: a fifth of `lr`."""
-    jacobian: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Peak learning rate of the joint stage; null: set by the preset, to a fifth of `lr`."""
+    jacobian: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Weight of the matching of derivatives before the joint stage: the change of a layer's output along a small step towards another
-    token's input has to match that of the MLP. 0: no matching."""
-    balance: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Weight of the balance term, which keeps gate, hidden, product and identity share of an MxD above fixed floors. A larger weight
-    favours the shares over the loss. 0: no such term. With `init: tokens`, use it with `layer.shared_expert`."""
+    token's input has to match that of the MLP. 0: no matching; null: set by the preset, to 0."""
+    balance: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Weight of the balance term, which keeps the shares of an MxD, and the directions in which its gain varies, above fixed floors.
+    A larger weight favours these over the loss. 0: no such term; null: set by the preset, to 0. With `init: tokens`, use it with
+    `layer.shared_expert`."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Precision of the layers' matrix products. With bf16, weights and optimiser state stay in float32. auto: bf16, also for the
     base while activations are captured (base.dtype), on devices that multiply bfloat16 matrices natively; fp32 elsewhere."""

@@ -26,7 +26,6 @@ from mxd_convert.training.joint_loss import chunk_tokens, summed_kl
 from mxd_convert.training.stage import Pass, Stage
 from mxd_convert.training.stream import Source
 
-RATE = 0.2  # of the peak learning rate, unless the recipe sets it: above a third, layers lose what they have learnt
 WARMUP = 0.1  # share of the joint stage's steps; the rate then falls linearly to 0
 # tokens per forward of the model, at least one block: gradients are accumulated over a step
 PIECE_TOKENS, GPU_PIECE_TOKENS = 1024, 4096
@@ -84,9 +83,8 @@ class JointStage(Stage):
         super().__init__(recipe, source, shapes, folder, accelerator, together, quiet, Pass("all layers together", 1, 1))
 
     def _rates(self) -> tuple[float, int, str]:
-        train = self.recipe.train
-        assert train.lr is not None
-        lr = RATE * train.lr if train.joint_lr is None else train.joint_lr
+        lr = self.recipe.train.joint_lr
+        assert lr is not None
         return lr, max(1, round(WARMUP * self.steps)), "linear"
 
     def _make_layers(self, shapes: dict[int, LayerSpec]) -> dict[int, Trainable]:

@@ -98,7 +98,7 @@ class Stage:
         self.steps, self.step_tokens = source.steps, source.rows_a_step * source.blocks.context
         self.layers = self._make_layers(shapes)
         self.windows = {index: Window.empty(layer, self.device) for index, layer in self.layers.items()}
-        self.balances = balances_of(self.layers, train.balance, self._sum_over_processes, self.device)
+        self.balances = balances_of(self.layers, train.balance or 0.0, self._sum_over_processes, self.device)
         self.losses: dict[int, list[Tensor]] = {index: [] for index in self.layers}  # of the steps since the last log line
         lr, warmup, schedule = self._rates()
         self.optimiser = Optimiser(
@@ -146,7 +146,7 @@ class Stage:
     def _initialise(self) -> None:
         """Initialise from tokens or from another conversion, if the recipe says so. Called for a stage that has no saved state."""
         start, init = time.monotonic(), self.recipe.train.init
-        if init is not None and is_warm(init):
+        if is_warm(init):
             copy_layers(self.layers, init)
         if init == "tokens":
             self._choose_k(0)
@@ -169,7 +169,7 @@ class Stage:
         share = counted_B.sum() / total if self.together else None
         for index, layer in self.layers.items():
             x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
-            terms = train.jacobian, moved.get(index), self.balances.get(index)
+            terms = train.jacobian or 0.0, moved.get(index), self.balances.get(index)
             loss = forward_backward(layer, x_BI, y_BO, counted_B, train.precision, l1, share, self.windows[index], *terms)
             self.losses[index].append(loss)
 

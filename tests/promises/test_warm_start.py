@@ -87,6 +87,18 @@ def test_the_folder_stays_on_this_machine(first, models, text, tmp_path):
     assert mxd_convert.verify_provenance(tmp_path / "warm").ok
 
 
+@pytest.mark.parametrize("kind", ["mxd", "transcoder"])
+def test_open_keys_of_the_layer_come_from_the_other_conversion(models, text, tmp_path, kind):
+    """A checkpoint made with another default needs no more settings than one made with this default."""
+    own = {"kind": kind, **({"hidden": 20, "shared_expert": False} if kind == "mxd" else {})}
+    first = small_recipe(models["llama"], text, tmp_path / "first", layers=[0, 2], layer=own, data={"tokens": 1024})
+    mxd_convert.convert(first, quiet=True)
+    recipe = warm(models, text, tmp_path / "warm", tmp_path / "first", layer={"kind": kind}, train={"balance": None})
+    plan = mxd_convert.make_plan(mxd_convert.load_recipe(recipe))
+    assert (plan.shapes[2].d_hidden, plan.shapes[2].shared_expert) == (own.get("hidden", 0), False)
+    assert plan.recipe.train.balance == 0.0
+
+
 def test_layers_that_dont_fit_are_refused(first, models, text, tmp_path, refused):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(warm(models, text, tmp_path / "out", first)))

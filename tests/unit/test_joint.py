@@ -26,6 +26,7 @@ from mxd_convert.training.joint import JointStage, LayerInModel
 from mxd_convert.training.loop import JOINT, Training, memory_advice
 
 SHARE = {"joint": 0.4}
+TRAIN = {"lr": 3e-2, "joint_lr": 6e-3, "k_init": 4, "init": "tokens"}
 
 
 def layers_for(source, kind="mxd"):
@@ -47,7 +48,7 @@ def joint_stage(source, models, text, tmp_path):
     """Return a function that makes a joint stage of two layers of a tiny Llama."""
 
     def make(kind="mxd", steps=30, **changes):
-        plain = small_recipe(models["llama"], text, tmp_path / "out", train={"lr": 3e-2, "k_init": 4, "init": "tokens"})
+        plain = small_recipe(models["llama"], text, tmp_path / "out", train=TRAIN)
         recipe = mxd_convert.load_recipe(plain)
         here = source(steps=steps, **changes)
         device = Accelerator(cpu=True)

@@ -7,8 +7,9 @@ import yaml
 from project import ROOT
 
 from mxd_convert.errors import InputError
+from mxd_convert.recipe.kinds import KINDS
 from mxd_convert.recipe.load import load_recipe, parse_overrides, shipped_recipes
-from mxd_convert.recipe.presets import resolve_hidden, resolve_precision, resolve_train
+from mxd_convert.recipe.presets import resolve_layer, resolve_precision, resolve_train
 from mxd_convert.recipe.schema import PRESET_KEYS, Recipe, json_schema, layer_indices
 
 MINIMAL = {"base": {"model": "openai-community/gpt2"}}
@@ -160,24 +161,40 @@ def test_layer_ranges_are_parsed():
 
 def test_presets_fill_in_open_keys():
     open_recipe = load_recipe({**MINIMAL, "layer": {"k": 32}})
-    paper = resolve_train(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 768, 21_490).train
+    paper = resolve_train(load_recipe({**MINIMAL, "layer": {"k": 32}, "train": {"preset": "paper"}}), 768, 21_490).train
     expected = {"lr": 1e-4, "batch_tokens": 4096, "warmup_steps": 5000, "schedule": "constant", "init": "paper"}
-    assert {key: getattr(paper, key) for key in PRESET_KEYS["train"]} == {**expected, "k_init": 32, "joint": 0.0}
-    fast = resolve_train(open_recipe, 256, 7168).train
+    assert {key: getattr(paper, key) for key in PRESET_KEYS["train"]} == {
+        **expected,
+        "k_init": 32,
+        "joint": 0.0,
+        "joint_lr": 2e-5,
+        "jacobian": 0.0,
+        "balance": 0.0,
+    }
+    fast = resolve_train(resolve_layer(open_recipe, 1024), 256, 7168).train
     expected = {"lr": 5e-3, "batch_tokens": 4096, "warmup_steps": 3515, "schedule": "trapezoid", "init": "tokens"}
-    assert {key: getattr(fast, key) for key in PRESET_KEYS["train"]} == {**expected, "k_init": 128, "joint": 0.4}
+    assert {key: getattr(fast, key) for key in PRESET_KEYS["train"]} == {
+        **expected,
+        "k_init": 128,
+        "joint": 0.4,
+        "joint_lr": 1e-3,
+        "jacobian": 0.0,
+        "balance": 0.0,
+    }
     assert resolve_train(load_recipe({**MINIMAL, "layer": {"sparsity": "l1"}}), 64, 50).train.joint == 0
     assert resolve_train(open_recipe, 64, 50).train.k_init == 50
     own = load_recipe({**MINIMAL, "train": {"init": "paper", "k_init": 40, "lr": 1e-3}})
     assert (resolve_train(own, 64, 50).train.init, resolve_train(own, 64, 50).train.k_init) == ("paper", 40)
 
 
-@pytest.mark.parametrize("kind", ["mxd", "random_gate", "dense_twin", "transcoder", "skip_transcoder"])
-def test_the_preset_sets_the_hidden_width_to_a_quarter(kind):
-    recipe = load_recipe({**MINIMAL, "layer": {"k": 4, "kind": kind}})
-    assert resolve_hidden(recipe, 172).layer.hidden == (None if "transcoder" in kind else 43)
-    assert resolve_hidden(load_recipe({**MINIMAL, "train": {"preset": "paper"}}), 172).layer.hidden is None
-    assert resolve_hidden(load_recipe({**MINIMAL, "layer": {"kind": kind, "hidden": 99}}), 172).layer.hidden == 99
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_the_preset_sets_hidden_width_and_shared_expert(kind):
+    layer = resolve_layer(load_recipe({**MINIMAL, "layer": {"k": 4, "kind": kind}}), 172).layer
+    assert (layer.hidden, layer.shared_expert) == (None if "transcoder" in kind else 43, False)
+    paper = resolve_layer(load_recipe({**MINIMAL, "layer": {"kind": kind}, "train": {"preset": "paper"}}), 172).layer
+    assert (paper.hidden, paper.shared_expert) == (None, False)
+    own = resolve_layer(load_recipe({**MINIMAL, "layer": {"kind": kind, "hidden": 99, "shared_expert": False}}), 172).layer
+    assert (own.hidden, own.shared_expert) == (99, False)
 
 
 def test_only_a_product_can_have_a_shared_expert():
