@@ -17,8 +17,11 @@ def flops_per_token(plan: Plan, groups: Sequence[Sequence[int]]) -> int:
     alone = learning + sum(_forward(plan, max(group)) for group in groups)
     if plan.recipe.train.jacobian:  # some tokens take a step, in a layer and in its MLP
         alone += (learning + sum(_of_the_mlp(site) for site in plan.sites)) // EVERY
+    balance = 0
+    if plan.recipe.train.balance:  # covariances of gain and product, and one forward and backward through the slopes
+        balance = sum(8 * layer.shape.d_out**2 for layer in plan.layers if layer.shape.traits.is_product)
     joint = plan.joint_steps
-    return (alone * (plan.steps - joint) + (learning + _through(plan)) * joint) // plan.steps
+    return balance + (alone * (plan.steps - joint) + (learning + _through(plan)) * joint) // plan.steps
 
 
 def _through(plan: Plan) -> int:

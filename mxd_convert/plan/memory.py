@@ -144,8 +144,10 @@ def _libraries(recipe: Recipe) -> int:
 def _step(recipe: Recipe, layer: LayerPlan, tokens: int) -> int:
     """Return the peak of intermediate tensors in one layer's forward and backward."""
     hidden = 4 * tokens * (6 if layer.shape.glu else 4) * layer.shape.d_hidden
-    factors = 10 if recipe.train.balance and layer.shape.traits.is_product else 0  # centred and weighted, for the balance term
+    balance = bool(recipe.train.balance) and layer.shape.traits.is_product
+    factors = 12 if balance else 0  # centred and weighted, for the balance term
     outputs = 4 * tokens * ((10 + factors) * layer.shape.d_out + 2 * layer.shape.d_in)
+    outputs += 4 * 8 * layer.shape.d_out**2 if balance else 0  # covariances, their sums and slopes
     gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk(device_of(recipe), 4 * layer.shape.n_experts))
     return hidden + outputs + 4 * gates * layer.shape.n_experts * (3 if recipe.layer.sparsity == "l1" else 1)
 

@@ -1,4 +1,4 @@
-"""The balance term keeps gate, hidden, product and identity share above their floors."""
+"""The balance term keeps gate, hidden, product and identity share and the directions of the gain above their floors."""
 
 import json
 
@@ -26,20 +26,18 @@ def factors(spread: float, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3, TOKENS, WIDTH, generator=generator, dtype=dtype)
     parameters = torch.tensor([0.4, spread], dtype=dtype, requires_grad=True)
-    return 2 + parameters[0] * noise[0], -3 + parameters[1] * (noise[1] + 0.5 * noise[0]), parameters
+    gain = noise[0] + 0.7 * noise[2, :, :1]  # not as many directions as outputs
+    return 2 + parameters[0] * gain, -3 + parameters[1] * (noise[1] + 0.5 * noise[0]), parameters
 
 
 def settled(gain, linear, loss=2.0, pieces=((0, TOKENS),), weight=0.5, counted=COUNTED):
     """Return the balance term of a step, summed over pieces, as the training does. The first step measures the shift."""
     one = Balance(WIDTH, weight, lambda tensor: tensor, CPU)
     for _ in range(2):
-        moments = [
-            one.measure(gain[a:b], linear[a:b], STRENGTH[a:b], torch.tensor(loss), counted[a:b])
-            * (counted[a:b].sum() / counted.sum())
-            for a, b in pieces
-        ]
+        parts = [one.measure(gain[a:b], linear[a:b], STRENGTH[a:b], torch.tensor(loss), counted[a:b]) for a, b in pieces]
         one.settle()
-        terms = [one.term(part) for part in moments]
+        shares = [counted[a:b].sum() / counted.sum() for a, b in pieces]
+        terms = [share * one.term(part) for share, part in zip(shares, parts, strict=True)]
     return torch.stack(terms).sum()
 
 
@@ -51,25 +49,37 @@ def exact(gain, linear, loss=2.0, weight=0.5):
     g, u, y, v = (feature - mean for feature, mean in zip(features, means, strict=True))
     zero = torch.zeros(4, WIDTH, dtype=torch.float64)
     pairs = [(a * b).mean(0) for a, b in ((g, g), (u, u), (y, y), (v, v), (g, u), (g, y), (u, y), (u, v), (v, y))]
-    return weight * loss * balance.shortfall(torch.stack([*zero, *pairs]), means)
+    return weight * loss * balance.shortfall(torch.stack([*zero, *pairs]), torch.stack([g.T @ g, y.T @ y]) / len(g), means)
+
+
+def participation(rows) -> float:
+    values = torch.linalg.eigvalsh(torch.cov(rows.T, correction=0))
+    return (values.sum().square() / values.square().sum()).item()
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.4, 2.0])
 def test_the_shares_are_those_of_the_evaluation(spread, monkeypatch):
+    floors = {**FLOORS, "directions": 2.0}
     monkeypatch.setattr(balance, "CONSTANT", 0.0)
+    monkeypatch.setattr(balance, "FLOORS", floors)
     gain, linear, _ = factors(spread, torch.float64)
-    found = Moments(dense_path=False)
-    found.add({"g": gain, "u": linear, "v": STRENGTH.double().unsqueeze(-1) * linear, "y": gain * linear})
-    reference, _ = shares(found)
-    expected = sum(max(0.0, floor - reference[f"{name}_share"]) for name, floor in FLOORS.items())
+    moments = Moments(dense_path=False)
+    moments.add({"g": gain, "u": linear, "v": STRENGTH.double().unsqueeze(-1) * linear, "y": gain * linear})
+    reference, _ = shares(moments)
     g, u, y, v = gain, linear, gain * linear, STRENGTH.double().unsqueeze(-1) * linear
+    found = {name: reference[f"{name}_share"] for name in FLOORS if name != "directions"}
+    found["directions"] = participation(g * u.square().mean(0).sqrt()) / participation(y)
+    expected = sum(max(0.0, floors[name] - found[name]) for name in floors)
     terms = g, u, y, v, g * g, u * u, y * y, v * v, g * u, g * y, u * y, u * v, v * y
-    moments = torch.stack([term.mean(0) for term in terms])
-    assert balance.shortfall(moments, torch.zeros(4, WIDTH, dtype=torch.float64)).item() == pytest.approx(expected, abs=1e-6)
+    moments, pairs = torch.stack([term.mean(0) for term in terms]), torch.stack([g.T @ g, y.T @ y]) / TOKENS
+    zero = torch.zeros(4, WIDTH, dtype=torch.float64)
+    assert balance.shortfall(moments, pairs, zero).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.4])
-def test_its_gradient_is_that_of_the_shortfall(spread):
+@pytest.mark.parametrize("directions", [0.0, 2.0])
+def test_its_gradient_is_that_of_the_shortfall(spread, directions, monkeypatch):
+    monkeypatch.setattr(balance, "FLOORS", {**FLOORS, "directions": directions})
     gain, linear, parameters = factors(spread)
     (found,) = torch.autograd.grad(settled(gain, linear), parameters)
     gain, linear, parameters = factors(spread)
@@ -78,7 +88,8 @@ def test_its_gradient_is_that_of_the_shortfall(spread):
     torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-5)
 
 
-def test_its_gradients_add_up_over_the_pieces_of_a_step():
+def test_its_gradients_add_up_over_the_pieces_of_a_step(monkeypatch):
+    monkeypatch.setattr(balance, "FLOORS", {**FLOORS, "directions": 2.0})
     whole, parts = factors(0.1), factors(0.1)
     (expected,) = torch.autograd.grad(settled(*whole[:2]), whole[2])
     (found,) = torch.autograd.grad(settled(*parts[:2], pieces=((0, 100), (100, 130), (130, TOKENS))), parts[2])
@@ -114,12 +125,18 @@ def balanced(models, text, folder, layer=BALANCED, **train):
     return recipe
 
 
+def reached(layer) -> dict[str, float]:
+    """Return the figures of a report that have floors."""
+    shares = {name.removesuffix("_share"): value for name, value in layer.items() if name.endswith("_share")}
+    return {**shares, "directions": layer["gain_dimensions"] / layer["output_dimensions"]}
+
+
 def test_training_with_it_raises_the_shares_that_are_too_low(models, text, tmp_path):
     lowest = {}
     for weight in (0.0, 2.0):
         result = mxd_convert.convert(balanced(models, text, tmp_path / str(weight), balance=weight), quiet=True)
         layers = result.report["reliance"]["layers"].values()
-        lowest[weight] = [min(layer[f"{name}_share"] / floor for name, floor in FLOORS.items()) for layer in layers]
+        lowest[weight] = [min(reached(layer)[name] / floor for name, floor in FLOORS.items()) for layer in layers]
     assert max(lowest[0.0]) < 0.7
     assert all(after > before for before, after in zip(lowest[0.0], lowest[2.0], strict=True))
 
@@ -142,3 +159,14 @@ def test_a_checkpoint_with_a_shared_expert_names_its_format(models, text, tmp_pa
         mxd = json.loads((output / "config.json").read_text())["mxd"]
         versions[shared] = mxd["format_version"], {"shared_expert" in entry for entry in mxd["layers"].values()}
     assert versions == {True: (3, {True}), False: (1, {False})}
+
+
+def test_the_card_states_what_the_layers_were_trained_for(models, text, tmp_path):
+    for weight, shared in ((0.5, True), (0.0, False)):
+        layer = {**BALANCED, "skip": False, "shared_expert": shared}
+        recipe = balanced(models, text, tmp_path / str(shared), layer, balance=weight, jacobian=weight)
+        card = (mxd_convert.convert(recipe, quiet=True).output / "README.md").read_text()
+        assert f"`y = ({'c_0 + ' * shared}C^T a) * (D^T z) + b`" in card
+        for sentence in ("A shared expert, `c_0`", "A balance term (weight 0.50)", "were matched (weight 0.50)"):
+            assert (sentence in card) == shared, sentence
+        assert ("High shares are therefore no evidence on their own" in card) == shared

@@ -16,6 +16,8 @@ from mxd_convert.plan import memory, timing
 from mxd_convert.plan.flops import flops_per_token, joint_forwards
 from mxd_convert.plan.memory import check_memory, shares
 from mxd_convert.plan.resolve import check_processes
+from mxd_convert.training.balance import Balance
+from mxd_convert.training.derivatives import EVERY
 from mxd_convert.training.joint import LayerInModel
 from mxd_convert.training.stage import make_layer
 
@@ -58,7 +60,7 @@ def forward_of(plan, last: int) -> float:
     ],
 )
 def test_planned_products_equal_the_count_of_torch(planned, family, layer):
-    plan = planned(family, layers=[0, 1], layer=layer)
+    plan = planned(family, layers=[0, 1], layer=layer, train={"jacobian": 0.0, "balance": 0.0})
     [first, second] = plan.layers
     shape = first.shape
     module = make_layer(shape, 0, first.index, "paper")
@@ -76,13 +78,35 @@ def test_planned_products_equal_the_count_of_torch(planned, family, layer):
     apart = flops_per_token(plan, [[0], [1]]) - flops_per_token(plan, [[0, 1]])
     assert apart == forward_of(plan, 0)
     assert second.parameters == first.parameters
+    taking_steps = planned(family, layers=[0, 1], layer=layer, train={"jacobian": 0.02, "balance": 0.0})
+    base = load_base(plan.recipe.base)
+    mlp = base.get_submodule(plan.sites[0].path)
+    in_mlp = counted(lambda: mlp(torch.randn(1, TOKENS, shape.d_in)))
+    assert flops_per_token(taking_steps, [[0, 1]]) - expected == (2 * (counted(step) + sparse) + 2 * in_mlp) / EVERY
+
+
+@pytest.mark.parametrize("joint", [0.0, 0.5])
+def test_planned_products_of_the_balance_term_equal_the_count_of_torch(planned, joint):
+    plan, without = (planned("llama", train={"balance": weight, "joint": joint}) for weight in (0.5, 0.0))
+    width = plan.shapes[0].d_out
+    balance = Balance(width, 0.5, lambda sums: sums, torch.device("cpu"))
+
+    def step() -> None:
+        gain, linear = (torch.randn(TOKENS, width, requires_grad=True) for _ in range(2))
+        measured = balance.measure(gain, linear, torch.ones(TOKENS), torch.tensor(1.0), torch.ones(TOKENS).bool())
+        balance.settle()
+        balance.term(measured).backward()
+
+    passes = [[layer.index for layer in plan.layers]]
+    expected = len(plan.layers) * counted(step)
+    assert flops_per_token(plan, passes) - flops_per_token(without, passes) == expected > 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 @pytest.mark.parametrize("kind", ["mxd", "skip_transcoder", "dense_twin", "random_gate"])
 def test_planned_products_of_a_joint_stage_equal_the_count_of_torch(planned, family, kind):
     settings = {"layers": [1, 2], "layer": {"kind": kind}}
-    plan, without = (planned(family, **settings, train={"joint": share}) for share in (0.5, 0.0))
+    plan, without = (planned(family, **settings, train={"joint": share, "balance": 0.0}) for share in (0.5, 0.0))
     assert (plan.steps, plan.joint_steps) == (16, 8)
     base = load_base(plan.recipe.base).requires_grad_(False)
     base.config._attn_implementation = "sdpa"
@@ -160,7 +184,8 @@ def test_the_memory_error_of_a_resumed_run_says_how_to_resume(planned):
 
 def test_a_context_longer_than_a_forward_is_counted(planned):
     """A forward takes whole blocks, and the initialisation reads at least one forward."""
-    short, long = (planned(data={"context": context}, train={"init": "tokens"}) for context in (32, 128))
+    small = {"layer": {"hidden": 12, "shared_expert": False}, "train": {"init": "tokens", "jacobian": 0.0}}
+    short, long = (planned(data={"context": context}, **small) for context in (32, 128))
     whole = [memory._training(plan, plan.layers, 1, None) for plan in (short, long)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "FORWARD_TOKENS", 64)
@@ -194,7 +219,7 @@ def test_the_joint_stage_is_timed_by_its_products(planned, monkeypatch):
     """With all MLPs converted, the converted model's forward and backward are those of attention, head and layers."""
     monkeypatch.setattr(timing, "_forward_seconds", lambda *arguments: (1.0, 0.0))
     monkeypatch.setattr(timing, "_layer_seconds", lambda *arguments: (0.0, 0.0))
-    train = {"joint": 0.5, "init": "paper"}
+    train = {"joint": 0.5, "init": "paper", "jacobian": 0.0}
     plan, alone = planned(layers="all", train=train), planned(layers="all", train={**train, "joint": 0.0})
     joint, without = (timing.measure_machine(one).training_seconds for one in (plan, alone))
     depth = len(plan.depth_weights)
