@@ -47,6 +47,15 @@ class Kind:
         """Return whether the layer's output is the product of a gain and a linear factor."""
         return self.has_linear and self.has_experts and not self.adds
 
+    def formula(self, shared_expert: bool, skip: bool) -> str:
+        """Return the layer's output as a formula, such as `y = (C^T a) * (D^T z) + b`."""
+        gain, linear = "C^T a", "D^T z"
+        if self.is_product:
+            terms = [f"(c_0 + {gain}) * ({linear})" if shared_expert else f"({gain}) * ({linear})"]
+        else:
+            terms = [gain] * self.has_experts + [linear] * self.has_linear
+        return " + ".join(["y = " + terms[0], *terms[1:], *["S x"] * (skip or self.has_skip), "b"])
+
 
 _MXD = Kind("mxd", "MxD", "Mixture-of-Decoders", ("mxd", "mixture-of-decoders"), colour="#7b2d8b", marker="o")
 _RANDOM_GATE = replace(_MXD, name="random_gate", title="MxD, random gate", learns_gate=False, colour="#c9952b", marker="^")

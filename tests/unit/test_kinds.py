@@ -149,6 +149,18 @@ def test_the_three_tables_of_kinds_agree():
         assert kinds.KINDS[name].has_linear == ("d_hidden" in sizes)
 
 
+def test_formulas_name_the_parts_of_each_kind():
+    assert {name: kind.formula(shared_expert=False, skip=False) for name, kind in kinds.KINDS.items()} == {
+        "mxd": "y = (C^T a) * (D^T z) + b",
+        "random_gate": "y = (C^T a) * (D^T z) + b",
+        "transcoder": "y = C^T a + b",
+        "skip_transcoder": "y = C^T a + S x + b",
+        "dense_assisted": "y = C^T a + D^T z + b",
+        "dense_twin": "y = D^T z + b",
+    }
+    assert kinds.KINDS["mxd"].formula(shared_expert=True, skip=True) == "y = (c_0 + C^T a) * (D^T z) + S x + b"
+
+
 def test_k_is_stored_once():
     layer = small_layer("mxd")
     assert (layer.k, layer.expert_acts.k) == (K, K)

@@ -199,7 +199,7 @@
   function showNotes() {
     MXD.explain($("notes"), [
       ["Text", `${MXD.source(summary)}; fingerprint ${summary.data.fingerprint.slice(0, 16)}.`],
-      ["Coefficient", "Activation of the expert on a token: an entry of a in y = (Cᵀa) ∗ (Dᵀz) + b. The expert fires where it is positive."],
+      ["Coefficient", "Activation of the expert on a token. The expert's contribution to the output is proportional to it. The expert fires where it is positive."],
       ["Direct effect", `The expert's contribution to the layer's output, a (c ∗ u), scaled by the final norm at that token, times the unembedding. It does not pass through the layers above. Logits are centred over the vocabulary. The mean is over all tokens on which the expert fires, the standard deviation over ${summary.samples} of them drawn at random.`],
       ["Weight", "D diag(c), the expert's linear map from the hidden units to the output. Norm: Frobenius norm."],
       ["Top contexts", "At most one per block. Contexts whose last eight tokens are equal are shown once. Later tokens, which the expert can't see, are pale."],

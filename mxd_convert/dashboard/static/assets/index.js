@@ -303,7 +303,7 @@
     const few = summary.data.tokens < least ? ` This text has fewer than ${MXD.whole(least)} tokens, too few to detect rare experts.` : "";
     MXD.explain($("notes"), [
       ["Text", `${MXD.source(summary)}; fingerprint ${summary.data.fingerprint.slice(0, 16)}. No expert was trained on held-out text.`],
-      ["Coefficient", "Activation of an expert on a token: an entry of a in y = (Cᵀa) ∗ (Dᵀz) + b. The expert fires where it is positive."],
+      ["Coefficient", "Activation of an expert on a token. The expert's contribution to the output is proportional to it. The expert fires where it is positive."],
       ["Dead", "Never fired on this text. Some may fire on more text."],
       ["Rare", `Fired, but on fewer than one token in ${MXD.whole(Math.round(1 / rare))}.${few}`],
       ["Always on", `Fires on more than ${MXD.percent(always)} of the tokens.`],
