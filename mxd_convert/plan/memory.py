@@ -63,13 +63,21 @@ def base_room(plan: Plan, room: int) -> int | None:
 
 
 def _held(recipe: Recipe, group: Sequence[LayerPlan], whole_gradients: bool) -> int:
-    """Return the bytes of weights, moments and gradients. Gate and experts have whole gradients only for L1 or shared batches."""
+    """Return the bytes of weights, moments, gradients and balance terms.
+
+    Gate and experts have whole gradients only for L1 or shared batches.
+    """
     held = 0
     for layer in group:
         rows = layer.shape.n_experts * (layer.shape.d_in + layer.shape.d_out)
         whole = layer.parameters if whole_gradients or recipe.layer.sparsity == "l1" else layer.parameters - rows
         held += layer.parameters * (4 + (4 if recipe.train.moments == "bf16" else 8)) + 4 * whole
+        held += 4 * 3 * layer.shape.d_out**2 if _is_balanced(recipe, layer) else 0  # slopes and sums of covariances
     return held
+
+
+def _is_balanced(recipe: Recipe, layer: LayerPlan) -> bool:
+    return bool(recipe.train.balance) and layer.shape.traits.is_product
 
 
 def _chunk_of_the_optimiser(recipe: Recipe, group: Sequence[LayerPlan]) -> int:
@@ -144,10 +152,10 @@ def _libraries(recipe: Recipe) -> int:
 def _step(recipe: Recipe, layer: LayerPlan, tokens: int) -> int:
     """Return the peak of intermediate tensors in one layer's forward and backward."""
     hidden = 4 * tokens * (6 if layer.shape.glu else 4) * layer.shape.d_hidden
-    balance = bool(recipe.train.balance) and layer.shape.traits.is_product
+    balance = _is_balanced(recipe, layer)
     factors = 12 if balance else 0  # centred and weighted, for the balance term
     outputs = 4 * tokens * ((10 + factors) * layer.shape.d_out + 2 * layer.shape.d_in)
-    outputs += 4 * 8 * layer.shape.d_out**2 if balance else 0  # covariances, their sums and slopes
+    outputs += 4 * 8 * layer.shape.d_out**2 if balance else 0  # covariances, and what their slopes are computed from
     gates = tokens if recipe.layer.sparsity == "l1" else min(tokens, rows_a_chunk(device_of(recipe), 4 * layer.shape.n_experts))
     return hidden + outputs + 4 * gates * layer.shape.n_experts * (3 if recipe.layer.sparsity == "l1" else 1)
 

@@ -49,12 +49,15 @@ class Kind:
 
     def formula(self, shared_expert: bool, skip: bool) -> str:
         """Return the layer's output as a formula, such as `y = (C^T a) * (D^T z) + b`."""
-        gain, linear = "C^T a", "D^T z"
-        if self.is_product:
-            terms = [f"(c_0 + {gain}) * ({linear})" if shared_expert else f"({gain}) * ({linear})"]
-        else:
-            terms = [gain] * self.has_experts + [linear] * self.has_linear
-        return " + ".join(["y = " + terms[0], *terms[1:], *["S x"] * (skip or self.has_skip), "b"])
+        gain, linear = "c_0 + C^T a" if shared_expert else "C^T a", "D^T z"
+        parts = {
+            f"({gain}) * ({linear})": self.is_product,
+            gain: self.has_experts and not self.is_product,
+            linear: self.has_linear and not self.is_product,
+            "S x": skip or self.has_skip,
+            "b": True,
+        }
+        return "y = " + " + ".join(part for part, is_there in parts.items() if is_there)
 
 
 _MXD = Kind("mxd", "MxD", "Mixture-of-Decoders", ("mxd", "mixture-of-decoders"), colour="#7b2d8b", marker="o")

@@ -27,6 +27,9 @@ FLOORS = {"gate": 0.75, "hidden": 0.35, "product": 0.13, "identity": 0.7, "direc
 # A factor whose variance is below this share of its mean square counts as constant. The slopes would be too steep at the first steps,
 # in which the linear factor has hardly begun to vary.
 CONSTANT = 1e-3
+# Over this distance below its floor, a figure's slope grows from 0 to 1. With a kink at the floor, where figures settle, the term is
+# switched on and off from step to step, and rounding decides when.
+RAMP = 0.05
 MOMENTS = 13  # means of g, u, y, v, gg, uu, yy, vv, gu, gy, uy, uv, vy, with each feature minus its shift
 
 
@@ -118,7 +121,7 @@ def tensors_of(balances: Mapping[int, Balance]) -> dict[str, Tensor]:
 
 
 def shortfall(moments_MO: Tensor, pairs_2OO: Tensor, shift_4O: Tensor) -> Tensor:
-    """Return by how much the shares and the gain's directions are below `FLOORS`, summed: a scalar.
+    """Return by how much the shares and the gain's directions are below `FLOORS`, summed: a scalar. Small distances count less.
 
     moments: see `MOMENTS`. pairs: the means of g_o g_p and of y_o y_p, with each feature minus its shift.
     """
@@ -141,7 +144,8 @@ def shortfall(moments_MO: Tensor, pairs_2OO: Tensor, shift_4O: Tensor) -> Tensor
     weight_O = of_u.sqrt()
     directions = _directions((pairs_2OO[0] - torch.outer(g, g)) * torch.outer(weight_O, weight_O))
     short.append(FLOORS["directions"] - directions / _directions((pairs_2OO[1] - torch.outer(y, y)).detach()))
-    return F.relu(torch.stack(short)).sum()
+    below = F.relu(torch.stack(short))
+    return torch.where(below < RAMP, below.square() / (2 * RAMP), below - RAMP / 2).sum()
 
 
 def _directions(covariance_OO: Tensor) -> Tensor:
