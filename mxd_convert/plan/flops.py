@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from mxd_convert.base_model.families import Site
+from mxd_convert.plan.memory import device_of
 from mxd_convert.plan.resolve import Plan
 from mxd_convert.training.derivatives import EVERY
+from mxd_convert.training.joint import piece_tokens
 
 
 def flops_per_token(plan: Plan, groups: Sequence[Sequence[int]]) -> int:
@@ -33,7 +35,11 @@ def _through(plan: Plan) -> int:
     base = _whole(plan)
     kept = base - sum(_of_the_mlp(site) for site in plan.sites)
     back = head + 2 * sum(plan.depth_weights[plan.layers[0].index + 1 :]) - sum(_of_the_mlp(site) for site in plan.sites[1:])
-    return base + kept + back + sum(layer.shape.input_flops for layer in plan.layers[1:])
+    measured = 0
+    if plan.recipe.train.balance and plan.tokens // plan.steps > piece_tokens(device_of(plan.recipe)):
+        # forwards that settle the slopes of the balance terms, without the head
+        measured = base + kept - 2 * head + sum(layer.shape.forward_flops for layer in plan.layers)
+    return base + kept + measured + back + sum(layer.shape.input_flops for layer in plan.layers[1:])
 
 
 def joint_forwards(plan: Plan) -> float:

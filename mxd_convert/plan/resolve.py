@@ -193,8 +193,6 @@ def _weights_on_disk(plan: Plan) -> int:
     """
     parameters = sum(layer.parameters for layer in plan.layers)
     a_state = (8 if plan.recipe.train.moments == "bf16" else 12) * parameters
-    if plan.recipe.train.balance:  # slopes by pairs of outputs
-        a_state += sum(4 * layer.shape.d_out**2 for layer in plan.layers if layer.shape.traits.is_product)
     alone = a_state + 4 * parameters if plan.joint_steps else 0
     twin = _weights_on_disk(twin_of(plan)) if plan.recipe.train.twin else 0
     return 4 * plan.converted_parameters + 3 * a_state + alone + twin + _dashboard_on_disk(plan)

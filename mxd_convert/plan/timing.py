@@ -146,7 +146,8 @@ def _layer_seconds(plan: Plan, layer: LayerPlan, step_tokens: int, device: torch
         if recipe.train.jacobian:
             rows_S = torch.arange(0, count, EVERY, device=device)
             moved = Moved(rows_S, x_BI[rows_S], y_BO[rows_S])
-        balance = balances_of({0: module}, recipe.train.balance or 0.0, lambda sums: sums, device).get(0)
+        balances = balances_of({0: module}, recipe.train.balance or 0.0, lambda sums: sums, device)
+        balance = (balances[0], counted_B) if balances else None
 
         def step() -> None:
             train, terms = recipe.train, (recipe.train.jacobian or 0.0, moved, balance)

@@ -6,6 +6,7 @@ that it replaces, and are weighted to equal the KL at the first step.
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mxd_convert.data.blocks import block_order
 from mxd_convert.layers import LayerSpec, Trainable, normalised_mse
 from mxd_convert.layers.losses import kl_terms
 from mxd_convert.modeling.layers_mxd import Coefficients
-from mxd_convert.recipe.schema import Recipe
+from mxd_convert.recipe.schema import Recipe, figure_mask
+from mxd_convert.training.balance import Measured
 from mxd_convert.training.interrupt import Interrupt
 from mxd_convert.training.joint_loss import chunk_tokens, summed_kl
 from mxd_convert.training.stage import Pass, Stage
@@ -55,6 +57,22 @@ class LayerInModel(nn.Module):
             self.output = self.layer.join(x_BI, *self.factors)
         # a copy: some families add to the output of an MLP in place
         return self.output.view(*x_BTI.shape[:-1], -1).to(x_BTI.dtype, copy=True)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A forward of base and converted model on some blocks.
+
+    kl: mean KL divergence. own: the layers' own losses. measured: for the balance terms. targets: outputs of the base's MLPs. counted:
+    which tokens count; means are over these.
+    """
+
+    kl: Tensor
+    own: dict[int, Tensor]
+    measured: dict[int, Measured]
+    layers: dict[int, LayerInModel]
+    targets: dict[int, Tensor]
+    counted_B: Tensor
 
 
 class JointStage(Stage):
@@ -93,8 +111,8 @@ class JointStage(Stage):
     def _initialise(self) -> None:
         """Set the weight of the layers' own losses from the first blocks, which are the same in all processes."""
         with torch.no_grad():
-            kl, own, *_ = self._forward(self._rows(0)[: self._blocks_a_piece()])
-        self.weight = (kl / torch.stack(list(own.values())).sum().clamp_min(1e-12)).item()
+            seen = self._forward(self._rows(0)[: self._blocks_a_piece()])
+        self.weight = (seen.kl / torch.stack([*seen.own.values()]).sum().clamp_min(1e-12)).item()
 
     def _shares(self, seconds: float) -> dict[str, float]:
         return {}  # base and layers run in the same forward
@@ -129,28 +147,44 @@ class JointStage(Stage):
         total = self._agree(blocks.counted(rows, self.source.mask).sum().to(self.device), interrupt).clamp_min(1)
         losses = {index: torch.zeros((), device=self.device) for index in self.layers}
         kl_of_step = torch.zeros_like(self.kl)
-        for begin in range(0, len(rows), self._blocks_a_piece()):
-            piece = rows[begin : begin + self._blocks_a_piece()]
-            kl, own, terms, counted = self._forward(piece, keep=True)
+        pieces = [rows[begin : begin + self._blocks_a_piece()] for begin in range(0, len(rows), self._blocks_a_piece())]
+        if len(pieces) > 1 and self.balances:  # a balance term needs all of the step's tokens
+            with torch.no_grad():
+                for piece in pieces:
+                    self._add_to_balances(self._forward(piece, with_kl=False))
+            self._settle_balances()
+        for piece in pieces:
+            seen = self._forward(piece)
+            if len(pieces) == 1:
+                self._add_to_balances(seen)
+                self._settle_balances()
+            terms = [self.balances[index].of(measured) for index, measured in seen.measured.items()]
             # losses are means over the counted tokens; weighted by their share, they sum to the mean over all pieces and processes
-            share = counted / total
-            objective = share * (kl + self.weight * torch.stack([*own.values(), *terms]).sum())
-            objective.backward()
-            kl_of_step += kl.detach() * share
-            for index, loss in own.items():
+            share = seen.counted_B.sum() / total
+            own = torch.stack([*seen.own.values()]).sum()
+            (share * (seen.kl + self.weight * own) + self.weight * sum(terms)).backward()
+            kl_of_step += seen.kl.detach() * share
+            for index, loss in seen.own.items():
                 losses[index] += loss.detach() * share
+                layer = seen.layers[index]
+                self.windows[index].add(
+                    loss.detach(), layer.output.detach(), seen.targets[index], layer.coefficients, seen.counted_B
+                )
         for index, loss in losses.items():
             self.losses[index].append(loss)
-        for balance in self.balances.values():
-            balance.settle()  # the slopes of the next step: its own would need a forward of all pieces first
         self.kl += self._sum_over_processes(kl_of_step)
         self.kl_steps += 1
 
-    def _forward(self, rows: Any, keep: bool = False) -> tuple[Tensor, dict[int, Tensor], list[Tensor], Tensor]:
-        """Return the losses on some blocks: mean KL, own losses by layer, balance terms, and the number of tokens that count.
+    def _add_to_balances(self, seen: Seen) -> None:
+        for index, measured in seen.measured.items():
+            self.balances[index].add(measured)
 
-        keep: whether the blocks belong to a step, and add to the log's windows and to the balance of the layers.
-        """
+    def _settle_balances(self) -> None:
+        for balance in self.balances.values():
+            balance.settle()
+
+    def _forward(self, rows: Any, with_kl: bool = True) -> Seen:
+        """Run base and converted model on some blocks. with_kl: whether to compute the KL divergence, which is 0 otherwise."""
         source, base = self.source, self.source.base
         ids_BT = source.blocks.take(rows)
         counted_B = source.blocks.counted(rows, source.mask).flatten().to(self.device)
@@ -164,25 +198,26 @@ class JointStage(Stage):
         with replaced_mlps(base, source.sites, layers_in_model):
             output = forward(ids_BT)
         counted_BT = counted_B.view_as(ids_BT)
-        if self.in_chunks:
+        kl = torch.zeros((), device=self.device)
+        if with_kl and self.in_chunks:
             chunk = chunk_tokens(self.device.type, self._vocabulary())
             kl = summed_kl(self.tail, base_output, output, counted_BT, chunk)
-        else:
+        elif with_kl:
             kl = (kl_terms(base_output, output).sum(-1) * counted_BT).sum()
         kl = kl / counted_B.sum().clamp_min(1)
-        own: dict[int, Tensor] = {}
-        terms: list[Tensor] = []
-        for index, layer in layers_in_model.items():
-            target_BO = seen[index].outputs.flatten(0, 1).float()
-            own[index] = normalised_mse(layer.output, target_BO, counted_B)
+        targets = {index: seen[index].outputs.flatten(0, 1).float() for index in layers_in_model}
+        own = {index: normalised_mse(layer.output, targets[index], counted_B) for index, layer in layers_in_model.items()}
+        measured = {}
+        figures_B = counted_B & source.blocks.counted(rows, figure_mask(source.mask)).flatten().to(self.device)
+        for index, balance in self.balances.items():
+            layer = layers_in_model[index]
             gain, linear = layer.factors
-            if keep and gain is not None and linear is not None and (balance := self.balances.get(index)) is not None:
-                coefficients = layer.coefficients
-                strength_B = (coefficients if isinstance(coefficients, Tensor) else coefficients[0]).sum(-1)
-                terms.append(balance.term(balance.measure(gain, linear, strength_B, own[index], counted_B)))
-            if keep:
-                self.windows[index].add(own[index].detach(), layer.output.detach(), target_BO, layer.coefficients, counted_B)
-        return kl, own, terms, counted_B.sum()
+            assert gain is not None
+            assert linear is not None
+            measured[index] = balance.measure(
+                (gain, linear), layer.coefficients, layer.output, targets[index], own[index], figures_B
+            )
+        return Seen(kl, own, measured, layers_in_model, targets, counted_B)
 
     def _log_probs(self, ids_BT: Tensor) -> Tensor:
         """Return the log-probabilities (B, T, V) of the next token, from a whole forward."""

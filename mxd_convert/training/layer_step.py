@@ -20,7 +20,7 @@ def forward_backward(
     window: Window,
     jacobian: float = 0.0,
     moved: Moved | None = None,
-    balance: Balance | None = None,
+    balance: tuple[Balance, Tensor] | None = None,
 ) -> Tensor:
     """Run forward and backward of one layer on one batch, and add the step to its window.
 
@@ -35,7 +35,7 @@ def forward_backward(
         window: receives the figures for the log.
         jacobian: weight of the matching of derivatives.
         moved: the steps along which derivatives are matched; None for no matching.
-        balance: the balance term; None for none.
+        balance: the balance term, and the tokens that it is about, (B) bool; None for none.
 
     Returns:
         The loss without further terms, a scalar.
@@ -55,11 +55,13 @@ def forward_backward(
         coefficients = coefficients[0][:tokens], coefficients[1][:tokens]
     if moved is not None:
         objective = objective + jacobian * derivative_loss(output_BO, outputs[tokens:], moved, y_BO, counted_B)
+    objective = objective if share is None else objective * share
     if balance is not None and gain is not None and linear is not None:
-        strength_B = (coefficients if isinstance(coefficients, Tensor) else coefficients[0]).sum(-1)
-        moments = balance.measure(gain[:tokens], linear[:tokens], strength_B, loss, counted_B)
-        balance.settle()
-        objective = objective + balance.term(moments)
-    (objective if share is None else objective * share).backward()
+        term, figures_B = balance
+        measured = term.measure((gain[:tokens], linear[:tokens]), coefficients, output_BO, y_BO, loss, figures_B)
+        term.add(measured)
+        term.settle()
+        objective = objective + term.of(measured)
+    objective.backward()
     window.add(loss.detach(), output_BO.detach(), y_BO, coefficients, counted_B)
     return loss.detach()

@@ -169,7 +169,8 @@ class Stage:
         share = counted_B.sum() / total if self.together else None
         for index, layer in self.layers.items():
             x_BI, y_BO = (tensor.float() for tensor in batch.activations[index])
-            terms = train.jacobian or 0.0, moved.get(index), self.balances.get(index)
+            balance = (self.balances[index], batch.figures_B) if index in self.balances else None
+            terms = train.jacobian or 0.0, moved.get(index), balance
             loss = forward_backward(layer, x_BI, y_BO, counted_B, train.precision, l1, share, self.windows[index], *terms)
             self.losses[index].append(loss)
 

@@ -20,6 +20,7 @@ from mxd_convert.base_model.capture import apply_mlp, harvest
 from mxd_convert.base_model.families import Site
 from mxd_convert.base_model.swap import replaced
 from mxd_convert.data.blocks import Blocks, block_order
+from mxd_convert.recipe.schema import figure_mask
 from mxd_convert.training.derivatives import EVERY, Moved, move
 
 BUFFER_BYTES = 2**28  # of a buffer, in float32
@@ -38,10 +39,11 @@ def buffer_steps(step_tokens: int, sites: Iterable[Site]) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """The activations of a step, (x_BI, y_BO) by layer index, and which tokens count, (B) bool."""
+    """The activations of a step, (x_BI, y_BO) by layer index; which tokens count, and which are in figures of layers, (B) bool."""
 
     activations: dict[int, tuple[Tensor, Tensor]]
     counted_B: Tensor
+    figures_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Activations:
         self.seconds = {"base": 0.0, "data": 0.0}
         self._first = -1  # first step of the buffer
         self._bounds = np.zeros(0, dtype=np.int64)
-        self._counted = torch.zeros(0, dtype=torch.bool)
+        self._counted = self._figures = torch.zeros(0, dtype=torch.bool)
         # position of the token towards whose input a token takes a step; -1 for no step
         self._partners = torch.zeros(0, dtype=torch.int64)
         self._moved: tuple[int, dict[int, Moved]] = (-1, {})  # step and its moved inputs
@@ -95,7 +97,7 @@ class Activations:
             self._fill(first)
         tokens = slice(*self._bounds[step - first : step - first + 2].tolist())
         activations = {index: (inputs[tokens], outputs[tokens]) for index, (inputs, outputs) in self._buffers.items()}
-        return Batch(activations, self._counted[tokens])
+        return Batch(activations, self._counted[tokens], self._figures[tokens])
 
     @torch.no_grad()
     def moved(self, step: int) -> dict[int, Moved]:
@@ -121,10 +123,16 @@ class Activations:
     def read(self, rows: Any, indices: Iterable[int]) -> Batch:
         """Return the activations of the layers `indices` on the blocks `rows`, unshuffled, and all of them in every process."""
         ids_BT = self.source.blocks.take(rows)
-        counted_B = self.source.blocks.counted(rows, self.source.mask).flatten().to(self.device)
+        masks = self._masks(rows)
         wanted = set(indices)
         seen = self._seen(ids_BT, [site for site in self.source.sites if site.index in wanted])
-        return Batch({index: (x.to(self.device), y.to(self.device)) for index, (x, y) in seen.items()}, counted_B)
+        return Batch({index: (x.to(self.device), y.to(self.device)) for index, (x, y) in seen.items()}, *masks)
+
+    def _masks(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """Return which tokens of some blocks count in the loss, and which are in figures, as flat tensors."""
+        masks = self.source.mask, figure_mask(self.source.mask)
+        counted_B, figures_B = (self.source.blocks.counted(rows, mask).flatten().to(self.device) for mask in masks)
+        return counted_B, counted_B & figures_B
 
     @torch.no_grad()
     def _fill(self, first: int) -> None:
@@ -137,15 +145,13 @@ class Activations:
         self._partners = torch.from_numpy(partners).to(self.device)
         mine = rows[process::processes]
         a_forward = max(1, min(-(-source.rows_a_step // processes), FORWARD_TOKENS // source.blocks.context))
-        self._counted = torch.zeros(positions.size, dtype=torch.bool, device=self.device)
+        self._counted, self._figures = torch.zeros(2, positions.size, dtype=torch.bool, device=self.device)
         self.seconds["data"] += time.perf_counter() - start
         for begin in range(0, len(mine), a_forward):
             start = time.perf_counter()
             ids_BT = source.blocks.take(mine[begin : begin + a_forward])
             position = torch.from_numpy(positions[begin : begin + a_forward].flatten()).to(self.device)
-            self._counted[position] = (
-                source.blocks.counted(mine[begin : begin + a_forward], source.mask).flatten().to(self.device)
-            )
+            self._counted[position], self._figures[position] = self._masks(mine[begin : begin + a_forward])
             self.seconds["data"] += time.perf_counter() - start
             self._harvest(ids_BT, position, positions.size)
         self._first = first

@@ -33,7 +33,7 @@ def test_two_processes_train_the_layers_of_one_even_if_interrupted(models, text,
     """Each of two processes takes half of every batch; the layers equal those of one process."""
     settings = {"layers": [0, 2], "data": {"tokens": 65_536}, "train": {"checkpoint_every": 3, "init": "tokens", **terms}}
     if terms:
-        settings["layer"] = {"skip": True, "shared_expert": True}
+        settings["layer"] = {"shared_expert": True}
     one = convert(small_recipe(models["gpt_neox"], text, tmp_path / "one", **settings), quiet=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(small_recipe(models["gpt_neox"], text, tmp_path / "two", **settings)))

@@ -14,10 +14,14 @@ from mxd_convert.training import balance
 from mxd_convert.training.balance import FLOORS, Balance
 from mxd_convert.training.joint import JointStage
 from mxd_convert.training.stage import Stage
+from mxd_convert.training.stream import Activations
 
 CPU = torch.device("cpu")
 TOKENS, WIDTH = 600, 5
 COUNTED = torch.arange(TOKENS) % 3 > 0
+FVU = 0.2
+TARGET = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2)) + 5
+TARGET = (TARGET - TARGET[COUNTED].mean(0)) / TARGET[COUNTED].std(0, correction=0) + 5  # of variance 1
 STRENGTH = 2 + torch.randn(TOKENS, generator=torch.Generator().manual_seed(1)).square()
 
 
@@ -30,14 +34,22 @@ def factors(spread: float, dtype=torch.float32):
     return 2 + parameters[0] * gain, -3 + parameters[1] * (noise[1] + 0.5 * noise[0]), parameters
 
 
+def measured(one, gain, linear, counted, loss=1.0, rows=slice(None)):
+    """Measure tokens whose outputs are all wrong by a constant: the FVU of the step is `FVU`."""
+    target = TARGET[rows]
+    error = FVU**0.5 * torch.ones_like(target)
+    return one.measure((gain, linear), STRENGTH[rows].unsqueeze(-1), target + error, target, torch.tensor(loss), counted)
+
+
 def settled(gain, linear, loss=2.0, pieces=((0, TOKENS),), weight=0.5, counted=COUNTED):
     """Return the balance term of a step, summed over pieces, as the training does. The first step measures the shift."""
     one = Balance(WIDTH, weight, lambda tensor: tensor, CPU)
     for _ in range(2):
-        parts = [one.measure(gain[a:b], linear[a:b], STRENGTH[a:b], torch.tensor(loss), counted[a:b]) for a, b in pieces]
+        parts = [measured(one, gain[a:b], linear[a:b], counted[a:b], loss, slice(a, b)) for a, b in pieces]
+        for part in parts:
+            one.add(part)
         one.settle()
-        shares = [counted[a:b].sum() / counted.sum() for a, b in pieces]
-        terms = [share * one.term(part) for share, part in zip(shares, parts, strict=True)]
+        terms = [one.of(part) for part in parts]
     return torch.stack(terms).sum()
 
 
@@ -49,7 +61,8 @@ def exact(gain, linear, loss=2.0, weight=0.5):
     g, u, y, v = (feature - mean for feature, mean in zip(features, means, strict=True))
     zero = torch.zeros(4, WIDTH, dtype=torch.float64)
     pairs = [(a * b).mean(0) for a, b in ((g, g), (u, u), (y, y), (v, v), (g, u), (g, y), (u, y), (u, v), (v, y))]
-    return weight * loss * balance.shortfall(torch.stack([*zero, *pairs]), torch.stack([g.T @ g, y.T @ y]) / len(g), means)
+    pairs_2OO = torch.stack([g.T @ g, y.T @ y]) / len(g)
+    return weight * loss * balance.shortfall(torch.stack([*zero, *pairs]), pairs_2OO, means, torch.tensor(FVU))
 
 
 def participation(rows) -> float:
@@ -62,6 +75,7 @@ def test_the_shares_are_those_of_the_evaluation(spread, monkeypatch):
     floors = {**FLOORS, "directions": 2.0}
     monkeypatch.setattr(balance, "CONSTANT", 0.0)
     monkeypatch.setattr(balance, "FLOORS", floors)
+    floors = {**floors, "gate": balance.EASY["gate"] - FVU, "identity": balance.EASY["identity"] - FVU}
     gain, linear, _ = factors(spread, torch.float64)
     moments = Moments(dense_path=False)
     moments.add({"g": gain, "u": linear, "v": STRENGTH.double().unsqueeze(-1) * linear, "y": gain * linear})
@@ -74,7 +88,7 @@ def test_the_shares_are_those_of_the_evaluation(spread, monkeypatch):
     terms = g, u, y, v, g * g, u * u, y * y, v * v, g * u, g * y, u * y, u * v, v * y
     moments, pairs = torch.stack([term.mean(0) for term in terms]), torch.stack([g.T @ g, y.T @ y]) / TOKENS
     zero = torch.zeros(4, WIDTH, dtype=torch.float64)
-    assert balance.shortfall(moments, pairs, zero).item() == pytest.approx(expected, abs=1e-6)
+    assert balance.shortfall(moments, pairs, zero, torch.tensor(FVU)).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.4])
@@ -103,9 +117,10 @@ def test_it_is_zero_above_the_floors_and_without_tokens():
     nobody = torch.zeros(TOKENS, dtype=torch.bool)
     one = Balance(WIDTH, 1.0, lambda tensor: tensor, CPU)
     for _ in range(2):
-        moments = one.measure(gain, linear, STRENGTH, torch.tensor(1.0), nobody)
+        moments = measured(one, gain, linear, nobody)
+        one.add(moments)
         one.settle()
-    assert one.term(moments).isfinite()
+    assert one.of(moments).isfinite()
 
 
 def test_a_constant_linear_factor_gives_finite_gradients():
@@ -113,6 +128,18 @@ def test_a_constant_linear_factor_gives_finite_gradients():
     gain, _, parameters = factors(0.1)
     linear = torch.ones_like(gain) + 0.0 * parameters[1]
     assert torch.autograd.grad(settled(gain, linear), parameters)[0].isfinite().all()
+
+
+def test_attention_sinks_have_no_part_in_it(source):
+    """With `mask: none` the loss counts BOS tokens and first positions, whose outputs can be a hundred times as large as others'."""
+    here = source(steps=8, mask="none")
+    activations = Activations(here, CPU)
+    batches = [activations.batch(step) for step in range(8)]
+    assert all(batch.counted_B.all() for batch in batches)
+    left_out = sum((~batch.figures_B).sum().item() for batch in batches)
+    assert left_out >= 8 * here.rows_a_step
+    masked = Activations(source(steps=8, mask="bos"), CPU)
+    assert left_out == sum((~masked.batch(step).counted_B).sum().item() for step in range(8))
 
 
 BALANCED = {"skip": True, "shared_expert": True, "hidden": 36}
@@ -169,6 +196,7 @@ def test_the_card_states_what_the_layers_were_trained_for(models, text, tmp_path
         card = (mxd_convert.convert(recipe, quiet=True).output / "README.md").read_text()
         assert f"`y = ({'c_0 + ' * shared}C^T a) * (D^T z) + b`" in card
         card = " ".join(card.split())
+        assert f"with the gain `g = {'c_0 + ' * shared}C^T a`" in card
         for sentence in ("A shared expert, `c_0`", "A balance term (weight 0.50)", "were matched (weight 0.50)"):
             assert (sentence in card) == shared, sentence
         assert ("High shares are therefore no evidence on their own" in card) == shared

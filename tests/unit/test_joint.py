@@ -47,8 +47,8 @@ def layers_for(source, kind="mxd"):
 def joint_stage(source, models, text, tmp_path):
     """Return a function that makes a joint stage of two layers of a tiny Llama."""
 
-    def make(kind="mxd", steps=30, **changes):
-        plain = small_recipe(models["llama"], text, tmp_path / "out", train=TRAIN)
+    def make(kind="mxd", steps=30, balance=0.0, **changes):
+        plain = small_recipe(models["llama"], text, tmp_path / "out", train={**TRAIN, "balance": balance})
         recipe = mxd_convert.load_recipe(plain)
         here = source(steps=steps, **changes)
         device = Accelerator(cpu=True)
@@ -63,13 +63,13 @@ def test_the_losses_equal_those_of_the_checkpoint(joint_stage):
     stage = joint_stage()
     source = stage.source
     rows = stage._rows(0)[:3]
-    kl, own, _, counted = stage._forward(rows)
+    seen = stage._forward(rows)
     ids = source.blocks.take(rows)
     converted = insert_layers(source.base, stage.layers)
     logs = [model(input_ids=ids).logits.double().log_softmax(-1) for model in (source.base, converted)]
     mask = source.blocks.counted(rows, "bos")
-    assert kl.item() == pytest.approx((logs[0].exp() * (logs[0] - logs[1])).sum(-1)[mask].mean().item(), rel=1e-4)
-    assert counted == mask.sum()
+    assert seen.kl.item() == pytest.approx((logs[0].exp() * (logs[0] - logs[1])).sum(-1)[mask].mean().item(), rel=1e-4)
+    assert seen.counted_B.equal(mask.flatten())
     meant = harvest(source.base, source.sites, ids)
     got = {}
     for index, layer in converted.mxd_layers().items():
@@ -78,7 +78,7 @@ def test_the_losses_equal_those_of_the_checkpoint(joint_stage):
     for index in (0, 2):
         outputs = (outputs.flatten(0, 1) for outputs in (got[index], meant[index].outputs))
         expected = normalised_mse(*outputs, mask.flatten())
-        assert own[index].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert seen.own[index].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_an_in_place_change_of_the_output_is_not_seen(joint_stage):
@@ -91,16 +91,22 @@ def test_an_in_place_change_of_the_output_is_not_seen(joint_stage):
     assert layer_in_model.output.equal(kept)
 
 
-def test_the_gradients_equal_those_of_the_whole_step(joint_stage):
+@pytest.mark.parametrize("balance", [0.0, 3.0])
+def test_the_gradients_equal_those_of_the_whole_step(joint_stage, balance):
     """Gradients summed over pieces of one block equal those of the whole step by autograd."""
-    stage = joint_stage()
+    stage = joint_stage(balance=balance)
     stage.prepare()
     parameters = [parameter for layer in stage.layers.values() for parameter in layer.parameters()]
     sinks = {index: layer.sinks for index, layer in stage.layers.items()}
     for layer in stage.layers.values():
         layer.sinks = {}  # all gradients whole, by autograd
-    kl, own, *_ = stage._forward(stage._rows(0))
-    whole = torch.autograd.grad(kl + stage.weight * torch.stack(list(own.values())).sum(), parameters)
+    for _ in range(2):  # the first finds the means about which moments are taken
+        seen = stage._forward(stage._rows(0))
+        stage._add_to_balances(seen)
+        stage._settle_balances()
+    terms = [stage.balances[index].of(measured) for index, measured in seen.measured.items()]
+    assert sum(term.item() for term in terms) > 0 or not balance
+    whole = torch.autograd.grad(seen.kl + stage.weight * torch.stack([*seen.own.values(), *terms]).sum(), parameters)
     for index, layer in stage.layers.items():
         layer.sinks = sinks[index]
     stage._blocks_a_piece = lambda: 1
@@ -116,10 +122,10 @@ def test_the_gradients_equal_those_of_the_whole_step(joint_stage):
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip_transcoder", "dense_twin", "random_gate"])
 def test_the_joint_stage_reduces_the_kl_to_the_base(joint_stage, kind):
     stage = joint_stage(kind)
-    before, *_ = stage._forward(stage._rows(0))
+    before = stage._forward(stage._rows(0)).kl
     still = stage.layers[0].gate.weight.clone() if kind == "random_gate" else None
     stage.train(Interrupt())
-    after, *_ = stage._forward(stage._rows(0))
+    after = stage._forward(stage._rows(0)).kl
     assert after < 0.7 * before
     line = json.loads(stage.log_path.read_text().splitlines()[-1])
     assert after.item() / 2 < line["kl"] < before.item()
@@ -131,8 +137,8 @@ def test_the_joint_stage_reduces_the_kl_to_the_base(joint_stage, kind):
 def test_both_losses_have_the_same_weight_at_first(joint_stage):
     stage = joint_stage()
     stage.prepare()
-    kl, own, *_ = stage._forward(stage._rows(0)[: stage._blocks_a_piece()])
-    assert stage.weight * sum(loss.item() for loss in own.values()) == pytest.approx(kl.item(), rel=1e-4)
+    seen = stage._forward(stage._rows(0)[: stage._blocks_a_piece()])
+    assert stage.weight * sum(loss.item() for loss in seen.own.values()) == pytest.approx(seen.kl.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
@@ -165,8 +171,8 @@ def test_a_joint_stage_that_was_interrupted_resumes_and_ends_the_same(models, te
     assert_the_same(done, whole)
 
 
-@pytest.mark.parametrize(("settings", "peak"), [({"lr": 1e-2}, 2e-3), ({"lr": 1e-2, "joint_lr": 5e-4}, 5e-4)])
-def test_the_rate_of_the_joint_stage_is_a_fifth_of_the_layers_own_or_its_own_key(models, text, tmp_path, settings, peak):
+@pytest.mark.parametrize(("settings", "peak"), [({"lr": 1e-2}, 5e-4), ({"lr": 1e-2, "joint_lr": 2e-3}, 2e-3)])
+def test_the_rate_of_the_joint_stage_is_a_twentieth_of_the_layers_own_or_its_own_key(models, text, tmp_path, settings, peak):
     settings = {"train": {**SHARE, **settings, "log_every": 1}, "data": {"tokens": 4096}}
     result = convert(small_recipe(models["llama"], text, tmp_path / "out", **settings), quiet=True)
     lines = [json.loads(line) for line in (result.output / "training_log.jsonl").read_text().splitlines()]

@@ -93,9 +93,12 @@ def test_planned_products_of_the_balance_term_equal_the_count_of_torch(planned, 
 
     def step() -> None:
         gain, linear = (torch.randn(TOKENS, width, requires_grad=True) for _ in range(2))
-        measured = balance.measure(gain, linear, torch.ones(TOKENS), torch.tensor(1.0), torch.ones(TOKENS).bool())
+        output, target = torch.randn(2, TOKENS, width)
+        loss, counted = torch.tensor(1.0), torch.ones(TOKENS, dtype=torch.bool)
+        measured = balance.measure((gain, linear), torch.ones(TOKENS, 1), output, target, loss, counted)
+        balance.add(measured)
         balance.settle()
-        balance.term(measured).backward()
+        balance.of(measured).backward()
 
     passes = [[layer.index for layer in plan.layers]]
     expected = len(plan.layers) * counted(step)
