@@ -8,8 +8,13 @@ JOINT = 0.4  # share of the steps of `fast` in the joint stage
 # Tokens per step of `fast` for token budgets below each key. Larger budgets use 4,096.
 BATCHES = {1_000_000: 256, 4_000_000: 512, 10_000_000: 1024, 40_000_000: 2048}
 K_INIT = 4  # active experts at the first step of `fast`, in multiples of layer.k
-JOINT_RATE = 0.2  # peak learning rate of the joint stage, as a share of `lr`: above a third, layers lose what they have learnt
-HIDDEN = 4  # ratio of the MLP's hidden units to those of a layer with `fast`
+# Peak learning rate of the joint stage, as a share of `lr`. At a fifth, the KL divergence of MxDs rises before it falls, and runs can
+# diverge. Transcoders and the additive control end lower with a fifth.
+JOINT_RATE, MXD_JOINT_RATE = 0.2, 0.05
+HIDDEN_BESIDE = 4  # ratio of the MLP's hidden units to those beside the experts with `fast` (layer.kind: dense_assisted)
+BALANCE = 0.75  # weight of the balance term with `fast`, for layers with a product and a shared expert
+# Weight of the matching of derivatives with `fast`, for MxDs and their twins. It costs other kinds more than it brings.
+JACOBIAN = 0.02
 
 
 def is_warm(init: str | None) -> TypeGuard[str]:
@@ -48,16 +53,17 @@ def resolve_precision(recipe: Recipe, native: bool) -> Recipe:
 def resolve_layer(recipe: Recipe, d_hidden: int) -> Recipe:
     """Return the recipe with all keys of `layer` that are null set by the preset.
 
-    Neither preset gives a shared expert. `paper` leaves `hidden` at null: all of the MLP's hidden units. `fast` gives a quarter of
-    them. With all, long training converges to the MLP itself, and the experts lose their effect.
+    `fast` gives a shared expert to layers with a product, and a quarter of the MLP's hidden units to `dense_assisted`. `paper` gives no
+    shared expert. Else `hidden` stays at null: all of the MLP's hidden units.
 
     d_hidden: hidden units of the narrowest MLP to convert.
     """
-    layer = recipe.layer
-    hidden = layer.hidden
-    if recipe.train.preset == "fast" and hidden is None and layer.traits.has_linear:
-        hidden = max(1, d_hidden // HIDDEN)
-    shared = bool(layer.shared_expert)
+    layer, is_fast = recipe.layer, recipe.train.preset == "fast"
+    hidden, shared = layer.hidden, layer.shared_expert
+    if is_fast and hidden is None and layer.traits.adds:
+        hidden = max(1, d_hidden // HIDDEN_BESIDE)
+    if shared is None:
+        shared = is_fast and layer.traits.is_product
     return recipe.model_copy(update={"layer": layer.model_copy(update={"hidden": hidden, "shared_expert": shared})})
 
 
@@ -71,9 +77,10 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
     - a batch size that grows with the token budget;
     - a peak learning rate that falls with the square root of the width;
     - warm-up over a twentieth of the steps before the joint stage, and a decay to zero over their last fifth;
-    - a joint stage over the last two fifths of the run.
-
-    Both give the joint stage a fifth of the learning rate, and neither matches derivatives or has a balance term.
+    - a joint stage over the last two fifths of the run;
+    - for mxd, random_gate and dense_twin: a twentieth of the learning rate in the joint stage (else a fifth), and matching of
+      derivatives;
+    - a balance term for layers with a shared expert.
 
     Args:
         recipe: the recipe to complete.
@@ -82,7 +89,10 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         half: whether the base model runs in float16. Gradients can't pass through it, so `fast` has no joint stage then.
     """
     train, context = recipe.train, recipe.data.context
-    if train.preset == "paper":
+    is_fast = train.preset == "fast"
+    traits = recipe.layer.traits
+    is_mxd = is_fast and traits.has_linear and not traits.adds  # or its twin, which has the same settings
+    if not is_fast:
         lr, batch, warmup, schedule, init, k_init = 1.0e-4, 4096, 5000, "constant", "paper", recipe.layer.k
         joint = 0.0
     else:
@@ -107,9 +117,9 @@ def resolve_train(recipe: Recipe, d_in: int, n_experts: int, half: bool = False)
         "init": init,
         "k_init": k_init,
         "joint": joint,
-        "joint_lr": float(f"{JOINT_RATE * lr:.3g}"),
-        "jacobian": 0.0,
-        "balance": 0.0,
+        "joint_lr": float(f"{(MXD_JOINT_RATE if is_mxd else JOINT_RATE) * lr:.3g}"),
+        "jacobian": JACOBIAN if is_mxd else 0.0,
+        "balance": BALANCE if is_fast and recipe.layer.shared_expert else 0.0,
     }
     open_keys = {key: value for key, value in defaults.items() if getattr(train, key) is None}
     return recipe.model_copy(update={"train": train.model_copy(update={**open_keys, "batch_tokens": batch})})

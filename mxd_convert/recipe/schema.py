@@ -150,7 +150,8 @@ class Layer(Section):
     expansion: Positive = 32
     """Width of the transcoder whose parameter count `experts: auto` matches, in multiples of the MLP's input width."""
     hidden: Positive | None = None
-    """Number of hidden units; null: a quarter of the narrowest MLP's with `train.preset: fast`, all of the MLP's with `paper`."""
+    """Number of hidden units; null: all of the MLP's, but a quarter of the narrowest MLP's for `kind: dense_assisted` with
+    `train.preset: fast`."""
     activation: str | None = None
     """Activation of the hidden units, by its transformers name; null: the base MLP's activation."""
     sparsity: Literal["topk", "l1"] = "topk"
@@ -161,7 +162,7 @@ class Layer(Section):
     """Add a linear skip path from the layer's input to its output. `train.init: tokens` fits it to the MLP by least squares."""
     shared_expert: bool | None = None
     """Add an expert that is active at every token, with coefficient 1. For kinds with a product: mxd and random_gate. null: set by
-    the preset, to false."""
+    the preset, to true for these kinds with `fast`, else to false."""
 
     @property
     def traits(self) -> Kind:
@@ -234,14 +235,16 @@ class Train(Section):
     """Joint stage: the share of the steps, at the end of the run, in which all layers are trained together in the model, to match
     the base's next-token distribution. 0: no joint stage; null: set by the preset."""
     joint_lr: Rate | None = None
-    """Peak learning rate of the joint stage; null: set by the preset, to a fifth of `lr`."""
+    """Peak learning rate of the joint stage; null: set by the preset, to a twentieth of `lr` with `fast` for mxd,
+    random_gate and dense_twin, else to a fifth."""
     jacobian: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Weight of the matching of derivatives before the joint stage: the change of a layer's output along a small step towards another
-    token's input has to match that of the MLP. 0: no matching; null: set by the preset, to 0."""
+    token's input has to match that of the MLP. 0: no matching; null: set by the preset, to 0.02 with `fast` for mxd, random_gate
+    and dense_twin, else to 0."""
     balance: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Weight of the balance term, which keeps the shares of an MxD, and the directions in which its gain varies, above fixed floors.
-    A larger weight favours these over the loss. 0: no such term; null: set by the preset, to 0. With `init: tokens`, use it with
-    `layer.shared_expert`."""
+    A larger weight favours these over the loss. 0: no such term; null: set by the preset, to 0.75 with `fast` and a shared expert, else
+    to 0."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Precision of the layers' matrix products. With bf16, weights and optimiser state stay in float32. auto: bf16, also for the
     base while activations are captured (base.dtype), on devices that multiply bfloat16 matrices natively; fp32 elsewhere."""

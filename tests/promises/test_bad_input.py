@@ -28,7 +28,7 @@ def test_bad_options_are_refused(mxd, refused, recipe):
 
 def test_bad_recipes_are_refused_before_any_work(refused, recipe, tmp_path, text):
     refused("run", recipe(layer={"k": 30}), words=("layer.k", "30", "24"))
-    refused("run", recipe(layer={"k": 3000, "experts": "auto"}), words=("layer.k", "3000", "992"))
+    refused("run", recipe(layer={"k": 3000, "experts": "auto"}), words=("layer.k", "3000", "895"))
     refused("run", recipe(layers=[3]), words=("layers", "3", "layers 0 to 2"))
     refused("run", recipe(layer={"activation": "gulu"}), words=("layer.activation", "gulu"))
     refused(

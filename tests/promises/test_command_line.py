@@ -61,8 +61,8 @@ def test_plan_shows_layers_and_sizes(mxd, recipe):
     plan = json.loads(out)
     assert [layer["index"] for layer in plan["layers"]] == [0, 2]
     assert {layer["k"] for layer in plan["layers"]} == {8}
-    assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 32, 32)}
-    assert plan["layers"][0]["experts"] == 32 * 32 - 32  # matched: N = M - (2 I H + H) / (I + O + 1)
+    assert {(layer["d_in"], layer["d_hidden"], layer["d_out"]) for layer in plan["layers"]} == {(32, 128, 32)}
+    assert plan["layers"][0]["experts"] == 32 * 32 - 129  # matched: N = M - (2 I H + H + O) / (I + O + 1), rounded down
     assert plan["recipe"]["train"]["warmup_steps"] is not None
     assert plan["groups"] == [[0, 2]]
     assert plan["memory_bytes"]["peak"] >= plan["memory_bytes"]["training"] > 2**28

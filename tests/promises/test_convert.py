@@ -36,7 +36,7 @@ def test_a_finished_folder_holds_the_files_of_the_contract(converted, family):
     assert not folder.with_name(f"{folder.name}.partial").exists()
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == f"mxd_{family}"
-    assert config["mxd"]["format_version"] == 1
+    assert config["mxd"]["format_version"] == 3  # a shared expert
     assert set(config["mxd"]["layers"]) == {"0", "2"}
     report = json.loads((folder / "mxd_report.json").read_text())
     assert set(report) == {"base", "recipe_sha256", "data", "fidelity", "reliance", "cost", "versions", "seeds", "files", "local"}

@@ -94,5 +94,5 @@ def test_the_tour_in_the_readme_is_true(tmp_path, monkeypatch, programs):
         "delta",
         "again",
     }
-    assert names["weight"].shape == (160, 160)
+    assert names["weight"].shape == (640, 160)
     assert names["values"].shape == (1, names["inputs"]["input_ids"].shape[1], 8) == (1, 4, 8)

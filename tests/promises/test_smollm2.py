@@ -29,7 +29,7 @@ def converted(base, shared, tmp_path_factory):
     """Layer 15 after 8,192 tokens of prose."""
     output = tmp_path_factory.mktemp("smollm2") / "converted"
     settings = {"base.model": base.path, "layers": [15], "data.train.path": str(shared / "data" / "prose.jsonl.gz")}
-    settings |= {"data.tokens": 8192, "data.eval.tokens": 2048, "train.joint": 0.0, "layer.expansion": 2}
+    settings |= {"data.tokens": 8192, "data.eval.tokens": 2048, "train.joint": 0.0, "layer.expansion": 4}
     return mxd_convert.convert("smollm2-135m", output, settings, quiet=True)
 
 

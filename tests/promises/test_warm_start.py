@@ -107,7 +107,7 @@ def test_layers_that_dont_fit_are_refused(first, models, text, tmp_path, refused
         ("layer.experts=25",): ("n_experts 24 there", "Set layer.experts: 24"),
         ("layer.hidden=7",): ("has d_hidden", "Set layer.hidden"),
         ("layer.skip=true",): ("skip False there", "Set layer.skip: false"),
-        ("layer.shared_expert=true",): ("shared_expert False there", "Set layer.shared_expert: false"),
+        ("layer.shared_expert=false",): ("shared_expert True there", "Set layer.shared_expert: true"),
         ("layer.kind=transcoder",): ("kind mxd there", "Set layer.kind: mxd"),
         ("layers=[1]",): ("layer 1 is not converted there", "0, 2"),
         (f"base.model={models['gpt2']}",): ("layer 2 has",),

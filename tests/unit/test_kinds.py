@@ -133,7 +133,7 @@ def test_a_new_kind_needs_a_class_a_row_and_a_config_entry(models, text, tmp_pat
     monkeypatch.setitem(kinds.KINDS, "sum", replace(kinds.KINDS["mxd"], name="sum", title="sum of both"))
     monkeypatch.setitem(configuration_mxd.KINDS, "sum", configuration_mxd.KINDS["mxd"])
     recipe = small_recipe(models["gpt2"], text, tmp_path / "out", layers=[0], data={"tokens": 8192})
-    recipe["layer"] |= {"kind": "sum", "sparsity": "topk", "experts": "auto", "expansion": 2}
+    recipe["layer"] |= {"kind": "sum", "sparsity": "topk", "experts": "auto", "expansion": 8}
     result = mxd_convert.convert(recipe, quiet=True)
     assert "with Mixture-of-Decoders layers" in (result.output / "README.md").read_text()
     layer = load_checkpoint(result.output).mxd_layers()[0]
@@ -211,7 +211,7 @@ def new_layer_at(plan, index):
 
 
 def test_plan_shows_the_kind(mxd, recipe):
-    for kind, parts in (("transcoder", ("32 > 32", "transcoder")), ("dense_twin", ("32 > 32 > 32", "dense_twin"))):
+    for kind, parts in (("transcoder", ("32 > 32", "transcoder")), ("dense_twin", ("32 > 128 > 32", "dense_twin"))):
         status, out, _ = mxd("plan", recipe(layer={"kind": kind}))
         assert status == 0
         for part in parts:

@@ -225,7 +225,7 @@ def test_a_budget_below_one_layer_is_refused(tmp_path, refused, recipe):
 
 @pytest.mark.parametrize("target", ["local", "teacher"])
 def test_sequential_training_learns_the_outputs_of_the_layers_below(models, text, tmp_path, target):
-    settings = {"layers": [0, 2], "data": {"tokens": 32_768}, "layer": {"k": 1, "hidden": 6}}
+    settings = {"layers": [0, 2], "data": {"tokens": 32_768}, "layer": {"k": 1, "hidden": 6, "shared_expert": False}}
     sequential = {**settings, "train": {"order": "sequential", "target": target}}
     result = convert(small_recipe(models["gpt2"], text, tmp_path / "sequential", **sequential), quiet=True)
     parallel = convert(small_recipe(models["gpt2"], text, tmp_path / "parallel", **settings), quiet=True)
