@@ -1,4 +1,4 @@
-"""What kind of layer each recipe trains: shares, Jacobian faithfulness and verdict of five conversions of stories260K, as a table and a plot.
+"""What kind of layer each recipe trains: shares, Jacobian faithfulness and verdict of conversions of stories260K, as a table and a plot.
 
     python benchmarks/shares.py --output FOLDER [--tokens 600000] [--k 8] [--seed 0] [--plot docs/concepts/shares.png]
 
@@ -20,14 +20,18 @@ from mxd_convert import convert
 from mxd_convert.recipe.kinds import KINDS
 
 PAPER = {"train.preset": "paper", "train.lr": 2e-2, "train.warmup_steps": 7}
+# `fast` before December 2026
+BEFORE = {"layer.hidden": 43, "layer.shared_expert": False, "train.jacobian": 0.0, "train.joint_lr": 2e-3}
 CASES: dict[str, dict[str, Any]] = {
-    "`paper`": PAPER,
     "`fast`": {},
+    "`paper`": PAPER,
+    "`fast`, before": BEFORE,
     "transcoder": {"layer.kind": "transcoder"},
     "skip transcoder": {"layer.kind": "skip_transcoder"},
+    "additive control": {"layer.kind": "dense_assisted"},
     "dense twin": {"layer.kind": "dense_twin"},
 }
-PLOTTED = ("`paper`", "`fast`", "transcoder", "dense twin")
+PLOTTED = ("`fast`", "`paper`", "`fast`, before", "transcoder", "dense twin")
 SHARES = ("gate_share", "hidden_share", "product_share", "expert_share")
 
 
@@ -48,7 +52,7 @@ def row(name: str, report: dict[str, Any]) -> str:
 
 
 def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the plane of gate share and hidden share, with its corners named and every layer of four checkpoints."""
+    """Draw the plane of gate share and hidden share, with its corners named and every layer of five checkpoints."""
     figure, axis = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
     corners = {
         (0.98, 0.14): ("transcoder", "right"),
@@ -61,6 +65,7 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
     colours = {
         "`paper`": "#c9952b",
         "`fast`": KINDS["mxd"].colour,
+        "`fast`, before": "#c46bd1",
         "transcoder": KINDS["transcoder"].colour,
         "dense twin": KINDS["dense_twin"].colour,
     }
@@ -68,7 +73,13 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
         layers = reports[name]["reliance"]["layers"]
         points = [(layer["gate_share"], layer["hidden_share"]) for layer in layers.values()]
         axis.scatter(
-            *zip(*points, strict=True), s=48, color=colours[name], label=name.strip("`"), zorder=3, alpha=0.85, clip_on=False
+            *zip(*points, strict=True),
+            s=48,
+            color=colours[name],
+            label=name.replace("`", ""),
+            zorder=3,
+            alpha=0.85,
+            clip_on=False,
         )
         if name.startswith("`"):
             for index, (x, y) in zip(layers, points, strict=True):
@@ -79,7 +90,7 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("numbers at the points: layers; grey: below a tenth", fontsize=8, color="#555555", loc="right")
-    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=4)
+    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -96,7 +107,7 @@ def main() -> None:
     common |= {"train.seed": arguments.seed}
     reports = {}
     for name, settings in CASES.items():
-        folder = arguments.output / name.strip("`").replace(" ", "-")
+        folder = arguments.output / name.replace("`", "").replace(", ", "-").replace(" ", "-")
         reports[name] = convert("stories260k", folder, {**common, **settings}, quiet=True).report
         print(json.dumps({"case": name, "evaluation": reports[name]["cost"]["evaluation"]}), flush=True)
     print(

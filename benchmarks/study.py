@@ -1,6 +1,6 @@
-"""What `train.preset: fast` is worth: MxDs against the paper's procedure, transcoders and the dense twin, at equal tokens.
+"""What `train.preset: fast` is worth: MxDs against the paper's procedure, transcoders, the additive control and the dense twin.
 
-Transcoders have the MxD's parameters; a twin has no experts, and so far fewer.
+All have the same tokens. All but the twin, which has no experts, have the same parameters.
 
     python benchmarks/study.py [--models stories260k prose-neox] [--k 8 4 32] [--seeds 0 1 2] [--arms ...] [--results study.jsonl]
     python benchmarks/study.py --models stories260k --k 8 4 --tokens 600000 300000 1200000 2400000 10000000 --plot budget.png
@@ -32,32 +32,26 @@ from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
 
 from runs import run
 
-PUBLISHED = {"train.init": "paper", "train.joint": 0.0}  # with k_init = k and batches of PUBLISHED_BATCHES, below
-ALL_HIDDEN = "the MLP's"  # hidden width, instead of the quarter that `fast` takes
+# `fast` before December 2026: transcoders in MxD's parametrisation. A fifth of the rate in the joint stage, a quarter of the hidden units
+BEFORE = {"layer.shared_expert": False, "train.jacobian": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
-    "MxD, fast": {},
+    "MxD": {},
     "MxD, paper": {"train.preset": "paper"},  # but for the learning rate, and a warm-up that ends before a short run does
-    "MxD, the paper's start": PUBLISHED,
-    "skip transcoder, fast": {"layer.kind": "skip_transcoder"},
-    "skip transcoder, as published": {"layer.kind": "skip_transcoder", **PUBLISHED},
-    "transcoder, fast": {"layer.kind": "transcoder"},
-    "transcoder, as published": {"layer.kind": "transcoder", **PUBLISHED},
-    "MxD with a skip path, fast": {"layer.skip": True},
-    "MxD, fast, all hidden units": {"layer.hidden": ALL_HIDDEN},
+    "MxD, fast before": BEFORE,
+    "transcoder": {"layer.kind": "transcoder"},
+    "skip transcoder": {"layer.kind": "skip_transcoder"},
+    "additive control": {"layer.kind": "dense_assisted"},
     "dense twin": {"layer.kind": "dense_twin"},
-    "dense twin, all hidden units": {"layer.kind": "dense_twin", "layer.hidden": ALL_HIDDEN},
 }
 # transcoders are matched to the parameters of what the recipes ask for: a plain one of width 32 I
 MODELS: dict[str, dict[str, Any]] = {
     "stories260k": {"layer.experts": "auto", "data.tokens": 600_000, "data.eval.tokens": 65_536},
     "prose-neox": {"layer.experts": "auto", "data.tokens": 300_000, "data.eval.tokens": 32_768},
 }
-HIDDEN = {"stories260k": 172, "prose-neox": 1024}
+HIDDEN = {"stories260k": 43, "prose-neox": 256}  # a quarter of the MLP's
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 PAPER_BATCH, WARMUP = 4096, 0.05  # of the preset; of the steps
-PUBLISHED_BATCHES = {
-    4_000_000: 1024
-}  # for budgets below so many, and 2,048 above: transcoders do better with more than `fast` takes
+OF_LAYERS = ("gate_share", "hidden_share", "product_share", "expert_share", "routing_necessity")
 LAST = 0.1  # of the training, in which its KL or FVU is what a learning rate is judged by
 
 
@@ -73,11 +67,8 @@ class Case:
     def settings(self) -> dict[str, Any]:
         arm = ARMS[self.arm]
         changes = {**MODELS[self.model], "train.preset": "fast", "layer.k": self.k, **arm, "data.tokens": self.tokens}
-        if arm.get("layer.hidden") == ALL_HIDDEN:
-            changes["layer.hidden"] = HIDDEN[self.model]
-        if "train.init" in arm:
-            changes["train.k_init"] = self.k
-            changes["train.batch_tokens"] = next((size for below, size in PUBLISHED_BATCHES.items() if self.tokens < below), 2048)
+        if arm is BEFORE:
+            changes |= {"layer.hidden": HIDDEN[self.model], "train.joint_lr": self.lr / 5}
         if changes["train.preset"] == "paper":
             changes["train.warmup_steps"] = max(1, int(WARMUP * self.tokens / PAPER_BATCH))
         return {**changes, "train.lr": self.lr, "train.seed": self.seed}
@@ -121,6 +112,10 @@ def measure(case: Case) -> dict[str, Any]:
     figures = {name: [layer[name] for layer in reliance] for name in next(iter(reliance))}
     return {
         "rise": fidelity["delta_ce"],
+        "rise_se": fidelity["delta_ce_se"],
+        "verdict": report["reliance"]["verdict"],
+        "fvu": [layer["fvu"] for layer in fidelity["layers"].values()],
+        "jacobian_error": [layer["jacobian"]["data"]["relative_squared_error"] for layer in fidelity["layers"].values()],
         "train_fvu": statistics.mean(layer["fvu"] for line in late for layer in line["layers"].values()),
         "train_kl": statistics.mean(line["kl"] for line in late) if "kl" in late[0] else None,
         "dead": [layer["dead_fraction"] for layer in fidelity["layers"].values()],
@@ -141,7 +136,9 @@ def main() -> None:
         "--tokens", nargs="+", type=int, help="budgets, instead of 600,000 (stories260k) and 300,000 (prose-neox)"
     )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
-    parser.add_argument("--plot", type=Path, help="PNG to write: rise and gate share against tokens, one column per model and K")
+    parser.add_argument(
+        "--plot", type=Path, help="PNG to write: rise and lowest share against tokens, one column per model and K"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a thread each")
     parser.add_argument("--results", type=Path, default=Path("study.jsonl"))
     parser.add_argument("--known", action="store_true", help="run nothing: tables and plot of what the results file has")
@@ -201,26 +198,40 @@ def of_rates(best: float, rates: Iterable[float]) -> str:
 
 
 def table(results: Results, groups: Iterable[list[Case]]) -> str:
-    """A row a group of seeds: the mean rise and its range; of the layers' figures the worst over layers and seeds; alive also of all experts."""
-    columns = ("", "seeds", "K", "LR", "rise", "gate share", "identity share", "routing necessity", "directions, of the output's")
-    lines = [f"| {' | '.join((*columns, 'alive, lowest; all'))} |", "|---" * (len(columns) + 1) + "|"]
+    """A row a group of seeds: the mean rise, its range and standard error, and the range of each figure over layers and seeds.
+
+    The error is the larger of two: over documents (the mean of the seeds'), and over seeds.
+    """
+    columns = (
+        "",
+        "seeds",
+        "K",
+        "LR",
+        "rise",
+        "FVU",
+        "Jacobian error",
+        *(name.replace("_", " ") for name in OF_LAYERS),
+        "verdict",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for cases in groups:
         runs = [results.of(case) for case in cases]
         rises = [figures["rise"] for figures in runs]
-        spread = f" ({min(rises):.3f} to {max(rises):.3f})" if len(rises) > 1 else ""
-        cells = [cases[0].arm, str(len(cases)), str(cases[0].k), f"{cases[0].lr:g}", f"{statistics.mean(rises):.3f}{spread}"]
-        for name in ("gate_share", "identity_share", "routing_necessity"):
-            cells.append(_lowest(value for figures in runs for value in figures[name]))
-        pairs = [pair for figures in runs for pair in zip(figures["gain_dimensions"], figures["output_dimensions"], strict=True)]
-        cells.append(_lowest(None if gain is None else gain / output for gain, output in pairs))
-        alive = [1 - dead for figures in runs for dead in figures["dead"] if dead is not None]
-        cells.append(f"{min(alive):.2f}; {statistics.mean(alive):.2f}" if alive else "-")
-        lines.append(f"| {' | '.join(cells)} |")
+        error = statistics.mean(figures["rise_se"] for figures in runs)
+        spread = ""
+        if len(rises) > 1:
+            spread = f" ({min(rises):.3f} to {max(rises):.3f})"
+            error = max(error, statistics.stdev(rises) / len(rises) ** 0.5)
+        rise = f"{statistics.mean(rises):.3f} ± {error:.3f}{spread}"
+        cells = [cases[0].arm, str(len(cases)), str(cases[0].k), f"{cases[0].lr:g}", rise]
+        cells += [_range(value for figures in runs for value in figures[name]) for name in ("fvu", "jacobian_error", *OF_LAYERS)]
+        verdicts = sorted({figures["verdict"] for figures in runs})
+        lines.append(f"| {' | '.join([*cells, '; '.join(verdicts)])} |")
     return "\n".join(lines)
 
 
 def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
-    """Rise and lowest gate share against tokens, means over seeds, and the range: one line per arm, one column per model and K."""
+    """Rise and lowest gate or hidden share against tokens, means over seeds, and the range: one line per arm, one column per model and K."""
     columns: dict[tuple[str, int], dict[str, dict[int, list[dict[str, Any]]]]] = {}
     for cases in groups:
         first = cases[0]
@@ -229,7 +240,9 @@ def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
     colours = {arm: f"C{number}" for number, arm in enumerate(dict.fromkeys(arm for arms in columns.values() for arm in arms))}
     rows: dict[str, Callable[[dict[str, Any]], float]] = {
         "rise in held-out cross-entropy, nats": lambda figures: figures["rise"],
-        "lowest gate share": lambda figures: min(share or 0.0 for share in figures["gate_share"]),
+        "lowest gate or hidden share": lambda figures: min(
+            share or 0.0 for share in figures["gate_share"] + figures["hidden_share"]
+        ),
     }
     size = (6.4 * len(columns), 6.4)
     figure, axes = plt.subplots(2, len(columns), figsize=size, height_ratios=(3, 2), squeeze=False, layout="constrained")
@@ -255,9 +268,10 @@ def plot(results: Results, groups: Iterable[list[Case]], path: Path) -> None:
     plt.close(figure)
 
 
-def _lowest(values: Iterable[float | None]) -> str:
+def _range(values: Iterable[float | None]) -> str:
+    """The lowest and highest of the values that are known."""
     known = [value for value in values if value is not None]
-    return f"{min(known):.2f}" if known else "-"
+    return f"{min(known):.2f} to {max(known):.2f}" if known else "-"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import train_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from mxd_convert.recipe.load import load_recipe
-from mxd_convert.recipe.presets import resolve_train
+from mxd_convert.recipe.presets import resolve_layer, resolve_train
 
 SMALL = steps.Shape(24, 40, 24, 200, 4, 64, "gelu_new")
 
@@ -59,12 +59,19 @@ def test_a_ratio_is_that_of_the_medians():
 def test_every_arm_of_the_study_is_a_valid_recipe(monkeypatch, arm, model):
     monkeypatch.setenv("MXD_SHARED", "/nowhere")
     recipe = load_recipe(model, study.Case(model, arm, 8, 5e-3, 2, 300_000).settings())
-    train = resolve_train(recipe, 64, 1780).train
-    published = "published" in arm or "paper" in arm
+    train = resolve_train(resolve_layer(recipe, 172), 64, 1780).train
+    published = arm == "MxD, paper"
     assert (train.init, train.k_init) == (("paper", 8) if published else ("tokens", 32))
-    schedule, batch = ("constant", 4096) if arm == "MxD, paper" else ("trapezoid", 1024 if published else 256)
+    schedule, batch = ("constant", 4096) if published else ("trapezoid", 256)
     assert (train.lr, train.seed, train.schedule, train.batch_tokens, recipe.data.tokens) == (5e-3, 2, schedule, batch, 300_000)
     assert train.joint == (0.0 if published else 0.4)
+    assert train.balance == (0.75 if arm == "MxD" else 0.0)
+
+
+def test_the_earlier_preset_is_one_of_the_arms():
+    settings = study.Case("stories260k", "MxD, fast before", 8, 1e-2, 0, 600_000).settings()
+    expected = {"layer.hidden": 43, "layer.shared_expert": False, "train.jacobian": 0.0, "train.joint_lr": 2e-3}
+    assert expected.items() <= settings.items()
 
 
 @pytest.fixture
@@ -74,38 +81,38 @@ def measured(monkeypatch):
 
     def measure(case):
         measured.append(case)
-        layers = {"gate_share": [0.9, 0.8], "identity_share": [0.7, 0.6], "routing_necessity": [1.5, None]}
-        directions = {"gain_dimensions": [20.0, 15.0], "output_dimensions": [20.0, 30.0]}
+        layers = {"gate_share": [0.9, 0.8], "hidden_share": [0.4, 0.5], "product_share": [0.1, 0.2], "expert_share": [0.9, 0.8]}
+        layers |= {"routing_necessity": [1.5, None], "fvu": [0.1, 0.2], "jacobian_error": [0.3, 0.4]}
         # the rate that is best on held-out text is not the one that is best on the training text
         left = {"train_fvu": case.lr, "train_kl": abs(case.lr - 1e-2)}
-        if "published" in case.arm:  # without a joint stage there is no KL
+        if "paper" in case.arm:  # without a joint stage there is no KL
             left = {"train_fvu": left["train_kl"], "train_kl": None}
-        return {"rise": case.seed + case.lr, **left, "dead": [0.1, 0.3], **layers, **directions}
+        return {"rise": case.seed + case.lr, "rise_se": 0.2, **left, **layers, "verdict": "mixture of decoders"}
 
     monkeypatch.setattr(study, "measure", measure)
     return measured
 
 
 def test_a_budget_curve_uses_the_rates_of_the_first_budget(measured, monkeypatch, tmp_path, capsys):
-    arguments = "--models stories260k --arms MxD,_fast dense_twin --k 8 4 --tokens 600 300 --seeds 0 1 --rates 5e-3 1e-2 --jobs 1"
+    arguments = "--models stories260k --arms MxD dense_twin --k 8 4 --tokens 600 300 --seeds 0 1 --rates 5e-3 1e-2 --jobs 1"
     picture = tmp_path / "images" / "curve.png"
     given = [word.replace("_", " ") for word in arguments.split()]
     monkeypatch.setattr("sys.argv", ["study.py", *given, "--plot", str(picture), "--results", str(tmp_path / "study.jsonl")])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     study.main()
     searched = [(case.arm, case.lr) for case in measured[:4]]
-    assert searched == [("MxD, fast", 5e-3), ("MxD, fast", 1e-2), ("dense twin", 5e-3), ("dense twin", 1e-2)]
+    assert searched == [("MxD", 5e-3), ("MxD", 1e-2), ("dense twin", 5e-3), ("dense twin", 1e-2)]
     assert all((case.k, case.seed, case.tokens) == (8, 0, 600) for case in measured[:4])
     assert {case.lr for case in measured[4:]} == {1e-2}
     assert len(measured) == 4 + 2 * (4 + 2) - 2  # two of the searched rates are in the tables too
-    assert capsys.readouterr().out.count("| MxD, fast | 2 | 4 | 0.01 |") == 2
+    assert capsys.readouterr().out.count("| MxD | 2 | 4 | 0.01 |") == 2
     assert picture.stat().st_size > 10_000
 
 
 def test_a_study_with_known_results_runs_nothing(measured, monkeypatch, tmp_path, capsys):
     path = tmp_path / "study.jsonl"
     results = study.Results(path)
-    for arm, k in (("MxD, fast", 8), ("MxD, fast", 4), ("MxD, paper", 4)):  # no rate is known for the last case
+    for arm, k in (("MxD", 8), ("MxD", 4), ("MxD, paper", 4)):  # no rate is known for the last case
         results.of(study.Case("stories260k", arm, k, 1e-2, 0, 600))
     measured.clear()
     arguments = f"--models stories260k --tokens 600 300 --jobs 1 --known --results {path} --plot {tmp_path / 'known.png'}"
@@ -114,9 +121,9 @@ def test_a_study_with_known_results_runs_nothing(measured, monkeypatch, tmp_path
     study.main()
     assert measured == []
     printed = capsys.readouterr().out
-    assert printed.count("| MxD, fast | 1 | 8 |") == printed.count("| MxD, fast | 1 | 4 |") == 1
-    assert "- MxD, fast: 0.01, the only one tried" in printed
-    assert "| MxD, fast | 1 | 32 |" not in printed
+    assert printed.count("| MxD | 1 | 8 |") == printed.count("| MxD | 1 | 4 |") == 1
+    assert "- MxD: 0.01, the only one tried" in printed
+    assert "| MxD | 1 | 32 |" not in printed
     assert "| MxD, paper |" not in printed
     assert (tmp_path / "known.png").stat().st_size > 10_000
 
@@ -125,20 +132,22 @@ def test_the_study_chooses_rates_by_the_training_text_and_continues(measured, tm
     path = tmp_path / "study.jsonl"
     for _ in range(2):
         results = study.Results(path)
-        for arm in ("MxD, fast", "transcoder, as published"):
+        for arm in ("MxD", "MxD, paper"):
             cases = [study.Case("prose-neox", arm, 8, lr, 0, 1000) for lr in (5e-3, 1e-2, 2e-2)]
             for case in cases:
                 results.of(case)
             assert study.best_rate(results, cases) == 1e-2
-        seeds = [study.Case("prose-neox", "MxD, fast", 8, 1e-2, seed, 1000) for seed in (0, 2)]
+        seeds = [study.Case("prose-neox", "MxD", 8, 1e-2, seed, 1000) for seed in (0, 2)]
         row = study.table(results, [seeds]).splitlines()[-1]
-    assert row == "| MxD, fast | 2 | 8 | 0.01 | 1.010 (0.010 to 2.010) | 0.80 | 0.60 | 1.50 | 0.50 | 0.70; 0.80 |"
+    figures = "0.10 to 0.20 | 0.30 to 0.40 | 0.80 to 0.90 | 0.40 to 0.50 | 0.10 to 0.20 | 0.80 to 0.90 | 1.50 to 1.50"
+    assert row == f"| MxD | 2 | 8 | 0.01 | 1.010 ± 1.000 (0.010 to 2.010) | {figures} | mixture of decoders |"
+    assert "| 0.010 ± 0.200 |" in study.table(results, [seeds[:1]])
     assert len(measured) == 7  # the second time, the file holds every result
 
 
 def test_an_interrupted_study_resumes_from_its_file(measured, tmp_path):
     path = tmp_path / "study.jsonl"
-    cases = [study.Case("prose-neox", "MxD, fast", 8, 1e-2, seed, 1000) for seed in (0, 1, 2)]
+    cases = [study.Case("prose-neox", "MxD", 8, 1e-2, seed, 1000) for seed in (0, 1, 2)]
     for case in cases[:2]:
         study.Results(path).of(case)
     whole = path.read_text()
