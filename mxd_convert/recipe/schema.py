@@ -242,7 +242,7 @@ class Train(Section):
     token's input has to match that of the MLP. 0: no matching; null: set by the preset, to 0.02 with `fast` for mxd, random_gate
     and dense_twin, else to 0."""
     balance: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """Weight of the balance term, which keeps the shares of an MxD, and the directions in which its gain varies, above fixed floors.
+    """Weight of the balance term, which keeps the shares of an MxD, and the directions in which its gain varies, above floors.
     A larger weight favours these over the loss. 0: no such term; null: set by the preset, to 0.75 with `fast` and a shared expert, else
     to 0."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
